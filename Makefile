@@ -1,0 +1,37 @@
+# Everything a fresh machine needs is Python 3.11 or later and make; each target sets up what it uses.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= out/demo
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-all lint clean
+
+demo: $(INSTALLED)  ## the whole pipeline on a clip and a model made on the spot; pictures in $(OUT)
+	$(BIN)/videoanchor demo --out $(OUT)
+
+test: $(INSTALLED)  ## the suite
+	$(BIN)/python -m pytest
+
+test-all: test .venv-4.57/.installed  ## the suite, then the integrations on the oldest supported transformers
+	.venv-4.57/bin/python -m pytest tests/integrations
+
+lint: $(INSTALLED)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,video,viz]"
+	touch $@
+
+.venv-4.57/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-4.57
+	sed -e 's/^transformers==.*/transformers==4.57.1/' -e '/^tokenizers==/d' -e '/^kernels==/d' constraints.txt > .venv-4.57/constraints.txt
+	.venv-4.57/bin/python -m pip install --quiet --constraint .venv-4.57/constraints.txt --editable ".[dev,video,viz]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-4.57 out build src/*.egg-info

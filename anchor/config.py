@@ -1,0 +1,102 @@
+"""Settings of VideoAnchor: strength of the gate, and how the tokens are scored."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import numpy as np
+from torch import Tensor
+
+from .solver import SolverOptions
+from .spectral import AssignLabels
+from .validation import check_choice, check_integer, check_number
+
+Scorer = Literal["ssc", "kmeans", "uniform"]
+ScoreFunction = Callable[[Tensor], Tensor]
+Decode = Literal["persist", "prefill"]
+
+# VideoAnchor, section 4: the only published values of alpha_q, alpha_k, alpha_v.
+PUBLISHED_ALPHAS = {"internvl2-8b": {"alpha_q": 4.0, "alpha_k": 9.5, "alpha_v": 2.5}}
+
+_SOLVER_FIELDS = tuple(field.name for field in fields(SolverOptions))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoAnchorConfig:
+    """Settings of VideoAnchor (arXiv 2509.25151). A token of score s is gated by gamma = 1 + alpha s.
+
+    Attributes:
+        alpha_k: strength of the gate on keys, >= 0. Published for one model only, see `preset`; no default exists.
+        alpha_v: strength of the gate on values, >= 0. The same.
+        alpha_q: strength of the gate on queries, >= 0. It cancels in the softmax and moves only the log-sum-exp.
+        n_clusters: subspaces, >= 1; published 24.
+        pca_rank: components of the tokens that are used; None uses the tokens as they are. The paper gives no value:
+            64 is this package's choice.
+        decode: "persist" gates decoding steps as well (the paper); "prefill" gates the prompt only (the authors'
+            code).
+        scorer: "ssc" (the paper), "kmeans" and "uniform" (ablations, see `anchor_scores`), or a function from tokens
+            (N, D) to scores (N,) in [0, 1].
+        assign_labels: how eigenvectors become labels, "discretize" (the authors') or "cluster_qr".
+        random_state: seed of everything random, in [0, 2^32).
+        affine, alpha_e, alpha_z, rho, relaxation, max_iter, tol: see `SolverOptions`.
+
+    Raises:
+        TypeError, ValueError: a setting is of the wrong type or out of its range.
+    """
+
+    alpha_k: float
+    alpha_v: float
+    alpha_q: float = 0.0
+    n_clusters: int = 24
+    pca_rank: int | None = 64
+    decode: Decode = "persist"
+    scorer: Scorer | ScoreFunction = "ssc"
+    assign_labels: AssignLabels = "discretize"
+    random_state: int = 0
+    affine: bool = SolverOptions.affine
+    alpha_e: float = SolverOptions.alpha_e
+    alpha_z: float = SolverOptions.alpha_z
+    rho: float = SolverOptions.rho
+    relaxation: float = SolverOptions.relaxation
+    max_iter: int = SolverOptions.max_iter
+    tol: float = SolverOptions.tol
+
+    def __post_init__(self) -> None:
+        for name in ("alpha_k", "alpha_v", "alpha_q"):
+            check_number(name, getattr(self, name), low=0, low_included=True)
+        check_integer("n_clusters", self.n_clusters, low=1)
+        if self.pca_rank is not None:
+            check_integer("pca_rank", self.pca_rank, low=1)
+        check_integer("random_state", self.random_state, low=0, high=2**32 - 1)
+        check_choice("decode", self.decode, get_args(Decode))
+        check_choice("assign_labels", self.assign_labels, get_args(AssignLabels))
+        if not callable(self.scorer):
+            check_choice("scorer", self.scorer, get_args(Scorer), " or a function from tokens (N, D) to scores (N,)")
+        self.solver_options()
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "VideoAnchorConfig":
+        """The published settings of a model, in any spelling of case; `overrides` replace or add single ones.
+
+        Raises:
+            ValueError: nothing is published for this model.
+        """
+        if name.lower() not in PUBLISHED_ALPHAS:
+            raise ValueError(
+                f"no values are published for {name!r}, only for {', '.join(PUBLISHED_ALPHAS)}; give alpha_k and "
+                "alpha_v yourself: VideoAnchorConfig(alpha_k=..., alpha_v=...)"
+            )
+        return cls(**{**PUBLISHED_ALPHAS[name.lower()], **overrides})
+
+    def solver_options(self) -> SolverOptions:
+        """The settings of the self-expression."""
+        return SolverOptions(**{name: getattr(self, name) for name in _SOLVER_FIELDS})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, ready for JSON; a scoring function becomes its qualified name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+        if callable(self.scorer):
+            named = self.scorer if hasattr(self.scorer, "__qualname__") else type(self.scorer)
+            values["scorer"] = f"{named.__module__}.{named.__qualname__}"
+        return values

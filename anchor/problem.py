@@ -1,0 +1,123 @@
+"""The self-expression problem: visual tokens, their PCA, and the weights of its penalties."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .memory import chunk_rows
+
+# An inner product below this part of the largest squared norm is roundoff, not a correlation of two tokens.
+NEGLIGIBLE = 1e-10
+PCA_BLOCK = 1024
+
+
+def as_tokens(X: Tensor | np.ndarray) -> Tensor:
+    """Check the tokens and bring them to a precision the solver works in.
+
+    Args:
+        X: (N, D) floating-point tensor, or numpy array, N >= 0 tokens of D >= 1 features.
+
+    Returns:
+        (N, D) tensor on X's device (CPU for numpy): float64 stays, float32 stays, half precisions become float32.
+
+    Raises:
+        TypeError: X is no tensor or array, or not of a floating-point type.
+        ValueError: X is not 2-D, has no features, or holds NaN or infinity.
+    """
+    if isinstance(X, np.ndarray):
+        if X.dtype.kind != "f" or X.dtype.itemsize > 8:
+            raise TypeError(f"X must hold float16, float32 or float64 values, got a numpy array of {X.dtype}")
+        tokens = torch.tensor(np.ascontiguousarray(X, dtype=X.dtype.newbyteorder("=")), device="cpu")
+    elif isinstance(X, Tensor):
+        tokens = X.detach()
+    else:
+        raise TypeError(f"X must be a torch tensor or a numpy array, got {type(X).__name__}")
+    if not tokens.is_floating_point():
+        raise TypeError(f"X must be of a floating-point type, got {tokens.dtype}; convert it first, X.float()")
+    if tokens.ndim != 2:
+        raise ValueError(f"X must be 2-D, (n_tokens, n_features), got shape {tuple(tokens.shape)}")
+    if tokens.shape[1] == 0:
+        raise ValueError(f"X must have at least one feature, got shape {tuple(tokens.shape)}")
+    if tokens.dtype != torch.float64:
+        tokens = tokens.float()
+    bad = ~torch.isfinite(tokens)
+    if bad.any():
+        token, feature = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"X must be finite, got {int(bad.sum())} NaN or infinite values, the first at token {token}, "
+            f"feature {feature}; check the vision encoder's output"
+        )
+    return tokens
+
+
+def token_features(tokens: Tensor, rank: int | None) -> Tensor:
+    """The features Y that express each other (VideoAnchor, section 3.1: the tokens after PCA to rank r).
+
+    The principal axes come from a float64 Gram matrix of the centred tokens, over features or over tokens, whichever
+    is smaller. Components with less than `max(N, D) * 2.2e-16` of the tokens' total energy are dropped as roundoff:
+    the rank is min(rank, N - 1, numerical rank), and 0 if all tokens are equal. The sign of a component is chosen so
+    that its largest entry is positive, which makes Y the same for rotated features.
+
+    Args:
+        tokens: (N, D) finite tensor, N >= 1.
+        rank: components to keep; None: no projection and no centring, Y is the tokens themselves.
+
+    Returns:
+        (r, N) float64 tensor, one token a column.
+    """
+    if rank is None:
+        return tokens.double().T.contiguous()
+    n_tokens, n_features = tokens.shape
+    mean = tokens.mean(0, dtype=torch.float64)
+    over_tokens = n_tokens < n_features
+    size = min(n_tokens, n_features)
+    gram = torch.zeros(size, size, dtype=torch.float64, device=tokens.device)
+    for start in range(0, max(n_tokens, n_features), PCA_BLOCK):
+        block = slice(start, start + PCA_BLOCK)
+        part = tokens[:, block].double() - mean[block] if over_tokens else (tokens[block].double() - mean).T
+        gram.addmm_(part, part.T)
+    energy, axes = torch.linalg.eigh(gram)
+    total = torch.trace(gram) + n_tokens * mean.square().sum()
+    floor = max(n_tokens, n_features) * torch.finfo(torch.float64).eps * total
+    kept = min(rank, n_tokens - 1, int((energy > floor).sum()))
+    energy, axes = energy.flip(0)[:kept], axes.flip(1)[:, :kept]
+    if over_tokens:
+        features = energy.sqrt()[:, None] * axes.T
+    else:
+        blocks = tokens.split(PCA_BLOCK)
+        features = torch.cat([axes.T @ (block.double() - mean).T for block in blocks], dim=1)
+    largest = features.gather(1, features.abs().argmax(1, keepdim=True)) if kept else features[:, :1]
+    return (features * largest.sign()).contiguous()
+
+
+def penalty_weights(Y: Tensor, alpha_e: float, alpha_z: float) -> tuple[float, float]:
+    """The published weights lambda_e = alpha_e / mu_e and lambda_z = alpha_z / mu_z.
+
+    mu_e is the second largest L1 norm of a token, mu_z = min_i max_{j != i} |<y_i, y_j>|. Where the published rule
+    divides by zero, this one is finite: tokens that correlate with no other (at the mean of all, say) are left out of
+    mu_z; if that leaves none, mu_z is the largest squared norm; mu_e falls back to the largest L1 norm; and what is
+    still zero (all tokens zero) becomes 1.
+
+    Args:
+        Y: (r, N) tensor, one token a column, N >= 2.
+        alpha_e: published 800.
+        alpha_z: published 800.
+
+    Returns:
+        lambda_e, the weight of the L1 norm of the error, and lambda_z, the weight of the squared residual.
+    """
+    two_largest = Y.abs().sum(0).topk(2).values
+    mu_e = torch.where(two_largest[1] > 0, two_largest[1], two_largest[0])
+    n_tokens = Y.shape[1]
+    strongest = torch.empty(n_tokens, dtype=Y.dtype, device=Y.device)
+    for start in range(0, n_tokens, chunk_rows(n_tokens)):
+        block = slice(start, start + chunk_rows(n_tokens))
+        products = (Y[:, block].T @ Y).abs_()
+        products.diagonal(offset=start).zero_()
+        strongest[block] = products.amax(1)
+    largest_square = Y.square().sum(0).amax()
+    correlated = strongest > NEGLIGIBLE * largest_square
+    mu_z = torch.where(correlated, strongest, torch.inf).amin()
+    mu_z = torch.where(correlated.any(), mu_z, largest_square)
+    mu_e, mu_z = float(mu_e), float(mu_z)
+    return alpha_e / (mu_e or 1.0), alpha_z / (mu_z or 1.0)

@@ -1,0 +1,283 @@
+"""The command line: `videoanchor demo | run | info`. Exit codes: 0 done, 2 wrong input, 1 failure."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+
+class ProgressLine:
+    """One line on standard error that is written over, with the stage and how far it is; silent where nobody "
+    "watches."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled and sys.stderr.isatty()
+        self._last = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._enabled and now - self._last > 0.1:
+            self._last = now
+            share = f" {done}/{total} ({100 * done // total}%)" if total else f" {done}"
+            print(f"\r\033[K  {stage}{share}", end="", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A message that stays."""
+        self.close()
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._enabled:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `videoanchor`."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.command(args)
+    except InputError as error:
+        print(f"videoanchor {args.name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"videoanchor {args.name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="videoanchor",
+        description="VideoAnchor for video language models: visual tokens are scored by sparse subspace clustering and "
+        "every decoder attention is gated by the scores.",
+        epilog="Start with: videoanchor demo",
+    )
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="the whole pipeline on a clip and a tiny random model made on the spot; downloads nothing",
+        description="Makes a clip with known camera motion and a tiny random Qwen2.5-VL, runs `videoanchor run` on "
+        "them, and "
+        "compares every attention call with a dense fp64 reference.",
+    )
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: %(default)s")
+    demo.set_defaults(command=_demo)
+
+    run = commands.add_parser(
+        "run",
+        help="one video, one question, one checkpoint",
+        description="Asks a checkpoint about a video with the gate on. Writes result.json, anchors.safetensors "
+        "(scores, "
+        "labels, grid, timestamps) and anchors.png to --out.",
+    )
+    run.add_argument(
+        "--model", required=True, metavar="NAME_OR_PATH", help="a transformers checkpoint: folder or hub name"
+    )
+    run.add_argument("--video", required=True, type=Path, metavar="FILE")
+    run.add_argument("--question", required=True)
+    run.add_argument("--out", required=True, type=Path, metavar="DIR")
+    run.add_argument(
+        "--fps", type=float, metavar="N", help="frames per second of video; default: --max-frames over all of it"
+    )
+    run.add_argument("--max-frames", type=int, default=32, metavar="N", help="default: %(default)s")
+    run.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
+    run.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16; default: the checkpoint's")
+    run.add_argument("--json", action="store_true", help="print result.json instead of the report")
+    gate = run.add_argument_group("gate", "published for one model only: --preset internvl2-8b; else give both alphas")
+    gate.add_argument("--preset", metavar="NAME", help="published settings of a model")
+    gate.add_argument("--alpha-k", type=float, metavar="A", help="strength on keys: gamma_k = 1 + A * score")
+    gate.add_argument("--alpha-v", type=float, metavar="A", help="strength on values: gamma_v = 1 + A * score")
+    gate.add_argument("--alpha-q", type=float, metavar="A", help="on queries; cancels in the softmax")
+    gate.add_argument(
+        "--decode", choices=("persist", "prefill"), help="gate also while decoding (paper, default) or not"
+    )
+    scores = run.add_argument_group("scores")
+    scores.add_argument("--scorer", choices=("ssc", "kmeans", "uniform"), help="default: ssc")
+    scores.add_argument("--n-clusters", type=int, metavar="N", help="subspaces; default: 24 (published)")
+    scores.add_argument("--pca-rank", type=int, metavar="R", help="default: 64")
+    scores.add_argument("--random-state", type=int, metavar="SEED", help="default: 0")
+    run.set_defaults(command=_run)
+
+    info = commands.add_parser("info", help="versions, device and what each attention backend can do here")
+    info.add_argument("--json", action="store_true")
+    info.set_defaults(command=_info)
+    return parser
+
+
+_CONFIG_OPTIONS = ("alpha_k", "alpha_v", "alpha_q", "decode", "scorer", "n_clusters", "pca_rank", "random_state")
+
+
+def _config(args: argparse.Namespace) -> Any:
+    from ..anchor.config import VideoAnchorConfig
+
+    given = {name: getattr(args, name) for name in _CONFIG_OPTIONS if getattr(args, name) is not None}
+    if args.preset is None and not {"alpha_k", "alpha_v"} <= given.keys():
+        raise InputError(
+            "the strength of the gate is not known for this model: give --alpha-k and --alpha-v, or --preset "
+            "internvl2-8b (4.0, 9.5, 2.5 for Q, K, V: the only published values)"
+        )
+    try:
+        return VideoAnchorConfig(**given) if args.preset is None else VideoAnchorConfig.preset(args.preset, **given)
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error)) from error
+
+
+def _prepare_libraries() -> None:
+    """Imports what the pipeline needs, quietly."""
+    from .torchvision_compat import make_torchvision_importable
+
+    make_torchvision_importable()
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _run(args: argparse.Namespace) -> int:
+    from .output import check_folder
+
+    config = _config(args)
+    if args.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens: expected 1 or more, got {args.max_new_tokens}")
+    check_folder(args.out)
+    _, result = _answer(args, config, ProgressLine(not args.json))
+    if args.json:
+        print((args.out / "result.json").read_text(), end="")
+    else:
+        _report(result, args.out)
+    return 0
+
+
+def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine) -> Any:
+    """Decodes, loads, asks and writes; what `run` and `demo` share. Returns the clip and the result."""
+    from .video import read_video
+
+    start = time.perf_counter()
+    clip = read_video(args.video, fps=args.fps, max_frames=args.max_frames, progress=progress)
+    decoded = time.perf_counter()
+    progress.say(f"{args.video}: {len(clip.frames)} of {clip.n_source_frames} frames, {clip.duration:.1f} s")
+    _prepare_libraries()
+    from . import output, pipeline
+
+    model, processor = pipeline.load(args.model, args.device, args.dtype)
+    loaded = time.perf_counter()
+    progress.say(f"{args.model}: {type(model).__name__} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
+    result = pipeline.answer(
+        model, processor, clip, args.question, config, max_new_tokens=args.max_new_tokens, progress=progress
+    )
+    progress.close()
+    about = {
+        "model": str(args.model),
+        "video": str(args.video),
+        "question": args.question,
+        "seconds": {"decode_video": decoded - start, "load_model": loaded - decoded},
+    }
+    output.write_run(args.out, result, clip, config, about)
+    return clip, result
+
+
+def _report(result: Any, out: Path) -> None:
+    seconds = json.loads((out / "result.json").read_text())["seconds"]
+    scores, sizes = result.anchor.scores, result.anchor.labels.bincount()
+    grid = result.grid
+    print(f"answer    {result.answer}")
+    print(
+        f"tokens    {result.n_prompt_tokens} in the prompt, {result.n_visual_tokens} visual ({grid.t} x {grid.h} x "
+        f"{grid.w}{f' + {grid.n_extra}' if grid.n_extra else ''}), {result.n_generated_tokens} generated"
+    )
+    print(
+        f"scores    min {float(scores.min()):.3f}, median {float(scores.median()):.3f}, max {float(scores.max()):.3f}; "
+        f"{int((sizes > 0).sum())} subspaces of {int(sizes[sizes > 0].min())} to {int(sizes.max())} tokens; "
+        f"{result.anchor.n_iter} iterations"
+    )
+    stages = ("decode_video", "load_model", "vision", "ssc", "prefill", "decode_per_token", "total")
+    print("seconds   " + ", ".join(f"{stage.replace('_', ' ')} {seconds[stage]:.3f}" for stage in stages))
+    for name in ("result.json", "anchors.safetensors", "anchors.png"):
+        print(f"wrote     {out / name}")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .output import check_folder
+
+    check_folder(args.out)
+    import torch
+
+    if not torch.cuda.is_available():  # before Triton is imported: its kernels run in Triton's interpreter here
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    _prepare_libraries()
+    from ..anchor.config import VideoAnchorConfig
+    from . import demo
+
+    progress = ProgressLine(True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.video, args.model = args.out / "clip.mp4", args.out / "checkpoint"
+    cameras = demo.make_clip(args.video)
+    demo.write_cameras(args.out / "cameras.json", cameras)
+    demo.make_checkpoint(args.model)
+    args.question, args.fps, args.max_frames = demo.QUESTION, None, 16
+    args.device, args.dtype, args.max_new_tokens = "auto", "auto", 12
+    with demo.record_attention() as calls:
+        clip, result = _answer(args, VideoAnchorConfig.preset("internvl2-8b"), progress)
+    _report(result, args.out)
+    largest, errors = demo.compare_with_reference(calls, ("triton", "sdpa"), progress)
+    progress.close()
+    print(f"kernels   largest |output - dense fp64 reference| over the {len(calls)} attention calls of this run,")
+    print(f"          where the largest |output| is {largest:.2f}")
+    for name, error in errors.items():
+        how = "  (in Triton's interpreter)" if name == "triton" and not torch.cuda.is_available() else ""
+        print(f"          {name:7s} {error if isinstance(error, str) else f'{error:.1e}{how}'}")
+    agree, chance, n_pairs = demo.agreement(result.anchor.labels.cpu().numpy(), cameras[clip.indices], result.grid)
+    print(
+        f"camera    {100 * agree:.0f}% of {n_pairs} token pairs that show the same place in neighbouring steps share a "
+        f"subspace ({100 * chance:.0f}% would by chance)"
+    )
+    print("The weights are random, so the answer is noise and the times are not a model's. On a checkpoint of yours:")
+    print("videoanchor run --model NAME_OR_PATH --video FILE --question '...' --alpha-k A --alpha-v A --out DIR")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    _prepare_libraries()
+    import torch
+
+    from ..kernels.api import available_backends
+    from .output import versions
+
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
+    report = {
+        "versions": versions(),
+        "devices": [
+            {
+                "device": str(device),
+                "name": torch.cuda.get_device_name(device)
+                if device.type == "cuda"
+                else f"{torch.get_num_threads()} threads",
+                "backends": available_backends(device),
+            }
+            for device in devices
+        ],
+    }
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    for name, version in report["versions"].items():
+        print(f"{name:18s} {version}")
+    for entry in report["devices"]:
+        print(f"\n{entry['device']} ({entry['name']})")
+        for backend, what in entry["backends"].items():
+            print(f"  {backend:10s} {what}")
+    return 0
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""`anchors.png`: frames with the scores and with the subspaces laid over them."""
+
+from pathlib import Path
+
+import numpy as np
+
+from .token_grid import TokenGrid
+from .video import VideoClip
+
+MAX_COLUMNS = 8
+N_COLOURED = 12
+# Paul Tol's "muted" and "light" qualitative schemes, chosen to stay apart under the common colour-vision deficiencies.
+_COLOURS = [
+    "#CC6677",
+    "#332288",
+    "#DDCC77",
+    "#117733",
+    "#88CCEE",
+    "#882255",
+    "#44AA99",
+    "#999933",
+    "#AA4499",
+    "#EE8866",
+    "#77AADD",
+    "#EEDD88",
+]
+_OTHER = "#8A8A8A"
+
+
+def draw(
+    path: str | Path, clip: VideoClip, grid: TokenGrid, scores: np.ndarray, labels: np.ndarray, title: str
+) -> None:
+    """Writes the contact sheet as PNG.
+
+    Args:
+        path: file to write.
+        clip: the sampled frames.
+        grid: where the visual tokens lie.
+        scores: (N,) in [0, 1]; labels: (N,) subspace of each token.
+        title: one line above the frames.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    steps = np.unique(np.linspace(0, grid.t - 1, min(grid.t, MAX_COLUMNS)).round().astype(int))
+    frame_of_step = np.minimum(steps * len(clip.frames) // grid.t, len(clip.frames) - 1)
+    score_grid = grid.arrange(scores)
+    order = np.argsort(-np.bincount(labels), kind="stable")
+    rank = np.empty(len(order), dtype=int)
+    rank[order] = np.arange(len(order))
+    n_coloured = min(N_COLOURED, int((np.bincount(labels) > 0).sum()))
+    label_grid = grid.arrange(np.minimum(rank[labels], N_COLOURED))
+
+    height, width = clip.frames.shape[1:3]
+    cell = 1.75
+    rows = ("frame", "score", "subspace")
+    figure, axes = plt.subplots(
+        3,
+        len(steps),
+        figsize=(cell * len(steps) + 1.9, 3 * cell * height / width + 1.25),
+        squeeze=False,
+        layout="constrained",
+    )
+    palette = ListedColormap([*_COLOURS, _OTHER])
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    heat = None
+    for column, (step, frame) in enumerate(zip(steps, frame_of_step, strict=True)):
+        picture = clip.frames[frame]
+        grey = np.repeat(picture.mean(-1, keepdims=True) / 255.0, 3, -1)
+        axes[0, column].imshow(picture)
+        axes[0, column].set_title(f"{clip.timestamps[frame]:.2f} s", fontsize=9)
+        axes[1, column].imshow(grey)
+        heat = axes[1, column].imshow(
+            score_grid[step], extent=extent, cmap="viridis", vmin=0, vmax=1, alpha=0.65, interpolation="nearest"
+        )
+        axes[2, column].imshow(grey)
+        axes[2, column].imshow(
+            label_grid[step],
+            extent=extent,
+            cmap=palette,
+            vmin=-0.5,
+            vmax=N_COLOURED + 0.5,
+            alpha=0.65,
+            interpolation="nearest",
+        )
+    for row, name in enumerate(rows):
+        axes[row, 0].set_ylabel(name, fontsize=10)
+        for axis in axes[row]:
+            axis.set_xticks([])
+            axis.set_yticks([])
+    assert heat is not None
+    figure.colorbar(heat, ax=axes[1, :].tolist(), pad=0.01, fraction=0.05, aspect=12).set_label("score", fontsize=9)
+    handles = [Patch(color=_COLOURS[i], label=f"{i + 1}") for i in range(n_coloured)]
+    if len(order) > N_COLOURED:
+        handles.append(Patch(color=_OTHER, label="rest"))
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(handles),
+        fontsize=8,
+        frameon=False,
+        title="subspaces by size, the largest first",
+        title_fontsize=8,
+        handlelength=1.0,
+        columnspacing=1.0,
+    )
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

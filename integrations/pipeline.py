@@ -1,0 +1,281 @@
+"""One video and one question through one checkpoint: the main job of the command line, as functions."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from ..anchor.config import VideoAnchorConfig
+from ..anchor.memory import check_dense_memory
+from ..anchor.scores import AnchorResult
+from .attention import IMPLEMENTATION
+from .enable import enable, find_multimodal_model, visual_token_ids
+from .errors import InputError
+from .token_grid import TokenGrid
+from .video import VideoClip
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """What `answer` returns.
+
+    Args:
+        answer: the generated text.
+        n_prompt_tokens, n_visual_tokens, n_generated_tokens: counts.
+        grid: where the visual tokens lie.
+        anchor: scores and labels of the visual tokens.
+        seconds: by stage: vision, ssc, prefill, decode, decode_per_token, total.
+        peak_memory_bytes: of the device's allocator; None on a CPU.
+    """
+
+    answer: str
+    n_prompt_tokens: int
+    n_visual_tokens: int
+    n_generated_tokens: int
+    grid: TokenGrid
+    anchor: AnchorResult
+    seconds: dict[str, float]
+    peak_memory_bytes: int | None
+
+
+def load(name_or_path: str, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, Any]:
+    """Loads a checkpoint and its processor, with the language model's attention set to `videoanchor_triton`.
+
+    Args:
+        name_or_path: a folder or a name on the Hugging Face hub.
+        device: "auto" (spread over the GPUs there are, else CPU), "cpu", "cuda" or "cuda:N".
+        dtype: "auto" (the checkpoint's), or a torch dtype's name.
+
+    Raises:
+        InputError: when the checkpoint cannot be loaded, or has no visual tokens.
+    """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {device}: no CUDA device here; use --device cpu")
+    device_map = device if device != "auto" else ("auto" if torch.cuda.is_available() else "cpu")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            name_or_path,
+            dtype=dtype,
+            device_map=device_map,
+            attn_implementation={"text_config": IMPLEMENTATION},
+        )
+        processor = AutoProcessor.from_pretrained(name_or_path)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise InputError(f"model {name_or_path} cannot be loaded: {_first_line(error)}") from error
+    try:
+        find_multimodal_model(model)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if not hasattr(processor, "apply_chat_template"):
+        raise InputError(f"model {name_or_path} has no multimodal processor: expected one with a chat template")
+    return model.eval(), processor
+
+
+def prepare(model: PreTrainedModel, processor: Any, clip: VideoClip, question: str) -> tuple[dict[str, Any], TokenGrid]:
+    """The model's inputs for one video and one question, on the model's device, and the grid of the visual tokens.
+
+    Raises:
+        InputError: when the processor cannot place the video in the prompt.
+    """
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
+    try:
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        inputs = processor(
+            text=[prompt],
+            videos=[torch.from_numpy(clip.frames).permute(0, 3, 1, 2)],
+            video_metadata=[_metadata(clip)],
+            do_sample_frames=False,
+            fps=clip.sampled_fps,
+            return_tensors="pt",
+        )
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{type(processor).__name__} cannot take this video: {_first_line(error)}") from error
+    base = find_multimodal_model(model)
+    tokens = torch.tensor(list(visual_token_ids(base).values()))
+    n_visual = int(torch.isin(inputs["input_ids"], tokens).sum())
+    if not n_visual:
+        raise InputError(
+            f"the prompt of {type(processor).__name__} holds no visual token: its chat template takes no video"
+        )
+    grid = _token_grid(inputs, n_visual, len(clip.frames), base)
+    return dict(inputs.to(model.device)), grid
+
+
+def check_fits(
+    model: PreTrainedModel,
+    n_prompt: int,
+    max_new_tokens: int,
+    clip: VideoClip,
+    grid: TokenGrid,
+    config: VideoAnchorConfig,
+) -> None:
+    """Refuses a prompt past the model's context, or more visual tokens than the scores have memory for.
+
+    Raises:
+        InputError: with the number of frames that would fit.
+    """
+    n_frames = len(clip.frames)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    needed = n_prompt + max_new_tokens
+    if limit is not None and needed > limit:
+        frames = int(n_frames * (limit - max_new_tokens - n_prompt + grid.n_tokens) / grid.n_tokens)
+        advice = f"try --max-frames {frames}" if frames > 0 else f"lower --max-new-tokens {max_new_tokens}"
+        raise InputError(f"{n_frames} frames need {needed} tokens and the model's context holds {limit}: {advice}")
+    if config.scorer == "ssc":
+        n_features = model.config.get_text_config().hidden_size
+        rank = min(n_features if config.pca_rank is None else config.pca_rank, n_features, grid.n_tokens)
+        try:
+            check_dense_memory(grid.n_tokens, rank, torch.float32, model.device)
+        except MemoryError as error:
+            raise InputError(f"{error} (--max-frames below {n_frames})") from error
+
+
+def answer(
+    model: PreTrainedModel,
+    processor: Any,
+    clip: VideoClip,
+    question: str,
+    config: VideoAnchorConfig,
+    *,
+    max_new_tokens: int = 128,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Asks `question` about `clip` with the gate on, by greedy decoding.
+
+    Raises:
+        InputError: when the video does not fit the model, its context or the memory.
+    """
+    inputs, grid = prepare(model, processor, clip, question)
+    n_prompt = inputs["input_ids"].shape[1]
+    check_fits(model, n_prompt, max_new_tokens, clip, grid, config)
+    cuda = model.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        with enable(model, config) as handle, torch.inference_mode(), _stage_times(model, progress) as times:
+            handle.progress = progress
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # pyright: ignore
+            result = handle.last[0]
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise InputError(
+            f"not enough memory for {grid.n_tokens} visual tokens (--max-frames below {len(clip.frames)}): "
+            f"{_first_line(error)}"
+        ) from error
+    assert result is not None  # check_fits and prepare let no prompt without visual tokens pass
+    generated = output[0, n_prompt:]
+    return RunResult(
+        answer=processor.batch_decode(generated[None], skip_special_tokens=True)[0].strip(),
+        n_prompt_tokens=n_prompt,
+        n_visual_tokens=grid.n_tokens,
+        n_generated_tokens=len(generated),
+        grid=grid,
+        anchor=result,
+        seconds=times.summary(sum(result.seconds.values())),
+        peak_memory_bytes=torch.cuda.max_memory_allocated() if cuda else None,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+
+
+def _metadata(clip: VideoClip) -> Any:
+    from transformers.video_utils import VideoMetadata
+
+    return VideoMetadata(
+        total_num_frames=clip.n_source_frames,
+        fps=clip.source_fps,
+        width=clip.frames.shape[2],
+        height=clip.frames.shape[1],
+        duration=clip.duration,
+        video_backend="pyav",
+        frames_indices=clip.indices.tolist(),
+    )
+
+
+def _token_grid(inputs: Any, n_visual: int, n_frames: int, base: PreTrainedModel) -> TokenGrid:
+    if "video_grid_thw" in inputs:
+        t, h, w = (int(n) for n in inputs["video_grid_thw"][0])
+        merge = base.config.vision_config.spatial_merge_size
+        grid = TokenGrid(t, h // merge, w // merge)
+    else:  # a square of tokens for each frame
+        side = math.isqrt(n_visual // n_frames)
+        grid = TokenGrid(n_frames, side, side, n_visual - n_frames * side * side)
+    if grid.n_tokens != n_visual or grid.n_extra >= grid.h * grid.w:
+        raise InputError(
+            f"cannot lay {n_visual} visual tokens on {n_frames} frames: {type(base).__name__} places them in a way "
+            f"that this package does not know"
+        )
+    return grid
+
+
+@dataclass
+class _StageTimes:
+    device: torch.device
+    vision: float = 0.0
+    steps: list[float] = field(default_factory=list)
+    _start: float = 0.0
+    total: float = 0.0
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def summary(self, ssc: float) -> dict[str, float]:
+        """Seconds by stage. A step runs from its forward's start to its end; scoring happens inside the first one."""
+        first, decode = self.steps[0], sum(self.steps[1:])
+        return {
+            "vision": self.vision,
+            "ssc": ssc,
+            "prefill": first,
+            "decode": decode,
+            "decode_per_token": decode / max(len(self.steps) - 1, 1),
+            "total": self.total,
+        }
+
+
+@contextmanager
+def _stage_times(model: PreTrainedModel, progress: Progress | None):
+    """Times the vision tower and each pass of the language model (its layers only: the scores come before them)."""
+    base = find_multimodal_model(model)
+    tower: nn.Module = getattr(base, "visual", None) or base.vision_tower  # pyright: ignore[reportAssignmentType]
+    times = _StageTimes(model.device)
+
+    def start(*_: Any) -> None:
+        times._start = times.now()
+
+    def end_vision(*_: Any) -> None:
+        times.vision += times.now() - times._start
+
+    def end_step(*_: Any) -> None:
+        times.steps.append(times.now() - times._start)
+        if progress is not None:
+            progress("tokens", len(times.steps), 0)
+
+    text: nn.Module = base.language_model  # pyright: ignore[reportAssignmentType]
+    hooks = [
+        tower.register_forward_pre_hook(start),
+        tower.register_forward_hook(end_vision),
+        text.register_forward_pre_hook(
+            start
+        ),  # registered after the gate's hook, so it runs after the scores are there
+        text.register_forward_hook(end_step),
+    ]
+    begin = times.now()
+    try:
+        yield times
+    finally:
+        times.total = times.now() - begin
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,271 @@
+"""Decode: few query rows over many keys. Splits of the keys run side by side, a merge joins them by their lse.
+
+Rows pack (query position, head of the group), so that a KV head's keys are read once for its whole group. The gates are
+read raw: log2 gK is added to the logits and gV scales the weights, so that the cache stays ungated.
+"""
+
+import math
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from .gates import expand_gate
+from .steps import LN2, finite_max, load_rows, visible_keys, visible_pairs
+from .tiles import decode_tile, multiprocessors
+
+MAX_QUERIES = 16
+MERGE_BLOCK = 16
+SPLIT_KEYS = 256
+
+
+GATE_STRIDES = ["stride_gkb", "stride_gkh", "stride_gvb", "stride_gvh"]
+
+
+@triton.jit(do_not_specialize=["Nq", "Nk", "Nk_gk", "Nk_gv", "window", "stride_mb", *GATE_STRIDES])
+def split_kernel(
+    q,
+    k,
+    v,
+    gamma_k,
+    gamma_v,
+    seen,
+    part_out,
+    part_lse,
+    scale_log2,
+    Nq,
+    Nk,
+    Nk_gk,
+    Nk_gv,
+    Hkv,
+    group,
+    window,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_gkb,
+    stride_gkh,
+    stride_gvb,
+    stride_gvh,
+    stride_mb,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    i_split = tl.program_id(1)
+    n_splits = tl.num_programs(1)
+    n_blocks = tl.cdiv(Nq * group, BM)
+    i_bkv = tl.program_id(0) // n_blocks
+    i_b = (i_bkv // Hkv).to(tl.int64)
+    i_kv = (i_bkv % Hkv).to(tl.int64)
+
+    # [BM] packed rows
+    o_r = tl.program_id(0) % n_blocks * BM + tl.arange(0, BM)
+    m_r = o_r < Nq * group
+    o_m = o_r // group
+    o_h = i_kv * group + o_r % group
+    o_position = o_m + Nk - Nq
+
+    p_k = k + i_b * stride_kb + i_kv * stride_kh
+    p_v = v + i_b * stride_vb + i_kv * stride_vh
+    p_seen = seen + i_b * stride_mb if seen is not None else None
+    p_q = q + i_b * stride_qb + (o_h * stride_qh + o_m.to(tl.int64) * stride_qn)[:, None]
+    o_d = tl.arange(0, BD)[None, :]
+    m_d = o_d < D
+    # [BM, BD]
+    b_q = tl.load(p_q + o_d, mask=m_r[:, None] & m_d, other=0.0)
+    b_acc = tl.zeros([BM, BD], tl.float32)
+    b_max = tl.full([BM], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+
+    i_first = tl.maximum(Nk - Nq - window + 1, 0) // BN * BN if WINDOW else 0
+    n_keys = tl.cdiv(tl.cdiv(Nk - i_first, n_splits), BN) * BN
+    i_start = i_first + i_split * n_keys
+    i_end = tl.minimum(i_start + n_keys, Nk)
+    for i_n in tl.range(i_start, i_end, BN, num_stages=STAGES):
+        i_n = tl.multiple_of(i_n, BN)
+        o_n = i_n + tl.arange(0, BN)
+        m_keys = visible_keys(p_seen, o_n, i_end)
+        m_tile = m_keys[:, None] & m_d if BD > D else m_keys[:, None]
+        # [BM, BN] = [BM, BD] [BD, BN]
+        b_k = load_rows(p_k, i_n, stride_kn, m_tile, BN, BD, True)
+        b_s = tl.dot(b_q, b_k.T, input_precision="ieee") * scale_log2
+        if gamma_k is not None:
+            p_gate = gamma_k + i_b * stride_gkb + i_kv * stride_gkh + o_n
+            b_s += tl.log2(tl.load(p_gate, mask=m_keys & (o_n < Nk_gk), other=1.0).to(tl.float32))[None, :]
+        b_s = tl.where(visible_pairs(m_keys, o_n, o_position, window, CAUSAL, WINDOW), b_s, float("-inf"))
+        b_max_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_shift = finite_max(b_max_new)
+        b_p = tl.exp2(b_s - b_shift[:, None])
+        b_decay = tl.exp2(b_max - b_shift)
+        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        if gamma_v is not None:
+            p_gate = gamma_v + i_b * stride_gvb + i_kv * stride_gvh + o_n
+            b_p *= tl.load(p_gate, mask=m_keys & (o_n < Nk_gv), other=1.0).to(tl.float32)[None, :]
+        b_p = b_p.to(v.dtype.element_ty)
+        # [BM, BD] += [BM, BN] [BN, BD]
+        b_v = load_rows(p_v, i_n, stride_vn, m_tile, BN, BD, True)
+        b_acc = tl.dot(b_p, b_v, b_acc * b_decay[:, None], input_precision="ieee")
+        b_max = b_max_new
+
+    # a row without a visible key in this split has sum 0 and max -inf: output 0, lse -inf
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
+    o_part = ((i_b * Hkv * group + o_h) * Nq + o_m) * n_splits + i_split
+    tl.store(part_out + o_part[:, None] * D + o_d, b_acc / b_sum[:, None], mask=m_r[:, None] & m_d)
+    tl.store(part_lse + o_part, b_max + tl.log2(b_sum), mask=m_r)
+
+
+@triton.jit(do_not_specialize=["Nq", "n_splits"])
+def merge_kernel(
+    part_out,
+    part_lse,
+    out,
+    lse,
+    Hq,
+    Nq,
+    n_splits,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BS: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    i_b = i_row // (Hq * Nq)
+    i_h = i_row // Nq % Hq
+    i_m = i_row % Nq
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    b_acc = tl.zeros([BD], tl.float32)
+    b_sum = 0.0
+    b_max = float("-inf")
+    for i_split in tl.range(0, n_splits, BS):
+        o_split = i_split + tl.arange(0, BS)
+        m_split = o_split < n_splits
+        # [BS], [BS, BD]
+        b_lse = tl.load(part_lse + i_row * n_splits + o_split, mask=m_split, other=float("-inf"))
+        p_part = part_out + (i_row * n_splits + o_split)[:, None] * D + o_d[None, :]
+        b_part = tl.load(p_part, mask=m_split[:, None] & m_d[None, :], other=0.0)
+        b_max_new = tl.maximum(b_max, tl.max(b_lse, 0))
+        b_shift = finite_max(b_max_new)
+        b_weight = tl.exp2(b_lse - b_shift)
+        b_decay = tl.exp2(b_max - b_shift)
+        b_sum = b_sum * b_decay + tl.sum(b_weight, 0)
+        b_acc = b_acc * b_decay + tl.sum(b_part * b_weight[:, None], 0)
+        b_max = b_max_new
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
+    p_out = out + i_b * stride_ob + i_h * stride_oh + i_m * stride_on
+    tl.store(p_out + o_d, (b_acc / b_sum).to(out.dtype.element_ty), mask=m_d)
+    tl.store(lse + i_row, (b_max + tl.log2(b_sum)) * LN2)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Columns of a decode tile: a padded product costs less here than one 16 columns wide, which idles the warps."""
+    return max(32, triton.next_power_of_2(head_dim))
+
+
+@cache
+def split_count(programs: int, most: int, slots: int) -> int:
+    """Splits of a row block: the fewest, up to `most`, that fill their waves over `slots` to 85% of the best filling."""
+    if programs >= 0.8 * slots:
+        return 1
+
+    def filling(splits: int) -> float:
+        waves = programs * splits / slots
+        return waves / -(-programs * splits // slots)
+
+    best = max(filling(splits) for splits in range(1, most + 1))
+    return next(splits for splits in range(1, most + 1) if filling(splits) >= 0.85 * best)
+
+
+def decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gamma_k: torch.Tensor | None,
+    gamma_v: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    target: str,
+    splits: int | None = None,
+) -> None:
+    """Launch split and merge. Rows of q, k, v and out must be contiguous and less than 2**23 elements apart."""
+    batch, query_heads, queries, head_dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    group = query_heads // kv_heads
+    tile = decode_tile(target, head_dim, q.element_size(), queries * group)
+    programs = triton.cdiv(queries * group, tile.queries) * kv_heads * batch
+    if splits is None:
+        seen_keys = keys if window is None else min(keys, window + queries - 1)
+        splits = split_count(programs, max(seen_keys // SPLIT_KEYS, 1), 2 * multiprocessors(q.device))
+    part_out = torch.empty((batch, query_heads, queries, splits, head_dim), dtype=torch.float32, device=q.device)
+    part_lse = torch.empty((batch, query_heads, queries, splits), dtype=torch.float32, device=q.device)
+    if gamma_k is not None:
+        gamma_k = expand_gate(gamma_k, batch, kv_heads)
+    if gamma_v is not None:
+        gamma_v = expand_gate(gamma_v, batch, kv_heads)
+    split_kernel[(programs, splits)](
+        q,
+        k,
+        v,
+        gamma_k,
+        gamma_v,
+        None if key_padding_mask is None else key_padding_mask.view(torch.uint8),
+        part_out,
+        part_lse,
+        scale * math.log2(math.e),
+        queries,
+        keys,
+        0 if gamma_k is None else gamma_k.shape[-1],
+        0 if gamma_v is None else gamma_v.shape[-1],
+        kv_heads,
+        group,
+        0 if window is None else window,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *(gamma_k.stride()[:2] if gamma_k is not None else (0, 0)),
+        *(gamma_v.stride()[:2] if gamma_v is not None else (0, 0)),
+        key_padding_mask.stride(0) if key_padding_mask is not None else 0,
+        D=head_dim,
+        BD=padded_head_dim(head_dim),
+        BM=tile.queries,
+        BN=tile.keys,
+        CAUSAL=causal and queries > 1,
+        WINDOW=window is not None,
+        STAGES=tile.stages,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        enable_fp_fusion=True,
+    )
+    merge_kernel[(batch * query_heads * queries,)](
+        part_out,
+        part_lse,
+        out,
+        lse,
+        query_heads,
+        queries,
+        splits,
+        *out.stride()[:3],
+        D=head_dim,
+        BD=triton.next_power_of_2(head_dim),
+        BS=MERGE_BLOCK,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )

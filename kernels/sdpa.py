@@ -1,0 +1,186 @@
+"""Gated attention by torch's scaled_dot_product_attention, on any device and differentiable, never an Nq x Nk tensor.
+
+log gamma_K rides in extra columns of the head dim, q' = [q | c] and k' = [k | log(gamma_K) / (scale c)]: exact for any
+positive gate, where an additive mask in bf16 would round it. Half-precision inputs split the column in three, whose sum
+keeps 22 bits or more.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .gates import expand_gate, pad_gate
+
+CHUNK = 256
+
+
+def sdpa_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gamma_k: torch.Tensor | None,
+    gamma_v: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    positive_gate: bool,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of validated inputs: out (B, Hq, Nq, D) and, if asked for, lse (B, Hq, Nq) in fp32.
+
+    `positive_gate` promises that no gamma_k is 0, which saves the masks that such keys need.
+    """
+    batch, query_heads, queries, head_dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    group = query_heads // kv_heads
+    precise = torch.promote_types(q.dtype, torch.float32)
+
+    # (B * Hkv, group, Nq, D) and (B * Hkv, 1, Nk, D): a KV head is one batch entry and its group the heads, without a copy
+    q = q.reshape(batch * kv_heads, group, queries, head_dim)
+    k, v = (x.reshape(batch * kv_heads, 1, keys, head_dim) for x in (k, v))
+    seen = None
+    if key_padding_mask is not None:
+        seen = key_padding_mask.repeat_interleave(kv_heads, 0)[:, None]
+        k, v = k.masked_fill(~seen[..., None], 0), v.masked_fill(~seen[..., None], 0)
+
+    def gate_of_keys(gate: torch.Tensor) -> torch.Tensor:
+        gate = expand_gate(pad_gate(gate.to(precise), keys), batch, kv_heads).reshape(batch * kv_heads, 1, keys)
+        return gate if seen is None else gate.masked_fill(~seen, 1)
+
+    bias = None
+    if gamma_v is not None:
+        v = (v * gate_of_keys(gamma_v)[..., None]).to(q.dtype)
+    if gamma_k is not None:
+        gate = gate_of_keys(gamma_k)
+        if not positive_gate:
+            seen = gate != 0 if seen is None else seen & (gate != 0)
+            gate = torch.where(gate == 0, 1, gate)
+        bias = gate.log()
+
+    visible = Visibility(seen, queries, keys, causal, window, q.device)
+    if queries == 1:
+        out, lse = one_row(q, k, v, bias, visible, scale)
+    else:
+        out = fused_rows(q, k, v, bias, visible, scale)
+        lse = row_lse(q, k, bias, visible, scale) if return_lse else None
+    out = out.reshape(batch, query_heads, queries, head_dim)
+    return out, lse.reshape(batch, query_heads, queries).float() if return_lse and lse is not None else None
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which keys a query may see. `seen` is (B * Hkv, 1, Nk) bool, or None where every key may be seen."""
+
+    seen: torch.Tensor | None
+    queries: int
+    keys: int
+    causal: bool
+    window: int | None
+    device: torch.device
+
+    def key_range(self, start: int, end: int) -> tuple[int, int]:
+        """First and last (exclusive) key that some query of start..end may see."""
+        offset = self.keys - self.queries
+        first = 0 if self.window is None else max(0, start + offset - self.window + 1)
+        return first, max(first, min(self.keys, end + offset)) if self.causal else self.keys
+
+    def mask(self, start: int, end: int) -> torch.Tensor | None:
+        """Bool mask (B * Hkv or 1, 1, end - start or 1, keys of the range), or None where all are visible."""
+        first, last = self.key_range(start, end)
+        mask = None if self.seen is None else self.seen[:, :, None, first:last]
+        if self.causal:
+            position = torch.arange(start, end, device=self.device)[:, None] + self.keys - self.queries
+            key = torch.arange(first, last, device=self.device)
+            near = key <= position
+            if self.window is not None:
+                near = near & (key > position - self.window)
+            mask = near[None, None] if mask is None else mask & near
+        return mask
+
+
+def fused_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, visible: Visibility, scale: float
+) -> torch.Tensor:
+    """Attention by the fused kernels: one call where no mask is needed, else a chunk of query rows at a time."""
+    head_dim = q.shape[-1]
+    if bias is not None:
+        q, k, v = with_bias_columns(q, k, v, bias, scale)
+    group = q.shape[1]
+    k, v = k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1)
+    if visible.seen is None and visible.window is None and (not visible.causal or visible.queries == visible.keys):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=visible.causal)[..., :head_dim]
+    chunks = []
+    for start in range(0, visible.queries, CHUNK):
+        end = min(start + CHUNK, visible.queries)
+        first, last = visible.key_range(start, end)
+        rows = q[:, :, start:end]
+        if first == last:
+            chunks.append(torch.zeros_like(rows))
+            continue
+        mask = visible.mask(start, end)
+        dead = None
+        if mask is not None:
+            # a row without a visible key looks at every key, and is cleared afterwards
+            dead = ~mask.any(-1, keepdim=True)
+            mask = (mask | dead).expand(-1, -1, end - start, -1)
+        out = F.scaled_dot_product_attention(
+            rows, k[:, :, first:last], v[:, :, first:last], attn_mask=mask, scale=scale
+        )
+        chunks.append(out if dead is None else out.masked_fill(dead, 0))
+    return torch.cat(chunks, dim=2)[..., :head_dim]
+
+
+def with_bias_columns(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lengthen the head dim to a multiple of 8 so that scale * q'.k' = scale * q.k + bias; v gets zeros."""
+    parts = 1 if q.dtype == bias.dtype else 3
+    width = -(-(q.shape[-1] + parts) // 8) * 8 - q.shape[-1]
+    # a power of two, so that q's column is exact and k's column keeps the size of the bias
+    factor = 2.0 ** min(15, max(-14, round(-math.log2(scale))))
+    rest = bias / (scale * factor)
+    columns = []
+    for i in range(parts):
+        # one column carries the gradient of the sum
+        columns.append((rest if i == 0 else rest.detach()).to(q.dtype))
+        rest = rest - columns[-1]
+    k = F.pad(torch.cat([k, torch.stack(columns, -1)], dim=-1), (0, width - parts))
+    q = F.pad(F.pad(q, (0, parts), value=factor), (0, width - parts))
+    return q, k, F.pad(v, (0, width))
+
+
+def scores_of_rows(
+    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, visible: Visibility, scale: float, start: int, end: int
+) -> torch.Tensor:
+    """Masked scores (B * Hkv, group, end - start, keys of the range) in fp32 (fp64 for fp64 inputs)."""
+    first, last = visible.key_range(start, end)
+    precise = torch.promote_types(q.dtype, torch.float32)
+    scores = (q[:, :, start:end] @ k[:, :, first:last].transpose(-1, -2)).to(precise) * scale
+    if bias is not None:
+        scores = scores + bias[:, :, None, first:last]
+    mask = visible.mask(start, end)
+    return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+
+
+def row_lse(
+    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, visible: Visibility, scale: float
+) -> torch.Tensor:
+    chunks = []
+    for start in range(0, visible.queries, CHUNK):
+        end = min(start + CHUNK, visible.queries)
+        chunks.append(torch.logsumexp(scores_of_rows(q, k, bias, visible, scale, start, end), -1))
+    return torch.cat(chunks, dim=2)
+
+
+def one_row(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, visible: Visibility, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a single query position, whose scores are no larger than a row of k: no chunk, no copy of k."""
+    scores = scores_of_rows(q, k, bias, visible, scale, 0, 1)
+    lse = torch.logsumexp(scores, -1)
+    first, last = visible.key_range(0, 1)
+    weights = (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp()
+    return weights.to(q.dtype) @ v[:, :, first:last], lse

@@ -1,0 +1,39 @@
+"""Steps of a Triton tile that prefill and decode share."""
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_rows(p_base, i_n, stride_n, m_tile, BN: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    # [BN, D]; 64 bits for the tile's first row only: the launchers bound stride_n
+    p_rows = p_base + i_n.to(tl.int64) * stride_n + (tl.arange(0, BN)[:, None] * stride_n + tl.arange(0, D)[None, :])
+    return tl.load(p_rows, mask=m_tile, other=0.0) if MASKED else tl.load(p_rows)
+
+
+@triton.jit
+def visible_keys(p_seen, o_n, i_end):
+    # [BN]
+    m_keys = o_n < i_end
+    if p_seen is not None:
+        m_keys = m_keys & (tl.load(p_seen + o_n, mask=m_keys, other=0) != 0)
+    return m_keys
+
+
+@triton.jit
+def visible_pairs(m_keys, o_n, o_position, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    # [BM, BN] of query positions [BM] and keys [BN]
+    m_pairs = m_keys[None, :]
+    if CAUSAL:
+        m_pairs = m_pairs & (o_n[None, :] <= o_position[:, None])
+    if WINDOW:
+        m_pairs = m_pairs & (o_n[None, :] > o_position[:, None] - window)
+    return m_pairs
+
+
+@triton.jit
+def finite_max(b_max):
+    # for a row that has seen no key yet: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN
+    return tl.where(b_max == float("-inf"), 0.0, b_max)

@@ -1,0 +1,68 @@
+"""Tile sizes by target, head dim and element size. A table: nothing autotunes."""
+
+from typing import NamedTuple
+
+import torch
+
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
+INTERPRETER = "interpreter"
+
+
+class Tile(NamedTuple):
+    """Query rows and keys of a tile, warps of a program, stages of the load pipeline."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# 16-bit elements, by the largest head dim that the row serves
+AMPERE = {128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)}
+HOPPER = {64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)}
+CDNA = {128: Tile(128, 64, 4, 1), 256: Tile(64, 32, 4, 1)}
+PREFILL = {
+    "sm_80": AMPERE,
+    "sm_86": AMPERE,
+    "sm_89": AMPERE,
+    "sm_90": HOPPER,
+    "sm_100": HOPPER,
+    "sm_120": {96: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
+    "gfx942": CDNA,
+    INTERPRETER: {256: Tile(32, 32, 4, 1)},
+}
+PREFILL_FP32 = {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 4, 1)}
+DECODE_WIDE = {128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)}
+DECODE_SMALL_SHARED = {128: Tile(16, 64, 4, 2), 256: Tile(16, 32, 4, 2)}
+DECODE = {"sm_80": DECODE_WIDE, "sm_90": DECODE_WIDE, "sm_100": DECODE_WIDE}
+DECODE_FP32 = {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 1)}
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """Two powers of two that add up to `head_dim` (the second may be 0), so that no matrix product is padded."""
+    return {80: (64, 16), 96: (64, 32)}.get(head_dim, (head_dim, 0))
+
+
+def _row(table: dict[int, Tile], head_dim: int) -> Tile:
+    return table[min(size for size in table if size >= head_dim)]
+
+
+def prefill_tile(target: str, head_dim: int, element_size: int) -> Tile:
+    if target != INTERPRETER and element_size == 4:
+        return _row(PREFILL_FP32, head_dim)
+    return _row(PREFILL[target], head_dim)
+
+
+def decode_tile(target: str, head_dim: int, element_size: int, rows: int) -> Tile:
+    """The tile for `rows` packed rows (query positions times heads of a group)."""
+    if target == INTERPRETER:
+        tile = Tile(16, 32, 4, 1)
+    elif element_size == 4:
+        tile = _row(DECODE_FP32, head_dim)
+    else:
+        tile = _row(DECODE.get(target, DECODE_SMALL_SHARED), head_dim)
+    return tile._replace(queries=min(64, max(16, 1 << (rows - 1).bit_length())))
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -1,0 +1,55 @@
+"""VideoAnchor for video language models: subspace scores of visual tokens, and attention gated by them.
+
+Importing this package makes `attn_implementation="videoanchor_triton"` known to transformers, as soon as transformers
+is imported. Nothing heavy is imported before a name is used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .integrations import registration
+
+if TYPE_CHECKING:
+    from .anchor.config import VideoAnchorConfig
+    from .anchor.estimator import SparseSubspaceClustering
+    from .anchor.scores import AnchorResult, anchor_scores
+    from .integrations.enable import Handle, enable
+    from .kernels.api import anchored_attention, available_backends
+
+__version__ = "0.1.0"
+__all__ = [
+    "AnchorResult",
+    "Handle",
+    "SparseSubspaceClustering",
+    "VideoAnchorConfig",
+    "anchor_scores",
+    "anchored_attention",
+    "available_backends",
+    "enable",
+]
+
+_HOME = {
+    "AnchorResult": ".anchor.scores",
+    "Handle": ".integrations.enable",
+    "SparseSubspaceClustering": ".anchor.estimator",
+    "VideoAnchorConfig": ".anchor.config",
+    "anchor_scores": ".anchor.scores",
+    "anchored_attention": ".kernels.api",
+    "available_backends": ".kernels.api",
+    "enable": ".integrations.enable",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
+
+
+registration.register_when_transformers_is_imported()

@@ -1,0 +1,89 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from videoanchor_triton.anchor.config import VideoAnchorConfig
+from videoanchor_triton.anchor.solver import SolverOptions
+
+
+def norm_scorer(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens.norm(dim=1) / tokens.norm(dim=1).amax()
+
+
+def test_alphas_have_no_default():
+    with pytest.raises(TypeError, match="alpha_k"):
+        VideoAnchorConfig()  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match="positional"):
+        VideoAnchorConfig(1.0, 2.0)  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize("name", ["internvl2-8b", "InternVL2-8B"])
+def test_preset_holds_the_published_alphas(name):
+    config = VideoAnchorConfig.preset(name)
+    assert (config.alpha_q, config.alpha_k, config.alpha_v) == (4.0, 9.5, 2.5)
+    assert (config.n_clusters, config.alpha_e, config.alpha_z, config.affine) == (24, 800.0, 800.0, True)
+    assert VideoAnchorConfig.preset(name, alpha_q=0.0, n_clusters=8).alpha_q == 0.0
+
+
+def test_preset_invents_nothing():
+    with pytest.raises(ValueError, match=r"'qwen3-vl-8b', only for internvl2-8b; give alpha_k and alpha_v"):
+        VideoAnchorConfig.preset("qwen3-vl-8b")
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"alpha_k": -1.0}, ValueError, "alpha_k must be finite and >= 0"),
+        ({"alpha_v": float("nan")}, ValueError, "alpha_v must be finite"),
+        ({"alpha_q": float("inf")}, ValueError, "alpha_q must be finite"),
+        ({"alpha_k": "9.5"}, TypeError, "alpha_k must be a number"),
+        ({"alpha_k": True}, TypeError, "alpha_k must be a number"),
+        ({"n_clusters": 0}, ValueError, "n_clusters must be >= 1"),
+        ({"n_clusters": 2.0}, TypeError, "n_clusters must be an integer"),
+        ({"pca_rank": 0}, ValueError, "pca_rank must be >= 1"),
+        ({"random_state": -1}, ValueError, "random_state must be >= 0"),
+        ({"random_state": 2**32}, ValueError, "random_state must be >= 0 and <= 4294967295"),
+        ({"decode": "always"}, ValueError, "decode must be one of 'persist', 'prefill'"),
+        ({"scorer": "pca"}, ValueError, "scorer must be one of 'ssc', 'kmeans', 'uniform' or a function"),
+        ({"assign_labels": "kmeans"}, ValueError, "assign_labels must be one of 'discretize', 'cluster_qr'"),
+        ({"rho": 0.0}, ValueError, "rho must be finite and > 0"),
+        ({"max_iter": 0}, ValueError, "max_iter must be >= 1"),
+    ],
+    ids=str,
+)
+def test_settings_are_checked(settings, error, message):
+    with pytest.raises(error, match=message):
+        VideoAnchorConfig(**{"alpha_k": 1.0, "alpha_v": 1.0, **settings})
+
+
+def test_solver_options_are_passed_on():
+    config = VideoAnchorConfig(
+        alpha_k=1,
+        alpha_v=1,
+        rho=300.0,
+        relaxation=1.0,
+        tol=2e-4,
+        max_iter=10_000,
+        affine=False,
+        alpha_e=7.0,
+        alpha_z=9.0,
+    )
+    assert config.solver_options() == SolverOptions(
+        rho=300.0, relaxation=1.0, tol=2e-4, max_iter=10_000, affine=False, alpha_e=7.0, alpha_z=9.0
+    )
+    assert VideoAnchorConfig(alpha_k=1, alpha_v=1).solver_options() == SolverOptions()
+
+
+def test_to_dict_is_ready_for_json():
+    config = VideoAnchorConfig(alpha_k=np.float32(9.5), alpha_v=2.5, n_clusters=np.int64(8))  # pyright: ignore[reportArgumentType]
+    values = json.loads(json.dumps(config.to_dict()))
+    assert VideoAnchorConfig(**values) == config
+    custom = VideoAnchorConfig(alpha_k=1, alpha_v=1, scorer=norm_scorer)
+    assert custom.to_dict()["scorer"].endswith("test_config.norm_scorer")
+
+
+def test_to_dict_names_a_scorer_object_by_its_class():
+    scorer = torch.nn.Flatten()
+    assert VideoAnchorConfig(alpha_k=1, alpha_v=1, scorer=scorer).to_dict()["scorer"].endswith("flatten.Flatten")

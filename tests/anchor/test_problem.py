@@ -1,0 +1,121 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+from videoanchor_triton.anchor import memory, problem
+from videoanchor_triton.anchor.problem import as_tokens, penalty_weights, token_features
+
+from .reference import textbook_weights
+from .tokens import DEVICES, vit_like
+
+
+@pytest.mark.parametrize("shape", [(50, 7), (50, 50), (33, 120)], ids=str)
+@pytest.mark.parametrize("rank", [1, 5])
+@pytest.mark.parametrize("block", [8, 1024], ids="block{}".format)
+@pytest.mark.parametrize("device", DEVICES)
+def test_pca_agrees_with_scikit_learn(shape, rank, block, device, monkeypatch):
+    monkeypatch.setattr(problem, "PCA_BLOCK", block)
+    tokens = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 5
+    found = token_features(tokens.to(device), rank).cpu().numpy()
+    expected = PCA(rank, svd_solver="full").fit_transform(tokens.double().numpy()).T
+    largest = np.take_along_axis(expected, np.abs(expected).argmax(1)[:, None], 1)
+    np.testing.assert_allclose(found, expected * np.sign(largest), atol=1e-9)
+    assert (found.max(1) >= -found.min(1)).all()
+
+
+def test_features_do_not_depend_on_a_rotation_of_the_tokens():
+    tokens = vit_like(4, 20).double()
+    rotation = torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(0)).double()).Q
+    torch.testing.assert_close(token_features(tokens @ rotation, 16), token_features(tokens, 16), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rank"),
+    [
+        (torch.randn(5, 20), 4),
+        (torch.randn(20, 3), 3),
+        (torch.randn(20, 2) @ torch.randn(2, 30) + 1, 2),
+        (torch.ones(9, 30) * 0.1, 0),
+        (torch.zeros(9, 3), 0),
+        (torch.randn(1, 30), 0),
+        (1e6 + torch.randn(30, 1) @ torch.ones(1, 4), 1),
+    ],
+    ids=["tokens-1", "features", "numerical", "constant", "zero", "one-token", "large-mean"],
+)
+def test_rank_is_clipped_to_what_the_tokens_have(tokens, rank):
+    assert token_features(tokens.double(), 16).shape == (rank, len(tokens))
+
+
+def test_no_rank_means_the_tokens_themselves():
+    tokens = vit_like(2, 10)
+    assert torch.equal(token_features(tokens, None), tokens.double().T)
+
+
+@pytest.mark.parametrize("chunk", [50, 1 << 20], ids="chunk{}".format)
+@pytest.mark.parametrize("device", DEVICES)
+def test_weights_follow_their_definition(chunk, device, monkeypatch):
+    monkeypatch.setattr(memory, "CHUNK_ELEMENTS", chunk)
+    Y = token_features(vit_like(3, 11), 6)
+    found = penalty_weights(Y.to(device), 800.0, 700.0)
+    assert found == pytest.approx(textbook_weights(Y.numpy(), 800.0, 700.0), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("Y", "mu_e", "mu_z"),
+    [
+        (torch.tensor([[1.0, 2.0, 0.0], [1.0, 0.0, 0.0]]), 2.0, 2.0),
+        (torch.tensor([[1.0, 2.0, 1e-17], [1.0, 0.0, 0.0]]), 2.0, 2.0),
+        (torch.eye(3) * 3, 3.0, 9.0),
+        (torch.tensor([[0.0, 4.0, 0.0]]), 4.0, 16.0),
+        (torch.zeros(2, 3), 1.0, 1.0),
+        (torch.zeros(0, 3), 1.0, 1.0),
+    ],
+    ids=["zero-token", "roundoff-token", "orthogonal", "one-nonzero", "all-zero", "rank-0"],
+)
+def test_weights_stay_finite(Y, mu_e, mu_z):
+    assert penalty_weights(Y.double(), 800.0, 400.0) == pytest.approx((800 / mu_e, 400 / mu_z))
+
+
+@pytest.mark.parametrize(
+    ("given", "computed"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+    ids=str,
+)
+def test_precision_of_the_tokens(given, computed):
+    tokens = torch.randn(3, 4).to(given).requires_grad_()
+    found = as_tokens(tokens)
+    assert (found.dtype, found.requires_grad) == (computed, False)
+    assert torch.equal(found, tokens.detach().to(computed))
+
+
+def test_numpy_tokens():
+    tokens = np.arange(12, dtype=np.float32).reshape(3, 4)[::-1]
+    tokens.flags.writeable = False
+    assert np.array_equal(as_tokens(tokens).numpy(), tokens)
+    assert as_tokens(tokens.astype(np.float16)).dtype == torch.float32
+    assert np.array_equal(as_tokens(tokens.astype(">f8")).numpy(), tokens)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        ([[1.0]], TypeError, "X must be a torch tensor or a numpy array, got list"),
+        (torch.ones(2, 2, dtype=torch.int64), TypeError, "floating-point type, got torch.int64"),
+        (np.ones((2, 2), dtype=np.complex128), TypeError, "numpy array of complex128"),
+        (torch.ones(3), ValueError, r"2-D, \(n_tokens, n_features\), got shape \(3,\)"),
+        (torch.ones(1, 3, 2), ValueError, r"got shape \(1, 3, 2\)"),
+        (torch.ones(3, 0), ValueError, "at least one feature"),
+        (torch.tensor([[1.0, 2.0], [3.0, torch.nan], [torch.inf, 0.0]]), ValueError, "got 2 NaN.* token 1, feature 1"),
+        (torch.tensor([[1e5]]).half(), ValueError, "got 1 NaN or infinite"),
+    ],
+    ids=["list", "integer", "complex", "1-D", "3-D", "no-features", "nan", "half-overflow"],
+)
+def test_bad_tokens_are_refused(tokens, error, message):
+    with pytest.raises(error, match=message):
+        as_tokens(tokens)

@@ -1,0 +1,90 @@
+"""An eager attention that materialises the gate, written from the paper's formula, to compare generate() with."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tiny_models import IMAGE, SUPPRESSED, VIDEO
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+ALPHA_Q, ALPHA_K, ALPHA_V = 0.9, 1.7, 1.3
+GENERATE = {
+    "max_new_tokens": 6,
+    "do_sample": False,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+    "suppress_tokens": SUPPRESSED,
+}
+state: dict[str, Any] = {"scores": None, "decode": "persist"}
+
+
+def dense_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float = 1.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,  # noqa: ARG001
+) -> tuple[Tensor, None]:
+    """softmax(scale * Q K^T + log(gamma_Q gamma_K^T) + mask) (gamma_V * V), scores of cache positions from `state`."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    logits = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        logits = logits + attention_mask[..., :n_keys]
+    causal = is_causal if is_causal is not None else module.is_causal
+    scores: Tensor | None = state["scores"]
+    if causal and scores is not None and not (state["decode"] == "prefill" and n_queries == 1):
+        # `n_positions` positions are in the cache after this call, and a sliding-window layer sees the last `n_keys`.
+        total = state["n_positions"] if state.get("n_positions") else n_keys
+        s = F.pad(scores, (0, max(total - scores.shape[1], 0)))[:, total - n_keys : total]
+        gamma_q, gamma_k, gamma_v = 1 + ALPHA_Q * s[:, n_keys - n_queries :], 1 + ALPHA_K * s, 1 + ALPHA_V * s
+        logits = logits + torch.log(gamma_q[:, None, :, None] * gamma_k[:, None, None, :])
+        value = (value * gamma_v[:, None, :, None]).to(value.dtype)
+    weights = logits.softmax(-1, dtype=torch.float32).to(value.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("dense_eager", dense_attention)
+AttentionMaskInterface.register("dense_eager", eager_mask)
+
+
+def pseudo_scores(tokens: Tensor) -> Tensor:
+    """(N, D) -> (N,) in [0, 1]: depends on every token's features and, through the normalisation, on the whole set."""
+    y = torch.sin(1000 * tokens.float().sum(-1))
+    return (y - y.min()) / (y.max() - y.min() + 1e-5)
+
+
+def merged_scores(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """(B, T) scores from the merged embeddings, taken without the hooks under test."""
+    merged: dict[str, Tensor] = {}
+    hook = model.base_model.language_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: merged.update(embeds=kwargs["inputs_embeds"].clone()), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**batch, use_cache=False)
+    hook.remove()
+    visual = torch.isin(batch["input_ids"], torch.tensor([IMAGE, VIDEO]))
+    scores = torch.zeros(visual.shape)
+    for row in range(len(scores)):
+        if visual[row].any():
+            scores[row, visual[row]] = pseudo_scores(merged["embeds"][row, visual[row]])
+    return scores
+
+
+def generate_dense(
+    model: PreTrainedModel, batch: dict[str, Tensor], scores: Tensor, decode: str = "persist", **options: Any
+) -> Any:
+    """generate() with the dense gate."""
+    model.set_attn_implementation("dense_eager")
+    state.update(scores=scores, decode=decode)
+    try:
+        return model.generate(**batch, **{**GENERATE, **options})
+    finally:
+        state["scores"] = None
+        model.set_attn_implementation("sdpa")

@@ -1,0 +1,156 @@
+"""enable(): what it refuses, what it leaves behind, and the implementation without it."""
+
+import pytest
+import tiny_models as tiny
+import torch
+import transformers as hf
+from dense_eager import GENERATE, pseudo_scores
+from transformers.utils import logging
+
+import videoanchor_triton as va
+from videoanchor_triton.integrations import attention
+
+CONFIG = va.VideoAnchorConfig(alpha_k=1.7, alpha_v=1.3, scorer=pseudo_scores)
+
+
+@pytest.fixture
+def model() -> hf.PreTrainedModel:
+    model = tiny.build("qwen2_5_vl")
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def test_twice_is_refused_and_disable_twice_is_not(model: hf.PreTrainedModel) -> None:
+    handle = va.enable(model, CONFIG)
+    with pytest.raises(ValueError, match="enabled already"):
+        va.enable(model, CONFIG)
+    handle.disable()
+    handle.disable()
+    assert model.config.text_config._attn_implementation == "sdpa"
+    assert "generate" not in vars(model)
+    va.enable(model, CONFIG).disable()
+
+
+def test_model_without_visual_tokens() -> None:
+    text = hf.Qwen2Config(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM has no visual tokens"):
+        va.enable(hf.Qwen2ForCausalLM(text), CONFIG)
+
+
+def test_config_of_another_type(model: hf.PreTrainedModel) -> None:
+    with pytest.raises(TypeError, match="VideoAnchorConfig"):
+        va.enable(model, {"alpha_k": 1.0})  # pyright: ignore[reportArgumentType]
+
+
+def test_failing_scorer_leaves_nothing_stale(model: hf.PreTrainedModel) -> None:
+    def failing(_tokens: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("scorer failed")
+
+    batch, text = tiny.inputs("qwen2_5_vl", [[3, "V", 5]]), tiny.inputs("qwen2_5_vl", [[3, 4, 5]])
+    ungated = model.generate(**text, **GENERATE)
+    config = va.VideoAnchorConfig(alpha_k=1.7, alpha_v=1.3, scorer=failing)
+    with va.enable(model, config):
+        with pytest.raises(RuntimeError, match="scorer failed"):
+            model.generate(**batch, **GENERATE)
+        after = model.generate(**text, **GENERATE)
+    assert torch.equal(after.sequences, ungated.sequences)
+    torch.testing.assert_close(torch.stack(after.logits), torch.stack(ungated.logits))
+
+
+def test_failing_vision_leaves_nothing_stale(model: hf.PreTrainedModel) -> None:
+    batch, text = tiny.inputs("qwen2_5_vl", [[3, "V", 5]]), tiny.inputs("qwen2_5_vl", [[3, 4, 5]])
+    broken = {**batch, "pixel_values_videos": batch["pixel_values_videos"][:-16]}
+    with va.enable(model, CONFIG) as handle, torch.no_grad():
+        with pytest.raises((RuntimeError, ValueError, IndexError)):
+            model(**broken)
+        model(**text)
+        assert handle.last == []
+
+
+def test_scores_outside_the_unit_interval_are_refused(model: hf.PreTrainedModel) -> None:
+    config = va.VideoAnchorConfig(alpha_k=1.7, alpha_v=1.3, scorer=lambda tokens: torch.full((len(tokens),), -2.0))
+    with va.enable(model, config), pytest.raises(ValueError, match="scorer"):
+        model.generate(**tiny.inputs("qwen2_5_vl", [[3, "V", 5]]), **GENERATE)
+
+
+def test_chunked_prefill_is_refused(model: hf.PreTrainedModel) -> None:
+    batch = tiny.inputs("qwen2_5_vl", [[3, "V", 5]])
+    with va.enable(model, CONFIG), pytest.raises(NotImplementedError, match="prefill_chunk_size"):
+        model.generate(**batch, **GENERATE, prefill_chunk_size=4)
+
+
+def test_continuous_batching_is_refused(model: hf.PreTrainedModel) -> None:
+    with va.enable(model, CONFIG), pytest.raises(NotImplementedError, match="generate_batch"):
+        model.generate_batch([[1, 2, 3]])
+
+
+def test_embeddings_without_ids_are_refused(model: hf.PreTrainedModel) -> None:
+    batch = tiny.inputs("qwen2_5_vl", [[3, "V", 5]])
+    embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach()
+    with va.enable(model, CONFIG), pytest.raises(NotImplementedError, match="input_ids"):
+        model(inputs_embeds=embeds, **batch)
+
+
+def test_attention_dropout_is_refused() -> None:
+    model = tiny.build("internvl", attention_dropout=0.5).train()
+    with va.enable(model, CONFIG), pytest.raises(ValueError, match="dropout"):
+        model(**tiny.inputs("internvl", [[3, "V", 5]]))
+
+
+def test_gradients_pass_the_gate(model: hf.PreTrainedModel) -> None:
+    batch = tiny.inputs("qwen2_5_vl", [[3, "V", 5]])
+    with va.enable(model, CONFIG):
+        model(**batch, use_cache=False).logits.square().mean().backward()
+    gradient = model.base_model.language_model.layers[0].self_attn.k_proj.weight.grad
+    assert gradient is not None
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 0
+
+
+def test_without_enable_it_is_ungated_and_says_so_once(
+    model: hf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = tiny.inputs("qwen2_5_vl", [[3, 4, "V", 5], [7, 8, "V", 9, 10, 11, 12]])
+    expected = model.generate(**batch, **GENERATE)
+    said: list[str] = []
+    logging.get_logger("transformers").warning_once.cache_clear()
+    monkeypatch.setattr(attention.logger, "warning", lambda text, *_args, **_kwargs: said.append(text))
+    model.set_attn_implementation({"text_config": "videoanchor_triton"})
+    out = model.generate(**batch, **GENERATE)
+    assert torch.equal(out.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), atol=1e-4, rtol=0)
+    assert len(said) == 1
+    assert "ungated" in said[0]
+
+
+def test_as_the_implementation_of_the_whole_model() -> None:
+    """One name for all parts: the vision tower then runs plain SDPA."""
+    batch = tiny.inputs("llava_onevision", [[3, 4, "V", 5]])
+    model = tiny.build("llava_onevision")
+    model.set_attn_implementation("sdpa")
+    expected = model.generate(**batch, **GENERATE)
+    model.set_attn_implementation("videoanchor_triton")
+    assert model.config.vision_config._attn_implementation == "videoanchor_triton"
+    out = model.generate(**batch, **GENERATE)
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", ["bool", "additive"])
+def test_own_four_dimensional_mask(model: hf.PreTrainedModel, shape: str) -> None:
+    """A caller's dense mask takes the dense path, gate included: the same logits as the mask that it spells out."""
+    batch = tiny.inputs("qwen2_5_vl", [[3, 4, "V", 5, 6]])
+    n = batch["input_ids"].shape[1]
+    visible = torch.ones(n, n, dtype=torch.bool).tril()[None, None]
+    positions = torch.arange(n)[None, None].expand(3, 1, n)
+    with va.enable(model, CONFIG), torch.no_grad():
+        expected = model(**batch, position_ids=positions, use_cache=False).logits
+        mask = visible if shape == "bool" else torch.zeros(1, 1, n, n).masked_fill(~visible, float("-inf"))
+        out = model(**{**batch, "attention_mask": mask}, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)

@@ -1,0 +1,40 @@
+"""Mends Triton's interpreter (3.6 to 3.9) for bfloat16.
+
+Its dot multiplies bfloat16 operands as the raw 16-bit words that numpy holds them in, and its fp32 -> bf16 conversion
+truncates where a GPU rounds to nearest even.
+"""
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def _bfloat16_to_float32(handle: Any) -> Any:
+    if handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16:
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+    return handle
+
+
+def _round_to_bfloat16(data: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(data).view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(data), np.uint16(0x7FC0), rounded)
+
+
+def apply() -> None:
+    """Patch the interpreter's builder; call it once."""
+    builder: Any = interpreter.InterpreterBuilder
+    create_dot, create_fp_trunc = builder.create_dot, builder.create_fp_trunc
+
+    def dot(self: Any, a: Any, b: Any, *arguments: Any) -> Any:
+        return create_dot(self, _bfloat16_to_float32(a), _bfloat16_to_float32(b), *arguments)
+
+    def fp_trunc(self: Any, source: Any, dtype: Any) -> Any:
+        if source.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
+            return interpreter.TensorHandle(_round_to_bfloat16(source.data), tl.bfloat16)
+        return create_fp_trunc(self, source, dtype)
+
+    builder.create_dot = dot
+    builder.create_fp_trunc = fp_trunc

@@ -1,0 +1,162 @@
+"""Attention problems by name, and the tolerance that the error of a same-precision eager form sets."""
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from videoanchor_triton.kernels.gates import expand_gate, pad_gate
+from videoanchor_triton.kernels.reference import reference_attention
+
+LOG_BIAS_ONLY = ("zero", "all-zero", "some-zero", "huge")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A named attention problem; `make` draws its tensors from a seed of its name."""
+
+    name: str
+    batch: int = 2
+    query_heads: int = 4
+    kv_heads: int = 2
+    queries: int = 37
+    keys: int = 70
+    head_dim: int = 32
+    dtype: torch.dtype = torch.float32
+    causal: bool = True
+    window: int | None = None
+    gate: str = "per-batch"
+    gate_keys: int | None = None
+    padding: str | None = None
+    layout: str = "bhnd"
+    logits: float = 1.0
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def bounded(self) -> bool:
+        return self.gate not in LOG_BIAS_ONLY
+
+    def make(self, device: torch.device) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+
+        def draw(heads: int, length: int) -> torch.Tensor:
+            if self.layout == "bnhd":
+                x = torch.randn(self.batch, length, heads, self.head_dim, generator=generator).transpose(1, 2)
+            elif self.layout == "fused":
+                x = torch.randn(self.batch, length, heads, 3 * self.head_dim, generator=generator).transpose(1, 2)
+                x = x[..., self.head_dim : 2 * self.head_dim]
+            elif self.layout == "column":
+                x = torch.randn(self.batch, heads, self.head_dim, length, generator=generator).transpose(2, 3)
+            else:
+                x = torch.randn(self.batch, heads, length, self.head_dim, generator=generator)
+            return x.to(device, self.dtype)
+
+        q, k, v = (draw(h, n) for h, n in [(self.query_heads, self.queries)] + [(self.kv_heads, self.keys)] * 2)
+        q = q * self.logits
+        options: dict[str, Any] = {"causal": self.causal, "window": self.window}
+        n = self.keys if self.gate_keys is None else self.gate_keys
+        if self.gate != "none":
+            leading = {"shared": (), "per-head": (self.batch, self.kv_heads)}.get(self.gate, (self.batch,))
+            gamma_k = 1 + 9.5 * torch.rand(*leading, n, generator=generator)
+            gamma_v = 1 + 2.5 * torch.rand(*leading, n, generator=generator)
+            if self.gate == "wide":
+                gamma_k = 2.0 ** (40 * torch.rand(*leading, n, generator=generator) - 20)
+            elif self.gate == "huge":
+                gamma_k = 10.0 ** (6 * torch.rand(*leading, n, generator=generator))
+            elif self.gate == "zero":
+                gamma_k[..., ::2] = 0
+                k[:, :, : n : 2] *= 100
+            elif self.gate == "some-zero":
+                gamma_k[0, : n // 2] = 0
+            elif self.gate == "all-zero":
+                gamma_k.zero_()
+            options |= {"gamma_k": gamma_k.to(device), "gamma_v": gamma_v.to(device)}
+            options["gamma_q"] = (1 + 4 * torch.rand(self.batch, self.queries, generator=generator)).to(device)
+        if self.padding is not None:
+            mask = torch.ones(self.batch, self.keys, dtype=torch.bool)
+            if self.padding.startswith("left"):
+                for b in range(self.batch):
+                    mask[b, : (3 + 25 * b) % self.keys] = False
+            elif self.padding == "scattered":
+                mask = torch.rand(self.batch, self.keys, generator=generator) > 0.4
+            elif self.padding == "all":
+                mask[0] = False
+            if self.padding.endswith("nan"):
+                hidden = ~mask.to(device)
+                k, v = (x.masked_fill(hidden[:, None, :, None], float("nan")) for x in (k, v))
+                for name in ("gamma_k", "gamma_v"):
+                    options[name] = options[name].masked_fill(hidden[:, :n], float("nan"))
+            options["key_padding_mask"] = mask.to(device)
+        return [q, k, v], options
+
+
+def eager_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    gamma_k: torch.Tensor | None = None,
+    gamma_v: torch.Tensor | None = None,
+    gamma_q: torch.Tensor | None = None,
+    causal: bool = False,
+    key_padding_mask: torch.Tensor | None = None,
+    window: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a model computes in q's dtype: dense scores plus log gates, softmax in fp32, weights times gated values."""
+    batch, query_heads, queries, head_dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    group = query_heads // kv_heads
+    position = torch.arange(queries, device=q.device)[:, None] + keys - queries
+    key = torch.arange(keys, device=q.device)
+    visible = torch.ones(batch, 1, queries, keys, dtype=torch.bool, device=q.device)
+    if causal:
+        visible = visible & (key <= position)
+    if window is not None:
+        visible = visible & (key > position - window)
+    if key_padding_mask is not None:
+        visible = visible & key_padding_mask[:, None, None]
+        k, v = (x.masked_fill(~key_padding_mask[:, None, :, None], 0) for x in (k, v))
+
+    def gate_of_heads(gate: torch.Tensor) -> torch.Tensor:
+        gate = expand_gate(pad_gate(gate, keys), batch, kv_heads)
+        if key_padding_mask is not None:
+            gate = gate.masked_fill(~key_padding_mask[:, None], 1)
+        return gate.repeat_interleave(group, 1)
+
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * head_dim**-0.5
+    if gamma_k is not None:
+        scores = scores + gate_of_heads(gamma_k).log().to(q.dtype)[:, :, None]
+    if gamma_v is not None:
+        v = v * gate_of_heads(gamma_v).to(q.dtype)[..., None]
+    scores = scores.masked_fill(~visible, float("-inf")).float()
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp().to(q.dtype)
+    if gamma_q is not None:
+        lse = lse + expand_gate(gamma_q, batch, query_heads).log()
+    return weights @ v, lse
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest absolute difference, where both are finite."""
+    difference = (found.double() - exact.double())[exact.isfinite()]
+    return difference.abs().max().item() if difference.numel() else 0.0
+
+
+def assert_as_exact_as_eager(
+    found: tuple[torch.Tensor, torch.Tensor], tensors: list[torch.Tensor], options: dict[str, Any]
+) -> None:
+    """Compare (out, lse) with fp64: at most twice the eager form's error, plus one rounding of the largest element."""
+    exact = reference_attention(*tensors, **options)
+    eager = eager_attention(*tensors, **options)
+    assert found[0].dtype == tensors[0].dtype
+    assert found[1].dtype == torch.float32
+    for name, mine, theirs, true in zip(("out", "lse"), found, eager, exact, strict=True):
+        assert mine.shape == true.shape, name
+        assert not mine.isnan().any(), f"{name} holds NaN"
+        assert torch.equal(mine == float("-inf"), true == float("-inf")), f"{name}: other rows are -inf"
+        size = true[true.isfinite()].abs().max().item() if true.isfinite().any() else 0.0
+        allowed = 2 * error(theirs, true) + torch.finfo(mine.dtype).eps * size
+        assert error(mine, true) <= allowed, f"{name}: error {error(mine, true):.3g}, allowed {allowed:.3g}"
