@@ -9,6 +9,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import validate_data
 from torch import Tensor
 
+from .memory import check_dense_memory
 from .problem import as_tokens, token_features
 from .solver import SolverOptions, self_expression
 from .spectral import AssignLabels, affinity_matrix, sparse_coefficients, spectral_labels
@@ -111,6 +112,8 @@ class SparseSubspaceClustering(ClusterMixin, BaseEstimator):
             max_iter=self.max_iter,
             tol=self.tol,
         )
+        n_samples, n_features = tokens.shape
+        check_dense_memory(n_samples, min(self.pca_rank or n_features, n_features), tokens.dtype, tokens.device)
         features = token_features(tokens, self.pca_rank)
         progress = _print_progress if self.verbose else None
         solution = self_expression(features, options, dtype=tokens.dtype, progress=progress)

@@ -41,7 +41,7 @@ def available_memory_bytes(device: torch.device) -> int | None:
 
 
 def check_dense_memory(n_tokens: int, rank: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise MemoryError before anything is allocated if the dense solver does not fit on `device`."""
+    """Raise MemoryError, before anything is computed, if `self_expression` does not fit on `device`."""
     needed = dense_memory_bytes(n_tokens, rank, dtype)
     available = available_memory_bytes(device)
     if available is not None and needed > available:

@@ -11,6 +11,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from .config import ScoreFunction, VideoAnchorConfig
+from .memory import check_dense_memory
 from .problem import as_tokens, token_features
 from .solver import Progress, self_expression
 from .spectral import affinity_matrix, sparse_coefficients, spectral_labels
@@ -125,6 +126,8 @@ def anchor_scores(
 
 def _subspace_scores(tokens: Tensor, config: VideoAnchorConfig, report: Progress) -> AnchorResult:
     seconds: dict[str, float] = {}
+    n_tokens, n_features = tokens.shape
+    check_dense_memory(n_tokens, min(config.pca_rank or n_features, n_features), tokens.dtype, tokens.device)
     with _stage("pca", seconds, tokens.device, report):
         features = token_features(tokens, config.pca_rank)
     with _stage("solve", seconds, tokens.device, report):
@@ -140,7 +143,7 @@ def _subspace_scores(tokens: Tensor, config: VideoAnchorConfig, report: Progress
         labels = torch.from_numpy(found).to(tokens.device)
     with _stage("score", seconds, tokens.device, report):
         row_sums = solution.coef.sum(1, dtype=torch.float64)
-        scores = shared_expression_score(row_sums, labels, max(1, min(config.n_clusters, len(tokens))))
+        scores = shared_expression_score(row_sums, labels, config.n_clusters)
     return AnchorResult(scores, labels, solution.n_iter, solution.residual, solution.converged, seconds)
 
 

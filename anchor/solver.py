@@ -173,8 +173,7 @@ def _admm(Y: Tensor, options: SolverOptions, dtype: torch.dtype, progress: Progr
             continue
         sum_gap = misfit[:, rank:].norm(dim=1) / rho**0.5
         residuals = _advance_and_measure(state, reflected, step, factor, rho, relaxation, sum_gap, error_change)
-        # A NaN must not count as converged.
-        n_unconverged = int((~(residuals <= options.tol)).sum())
+        n_unconverged = int((residuals > options.tol).sum())
         residual = float(residuals.amax())
         if not math.isfinite(residual):
             break

@@ -118,8 +118,7 @@ def _embedding(
     """
     n_tokens = len(part)
     root = np.sqrt(affinity.sum(axis=1))
-    scale = scipy.sparse.diags_array(1 / root)
-    normalised = (scale @ affinity @ scale).tocsr()
+    normalised = affinity.multiply(1 / root).multiply(1 / root[:, None]).tocsr()
     known = np.zeros((n_tokens, part.max() + 1))
     known[np.arange(n_tokens), part] = root
     known /= np.linalg.norm(known, axis=0)

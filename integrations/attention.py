@@ -183,7 +183,8 @@ def attention_mask_forward(
         )
     if "cache_position" in kwargs:  # transformers 4.57
         q_length, q_offset = kwargs["cache_position"].shape[0], kwargs["cache_position"][0]
-        static = kv_length != q_length and (attention_mask is None or attention_mask.shape[1] < kv_length)
+        seen = int(kwargs["cache_position"][-1]) + 1 if attention_mask is None else attention_mask.shape[1]
+        static = kv_length > seen
     else:
         q_length, q_offset = kwargs["q_length"], kwargs["q_offset"]
         static = isinstance(q_offset, Tensor)  # a static cache counts on the device
@@ -191,12 +192,12 @@ def attention_mask_forward(
         raise NotImplementedError(
             f"{IMPLEMENTATION} has no static cache for sliding-window layers yet: use cache_implementation='dynamic'"
         )
-    if attention_mask is None:
-        if not static:
-            return None
-        positions = torch.arange(kv_length, device=q_offset.device)
-        attention_mask = (positions < q_offset + q_length).expand(batch_size, -1)
-    visible = attention_mask[:, -kv_length:]
+    if attention_mask is not None:
+        visible = attention_mask[:, -kv_length:]
+    elif static:
+        visible = torch.lt(torch.arange(kv_length, device=q_offset.device), q_offset + q_length).expand(batch_size, -1)
+    else:
+        return None
     if q_length == 1:  # one step of decoding: no look at the values, which would wait for the device
         return F.pad(visible, (0, kv_length - visible.shape[1]))
     if static and not torch.compiler.is_compiling():  # queries end where the filled part ends, not where the cache does

@@ -93,7 +93,8 @@ def draw(
             axis.set_xticks([])
             axis.set_yticks([])
     assert heat is not None
-    figure.colorbar(heat, ax=axes[1, :].tolist(), pad=0.01, fraction=0.05, aspect=12).set_label("score", fontsize=9)
+    bar = figure.colorbar(heat, ax=axes.ravel().tolist(), pad=0.01, fraction=0.05, shrink=0.3, aspect=10)
+    bar.set_label("score", fontsize=9)
     handles = [Patch(color=_COLOURS[i], label=f"{i + 1}") for i in range(n_coloured)]
     if len(order) > N_COLOURED:
         handles.append(Patch(color=_OTHER, label="rest"))

@@ -53,8 +53,9 @@ def find_multimodal_model(model: nn.Module) -> PreTrainedModel:
         ValueError: when the model has no such module, or no image or video token.
     """
     for module in model.modules():
-        merges = isinstance(module, PreTrainedModel) and hasattr(module, "get_placeholder_mask")
-        if merges and "language_model" in module._modules and visual_token_ids(module):
+        if not (isinstance(module, PreTrainedModel) and hasattr(module, "get_placeholder_mask")):
+            continue
+        if "language_model" in module._modules and visual_token_ids(module):
             return module
     raise ValueError(
         f"{type(model).__name__} has no visual tokens that VideoAnchor could score: expected a transformers model with "

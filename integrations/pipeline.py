@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+)
 
 from ..anchor.config import VideoAnchorConfig
 from ..anchor.memory import check_dense_memory
@@ -63,6 +69,12 @@ def load(name_or_path: str, device: str = "auto", dtype: str = "auto") -> tuple[
         raise InputError(f"device {device}: no CUDA device here; use --device cpu")
     device_map = device if device != "auto" else ("auto" if torch.cuda.is_available() else "cpu")
     try:
+        config = AutoConfig.from_pretrained(name_or_path)
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise InputError(
+                f"model {name_or_path} ({config.model_type}) has no visual tokens: give a checkpoint that takes video, "
+                "in transformers' own format, such as Qwen2.5-VL, InternVL (-hf) or LLaVA-OneVision (-hf)"
+            )
         model = AutoModelForImageTextToText.from_pretrained(
             name_or_path,
             dtype=dtype,
@@ -70,12 +82,11 @@ def load(name_or_path: str, device: str = "auto", dtype: str = "auto") -> tuple[
             attn_implementation={"text_config": IMPLEMENTATION},
         )
         processor = AutoProcessor.from_pretrained(name_or_path)
+        find_multimodal_model(model)
+    except InputError:
+        raise
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise InputError(f"model {name_or_path} cannot be loaded: {_first_line(error)}") from error
-    try:
-        find_multimodal_model(model)
-    except ValueError as error:
-        raise InputError(str(error)) from error
     if not hasattr(processor, "apply_chat_template"):
         raise InputError(f"model {name_or_path} has no multimodal processor: expected one with a chat template")
     return model.eval(), processor

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,11 @@ NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled kernel uses. `spills` counts the local-memory instructions inside loops. `loop` counts the instructions of the shortest loop with a tensor-core product."""
+    """What one compiled kernel uses.
+
+    `spills` counts the local-memory instructions inside loops (for AMD, the spilled registers). `loop` counts the
+    instructions of the shortest loop with a tensor-core product (empty for AMD).
+    """
 
     kernel: str
     target: str
@@ -42,7 +46,7 @@ class Report:
     spills: int
     shared: int
     tensor_core: int
-    loop: Counter = field(default_factory=Counter)
+    loop: dict[str, int]
 
 
 def compile_kernel(
@@ -139,7 +143,7 @@ def report(kernel: str, target: str, head_dim: int, dtype: str, compiled: Compil
         products = [loop for loop in loops if any(TENSOR_CORE.match(opcode) for opcode in loop)]
         loop = Counter(min(products, key=len, default=[]))
     tensor_core = sum(bool(TENSOR_CORE.match(opcode)) for opcode in opcodes)
-    return Report(kernel, target, head_dim, dtype, registers, spills, compiled.metadata.shared, tensor_core, loop)
+    return Report(kernel, target, head_dim, dtype, registers, spills, compiled.metadata.shared, tensor_core, dict(loop))
 
 
 def run_tool(tool: str, option: str, cubin: bytes) -> str:

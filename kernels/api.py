@@ -43,9 +43,10 @@ def anchored_attention(
     Args:
         q: (B, Hq, Nq, D), floating.
         k, v: (B, Hkv, Nk, D) of q's dtype and device; Hq must be a multiple of Hkv.
-        gamma_k, gamma_v: factors of keys and values, (N,), (B, N) or (B, Hkv, N) with N <= Nk, floating, finite and >= 0.
-            Keys from N on are neutral (factor 1). A key with gamma_k = 0 is invisible. Values are checked where that
-            costs no synchronisation, on the CPU outside torch.compile; elsewhere a bad one gives NaN ("log-bias").
+        gamma_k, gamma_v: factors of keys and values, (N,), (B, N) or (B, Hkv, N) with N <= Nk, floating, finite,
+            >= 0. Keys from N on are neutral (factor 1). A key with gamma_k = 0 is invisible. Values are checked where
+            that costs no synchronisation, on the CPU outside torch.compile; elsewhere a bad gamma_k gives NaN with
+            "log-bias", and with "post-exp" may go unnoticed.
         gamma_q: factors of queries, (Nq,), (B, Nq) or (B, Hq, Nq). They cancel in the softmax and change the lse only,
             by log gamma_q.
         scale: factor of the logits, finite and > 0; None means D ** -0.5.
@@ -54,14 +55,15 @@ def anchored_attention(
             included, does not reach the output.
         window: with `causal`, a query sees only the last `window` keys up to and including its own; at least 1.
         return_lse: also return the log-sum-exp of each row, the gates' terms included.
-        backend: "triton"; "sdpa", torch's scaled_dot_product_attention, any device and dtype, differentiable, no Nq x Nk
-            tensor; "reference", dense fp64, for tests; "auto", Triton where it can take the call on a GPU, else sdpa.
-        gate_form: "log-bias" takes any gamma_k >= 0. "post-exp" is cheaper in prefill, and the caller promises that every
-            gamma_k is within [2**-20, 2**20].
+        backend: "triton"; "sdpa", torch's scaled_dot_product_attention, any device and dtype, differentiable, no
+            Nq x Nk tensor; "reference", dense fp64, for tests; "auto", Triton where it can take the call on a
+            GPU, else sdpa.
+        gate_form: "log-bias" takes any gamma_k >= 0. "post-exp" is cheaper in prefill, and the caller promises that
+            every gamma_k is within [2**-20, 2**20].
 
     Returns:
-        out (B, Hq, Nq, D) in q's dtype, or (out, lse) with lse (B, Hq, Nq) in fp32, natural logarithm. A row that sees no
-        key is 0 with lse = -inf.
+        out (B, Hq, Nq, D) in q's dtype, or (out, lse) with lse (B, Hq, Nq) in fp32, natural logarithm. A row that sees
+        no key is 0 with lse = -inf.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, dtype, device or value; backend="triton" cannot take

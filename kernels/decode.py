@@ -178,7 +178,7 @@ def padded_head_dim(head_dim: int) -> int:
 
 @cache
 def split_count(programs: int, most: int, slots: int) -> int:
-    """Splits of a row block: the fewest, up to `most`, that fill their waves over `slots` to 85% of the best filling."""
+    """Splits of a row block: the fewest, up to `most`, whose waves fill `slots` to 85% of the best filling."""
     if programs >= 0.8 * slots:
         return 1
 

@@ -38,7 +38,7 @@ def sdpa_attention(
     group = query_heads // kv_heads
     precise = torch.promote_types(q.dtype, torch.float32)
 
-    # (B * Hkv, group, Nq, D) and (B * Hkv, 1, Nk, D): a KV head is one batch entry and its group the heads, without a copy
+    # (B * Hkv, group, Nq, D) and (B * Hkv, 1, Nk, D): a KV head is a batch entry and its group the heads
     q = q.reshape(batch * kv_heads, group, queries, head_dim)
     k, v = (x.reshape(batch * kv_heads, 1, keys, head_dim) for x in (k, v))
     seen = None
@@ -158,7 +158,9 @@ def scores_of_rows(
     """Masked scores (B * Hkv, group, end - start, keys of the range) in fp32 (fp64 for fp64 inputs)."""
     first, last = visible.key_range(start, end)
     precise = torch.promote_types(q.dtype, torch.float32)
-    scores = (q[:, :, start:end] @ k[:, :, first:last].transpose(-1, -2)).to(precise) * scale
+    # the group's heads are rows of one product, which does not repeat k
+    rows = q[:, :, start:end].flatten(1, 2)
+    scores = (rows @ k[:, 0, first:last].transpose(-1, -2)).unflatten(1, (q.shape[1], end - start)).to(precise) * scale
     if bias is not None:
         scores = scores + bias[:, :, None, first:last]
     mask = visible.mask(start, end)
@@ -168,9 +170,11 @@ def scores_of_rows(
 def row_lse(
     q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, visible: Visibility, scale: float
 ) -> torch.Tensor:
+    """The lse (B * Hkv, group, Nq) from dense scores of a few rows at a time."""
+    step = max(1, CHUNK // q.shape[1])
     chunks = []
-    for start in range(0, visible.queries, CHUNK):
-        end = min(start + CHUNK, visible.queries)
+    for start in range(0, visible.queries, step):
+        end = min(start + step, visible.queries)
         chunks.append(torch.logsumexp(scores_of_rows(q, k, bias, visible, scale, start, end), -1))
     return torch.cat(chunks, dim=2)
 
@@ -183,4 +187,4 @@ def one_row(
     lse = torch.logsumexp(scores, -1)
     first, last = visible.key_range(0, 1)
     weights = (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp()
-    return weights.to(q.dtype) @ v[:, :, first:last], lse
+    return (weights[:, :, 0].to(q.dtype) @ v[:, 0, first:last])[:, :, None], lse

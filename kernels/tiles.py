@@ -31,11 +31,21 @@ PREFILL = {
     "gfx942": CDNA,
     INTERPRETER: {256: Tile(32, 32, 4, 1)},
 }
-PREFILL_FP32 = {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 4, 1)}
-DECODE_WIDE = {128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)}
-DECODE_SMALL_SHARED = {128: Tile(16, 64, 4, 2), 256: Tile(16, 32, 4, 2)}
-DECODE = {"sm_80": DECODE_WIDE, "sm_90": DECODE_WIDE, "sm_100": DECODE_WIDE}
-DECODE_FP32 = {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 1)}
+# fp32 products run outside the tensor cores, unrolled: larger tiles spill
+PREFILL_FP32 = {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 8, 1), 256: Tile(16, 32, 8, 1)}
+DECODE_WIDE = {128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 4, 3)}
+DECODE_NARROW = {128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 2)}
+DECODE = {
+    "sm_80": DECODE_WIDE,
+    "sm_86": DECODE_NARROW,
+    "sm_89": DECODE_NARROW,
+    "sm_90": DECODE_WIDE,
+    "sm_100": DECODE_WIDE,
+    "sm_120": DECODE_NARROW,
+    "gfx942": DECODE_NARROW,
+    INTERPRETER: {256: Tile(64, 32, 4, 1)},
+}
+DECODE_FP32 = {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
@@ -48,21 +58,20 @@ def _row(table: dict[int, Tile], head_dim: int) -> Tile:
 
 
 def prefill_tile(target: str, head_dim: int, element_size: int) -> Tile:
-    if target != INTERPRETER and element_size == 4:
-        return _row(PREFILL_FP32, head_dim)
-    return _row(PREFILL[target], head_dim)
+    """The tile of prefill for a target of `PREFILL`."""
+    return _row(PREFILL[target] if _tabled(target, element_size) else PREFILL_FP32, head_dim)
 
 
 def decode_tile(target: str, head_dim: int, element_size: int, rows: int) -> Tile:
-    """The tile for `rows` packed rows (query positions times heads of a group)."""
-    if target == INTERPRETER:
-        tile = Tile(16, 32, 4, 1)
-    elif element_size == 4:
-        tile = _row(DECODE_FP32, head_dim)
-    else:
-        tile = _row(DECODE.get(target, DECODE_SMALL_SHARED), head_dim)
-    return tile._replace(queries=min(64, max(16, 1 << (rows - 1).bit_length())))
+    """The tile of decode for `rows` packed rows (query positions times heads of a group)."""
+    tile = _row(DECODE[target] if _tabled(target, element_size) else DECODE_FP32, head_dim)
+    return tile._replace(queries=min(tile.queries, max(16, 1 << (rows - 1).bit_length())))
+
+
+def _tabled(target: str, element_size: int) -> bool:
+    return target == INTERPRETER or element_size < 4
 
 
 def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 4 for the interpreter, so that small problems split too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -17,8 +17,10 @@ def textbook_weights(Y: np.ndarray, alpha_e: float, alpha_z: float) -> tuple[flo
     return alpha_e / float(mu_e), alpha_z / float(mu_z)
 
 
-def textbook_admm(Y: np.ndarray, lambda_e: float, lambda_z: float, rho: float, affine: bool, n_iter: int) -> np.ndarray:
-    """The authors' ADMM after n_iter iterations, plain and with a dense N x N solve."""
+def textbook_admm(
+    Y: np.ndarray, lambda_e: float, lambda_z: float, rho: float, affine: bool, n_iter: int, relaxation: float
+) -> np.ndarray:
+    """The ADMM of the authors after n_iter iterations, with a dense N x N solve; relaxation 1 is theirs."""
     n_tokens = Y.shape[1]
     ones = np.ones((n_tokens, n_tokens)) if affine else 0.0
     system = lambda_z * Y.T @ Y + rho * np.eye(n_tokens) + rho * ones
@@ -30,12 +32,13 @@ def textbook_admm(Y: np.ndarray, lambda_e: float, lambda_z: float, rho: float, a
         if affine:
             right += rho * ones - sum_multiplier
         A = np.linalg.solve(system, right)
-        C = shrink(A + multiplier / rho, 1 / rho)
+        relaxed = relaxation * A + (1 - relaxation) * C
+        C = shrink(relaxed + multiplier / rho, 1 / rho)
         np.fill_diagonal(C, 0)
         E = shrink(Y - Y @ A, lambda_e / lambda_z)
-        multiplier += rho * (A - C)
+        multiplier += rho * (relaxed - C)
         if affine:
-            sum_multiplier += rho * (A.sum(0) - 1)
+            sum_multiplier += relaxation * rho * (A.sum(0) - 1)
     return C
 
 

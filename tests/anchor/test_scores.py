@@ -7,7 +7,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
 
-from videoanchor_triton.anchor import memory
+from videoanchor_triton.anchor import memory, scores
 from videoanchor_triton.anchor.config import VideoAnchorConfig
 from videoanchor_triton.anchor.problem import token_features
 from videoanchor_triton.anchor.scores import anchor_scores, shared_expression_score
@@ -111,7 +111,7 @@ def test_scores_follow_the_tokens(change):
     order = torch.randperm(len(tokens), generator=random) if change == "permuted" else torch.arange(len(tokens))
     rotation = torch.linalg.qr(torch.randn(40, 40, generator=random, dtype=torch.float64)).Q
     changed = tokens[order] if change == "permuted" else tokens @ rotation
-    settings = config(n_clusters=4, pca_rank=12, affine=False, tol=1e-5, max_iter=20_000)
+    settings = config(n_clusters=4, pca_rank=12, affine=False)
     expected, found = anchor_scores(tokens, settings), anchor_scores(changed, settings)
     torch.testing.assert_close(found.scores, expected.scores[order], atol=1e-5, rtol=0)
     assert adjusted_rand_score(found.labels, expected.labels[order]) == 1.0
@@ -229,9 +229,10 @@ def test_unconverged_scores_say_so():
     assert result.residual > config().tol
 
 
-def test_too_many_tokens_are_refused(monkeypatch):
+def test_too_many_tokens_are_refused_before_any_work(monkeypatch):
     monkeypatch.setattr(memory, "available_memory_bytes", lambda _: 1000)
-    with pytest.raises(MemoryError, match="256 tokens"):
+    monkeypatch.setattr(scores, "token_features", lambda *_: pytest.fail("the PCA was computed"))
+    with pytest.raises(MemoryError, match=r"256 tokens \(rank 16"):
         anchor_scores(vit_like(), config())
 
 

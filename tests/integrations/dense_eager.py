@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import IMAGE, SUPPRESSED, VIDEO
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 ALPHA_Q, ALPHA_K, ALPHA_V = 0.9, 1.7, 1.3
@@ -60,7 +60,7 @@ def pseudo_scores(tokens: Tensor) -> Tensor:
     return (y - y.min()) / (y.max() - y.min() + 1e-5)
 
 
-def merged_scores(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+def merged_scores(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """(B, T) scores from the merged embeddings, taken without the hooks under test."""
     merged: dict[str, Tensor] = {}
     hook = model.base_model.language_model.register_forward_pre_hook(
@@ -78,7 +78,7 @@ def merged_scores(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def generate_dense(
-    model: PreTrainedModel, batch: dict[str, Tensor], scores: Tensor, decode: str = "persist", **options: Any
+    model: Any, batch: dict[str, Tensor], scores: Tensor, decode: str = "persist", **options: Any
 ) -> Any:
     """generate() with the dense gate."""
     model.set_attn_implementation("dense_eager")

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from videoanchor_triton.anchor import memory
+from videoanchor_triton.integrations import cli, contact_sheet
 from videoanchor_triton.integrations.video import write_video
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +51,7 @@ def test_demo_shows_what_it_made(demo: tuple[Path, str]) -> None:
         assert word in shown
 
 
-@pytest.mark.parametrize("backend", ["run", "triton", "sdpa"])
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
 def test_demo_compares_the_kernels_with_the_reference(demo: tuple[Path, str], backend: str) -> None:
     line = next(line for line in demo[1].splitlines() if line.split()[:1] == [backend])
     assert float(line.split()[1]) < 1e-4
@@ -120,24 +122,43 @@ GATE = ("--alpha-k", "9.5", "--alpha-v", "2.5")
         pytest.param(("--video", "clip.mp4", *GATE, "--model", "nowhere"), "cannot be loaded", id="missing-model"),
         pytest.param(("--video", "clip.mp4", *GATE, "--model", "text"), "no visual tokens", id="text-model"),
         pytest.param(("--video", "clip.mp4", *GATE, "--out", "clip.mp4"), "is a file", id="out-is-a-file"),
-        pytest.param(("--video", "clip.mp4", *GATE, "--max-new-tokens", "4000"), "try --max-frames", id="context"),
+        pytest.param(("--video", "clip.mp4", *GATE, "--max-new-tokens", "4090"), "lower --max-new-tokens", id="answer"),
+        pytest.param(
+            ("--video", "long.mp4", *GATE, "--max-frames", "48", "--max-new-tokens", "2000"),
+            "try --max-frames 38",
+            id="context",
+        ),
         pytest.param(("--video", "clip.mp4", *GATE, "--n-clusters", "0"), "n_clusters", id="clusters"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(
-    demo: tuple[Path, str], tmp_path: Path, options: tuple[str, ...], message: str
+    demo: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    message: str,
 ) -> None:
     write_video(tmp_path / "clip.mp4", np.zeros((8, 48, 64, 3), np.uint8), fps=8)
     (tmp_path / "broken.mp4").write_bytes(b"\0" * 5000)
+    (tmp_path / "long.mp4").symlink_to(demo[0] / "clip.mp4")
     if "text" in options:
         _save_text_model(tmp_path / "text")
     before = {path.name for path in tmp_path.iterdir()}
-    arguments = ["run", "--model", demo[0] / "checkpoint", "--question", "?", "--out", "out"]
-    done = videoanchor(*arguments, *options, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    arguments = ["run", "--model", str(demo[0] / "checkpoint"), "--question", "?", "--out", "out", *options]
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
     assert {path.name for path in tmp_path.iterdir()} == before, "nothing may be left behind"
+
+
+def test_wrong_input_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = videoanchor(
+        "run", "--model", "m", "--video", "missing.mp4", "--question", "?", "--out", "out", *GATE, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["videoanchor run: no video file at missing.mp4: check the path"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def _save_text_model(folder: Path) -> None:
@@ -154,20 +175,43 @@ def _save_text_model(folder: Path) -> None:
     hf.Qwen2ForCausalLM(config).save_pretrained(folder)
 
 
-def test_too_many_tokens_for_the_memory(demo: tuple[Path, str], tmp_path: Path) -> None:
-    """With little memory left for a process, the run says how to need less."""
-    code = (
-        "import sys; from videoanchor_triton.integrations import cli; import videoanchor_triton.anchor.memory as "
-        "memory; memory.available_memory_bytes = lambda device: 1000; sys.exit(cli.main(sys.argv[1:]))"
-    )
-    folder, _ = demo
-    run = ("run", "--model", folder / "checkpoint", "--video", folder / "clip.mp4", "--question", "?", "--out", "out")
-    command = [sys.executable, "-c", code, *map(str, run), *GATE]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert "memory" in done.stderr.splitlines()[-1]
-    assert "--max-frames" in done.stderr.splitlines()[-1]
+def test_too_many_tokens_for_the_memory(
+    demo: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With little memory left, the run says before the model works how to need less."""
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda _device: 1000)
+    monkeypatch.chdir(tmp_path)
+    run = ("run", "--model", demo[0] / "checkpoint", "--video", demo[0] / "clip.mp4", "--question", "?", "--out", "out")
+    assert cli.main([*map(str, run), *GATE]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "1728 tokens" in line
+    assert "--max-frames" in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_while_writing_leaves_what_stood_there(
+    demo: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "result.json").write_text("from before")
+
+    def failing(*_args: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(contact_sheet, "draw", failing)
+    run = (
+        "run",
+        "--model",
+        demo[0] / "checkpoint",
+        "--video",
+        demo[0] / "clip.mp4",
+        "--question",
+        "?",
+        "--out",
+        tmp_path,
+    )
+    assert cli.main([*map(str, run), *GATE, "--max-frames", "2", "--max-new-tokens", "1", "--n-clusters", "4"]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    assert (tmp_path / "result.json").read_text() == "from before"
 
 
 def test_info(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """enable(): what it refuses, what it leaves behind, and the implementation without it."""
 
+from typing import Any
+
 import pytest
 import tiny_models as tiny
 import torch
@@ -14,13 +16,13 @@ CONFIG = va.VideoAnchorConfig(alpha_k=1.7, alpha_v=1.3, scorer=pseudo_scores)
 
 
 @pytest.fixture
-def model() -> hf.PreTrainedModel:
+def model() -> Any:
     model = tiny.build("qwen2_5_vl")
     model.set_attn_implementation("sdpa")
     return model
 
 
-def test_twice_is_refused_and_disable_twice_is_not(model: hf.PreTrainedModel) -> None:
+def test_twice_is_refused_and_disable_twice_is_not(model: Any) -> None:
     handle = va.enable(model, CONFIG)
     with pytest.raises(ValueError, match="enabled already"):
         va.enable(model, CONFIG)
@@ -44,12 +46,12 @@ def test_model_without_visual_tokens() -> None:
         va.enable(hf.Qwen2ForCausalLM(text), CONFIG)
 
 
-def test_config_of_another_type(model: hf.PreTrainedModel) -> None:
+def test_config_of_another_type(model: Any) -> None:
     with pytest.raises(TypeError, match="VideoAnchorConfig"):
         va.enable(model, {"alpha_k": 1.0})  # pyright: ignore[reportArgumentType]
 
 
-def test_failing_scorer_leaves_nothing_stale(model: hf.PreTrainedModel) -> None:
+def test_failing_scorer_leaves_nothing_stale(model: Any) -> None:
     def failing(_tokens: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("scorer failed")
 
@@ -64,7 +66,7 @@ def test_failing_scorer_leaves_nothing_stale(model: hf.PreTrainedModel) -> None:
     torch.testing.assert_close(torch.stack(after.logits), torch.stack(ungated.logits))
 
 
-def test_failing_vision_leaves_nothing_stale(model: hf.PreTrainedModel) -> None:
+def test_failing_vision_leaves_nothing_stale(model: Any) -> None:
     batch, text = tiny.inputs("qwen2_5_vl", [[3, "V", 5]]), tiny.inputs("qwen2_5_vl", [[3, 4, 5]])
     broken = {**batch, "pixel_values_videos": batch["pixel_values_videos"][:-16]}
     with va.enable(model, CONFIG) as handle, torch.no_grad():
@@ -74,24 +76,24 @@ def test_failing_vision_leaves_nothing_stale(model: hf.PreTrainedModel) -> None:
         assert handle.last == []
 
 
-def test_scores_outside_the_unit_interval_are_refused(model: hf.PreTrainedModel) -> None:
+def test_scores_outside_the_unit_interval_are_refused(model: Any) -> None:
     config = va.VideoAnchorConfig(alpha_k=1.7, alpha_v=1.3, scorer=lambda tokens: torch.full((len(tokens),), -2.0))
     with va.enable(model, config), pytest.raises(ValueError, match="scorer"):
         model.generate(**tiny.inputs("qwen2_5_vl", [[3, "V", 5]]), **GENERATE)
 
 
-def test_chunked_prefill_is_refused(model: hf.PreTrainedModel) -> None:
+def test_chunked_prefill_is_refused(model: Any) -> None:
     batch = tiny.inputs("qwen2_5_vl", [[3, "V", 5]])
     with va.enable(model, CONFIG), pytest.raises(NotImplementedError, match="prefill_chunk_size"):
         model.generate(**batch, **GENERATE, prefill_chunk_size=4)
 
 
-def test_continuous_batching_is_refused(model: hf.PreTrainedModel) -> None:
+def test_continuous_batching_is_refused(model: Any) -> None:
     with va.enable(model, CONFIG), pytest.raises(NotImplementedError, match="generate_batch"):
         model.generate_batch([[1, 2, 3]])
 
 
-def test_embeddings_without_ids_are_refused(model: hf.PreTrainedModel) -> None:
+def test_embeddings_without_ids_are_refused(model: Any) -> None:
     batch = tiny.inputs("qwen2_5_vl", [[3, "V", 5]])
     embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach()
     with va.enable(model, CONFIG), pytest.raises(NotImplementedError, match="input_ids"):
@@ -104,7 +106,7 @@ def test_attention_dropout_is_refused() -> None:
         model(**tiny.inputs("internvl", [[3, "V", 5]]))
 
 
-def test_gradients_pass_the_gate(model: hf.PreTrainedModel) -> None:
+def test_gradients_pass_the_gate(model: Any) -> None:
     batch = tiny.inputs("qwen2_5_vl", [[3, "V", 5]])
     with va.enable(model, CONFIG):
         model(**batch, use_cache=False).logits.square().mean().backward()
@@ -114,13 +116,11 @@ def test_gradients_pass_the_gate(model: hf.PreTrainedModel) -> None:
     assert gradient.abs().max() > 0
 
 
-def test_without_enable_it_is_ungated_and_says_so_once(
-    model: hf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_enable_it_is_ungated_and_says_so_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = tiny.inputs("qwen2_5_vl", [[3, 4, "V", 5], [7, 8, "V", 9, 10, 11, 12]])
     expected = model.generate(**batch, **GENERATE)
     said: list[str] = []
-    logging.get_logger("transformers").warning_once.cache_clear()
+    logging.Logger.warning_once.cache_clear()  # pyright: ignore
     monkeypatch.setattr(attention.logger, "warning", lambda text, *_args, **_kwargs: said.append(text))
     model.set_attn_implementation({"text_config": "videoanchor_triton"})
     out = model.generate(**batch, **GENERATE)
@@ -143,7 +143,7 @@ def test_as_the_implementation_of_the_whole_model() -> None:
 
 
 @pytest.mark.parametrize("shape", ["bool", "additive"])
-def test_own_four_dimensional_mask(model: hf.PreTrainedModel, shape: str) -> None:
+def test_own_four_dimensional_mask(model: Any, shape: str) -> None:
     """A caller's dense mask takes the dense path, gate included: the same logits as the mask that it spells out."""
     batch = tiny.inputs("qwen2_5_vl", [[3, 4, "V", 5, 6]])
     n = batch["input_ids"].shape[1]

@@ -18,7 +18,7 @@ SUPPRESSED = [PAD, IMAGE, VIDEO, VISION_START, VISION_END]
 Prompt = Sequence[int | str]
 
 
-def build(name: str, seed: int = 0, **text_options: Any) -> hf.PreTrainedModel:
+def build(name: str, seed: int = 0, **text_options: Any) -> Any:
     """A model in fp32, in eval mode, with weights wide enough that attention is far from uniform."""
     torch.manual_seed(seed)
     text = {
@@ -49,7 +49,7 @@ def build(name: str, seed: int = 0, **text_options: Any) -> hf.PreTrainedModel:
     return model.eval()
 
 
-def _qwen2_5_vl(text: dict[str, Any]) -> hf.PreTrainedModel:
+def _qwen2_5_vl(text: dict[str, Any]) -> Any:
     rope = {"mrope_section": [2, 3, 3]}
     if V5:
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, **rope}
@@ -79,7 +79,7 @@ def _qwen2_5_vl(text: dict[str, Any]) -> hf.PreTrainedModel:
     return hf.Qwen2_5_VLForConditionalGeneration(config)
 
 
-def _internvl(text: dict[str, Any]) -> hf.PreTrainedModel:
+def _internvl(text: dict[str, Any]) -> Any:
     vision = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -98,7 +98,7 @@ def _internvl(text: dict[str, Any]) -> hf.PreTrainedModel:
     return hf.InternVLForConditionalGeneration(config)
 
 
-def _llava_onevision(text: dict[str, Any]) -> hf.PreTrainedModel:
+def _llava_onevision(text: dict[str, Any]) -> Any:
     vision = {
         "model_type": "siglip_vision_model",
         "hidden_size": 32,

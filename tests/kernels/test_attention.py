@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Problem, assert_as_exact_as_eager
+
 from videoanchor_triton.kernels.api import anchored_attention
 from videoanchor_triton.kernels.tiles import HEAD_DIMS
 
@@ -139,9 +140,7 @@ def test_empty_sizes(batch: int, queries: int, keys: int, backend: str, device: 
     q = torch.randn(batch, 4, queries, 16, device=device)
     k = torch.randn(batch, 2, keys, 16, device=device)
     gate = torch.ones(batch, keys, device=device)
-    out, lse = anchored_attention(
-        q, k, k, gamma_k=gate, gamma_v=gate, causal=True, return_lse=True, backend=backend
-    )
+    out, lse = anchored_attention(q, k, k, gamma_k=gate, gamma_v=gate, causal=True, return_lse=True, backend=backend)
     assert out.shape == q.shape
     assert torch.equal(out, torch.zeros_like(q))
     assert torch.equal(lse, torch.full(q.shape[:3], float("-inf"), device=device))

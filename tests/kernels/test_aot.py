@@ -1,0 +1,62 @@
+"""The kernels compiled for real targets, without a GPU: no spill in a loop, fits in shared memory, tensor cores."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+CASES = [
+    *(("prefill", target, 128, "bf16") for target in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")),
+    *(("decode", target, 128, "bf16") for target in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")),
+    *(("prefill", "sm_90", head_dim, "bf16") for head_dim in (64, 80, 96, 256)),
+    ("prefill", "sm_89", 256, "bf16"),
+    ("decode", "sm_90", 80, "fp16"),
+    ("prefill", "sm_90", 64, "fp32"),
+    ("decode", "sm_90", 128, "fp32"),
+]
+Reports = dict[tuple[Any, ...], dict[str, Any]]
+SCRIPT = """
+import json, sys
+from dataclasses import asdict
+from videoanchor_triton.kernels import aot
+for kernel, *arguments in json.load(sys.stdin):
+    used = (aot.compile_prefill if kernel == "prefill" else aot.compile_decode)(*arguments)
+    print(json.dumps(asdict(used) | {"limit": aot.SHARED_LIMIT[used.target]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def reports() -> Reports:
+    """All reports, from one process: the interpreter, which this one may run under, replaces the compiler."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        input=json.dumps(CASES),
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_compiles_within_the_target(case: tuple[str, str, int, str], reports: Reports) -> None:
+    used = reports[case]
+    assert used["spills"] == 0
+    assert used["shared"] <= used["limit"]
+    assert used["registers"] <= (512 if case[1] == "gfx942" else 255)
+    assert (used["tensor_core"] > 0) == (case[3] != "fp32"), "fp32 must not be rounded to TF32"
+
+
+def test_hopper_prefill_uses_warpgroup_products_without_padding(reports: Reports) -> None:
+    """Per key tile: D / 16 products for QK, and 128 / 16 for PV, of D0 and of D1 each."""
+    products = {64: 4 + 8, 80: 5 + 16, 96: 6 + 16, 128: 8 + 8}
+    for head_dim, expected in products.items():
+        loop = reports["prefill", "sm_90", head_dim, "bf16"]["loop"]
+        assert sum(count for name, count in loop.items() if name.startswith("HGMMA")) == expected
+    assert sum(reports["prefill", "sm_90", 128, "bf16"]["loop"].values()) < 640

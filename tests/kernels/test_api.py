@@ -1,0 +1,188 @@
+"""Errors, dispatch, and the operator under torch.compile."""
+
+import logging
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from oracle import Problem, assert_as_exact_as_eager
+
+from videoanchor_triton.kernels import api, dispatch
+from videoanchor_triton.kernels.api import anchored_attention, available_backends
+from videoanchor_triton.kernels.dispatch import triton_refusal
+from videoanchor_triton.kernels.ops import anchored_attention_op
+
+Q, K = torch.zeros(2, 4, 3, 16), torch.zeros(2, 2, 5, 16)
+NAN, INF = float("nan"), float("inf")
+
+
+def gate(value: float, at: tuple[int, ...] = (1, 3), shape: tuple[int, ...] = (2, 5)) -> torch.Tensor:
+    ones = torch.ones(shape)
+    ones[at] = value
+    return ones
+
+
+def triton_with(x: torch.Tensor) -> dict[str, Any]:
+    return {"q": x, "k": x, "v": x, "backend": "triton"}
+
+
+INVALID: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "backend": (ValueError, "backend must be one of", {"backend": "flash"}),
+    "gate-form": (ValueError, "gate_form must be one of", {"gate_form": "pre-exp"}),
+    "q-dimensions": (ValueError, "q must have 4 dimensions", {"q": Q[0]}),
+    "q-list": (TypeError, "q must be a tensor", {"q": [1.0]}),
+    "q-integers": (TypeError, "q must be a floating tensor", {"q": Q.long()}),
+    "k-dtype": (TypeError, "k must have q's dtype", {"k": K.half()}),
+    "k-batch": (ValueError, "k must have shape", {"k": K[:1]}),
+    "k-head-dim": (ValueError, "k must have shape", {"k": K[..., :8]}),
+    "k-device": (ValueError, "k must be on q's device", {"k": K.to("meta")}),
+    "v-shape": (ValueError, "v must have k's shape", {"v": K[:, :, :4]}),
+    "heads": (ValueError, "q's heads must be a multiple", {"q": torch.zeros(2, 3, 3, 16)}),
+    "no-kv-heads": (ValueError, "q's heads must be a multiple", {"k": K[:, :0], "v": K[:, :0]}),
+    "gate-too-long": (ValueError, "gamma_k must have shape", {"gamma_k": torch.ones(6)}),
+    "gate-batch": (ValueError, "gamma_v must have shape", {"gamma_v": torch.ones(3, 5)}),
+    "gate-of-query-heads": (ValueError, "gamma_k must have shape", {"gamma_k": torch.ones(2, 4, 5)}),
+    "gate-scalar": (ValueError, "gamma_k must have shape", {"gamma_k": torch.ones(())}),
+    "gate-integers": (TypeError, "gamma_k must be a floating tensor", {"gamma_k": torch.ones(5, dtype=torch.long)}),
+    "gate-negative": (ValueError, r"gamma_k must be finite and at least 0 .* \[1, 3\]", {"gamma_k": gate(-1)}),
+    "gate-nan": (ValueError, "gamma_v must be finite", {"gamma_v": gate(NAN)}),
+    "gate-inf": (ValueError, "gamma_k must be finite", {"gamma_k": gate(INF)}),
+    "gate-0-post-exp": (ValueError, "post-exp", {"gamma_k": gate(0), "gate_form": "post-exp"}),
+    "gate-huge-post-exp": (ValueError, "post-exp", {"gamma_k": gate(2.0**21), "gate_form": "post-exp"}),
+    "gamma-q-length": (ValueError, "gamma_q must have shape", {"gamma_q": torch.ones(2)}),
+    "gamma-q-negative": (ValueError, "gamma_q must be finite", {"gamma_q": -torch.ones(3)}),
+    "mask-dtype": (TypeError, "key_padding_mask must be a bool", {"key_padding_mask": torch.ones(2, 5)}),
+    "mask-shape": (ValueError, "key_padding_mask must have shape", {"key_padding_mask": torch.ones(5) > 0}),
+    "scale-0": (ValueError, "scale must be finite and > 0", {"scale": 0.0}),
+    "scale-nan": (ValueError, "scale must be finite and > 0", {"scale": NAN}),
+    "window-0": (ValueError, "window must be None or an int", {"window": 0, "causal": True}),
+    "window-float": (ValueError, "window must be None or an int", {"window": 2.0, "causal": True}),
+    "window-not-causal": (ValueError, "window needs causal=True", {"window": 2}),
+    "triton-head-dim": (ValueError, "head dim is 24.*use backend='sdpa'", triton_with(torch.zeros(2, 2, 5, 24))),
+    "triton-dtype": (ValueError, "dtype is torch.float64", triton_with(torch.zeros(2, 2, 5, 16).double())),
+    "triton-grad": (ValueError, "requires grad", {"q": Q.clone().requires_grad_(), "backend": "triton"}),
+    "triton-gate-grad": (ValueError, "requires grad", {"gamma_k": torch.ones(5).requires_grad_(), "backend": "triton"}),
+}
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_arguments_are_refused(name: str) -> None:
+    kind, message, change = INVALID[name]
+    with pytest.raises(kind, match=message):
+        anchored_attention(**({"q": Q, "k": K, "v": K} | change))
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 2, 5)], ids=["per-batch", "per-head"])
+def test_hidden_gate_values_are_not_refused(shape: tuple[int, ...]) -> None:
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[1, 3] = False
+    bad = gate(NAN, (1, ..., 3), shape)  # pyright: ignore[reportArgumentType]
+    out = anchored_attention(Q, K, K, gamma_k=bad, gamma_v=bad, key_padding_mask=mask)
+    assert isinstance(out, torch.Tensor)
+    assert not out.isnan().any()
+    with pytest.raises(ValueError, match="gamma_k must be finite"):
+        anchored_attention(Q, K, K, gamma_k=bad, key_padding_mask=~mask)
+
+
+def test_a_shared_gate_is_refused_where_any_sequence_sees_the_key() -> None:
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[1, 3] = False
+    with pytest.raises(ValueError, match="gamma_k must be finite"):
+        anchored_attention(Q, K, K, gamma_k=gate(NAN, (3,), (5,)), key_padding_mask=mask)
+
+
+def test_grad_is_no_obstacle_to_triton_outside_grad_mode(device: torch.device) -> None:
+    tensors, options = Problem("no-grad").make(device)
+    tensors[0].requires_grad_()
+    with torch.no_grad():
+        anchored_attention(*tensors, **options, backend="triton")
+    out = anchored_attention(*tensors, **options)
+    assert isinstance(out, torch.Tensor)
+    assert out.requires_grad
+
+
+def test_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
+    assert "TRITON_INTERPRET" in (triton_refusal(torch.device("cpu")) or "")
+    assert available_backends("cpu")["triton"].startswith("no: the tensors are on cpu")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1; use backend='sdpa'"):
+        anchored_attention(Q, K, K, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [((8, 0), "sm_80"), ((8, 7), "sm_86"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((12, 1), "sm_120"), ((7, 5), None)],
+)
+def test_gpus_map_to_the_nearest_known_tiles(
+    capability: tuple[int, int], target: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert dispatch.triton_target(torch.device("cuda"))[0] == target
+    assert (triton_refusal(torch.device("cuda")) is None) == (target is not None)
+
+
+def test_a_fallback_on_a_gpu_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(api, "triton_refusal", lambda *_: "of a test")
+    with caplog.at_level(logging.INFO, logger=api.__name__):
+        q = torch.empty(1, 1, 1, 24)
+        on_gpu = type(
+            "OnGpu", (), {"device": torch.device("cuda"), "requires_grad": False, "dtype": q.dtype, "shape": q.shape}
+        )
+        assert [api._choose_backend("auto", on_gpu()) for _ in range(2)] == ["sdpa", "sdpa"]  # pyright: ignore[reportArgumentType]
+    assert [record.getMessage().split(": ")[-1] for record in caplog.records] == ["of a test"]
+
+
+def test_available_backends_says_a_line_for_each(device: torch.device) -> None:
+    lines = available_backends(device)
+    assert list(lines) == ["triton", "sdpa", "reference"]
+    assert all(line and "\n" not in line for line in lines.values())
+
+
+def test_without_triton_the_rest_works() -> None:
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+        "import torch\n"
+        "from videoanchor_triton.kernels.api import anchored_attention, available_backends\n"
+        "assert available_backends('cpu')['triton'] == 'no: triton is not installed'\n"
+        "x = torch.ones(1, 1, 2, 8)\n"
+        "assert anchored_attention(x, x, x, gamma_k=torch.ones(2)).shape == x.shape\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"TRITON_INTERPRET": "0"})
+
+
+@pytest.mark.parametrize("queries", [2, 40], ids=["decode", "prefill"])
+def test_opcheck(queries: int, device: torch.device) -> None:
+    (q, k, v), options = Problem("opcheck", queries=queries, keys=50, padding="left", layout="bnhd").make(device)
+    gates = options["gamma_k"], options["gamma_v"], options["key_padding_mask"]
+    torch.library.opcheck(anchored_attention_op, (q, k, v, *gates, 0.25, True, 9, False))
+    torch.library.opcheck(anchored_attention_op, (q, k, v, None, None, None, 0.25, False, None, False))
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+@pytest.mark.parametrize("queries", [1, 20], ids=["decode", "prefill"])
+def test_compiles_without_a_break_and_once_for_growing_keys(backend: str, queries: int, device: torch.device) -> None:
+    torch.compiler.reset()
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    @torch.compile(fullgraph=True, backend=count)
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
+        return anchored_attention(q, k, v, **options, return_lse=True, backend=backend)
+
+    with torch.no_grad():
+        for keys in (40, 41, 42, 57, 64):
+            problem = Problem("compiled", queries=queries, keys=keys, gate_keys=30, padding="left")
+            tensors, options = problem.make(device)
+            assert_as_exact_as_eager(attend(*tensors, **options), tensors, options)
+    assert graphs <= 2

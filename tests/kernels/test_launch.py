@@ -1,0 +1,59 @@
+"""What only the launchers can be asked: split counts, addresses beyond 2**31 elements, the clearing of dead splits."""
+
+import pytest
+import torch
+from oracle import Problem, assert_as_exact_as_eager
+
+from videoanchor_triton.kernels.api import anchored_attention
+from videoanchor_triton.kernels.decode import decode, split_count
+from videoanchor_triton.kernels.dispatch import triton_target
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5, 16, 40])
+@pytest.mark.parametrize("padding", [None, "all"])
+def test_any_number_of_splits_gives_the_same_result(splits: int, padding: str | None, device: torch.device) -> None:
+    tensors, options = Problem("splits", queries=3, keys=200, padding=padding).make(device)
+    out = torch.empty_like(tensors[0])
+    lse = torch.empty(out.shape[:3], device=device)
+    target, _ = triton_target(device)
+    assert target is not None
+    mask = options.get("key_padding_mask")
+    gates = options["gamma_k"], options["gamma_v"]
+    decode(*tensors, *gates, mask, out, lse, 32**-0.5, True, None, target, splits=splits)
+    del options["gamma_q"]
+    assert_as_exact_as_eager((out, lse), tensors, options)
+
+
+@pytest.mark.parametrize(
+    ("programs", "keys", "slots", "expected"),
+    [(264, 131072, 264, 1), (220, 131072, 264, 1), (4, 131072, 264, 57), (4, 2048, 264, 7), (4, 100, 264, 1)],
+)
+def test_split_count(programs: int, keys: int, slots: int, expected: int) -> None:
+    assert split_count(programs, max(keys // 256, 1), slots) == expected
+
+
+@pytest.mark.parametrize("queries", [2, 33], ids=["decode", "prefill"])
+@pytest.mark.parametrize("place", ["row", "head", "batch", "far-rows"])
+def test_elements_beyond_31_bits(
+    queries: int, place: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 2**34:
+        pytest.skip("needs 16 GiB of GPU memory")
+    head_dim = 16
+    stride = {"row": (0, 0, 2**22), "head": (0, 2**31, 16), "batch": (2**31, 0, 16), "far-rows": (0, 0, 2**26)}[place]
+    keys = {"row": 2**31 // 2**22 + 8, "far-rows": 34}.get(place, 40)
+    shape = {"head": (1, 2, keys, head_dim), "batch": (2, 1, keys, head_dim)}.get(place, (1, 1, keys, head_dim))
+    # only the pages that the view touches are ever backed by memory
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    store = torch.empty(2**31 + 2**28, dtype=torch.float16, device=device)
+    monkeypatch.undo()
+    k = store.as_strided(shape, (*stride, 1))
+    k.copy_(torch.randn(shape))
+    v = torch.randn(shape, dtype=torch.float16, device=device)
+    q = torch.randn(shape[0], shape[1], queries, head_dim, dtype=torch.float16, device=device)
+    for tensors in ((q, k, v), (q, v, k)):
+        found = anchored_attention(*tensors, backend="triton", return_lse=True)
+        assert isinstance(found, tuple)
+        assert_as_exact_as_eager(found, (q, tensors[1].contiguous(), tensors[2].contiguous()), {})
