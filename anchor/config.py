@@ -15,7 +15,7 @@ Scorer = Literal["ssc", "kmeans", "uniform"]
 ScoreFunction = Callable[[Tensor], Tensor]
 Decode = Literal["persist", "prefill"]
 
-# VideoAnchor, section 4: the only published values of alpha_q, alpha_k, alpha_v.
+# VideoAnchor, arXiv 2509.25151: the only published values of alpha_q, alpha_k, alpha_v.
 PUBLISHED_ALPHAS = {"internvl2-8b": {"alpha_q": 4.0, "alpha_k": 9.5, "alpha_v": 2.5}}
 
 _SOLVER_FIELDS = tuple(field.name for field in fields(SolverOptions))

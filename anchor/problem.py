@@ -51,7 +51,7 @@ def as_tokens(X: Tensor | np.ndarray) -> Tensor:
 
 
 def token_features(tokens: Tensor, rank: int | None) -> Tensor:
-    """The features Y that express each other (VideoAnchor, section 3.1: the tokens after PCA to rank r).
+    """The features Y that express each other (VideoAnchor, arXiv 2509.25151: the tokens after PCA to rank r).
 
     The principal axes come from a float64 Gram matrix of the centred tokens, over features or over tokens, whichever
     is smaller. Components with less than `max(N, D) * 2.2e-16` of the tokens' total energy are dropped as roundoff:

@@ -43,7 +43,7 @@ class AnchorResult:
 
 
 def shared_expression_score(coef_row_sums: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
-    """The shared-expression score (VideoAnchor, section 3.2).
+    """The shared-expression score (VideoAnchor, arXiv 2509.25151).
 
     s_hat_i = pi_i r_i with pi_i the size of token i's cluster and r_i the (signed) sum of the coefficients with which
     token i expresses others; s = (s_hat - min s_hat) / (max s_hat - min s_hat). The score ranks clusters mostly by

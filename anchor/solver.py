@@ -42,8 +42,8 @@ class SolverOptions:
     alpha_z: float = 800.0
     rho: float = 20.0
     relaxation: float = 1.8
-    max_iter: int = 2000
-    tol: float = 5e-3
+    max_iter: int = 10_000
+    tol: float = 1e-3
 
     def __post_init__(self) -> None:
         check_choice("affine", self.affine, (True, False))
@@ -79,7 +79,7 @@ class SelfExpression:
 def self_expression(
     Y: Tensor, options: SolverOptions, *, dtype: torch.dtype = torch.float32, progress: Progress | None = None
 ) -> SelfExpression:
-    """Express every token by the others (VideoAnchor, section 3.1; the authors' ADMM, reformulated).
+    """Express every token by the others (VideoAnchor, arXiv 2509.25151; the authors' ADMM, reformulated).
 
     Minimises, for each token j on its own,
 

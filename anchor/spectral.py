@@ -43,7 +43,7 @@ def spectral_labels(
     random_state: int | np.random.RandomState | None = 0,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """Split tokens into clusters that few strong affinities cross (VideoAnchor, section 3.1: normalised cut).
+    """Split tokens into clusters that few strong affinities cross (VideoAnchor, arXiv 2509.25151: normalised cut).
 
     The leading eigenvectors of D^-1/2 A D^-1/2 come from SciPy, on a CUDA device from CuPy where it is installed, and
     scikit-learn's `discretize` (the authors' choice; seeded) or `cluster_qr` turns them into labels. Where the

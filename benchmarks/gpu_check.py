@@ -221,7 +221,9 @@ def _measure(row: Row, run: Callable[[], torch.Tensor], inputs: Inputs, gated: b
     wrong = eager_wrong = size = 0.0
     for i in sorted({0, q.shape[2] // 3, q.shape[2] // 2, q.shape[2] - 1}):
         end = i + offset + 1
-        options = {"gamma_k": inputs.gamma_k[:, :end], "gamma_v": inputs.gamma_v[:, :end]} if gated else {}
+        options: dict[str, Any] = (
+            {"gamma_k": inputs.gamma_k[:, :end], "gamma_v": inputs.gamma_v[:, :end]} if gated else {}
+        )
         tensors = (q[:, :, i : i + 1], k[:, :, :end], v[:, :, :end])
         exact, _ = reference_attention(*tensors, **options)
         wrong = max(wrong, error(out[:, :, i : i + 1], exact) if out[:, :, i].isfinite().all() else float("inf"))

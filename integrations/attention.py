@@ -181,29 +181,27 @@ def attention_mask_forward(
             allow_is_causal_skip=False,
             **kwargs,
         )
+    # n_filled: cache positions filled after this pass. A static cache has more keys than that.
+    n_filled: int | Tensor
     if "cache_position" in kwargs:  # transformers 4.57
-        q_length, q_offset = kwargs["cache_position"].shape[0], kwargs["cache_position"][0]
-        seen = int(kwargs["cache_position"][-1]) + 1 if attention_mask is None else attention_mask.shape[1]
-        static = kv_length > seen
+        position: Tensor = kwargs["cache_position"]
+        q_length, n_filled, device = position.shape[0], position[-1] + 1, position.device
     else:
-        q_length, q_offset = kwargs["q_length"], kwargs["q_offset"]
-        static = isinstance(q_offset, Tensor)  # a static cache counts on the device
-    if static and local_size is not None:
-        raise NotImplementedError(
-            f"{IMPLEMENTATION} has no static cache for sliding-window layers yet: use cache_implementation='dynamic'"
-        )
-    if attention_mask is not None:
-        visible = attention_mask[:, -kv_length:]
-    elif static:
-        visible = torch.lt(torch.arange(kv_length, device=q_offset.device), q_offset + q_length).expand(batch_size, -1)
-    else:
-        return None
-    if q_length == 1:  # one step of decoding: no look at the values, which would wait for the device
-        return F.pad(visible, (0, kv_length - visible.shape[1]))
-    if static and not torch.compiler.is_compiling():  # queries end where the filled part ends, not where the cache does
-        visible = visible[:, : int(q_offset) + q_length]
-    if visible.shape[1] == kv_length and not torch.compiler.is_compiling() and bool(visible.all()):
-        return None
+        q_length, n_filled, device = kwargs["q_length"], kwargs["q_offset"] + kwargs["q_length"], kwargs["device"]
+    visible = None if attention_mask is None else attention_mask[:, -kv_length:]
+    if q_length == 1:  # one step of decoding: no look at values on the device, which would wait for it
+        if visible is not None:
+            return F.pad(visible, (0, kv_length - visible.shape[1]))
+        if isinstance(n_filled, int) and kv_length <= n_filled:
+            return None
+        return torch.lt(torch.arange(kv_length, device=device), n_filled).expand(batch_size, -1)
+    if not torch.compiler.is_compiling():
+        n_filled = int(n_filled)
+        if kv_length > n_filled:  # queries end where the filled part ends, not where the cache does
+            filled = torch.ones(batch_size, n_filled, dtype=torch.bool, device=device)
+            return filled if visible is None else visible[:, :n_filled]
+        if visible is not None and visible.shape[1] == kv_length and bool(visible.all()):
+            return None
     return visible
 
 

@@ -34,7 +34,7 @@ class CacheScores:
         self._gate: tuple[VideoAnchorConfig, LayerGate] | None = None
 
     def gate(self, config: VideoAnchorConfig) -> LayerGate:
-        """The factors 1 + alpha * score (paper, section 3.3), computed once for each config."""
+        """The factors 1 + alpha * score (arXiv 2509.25151), computed once for each config."""
         if self._gate is None or self._gate[0] is not config:
             bounded = 1.0 + config.alpha_k <= _POST_EXP_BOUND
             gate = LayerGate(
@@ -190,6 +190,10 @@ class Handle:
 
         if held is not None and past is not None and held.scores.shape[1] > past:  # cropped or reset
             held = CacheScores(held.scores[:, :past]) if past else None
+        if mask is not None and getattr(cache, "is_compileable", False) and any(getattr(cache, "is_sliding", ())):
+            raise NotImplementedError(
+                "VideoAnchor does not support static caches with sliding-window layers yet: use a dynamic cache"
+            )
         if mask is not None and past is not None and embeds is not None:
             held = CacheScores(
                 self._extend(None if held is None else held.scores, past, embeds, mask.to(embeds.device))

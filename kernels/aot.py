@@ -25,6 +25,12 @@ TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
 SHARED_LIMIT["gfx942"] = 65536
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
+CASES = [
+    (kernel, target, head_dim, "bf16")
+    for target in TARGETS
+    for head_dim in HEAD_DIMS
+    for kernel in ("log-bias", "post-exp", "decode")
+]
 TENSOR_CORE = re.compile(r"(H|UTCH?|Q|I)G?MMA|UTC\w*MMA|v_mfma|v_wmma")
 LOCAL_MEMORY = re.compile(r"LDL|STL")
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -81,6 +87,7 @@ def compile_prefill(
     causal: bool = True,
     window: bool = False,
 ) -> Report:
+    """Compile prefill in one gate form; `dtype` is "bf16", "fp16" or "fp32", `tile` replaces the table's."""
     tile = tile or prefill_tile(target, head_dim, ELEMENT[dtype])
     d0, d1 = split_head_dim(head_dim)
     constants = {
@@ -94,8 +101,9 @@ def compile_prefill(
         "STAGES": tile.stages,
     }
     dtypes = dict.fromkeys(("q", "k", "v", "out"), dtype) | {"lse": "fp32", "gate": "fp32" if gate else None}
+    form = {prefill.NO_GATE: "ungated", prefill.LOG_BIAS: "log-bias", prefill.POST_EXP: "post-exp"}[gate]
     return report(
-        "prefill", target, head_dim, dtype, compile_kernel(prefill.prefill_kernel, target, dtypes, constants, tile)
+        form, target, head_dim, dtype, compile_kernel(prefill.prefill_kernel, target, dtypes, constants, tile)
     )
 
 
@@ -108,6 +116,7 @@ def compile_decode(
     gate: bool = True,
     padding: bool = False,
 ) -> Report:
+    """Compile decode's split kernel for `rows` packed rows; arguments as for prefill."""
     tile = tile or decode_tile(target, head_dim, ELEMENT[dtype], rows)
     constants = {
         "D": head_dim,
@@ -171,21 +180,24 @@ def disassemble(sass: str) -> tuple[list[str], list[list[str]]]:
     return opcodes, [[opcode for opcode in opcodes[a : b + 1] if opcode != "NOP"] for a, b in inner]
 
 
-def compile_all(targets: Iterable[str] = tuple(TARGETS), head_dims: Iterable[int] = HEAD_DIMS) -> Iterator[Report]:
-    """Every kernel for each target and head dim, bf16: prefill in both gate forms, decode of one packed row block."""
-    for target in targets:
-        for head_dim in head_dims:
-            yield compile_prefill(target, head_dim, gate=prefill.LOG_BIAS)
-            yield compile_prefill(target, head_dim, gate=prefill.POST_EXP)
-            yield compile_decode(target, head_dim)
+def compile_all(cases: Iterable[tuple[str, str, int, str]] = CASES) -> Iterator[Report]:
+    """Compile each case (kernel, target, head dim, dtype); the kernels are "log-bias", "post-exp" and "decode"."""
+    for kernel, target, head_dim, dtype in cases:
+        if kernel == "decode":
+            yield compile_decode(target, head_dim, dtype)
+        else:
+            yield compile_prefill(
+                target, head_dim, dtype, prefill.LOG_BIAS if kernel == "log-bias" else prefill.POST_EXP
+            )
 
 
 def main() -> None:
-    print("kernel   target   head_dim  registers  spills  shared  tensor-core  loop")
+    """Print the table of all cases."""
+    print("kernel   target   head_dim  dtype  registers  spills  shared  tensor-core  loop")
     for used in compile_all():
         print(
-            f"{used.kernel:8} {used.target:8} {used.head_dim:8} {used.registers:10} {used.spills:7} {used.shared:7} "
-            f"{used.tensor_core:12} {sum(used.loop.values()):5}"
+            f"{used.kernel:8} {used.target:8} {used.head_dim:8}  {used.dtype:5} {used.registers:10} {used.spills:7} "
+            f"{used.shared:7} {used.tensor_core:12} {sum(used.loop.values()):5}"
         )
 
 

@@ -39,8 +39,9 @@ def anchored_attention_op(
     if out.numel() == 0 or k.shape[2] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     q, k, v = _rows(q), _rows(k), _rows(v)
-    if key_padding_mask is not None:
-        key_padding_mask = key_padding_mask.contiguous()
+    gamma_k, gamma_v, key_padding_mask = (
+        None if x is None else x.contiguous() for x in (gamma_k, gamma_v, key_padding_mask)
+    )
     if window is not None:
         window = min(window, k.shape[2])
     target, _ = triton_target(q.device)

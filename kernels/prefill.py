@@ -55,9 +55,10 @@ def attend_tiles(
         if D1 > 0:
             b_k1 = load_rows(p_k + D0, i_n, stride_kn, m_keys[:, None], BN, D1, MASKED)
             b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision="ieee")
-        if GATE == 1:
+        if GATE != 0:
             # [BN]
             b_gate = tl.load(p_gate + o_n, mask=m_keys, other=0.0) if MASKED else tl.load(p_gate + o_n)
+        if GATE == 1:
             b_s = b_s * scale_log2 + b_gate[None, :]
         if MASKED:
             b_s = tl.where(visible_pairs(m_keys, o_n, o_position, window, CAUSAL, WINDOW), b_s, float("-inf"))
@@ -70,11 +71,7 @@ def attend_tiles(
             b_shift = finite_max(b_max_new) if MASKED else b_max_new
             b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
-        if GATE == 2:
-            b_gate = tl.load(p_gate + o_n, mask=m_keys, other=0.0) if MASKED else tl.load(p_gate + o_n)
-            b_sum = b_sum * b_decay + tl.sum(b_p * b_gate[None, :], 1)
-        else:
-            b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        b_sum = b_sum * b_decay + tl.sum(b_p * b_gate[None, :] if GATE == 2 else b_p, 1)
         b_p = b_p.to(p_v.dtype.element_ty)
         # [BM, D0] += [BM, BN] [BN, D0]
         b_v0 = load_rows(p_v, i_n, stride_vn, m_keys[:, None], BN, D0, MASKED)
@@ -157,7 +154,6 @@ def prefill_kernel(
     if WINDOW:
         i_start = tl.maximum(position - window + 1, 0) // BN * BN
         i_inner = tl.cdiv(tl.maximum(position + BM - window, 0), BN) * BN
-    if WINDOW:
         b_acc0, b_acc1, b_sum, b_max = attend_tiles(
             b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, p_gate, i_start, tl.minimum(i_inner, i_end),
             Nk, o_m + Nk - Nq, window, scale_log2, stride_kn, stride_vn, D0, D1, BN, GATE, True, CAUSAL, WINDOW, STAGES,

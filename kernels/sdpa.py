@@ -37,6 +37,8 @@ def sdpa_attention(
     kv_heads, keys = k.shape[1:3]
     group = query_heads // kv_heads
     precise = torch.promote_types(q.dtype, torch.float32)
+    if q.numel() == 0 or keys == 0:
+        return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
 
     # (B * Hkv, group, Nq, D) and (B * Hkv, 1, Nk, D): a KV head is a batch entry and its group the heads
     q = q.reshape(batch * kv_heads, group, queries, head_dim)
@@ -143,9 +145,8 @@ def with_bias_columns(
     factor = 2.0 ** min(15, max(-14, round(-math.log2(scale))))
     rest = bias / (scale * factor)
     columns = []
-    for i in range(parts):
-        # one column carries the gradient of the sum
-        columns.append((rest if i == 0 else rest.detach()).to(q.dtype))
+    for _ in range(parts):
+        columns.append(rest.to(q.dtype))
         rest = rest - columns[-1]
     k = F.pad(torch.cat([k, torch.stack(columns, -1)], dim=-1), (0, width - parts))
     q = F.pad(F.pad(q, (0, parts), value=factor), (0, width - parts))

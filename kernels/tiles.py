@@ -27,7 +27,7 @@ PREFILL = {
     "sm_89": AMPERE,
     "sm_90": HOPPER,
     "sm_100": HOPPER,
-    "sm_120": {96: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
+    "sm_120": {80: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
     "gfx942": CDNA,
     INTERPRETER: {256: Tile(32, 32, 4, 1)},
 }

@@ -100,6 +100,6 @@ def test_bad_tensors_are_refused(tokens):
 
 def test_verbose_prints_the_progress(capsys):
     SparseSubspaceClustering(2, verbose=True).fit(vit_like(2, 20))
-    assert "solve: 10 of at most 2000 iterations" in capsys.readouterr().out
+    assert "solve: 10 of at most 10000 iterations" in capsys.readouterr().out
     SparseSubspaceClustering(2).fit(vit_like(2, 20))
     assert capsys.readouterr().out == ""

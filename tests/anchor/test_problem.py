@@ -54,9 +54,10 @@ def test_no_rank_means_the_tokens_themselves():
 
 @pytest.mark.parametrize("chunk", [50, 1 << 20], ids="chunk{}".format)
 @pytest.mark.parametrize("device", DEVICES)
-def test_weights_follow_their_definition(chunk, device, monkeypatch):
+@pytest.mark.parametrize("rank", [6, 30])
+def test_weights_follow_their_definition(rank, chunk, device, monkeypatch):
     monkeypatch.setattr(memory, "CHUNK_ELEMENTS", chunk)
-    Y = token_features(vit_like(3, 11), 6)
+    Y = token_features(torch.randn(33, 40, generator=torch.Generator().manual_seed(0)), rank)
     found = penalty_weights(Y.to(device), 800.0, 700.0)
     assert found == pytest.approx(textbook_weights(Y.numpy(), 800.0, 700.0), rel=1e-12)
 

@@ -104,6 +104,15 @@ def test_another_seed_moves_nothing_on_clear_structure():
     torch.testing.assert_close(first.scores, second.scores)
 
 
+@pytest.mark.parametrize("scorer", ["ssc", "kmeans"])
+def test_the_seed_is_used_where_structure_is_weak(scorer):
+    tokens = torch.randn(60, 20, generator=torch.Generator().manual_seed(0))
+    labels = {
+        tuple(anchor_scores(tokens, config(scorer=scorer, random_state=seed)).labels.tolist()) for seed in range(4)
+    }
+    assert len(labels) > 1
+
+
 @pytest.mark.parametrize("change", ["permuted", "rotated"])
 def test_scores_follow_the_tokens(change):
     tokens, _ = planted_subspaces(noise=0.02)

@@ -1,3 +1,5 @@
+import itertools
+import time
 import warnings
 
 import numpy as np
@@ -105,7 +107,7 @@ def test_default_tolerance_orders_tokens_as_the_optimum(make):
         found = self_expression(Y, SolverOptions(), dtype=dtype)
         assert found.converged
         assert found.residual <= SolverOptions.tol
-        assert found.n_iter < 500
+        assert found.n_iter < 2000
         assert np.asarray(spearmanr(found.coef.sum(1), optimum.sum(1)))[0] >= 0.995
 
 
@@ -144,11 +146,14 @@ def test_coefficients_stay_inside_the_subspace(noise):
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "linear"])
 @pytest.mark.parametrize("rank", [None, 5])
 def test_degenerate_tokens_have_a_solution(tokens, affine, rank):
-    found = self_expression(token_features(tokens, rank), SolverOptions(affine=affine, max_iter=20_000))
+    features = token_features(tokens, rank)
+    # a lone pair is so badly conditioned that float32 cannot reach the tolerance
+    dtype = torch.float64 if len(tokens) == 2 else torch.float32
+    found = self_expression(features, SolverOptions(affine=affine, max_iter=20_000), dtype=dtype)
     assert found.converged
     assert torch.isfinite(found.coef).all()
     if affine:
-        torch.testing.assert_close(found.coef.sum(0), torch.ones(len(tokens)), atol=0.01, rtol=0)
+        torch.testing.assert_close(found.coef.sum(0), torch.ones(len(tokens), dtype=dtype), atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("Y", [torch.zeros(0, 7), torch.ones(3, 7), torch.zeros(3, 7), torch.ones(3, 1)], ids=str)
@@ -194,6 +199,7 @@ def test_products_are_in_full_precision_whatever_is_set(setting):
         with torch.autocast("cpu", torch.bfloat16), _Precisions() as precisions:
             found = self_expression(Y, SolverOptions()).coef
         assert (CUDA.fp32_precision, MKLDNN.fp32_precision) == changed
+        assert setting == "backend" or torch.get_float32_matmul_precision() == "medium"
     finally:
         CUDA.fp32_precision, MKLDNN.fp32_precision = "none", "none"
         torch.set_float32_matmul_precision(before[0])
@@ -274,11 +280,18 @@ def test_overflow_is_an_error_and_not_a_result():
         self_expression(torch.full((3, 4), torch.nan), SolverOptions())
 
 
-def test_reports_progress():
+@pytest.mark.parametrize(
+    ("seconds", "reported"), [(0.0, [10]), (0.05, [10, 60, 110]), (0.3, range(10, 120, 10))], ids=str
+)
+def test_reports_progress_four_times_a_second_at_most(seconds, reported, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock) * seconds)
     calls = []
-    self_expression(small_features(), SolverOptions(), progress=lambda *call: calls.append(call))
-    assert calls
-    assert all(stage == "solve" and 0 < done <= total == 2000 for stage, done, total in calls)
+    with pytest.warns(ConvergenceWarning):
+        self_expression(
+            small_features(), SolverOptions(tol=0.0, max_iter=110), progress=lambda *call: calls.append(call)
+        )
+    assert calls == [("solve", done, 110) for done in reported]
 
 
 @pytest.mark.parametrize(

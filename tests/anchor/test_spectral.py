@@ -7,6 +7,7 @@ import pytest
 import scipy.sparse
 import torch
 from sklearn.cluster import SpectralClustering
+from sklearn.cluster._spectral import cluster_qr
 from sklearn.metrics import adjusted_rand_score
 
 from videoanchor_triton.anchor import spectral
@@ -80,6 +81,20 @@ def test_eigenvectors_lead(n_tokens):
     np.testing.assert_allclose(found.T @ found, np.eye(6), atol=1e-9)
     np.testing.assert_allclose(np.linalg.norm(vectors[:, -6:].T @ found, axis=0), 1, atol=1e-9)
     np.testing.assert_allclose(np.diag(found.T @ (graph.toarray() / root[:, None] / root) @ found), values[:-7:-1])
+
+
+def test_eigenvectors_are_orthogonal_where_only_one_eigenvalue_is_positive():
+    graph = scipy.sparse.csr_array(np.ones((20, 20)) - np.eye(20))
+    found = spectral._embedding(graph, np.zeros(20, dtype=int), 4, np.random.RandomState(0), torch.device("cpu"))
+    np.testing.assert_allclose(found.T @ found * 19, np.eye(4), atol=1e-9)
+
+
+def test_labels_are_assigned_as_asked():
+    graph = block_graph(groups(90, 4), 1.0)
+    embedding = spectral._embedding(graph, np.zeros(90, dtype=int), 8, np.random.RandomState(0), torch.device("cpu"))
+    by_qr = spectral_labels(graph, 8, assign_labels="cluster_qr")
+    assert adjusted_rand_score(cluster_qr(embedding), by_qr) == 1.0
+    assert adjusted_rand_score(spectral_labels(graph, 8), by_qr) < 1.0
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 5])

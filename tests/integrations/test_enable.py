@@ -1,13 +1,14 @@
 """enable(): what it refuses, what it leaves behind, and the implementation without it."""
 
+import logging
 from typing import Any
 
 import pytest
 import tiny_models as tiny
 import torch
+import torch.nn.functional as F
 import transformers as hf
 from dense_eager import GENERATE, pseudo_scores
-from transformers.utils import logging
 
 import videoanchor_triton as va
 from videoanchor_triton.integrations import attention
@@ -93,6 +94,13 @@ def test_continuous_batching_is_refused(model: Any) -> None:
         model.generate_batch([[1, 2, 3]])
 
 
+def test_static_cache_of_sliding_windows_is_refused() -> None:
+    model = tiny.build("internvl", use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    batch = tiny.inputs("internvl", [[3, "V", 5]])
+    with va.enable(model, CONFIG), pytest.raises(NotImplementedError, match="sliding"):
+        model.generate(**batch, **GENERATE, cache_implementation="static", disable_compile=True)
+
+
 def test_embeddings_without_ids_are_refused(model: Any) -> None:
     batch = tiny.inputs("qwen2_5_vl", [[3, "V", 5]])
     embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach()
@@ -120,7 +128,7 @@ def test_without_enable_it_is_ungated_and_says_so_once(model: Any, monkeypatch: 
     batch = tiny.inputs("qwen2_5_vl", [[3, 4, "V", 5], [7, 8, "V", 9, 10, 11, 12]])
     expected = model.generate(**batch, **GENERATE)
     said: list[str] = []
-    logging.Logger.warning_once.cache_clear()  # pyright: ignore
+    logging.Logger.warning_once.cache_clear()  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setattr(attention.logger, "warning", lambda text, *_args, **_kwargs: said.append(text))
     model.set_attn_implementation({"text_config": "videoanchor_triton"})
     out = model.generate(**batch, **GENERATE)
@@ -153,4 +161,38 @@ def test_own_four_dimensional_mask(model: Any, shape: str) -> None:
         expected = model(**batch, position_ids=positions, use_cache=False).logits
         mask = visible if shape == "bool" else torch.zeros(1, 1, n, n).masked_fill(~visible, float("-inf"))
         out = model(**{**batch, "attention_mask": mask}, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)
+
+
+def test_scaling_of_the_layer_is_used() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16)
+    gamma_k = 1 + torch.rand(1, 7)
+    gate = attention.LayerGate(gamma_k=gamma_k)
+    out, weights = attention.attention_forward(
+        torch.nn.Module(), query, key, value, None, scaling=0.7, is_causal=True, videoanchor_gate=gate
+    )
+    logits = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.7
+    logits[..., :7] += gamma_k.log()
+    logits = logits.masked_fill(torch.ones(5, 9, dtype=torch.bool).triu(5), float("-inf"))
+    expected = (logits.softmax(-1) @ value.repeat_interleave(2, 1)).transpose(1, 2)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    assert weights is None
+
+
+@pytest.mark.parametrize("given", ["no-mask", "mask-of-the-prompt", "mask-of-the-whole-cache"])
+def test_static_cache_by_hand(model: Any, given: str) -> None:
+    """Queries end where the filled part of the cache ends, however the mask comes."""
+    batch = tiny.inputs("qwen2_5_vl", [[3, 4, "V", 5, 6]])
+    n, room = batch["input_ids"].shape[1], 40
+    mask = batch.pop("attention_mask")
+    if given != "no-mask":
+        batch["attention_mask"] = mask if given == "mask-of-the-prompt" else F.pad(mask, (0, room - n))
+    positions = torch.arange(n)[None, None].expand(3, 1, n)
+    with va.enable(model, CONFIG), torch.no_grad():
+        text_config = model.config.get_text_config()
+        cache = hf.StaticCache(config=text_config, max_cache_len=room)
+        out = model(**batch, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        batch.pop("attention_mask", None)
+        expected = model(**batch, position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)

@@ -76,6 +76,8 @@ class Problem:
                 gamma_k[0, : n // 2] = 0
             elif self.gate == "all-zero":
                 gamma_k.zero_()
+            elif self.gate == "strided":
+                gamma_k, gamma_v = (torch.stack([x.T, -x.T], -1)[..., 0].T for x in (gamma_k, gamma_v))
             options |= {"gamma_k": gamma_k.to(device), "gamma_v": gamma_v.to(device)}
             options["gamma_q"] = (1 + 4 * torch.rand(self.batch, self.queries, generator=generator)).to(device)
         if self.padding is not None:

@@ -71,8 +71,9 @@ INVALID: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", INVALID)
 def test_invalid_arguments_are_refused(name: str) -> None:
     kind, message, change = INVALID[name]
+    arguments: dict[str, Any] = {"q": Q, "k": K, "v": K}
     with pytest.raises(kind, match=message):
-        anchored_attention(**({"q": Q, "k": K, "v": K} | change))
+        anchored_attention(**(arguments | change))
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (2, 2, 5)], ids=["per-batch", "per-head"])
@@ -157,9 +158,10 @@ def test_without_triton_the_rest_works() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"TRITON_INTERPRET": "0"})
 
 
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
 @pytest.mark.parametrize("queries", [2, 40], ids=["decode", "prefill"])
-def test_opcheck(queries: int, device: torch.device) -> None:
-    (q, k, v), options = Problem("opcheck", queries=queries, keys=50, padding="left", layout="bnhd").make(device)
+def test_opcheck(queries: int, layout: str, device: torch.device) -> None:
+    (q, k, v), options = Problem("opcheck", queries=queries, keys=50, padding="left", layout=layout).make(device)
     gates = options["gamma_k"], options["gamma_v"], options["key_padding_mask"]
     torch.library.opcheck(anchored_attention_op, (q, k, v, *gates, 0.25, True, 9, False))
     torch.library.opcheck(anchored_attention_op, (q, k, v, None, None, None, 0.25, False, None, False))

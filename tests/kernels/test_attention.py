@@ -34,6 +34,7 @@ ADVERSARIAL = [
     Problem("mha", query_heads=3, kv_heads=3),
     Problem("gate-shared", gate="shared"),
     Problem("gate-per-head", gate="per-head"),
+    Problem("gates-not-contiguous", gate="strided"),
     Problem("gates-shorter-than-keys", gate_keys=41),
     Problem("gates-of-length-0", gate_keys=0),
     Problem("gates-within-post-exp-limits", gate="wide", dtype=torch.float16),
@@ -51,6 +52,7 @@ ADVERSARIAL = [
     Problem("all-keys-padded", padding="all"),
     Problem("padding-holds-nan", padding="left-nan"),
     Problem("padding-holds-nan-gate-0", padding="left", gate="zero"),
+    Problem("padding-holds-nan-fused-qkv-strides", padding="left-nan", layout="fused"),
     Problem("window", window=11),
     Problem("window-of-1", window=1),
     Problem("window-of-a-tile", window=32, queries=100, keys=130, query_heads=2),
@@ -75,6 +77,7 @@ ADVERSARIAL = [
     Problem("decode-window-of-1", queries=1, window=1),
     Problem("decode-window-padding", queries=1, keys=90, window=70, padding="left-nan"),
     Problem("decode-bnhd-strides", queries=1, layout="bnhd"),
+    Problem("decode-gates-not-contiguous", queries=2, gate="strided"),
 ]
 EVERY_SIZE = [
     Problem(f"{kind}-D{head_dim}-{name}", batch=1, queries=queries, keys=50, head_dim=head_dim, dtype=dtype)
@@ -164,3 +167,22 @@ def test_the_same_call_gives_the_same_bits(queries: int, device: torch.device) -
     first = anchored_attention(*tensors, **options, return_lse=True, backend="triton")
     second = anchored_attention(*tensors, **options, return_lse=True, backend="triton")
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("queries", [1, 20], ids=["decode", "prefill"])
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_log_gates_are_not_rounded_to_half_precision(
+    dtype: torch.dtype, backend: str, queries: int, device: torch.device
+) -> None:
+    """Two keys whose log gates near 13.8 lie less than one rounding of bf16 apart: the eager form is off by 3%."""
+    gamma_k = torch.full((32, 2), 1e6, device=device)
+    gamma_k[:, 1] *= torch.linspace(1, 1.06, 32, device=device)
+    q = torch.zeros(32, 1, queries, 16, dtype=dtype, device=device)
+    k = torch.zeros(32, 1, 2, 16, dtype=dtype, device=device)
+    v = torch.ones_like(k)
+    v[:, :, 1] = -1
+    out = anchored_attention(q, k, v, gamma_k=gamma_k, backend=backend)
+    assert isinstance(out, torch.Tensor)
+    exact = (gamma_k[:, 0] - gamma_k[:, 1]) / gamma_k.sum(1)
+    assert (out - exact[:, None, None, None]).abs().max() <= torch.finfo(dtype).eps / 2

@@ -11,10 +11,16 @@ from videoanchor_triton.kernels.dispatch import triton_target
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 
-@pytest.mark.parametrize("splits", [1, 2, 5, 16, 40])
-@pytest.mark.parametrize("padding", [None, "all"])
-def test_any_number_of_splits_gives_the_same_result(splits: int, padding: str | None, device: torch.device) -> None:
-    tensors, options = Problem("splits", queries=3, keys=200, padding=padding).make(device)
+SPLITS = [
+    *((splits, Problem("seven-blocks", queries=3, keys=200)) for splits in (1, 2, 5, 16, 40)),
+    (5, Problem("all-keys-padded", queries=3, keys=200, padding="all")),
+    (66, Problem("five-merge-steps", 1, 2, 1, 2, 2100, 32, logits=9.0)),
+]
+
+
+@pytest.mark.parametrize(("splits", "problem"), SPLITS, ids=str)
+def test_any_number_of_splits_gives_the_same_result(splits: int, problem: Problem, device: torch.device) -> None:
+    tensors, options = problem.make(device)
     out = torch.empty_like(tensors[0])
     lse = torch.empty(out.shape[:3], device=device)
     target, _ = triton_target(device)
@@ -42,12 +48,12 @@ def test_elements_beyond_31_bits(
     if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 2**34:
         pytest.skip("needs 16 GiB of GPU memory")
     head_dim = 16
-    stride = {"row": (0, 0, 2**22), "head": (0, 2**31, 16), "batch": (2**31, 0, 16), "far-rows": (0, 0, 2**26)}[place]
-    keys = {"row": 2**31 // 2**22 + 8, "far-rows": 34}.get(place, 40)
-    shape = {"head": (1, 2, keys, head_dim), "batch": (2, 1, keys, head_dim)}.get(place, (1, 1, keys, head_dim))
+    stride = {"row": (0, 0, 2**22), "head": (0, 2**30, 16), "batch": (2**30, 0, 16), "far-rows": (0, 0, 2**27)}[place]
+    keys = {"row": 2**31 // 2**22 + 8, "far-rows": 20}.get(place, 40)
+    shape = (3 if place == "batch" else 1, 3 if place == "head" else 1, keys, head_dim)
     # only the pages that the view touches are ever backed by memory
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    store = torch.empty(2**31 + 2**28, dtype=torch.float16, device=device)
+    store = torch.empty(2**31 + 2**29, dtype=torch.float16, device=device)
     monkeypatch.undo()
     k = store.as_strided(shape, (*stride, 1))
     k.copy_(torch.randn(shape))
