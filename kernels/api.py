@@ -3,6 +3,7 @@
 import logging
 import math
 from functools import cache
+from typing import Literal, overload
 
 import torch
 
@@ -20,6 +21,44 @@ except ModuleNotFoundError as error:  # triton has wheels for Linux only, and tr
 BACKENDS = ("auto", "triton", "sdpa", "reference")
 GATE_FORMS = ("log-bias", "post-exp")
 logger = logging.getLogger(__name__)
+
+
+@overload
+def anchored_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    gamma_k: torch.Tensor | None = ...,
+    gamma_v: torch.Tensor | None = ...,
+    gamma_q: torch.Tensor | None = ...,
+    scale: float | None = ...,
+    causal: bool = ...,
+    key_padding_mask: torch.Tensor | None = ...,
+    window: int | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+    gate_form: str = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def anchored_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    gamma_k: torch.Tensor | None = ...,
+    gamma_v: torch.Tensor | None = ...,
+    gamma_q: torch.Tensor | None = ...,
+    scale: float | None = ...,
+    causal: bool = ...,
+    key_padding_mask: torch.Tensor | None = ...,
+    window: int | None = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+    gate_form: str = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def anchored_attention(
