@@ -1,0 +1,107 @@
+"""`videoanchor run` on checkpoints of the other backbones, with their own processors, saved and loaded like any."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models as tiny
+import torch
+import transformers as hf
+from safetensors.numpy import load_file
+
+from videoanchor_triton.integrations import cli, pipeline
+from videoanchor_triton.integrations.errors import InputError
+from videoanchor_triton.integrations.token_grid import TokenGrid
+from videoanchor_triton.integrations.video import read_video, write_video
+
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'video' %} <video> {% else %} {{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def _tokenizer() -> Any:
+    """Words and the ids that the tiny models use for visual tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    special = {"<image>": tiny.IMAGE, "<video>": tiny.VIDEO, "<img>": tiny.VISION_START, "</img>": tiny.VISION_END}
+    vocabulary = {"[UNK]": 1, "[PAD]": tiny.PAD, **{f"word{i}": i for i in range(2, 190)}, **special}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        model_input_names=["input_ids", "attention_mask"],
+        extra_special_tokens={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<image>",
+            "image_token": "<image>",
+            "video_token": "<video>",
+        },
+    )
+
+
+def save_checkpoint(name: str, folder: Path) -> None:
+    model = tiny.build(name)
+    model.save_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    if name == "internvl":
+        processor = hf.InternVLProcessor(
+            image_processor=hf.GotOcr2ImageProcessor(size=size),
+            tokenizer=_tokenizer(),
+            video_processor=hf.InternVLVideoProcessor(size=size),
+            image_seq_length=4,
+            chat_template=TEMPLATE,
+        )
+    else:
+        processor = hf.LlavaOnevisionProcessor(
+            image_processor=hf.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=[[16, 16]]),
+            tokenizer=_tokenizer(),
+            video_processor=hf.LlavaOnevisionVideoProcessor(size=size),
+            num_image_tokens=16,
+            vision_feature_select_strategy="full",
+            chat_template=TEMPLATE,
+        )
+    processor.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["internvl", "llava_onevision"])
+def test_run_on_another_backbone(name: str, dtype: str, tmp_path: Path) -> None:
+    save_checkpoint(name, tmp_path / "checkpoint")
+    frames = np.random.default_rng(0).integers(0, 255, (20, 32, 48, 3), dtype=np.uint8)
+    write_video(tmp_path / "clip.mp4", frames, fps=5)
+    out = tmp_path / "out"
+    arguments = ["run", "--model", tmp_path / "checkpoint", "--video", tmp_path / "clip.mp4", "--out", out]
+    options = ["--question", "word5 word6", "--alpha-k", "2", "--alpha-v", "1", "--max-frames", "6"]
+    shape = ["--n-clusters", "4", "--pca-rank", "8", "--max-new-tokens", "3", "--dtype", dtype]
+    assert cli.main([*map(str, arguments), *options, *shape]) == 0
+    result = json.loads((out / "result.json").read_text())
+    n_extra = 1 if name == "llava_onevision" else 0
+    assert result["grid"] == {"t": 6, "h": 2, "w": 2, "n_extra": n_extra}
+    assert result["tokens"]["visual"] == 24 + n_extra
+    assert load_file(out / "anchors.safetensors")["scores"].shape == (24 + n_extra,)
+    assert (out / "anchors.png").stat().st_size > 10_000
+
+
+def test_the_processor_gets_the_frames_of_the_clip(tmp_path: Path) -> None:
+    """Frames reach the vision tower in order and unsampled: a token's frame is the frame that the grid says."""
+    save_checkpoint("internvl", tmp_path)
+    values = np.array([10, 250, 60, 200, 120], dtype=np.uint8)
+    write_video(tmp_path / "clip.mp4", np.broadcast_to(values[:, None, None, None], (5, 32, 32, 3)).copy(), fps=5)
+    model, processor = pipeline.load(str(tmp_path), "cpu")
+    clip = read_video(tmp_path / "clip.mp4")
+    inputs, grid = pipeline.prepare(model, processor, clip, "word7")
+    assert grid == TokenGrid(5, 2, 2)
+    brightness = inputs["pixel_values"].mean((1, 2, 3))
+    assert brightness.argsort().tolist() == values.argsort().tolist()
+
+
+def test_an_unknown_layout_is_refused() -> None:
+    base = tiny.build("internvl").base_model
+    with pytest.raises(InputError, match="cannot lay 25 visual tokens on 3 frames"):
+        pipeline._token_grid({"input_ids": torch.zeros(1, 25)}, 25, 3, base)
