@@ -1,6 +1,7 @@
 """How much memory the dense solver needs, and whether the machine has it."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -30,6 +31,21 @@ def available_memory_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    limits = [free for free in (_container_bytes(), _machine_bytes()) if free is not None]
+    return min(limits, default=None)
+
+
+def _container_bytes() -> int | None:
+    """What the control group of a container leaves (cgroup v2), None outside of one."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
+    except OSError:
+        return None
+    return None if limit == "max" else int(limit) - int(used)
+
+
+def _machine_bytes() -> int | None:
     if os.path.exists("/proc/meminfo"):
         with open("/proc/meminfo") as file:
             for line in file:

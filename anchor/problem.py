@@ -11,6 +11,10 @@ NEGLIGIBLE = 1e-10
 PCA_BLOCK = 1024
 
 
+class NonFiniteTokensError(ValueError):
+    """Tokens hold NaN or infinite values."""
+
+
 def as_tokens(X: Tensor | np.ndarray) -> Tensor:
     """Check the tokens and bring them to a precision the solver works in.
 
@@ -43,7 +47,7 @@ def as_tokens(X: Tensor | np.ndarray) -> Tensor:
     bad = ~torch.isfinite(tokens)
     if bad.any():
         token, feature = bad.nonzero()[0].tolist()
-        raise ValueError(
+        raise NonFiniteTokensError(
             f"X must be finite, got {int(bad.sum())} NaN or infinite values, the first at token {token}, "
             f"feature {feature}; check the vision encoder's output"
         )

@@ -144,7 +144,7 @@ def _other_eigenvectors(
                 return cupy.asnumpy(vectors)
         except ImportError:
             pass
-        except RuntimeError as error:  # CuPy's CUDA errors
+        except Exception as error:  # CUDA, compiler and memory errors have no common base in CuPy
             warnings.warn(f"CuPy failed, SciPy computes the eigenvectors on the CPU: {error}", stacklevel=2)
     return _eigenvectors(normalised, known, count, start, np, scipy.sparse)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "kernels")]
-if "cpu" in sys.argv:
+if any(argument.split("=")[-1] == "cpu" for argument in sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402

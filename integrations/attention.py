@@ -51,7 +51,9 @@ class LayerGate:
         if gamma is None:
             return None
         if gamma.device != device:  # a model spread over devices: one copy to each
-            gamma = self._moved.setdefault((name, device), gamma.to(device, non_blocking=True))
+            if (name, device) not in self._moved:
+                self._moved[name, device] = gamma.to(device)
+            gamma = self._moved[name, device]
         # A sliding-window layer keeps the last positions only.
         first = 0 if self.n_positions is None else max(self.n_positions - n_keys, 0)
         gamma = gamma[:, first : first + n_keys]
@@ -142,16 +144,19 @@ def _dense_attention(
     gamma_k: Tensor | None,
     gamma_v: Tensor | None,
 ) -> Tensor:
-    """SDPA under a caller's (B, 1 or Hq, M, N) mask: the mask is that large already, the gate is added to it."""
+    """SDPA under a caller's (B, 1 or Hq, M, N) mask: the mask is that large already, the gate is added to it, rounded
+    to the query's dtype. A row without a visible key is 0."""
     n_keys = key.shape[2]
     mask = mask[..., :n_keys]
+    dead = None if mask.dtype != torch.bool else ~mask.any(-1, keepdim=True)
     if gamma_k is not None:
         bias = F.pad(gamma_k.log(), (0, n_keys - gamma_k.shape[1]))[:, None, None].to(query.dtype)
         mask = torch.where(mask, bias, torch.finfo(query.dtype).min) if mask.dtype == torch.bool else mask + bias
     if gamma_v is not None:
         value = (value * F.pad(gamma_v, (0, n_keys - gamma_v.shape[1]), value=1.0)[:, None, :, None]).to(value.dtype)
     gqa = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    return out if dead is None else out.masked_fill(dead, 0)
 
 
 def attention_mask_forward(

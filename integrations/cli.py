@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from .errors import InputError
 
 
 class ProgressLine:
-    """One line on standard error that is written over, with the stage and how far it is; silent where nobody "
-    "watches."""
+    """One line on standard error that is written over, with the stage and how far it is; silent where nobody
+    watches."""
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled and sys.stderr.isatty()
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"videoanchor {args.name}: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that vanished
-        print(f"videoanchor {args.name}: {error}; nothing was written", file=sys.stderr)
+        print(f"videoanchor {args.name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"videoanchor {args.name}: interrupted", file=sys.stderr)
@@ -134,6 +135,13 @@ def _config(args: argparse.Namespace) -> Any:
         raise InputError(str(error)) from error
 
 
+def _check_extras() -> None:
+    """Refuses before any work is done where the packages of the extras are missing."""
+    missing = [name for name in ("av", "torchvision", "PIL", "accelerate", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"missing {', '.join(missing)}: pip install 'videoanchor-triton[video,viz]'")
+
+
 def _prepare_libraries() -> None:
     """Imports what the pipeline needs, quietly."""
     from .torchvision_compat import make_torchvision_importable
@@ -148,20 +156,22 @@ def _prepare_libraries() -> None:
 def _run(args: argparse.Namespace) -> int:
     from .output import check_folder
 
+    _check_extras()
     config = _config(args)
     if args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens: expected 1 or more, got {args.max_new_tokens}")
     check_folder(args.out)
-    _, result = _answer(args, config, ProgressLine(not args.json))
+    _, result, record = _answer(args, config, ProgressLine(not args.json))
     if args.json:
-        print((args.out / "result.json").read_text(), end="")
+        print(json.dumps(record, indent=2, ensure_ascii=False))
     else:
-        _report(result, args.out)
+        _report(result, record, args.out)
     return 0
 
 
 def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine) -> Any:
-    """Decodes, loads, asks and writes; what `run` and `demo` share. Returns the clip and the result."""
+    """Decodes, loads, asks and writes; what `run` and `demo` share. Returns the clip, the result and what
+    `result.json` holds."""
     from .video import read_video
 
     start = time.perf_counter()
@@ -184,12 +194,11 @@ def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine) -> An
         "question": args.question,
         "seconds": {"decode_video": decoded - start, "load_model": loaded - decoded},
     }
-    output.write_run(args.out, result, clip, config, about)
-    return clip, result
+    return clip, result, output.write_run(args.out, result, clip, config, about)
 
 
-def _report(result: Any, out: Path) -> None:
-    seconds = json.loads((out / "result.json").read_text())["seconds"]
+def _report(result: Any, record: dict[str, Any], out: Path) -> None:
+    seconds = record["seconds"]
     scores, sizes = result.anchor.scores, result.anchor.labels.bincount()
     grid = result.grid
     print(f"answer    {result.answer}")
@@ -202,7 +211,7 @@ def _report(result: Any, out: Path) -> None:
         f"{int((sizes > 0).sum())} subspaces of {int(sizes[sizes > 0].min())} to {int(sizes.max())} tokens; "
         f"{result.anchor.n_iter} iterations"
     )
-    stages = ("decode_video", "load_model", "vision", "ssc", "prefill", "decode_per_token", "total")
+    stages = ("decode_video", "load_model", "vision", "ssc", "prefill", "decode_per_token", "generate")
     print("seconds   " + ", ".join(f"{stage.replace('_', ' ')} {seconds[stage]:.3f}" for stage in stages))
     for name in ("result.json", "anchors.safetensors", "anchors.png"):
         print(f"wrote     {out / name}")
@@ -211,6 +220,7 @@ def _report(result: Any, out: Path) -> None:
 def _demo(args: argparse.Namespace) -> int:
     from .output import check_folder
 
+    _check_extras()
     check_folder(args.out)
     import torch
 
@@ -229,8 +239,8 @@ def _demo(args: argparse.Namespace) -> int:
     args.question, args.fps, args.max_frames = demo.QUESTION, None, 12
     args.device, args.dtype, args.max_new_tokens = "auto", "auto", 12
     with demo.record_attention() as calls:
-        clip, result = _answer(args, VideoAnchorConfig.preset("internvl2-8b"), progress)
-    _report(result, args.out)
+        clip, result, record = _answer(args, VideoAnchorConfig.preset("internvl2-8b"), progress)
+    _report(result, record, args.out)
     print("kernels   largest |output - dense fp64 reference| over attention calls of this run")
     interpreted = not torch.cuda.is_available()
     for backend in ("sdpa", "triton"):

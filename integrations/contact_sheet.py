@@ -39,11 +39,9 @@ def draw(
         scores: (N,) in [0, 1]; labels: (N,) subspace of each token.
         title: one line above the frames.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     steps = np.unique(np.linspace(0, grid.t - 1, min(grid.t, MAX_COLUMNS)).round().astype(int))
@@ -58,13 +56,10 @@ def draw(
     height, width = clip.frames.shape[1:3]
     cell = 1.75
     rows = ("frame", "score", "subspace")
-    figure, axes = plt.subplots(
-        3,
-        len(steps),
-        figsize=(cell * len(steps) + 1.9, 3 * cell * height / width + 1.25),
-        squeeze=False,
-        layout="constrained",
-    )
+    # no pyplot: a caller's notebook keeps its backend
+    figure = Figure((cell * len(steps) + 1.9, 3 * cell * height / width + 1.25), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(3, len(steps), squeeze=False)
     palette = ListedColormap([*_COLOURS, _OTHER])
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     heat = None
@@ -111,4 +106,3 @@ def draw(
     )
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130)
-    plt.close(figure)

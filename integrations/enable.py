@@ -8,8 +8,8 @@ happens to them.
 
 import functools
 import threading
-import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 
 from ..anchor.config import VideoAnchorConfig
 from ..anchor.scores import AnchorResult, anchor_scores
+from ..kernels.gates import POST_EXP_LIMIT
 from .attention import GATE_ARGUMENT, IMPLEMENTATION, LayerGate
 
 _CACHE_ATTRIBUTE = "videoanchor_scores"
-_POST_EXP_BOUND = 2.0**20
-_enabled: "weakref.WeakKeyDictionary[nn.Module, Handle]" = weakref.WeakKeyDictionary()
+_HANDLE_ATTRIBUTE = "_videoanchor_handle"
 
 
 class CacheScores:
@@ -36,7 +36,7 @@ class CacheScores:
     def gate(self, config: VideoAnchorConfig) -> LayerGate:
         """The factors 1 + alpha * score (arXiv 2509.25151), computed once for each config."""
         if self._gate is None or self._gate[0] is not config:
-            bounded = 1.0 + config.alpha_k <= _POST_EXP_BOUND
+            bounded = 1.0 + config.alpha_k <= POST_EXP_LIMIT
             gate = LayerGate(
                 gamma_k=1.0 + config.alpha_k * self.scores if config.alpha_k else None,
                 gamma_v=1.0 + config.alpha_v * self.scores if config.alpha_v else None,
@@ -88,11 +88,9 @@ def enable(model: PreTrainedModel, config: VideoAnchorConfig) -> "Handle":
     if not isinstance(config, VideoAnchorConfig):
         raise TypeError(f"config: expected a VideoAnchorConfig, got {type(config).__name__}")
     base = find_multimodal_model(model)
-    if base in _enabled:
+    if hasattr(base, _HANDLE_ATTRIBUTE):
         raise ValueError(f"{type(model).__name__} is enabled already: call disable() on its handle first")
-    handle = Handle(model, base, config)
-    _enabled[base] = handle
-    return handle
+    return Handle(model, base, config)
 
 
 class Handle:
@@ -108,10 +106,21 @@ class Handle:
         self.config = config
         self.last: list[AnchorResult | None] = []
         self.progress: Callable[[str, int, int], None] | None = None
-        self._base, self._model = weakref.ref(base), weakref.ref(model)
+        self._base, self._model = base, model
         # .mask (B, M): positions of this call that receive visual features; .scores: what its language model call uses
         self._pending = threading.local()
         text: PreTrainedModel = base.language_model  # pyright: ignore[reportAssignmentType]
+        self._previous_implementation: dict[str, str | None] | None = None
+        if text.config._attn_implementation != IMPLEMENTATION:
+            key = next((key for key in model.config.sub_configs if getattr(model.config, key) is text.config), None)
+            if key is None:
+                raise ValueError(
+                    f"cannot find the language model's config in {type(model.config).__name__}: load the model with "
+                    f"attn_implementation={IMPLEMENTATION!r}"
+                )
+            previous = {key: text.config._attn_implementation}
+            model.set_attn_implementation({key: IMPLEMENTATION})
+            self._previous_implementation = previous
         self._hooks = [
             base.register_forward_pre_hook(self._before_merge, with_kwargs=True),
             base.register_forward_hook(self._after_merge, always_call=True),
@@ -119,28 +128,24 @@ class Handle:
             text.register_forward_hook(self._after_decoder, with_kwargs=True),
         ]
         self._restore = [
-            _guard(model, "generate", _why_generate_cannot),
-            _guard(model, "generate_batch", lambda _model, _kwargs: "continuous batching (generate_batch)"),
+            _guard(model, "generate", self._why_generate_cannot),
+            _guard(model, "generate_batch", lambda _args, _kwargs: "continuous batching (generate_batch)"),
         ]
-        self._previous_implementation: dict[str, str | None] | None = None
-        if text.config._attn_implementation != IMPLEMENTATION:
-            key = next(key for key in model.config.sub_configs if getattr(model.config, key) is text.config)
-            self._previous_implementation = {key: text.config._attn_implementation}
-            model.set_attn_implementation({key: IMPLEMENTATION})
+        setattr(base, _HANDLE_ATTRIBUTE, self)
 
     def disable(self) -> None:
         """Removes the gate and restores the attention that the model had. A second call does nothing."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        model, base = self._model(), self._base()
-        if base is not None:
-            _enabled.pop(base, None)
         for restore in self._restore:
             restore()
-        if model is not None and self._previous_implementation is not None:
-            model.set_attn_implementation(self._previous_implementation)  # pyright: ignore[reportArgumentType]
-        self._restore, self._previous_implementation = [], None
+        self._restore = []
+        if self._previous_implementation is not None:
+            self._model.set_attn_implementation(self._previous_implementation)  # pyright: ignore[reportArgumentType]
+            self._previous_implementation = None
+        if getattr(self._base, _HANDLE_ATTRIBUTE, None) is self:
+            delattr(self._base, _HANDLE_ATTRIBUTE)
 
     def __enter__(self) -> "Handle":
         return self
@@ -149,6 +154,20 @@ class Handle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.disable()
+
+    def _why_generate_cannot(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+        config = (
+            kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self._model.generation_config
+        )
+
+        def option(name: str) -> Any:
+            return kwargs.get(name, getattr(config, name, None))
+
+        if option("prefill_chunk_size"):
+            return "chunked prefill (prefill_chunk_size), which would score each chunk of a video by itself,"
+        if self.config.decode == "prefill" and (option("prompt_lookup_num_tokens") or option("assistant_model")):
+            return 'assisted decoding with decode="prefill", which takes steps of several tokens for a prompt,'
+        return None
 
     def _before_merge(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         encoded = kwargs.get("mm_encoder_outputs") or {}
@@ -207,7 +226,7 @@ class Handle:
             gate = LayerGate()
         else:
             gate = held.gate(self.config)
-            gate = LayerGate(gate.gamma_k, gate.gamma_v, gate.gate_form, None if past is None else past + n_queries)
+            gate = replace(gate, n_positions=None if past is None else past + n_queries)
         return args, {**kwargs, GATE_ARGUMENT: gate}
 
     def _after_decoder(
@@ -223,8 +242,8 @@ class Handle:
             setattr(cache, _CACHE_ATTRIBUTE, getattr(self._pending, "scores", None))
 
     def _extend(self, held: Tensor | None, past: int, embeds: Tensor, mask: Tensor) -> Tensor:
-        """Scores by cache position, (B, past + M): those held, 0 for text since, then those of the new visual "
-        "tokens."""
+        """Scores by cache position, (B, past + M): those held, 0 for text since, then those of the new
+        visual tokens."""
         batch = embeds.shape[0]
         scores = torch.zeros(batch, past + embeds.shape[1], dtype=torch.float32, device=embeds.device)
         if held is not None:
@@ -245,10 +264,10 @@ class Handle:
 
 
 def _guard(
-    model: PreTrainedModel, name: str, why: Callable[[PreTrainedModel, Mapping[str, Any]], str | None]
+    model: PreTrainedModel, name: str, why: Callable[[tuple[Any, ...], Mapping[str, Any]], str | None]
 ) -> Callable[[], None]:
-    """Replaces a method of this one model by one that raises where `why` names what is not supported. Returns the "
-    "undo."""
+    """Replaces a method of this one model by one that raises where `why` names what is not supported. Returns the
+    undo."""
     original = getattr(model, name, None)
     if original is None:
         return lambda: None
@@ -256,7 +275,7 @@ def _guard(
 
     @functools.wraps(original)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        reason = why(model, kwargs)
+        reason = why(args, kwargs)
         if reason is not None:
             raise NotImplementedError(f"VideoAnchor does not support {reason} yet; disable() the gate or do without it")
         return original(*args, **kwargs)
@@ -269,10 +288,3 @@ def _guard(
 
     setattr(model, name, guarded)
     return restore
-
-
-def _why_generate_cannot(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> str | None:
-    config = kwargs.get("generation_config") or model.generation_config
-    if kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)):
-        return "chunked prefill (prefill_chunk_size), which would score each chunk of a video by itself,"
-    return None

@@ -63,7 +63,7 @@ def _tensors(result: "AnchorResult", grid: TokenGrid, clip: VideoClip) -> dict[s
 
 def write_run(
     folder: Path, result: "RunResult", clip: VideoClip, config: VideoAnchorConfig, about: dict[str, Any]
-) -> dict[str, Path]:
+) -> dict[str, Any]:
     """Writes `result.json`, `anchors.safetensors` and `anchors.png` into `folder`.
 
     The files are made in a folder beside it and moved when all three are there, so that an error or an interruption
@@ -74,12 +74,9 @@ def write_run(
         about: further entries of `result.json`: model, video, question, seconds before the model ran.
 
     Returns:
-        name -> path.
+        what `result.json` holds.
     """
-    from safetensors.torch import save_file
-
     anchor = result.anchor
-    seconds = {**about.pop("seconds", {}), **result.seconds}
     record = {
         "answer": result.answer,
         **about,
@@ -97,26 +94,33 @@ def write_run(
             "converged": anchor.converged,
             "seconds": anchor.seconds,
         },
-        "seconds": seconds,
+        "seconds": {**about.get("seconds", {}), **result.seconds},
         "peak_memory_bytes": result.peak_memory_bytes,
-        "device": torch.cuda.get_device_name() if result.peak_memory_bytes is not None else platform.machine(),
+        "device": result.device,
         "versions": versions(),
     }
-    tensors = _tensors(anchor, result.grid, clip)
+    title = f"{Path(about['video']).name}: {result.n_visual_tokens} visual tokens, scorer {record['config']['scorer']}"
+    made_folder = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("result.json", "anchors.safetensors", "anchors.png")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
-        made = {name: Path(scratch) / name for name in names}
-        made["result.json"].write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        save_file(tensors, made["anchors.safetensors"])
-        contact_sheet.draw(
-            made["anchors.png"],
-            clip,
-            result.grid,
-            tensors["scores"].numpy(),
-            tensors["labels"].numpy(),
-            f"{Path(about['video']).name}: {result.n_visual_tokens} visual tokens, scorer {config.to_dict()['scorer']}",
-        )
-        for name, path in made.items():
-            os.replace(path, folder / name)
-    return {name: folder / name for name in names}
+    try:
+        _write_files(folder, record, _tensors(anchor, result.grid, clip), clip, result.grid, title)
+    except BaseException:
+        if made_folder:
+            folder.rmdir()
+        raise
+    return record
+
+
+def _write_files(
+    folder: Path, record: dict[str, Any], tensors: dict[str, Tensor], clip: VideoClip, grid: TokenGrid, title: str
+) -> None:
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as name:
+        scratch = Path(name)
+        (scratch / "result.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        save_file(tensors, scratch / "anchors.safetensors")
+        scores, labels = tensors["scores"].numpy(), tensors["labels"].numpy()
+        contact_sheet.draw(scratch / "anchors.png", clip, grid, scores, labels, title)
+        for path in scratch.iterdir():
+            os.replace(path, folder / path.name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -19,6 +20,7 @@ from transformers import (
 
 from ..anchor.config import VideoAnchorConfig
 from ..anchor.memory import check_dense_memory
+from ..anchor.problem import NonFiniteTokensError
 from ..anchor.scores import AnchorResult
 from .attention import IMPLEMENTATION
 from .enable import enable, find_multimodal_model, visual_token_ids
@@ -38,8 +40,9 @@ class RunResult:
         n_prompt_tokens, n_visual_tokens, n_generated_tokens: counts.
         grid: where the visual tokens lie.
         anchor: scores and labels of the visual tokens.
-        seconds: by stage: vision, ssc, prefill, decode, decode_per_token, total.
-        peak_memory_bytes: of the device's allocator; None on a CPU.
+        seconds: by stage: vision, ssc, prefill, decode, decode_per_token, generate (all of the call).
+        device: the name of the GPU that holds the model's first layers, or "cpu".
+        peak_memory_bytes: of the allocators of all GPUs together; None on a CPU.
     """
 
     answer: str
@@ -49,6 +52,7 @@ class RunResult:
     grid: TokenGrid
     anchor: AnchorResult
     seconds: dict[str, float]
+    device: str
     peak_memory_bytes: int | None
 
 
@@ -85,7 +89,7 @@ def load(name_or_path: str, device: str = "auto", dtype: str = "auto") -> tuple[
         find_multimodal_model(model)
     except InputError:
         raise
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model {name_or_path} cannot be loaded: {_first_line(error)}") from error
     if not hasattr(processor, "apply_chat_template"):
         raise InputError(f"model {name_or_path} has no multimodal processor: expected one with a chat template")
@@ -170,8 +174,9 @@ def answer(
     n_prompt = inputs["input_ids"].shape[1]
     check_fits(model, n_prompt, max_new_tokens, clip, grid, config)
     cuda = model.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
+    gpus = range(torch.cuda.device_count()) if cuda else ()
+    for gpu in gpus:
+        torch.cuda.reset_peak_memory_stats(gpu)
     try:
         with enable(model, config) as handle, torch.inference_mode(), _stage_times(model, progress) as times:
             handle.progress = progress
@@ -181,6 +186,10 @@ def answer(
         raise InputError(
             f"not enough memory for {grid.n_tokens} visual tokens (--max-frames below {len(clip.frames)}): "
             f"{_first_line(error)}"
+        ) from error
+    except (NonFiniteTokensError, FloatingPointError) as error:
+        raise InputError(
+            f"visual tokens cannot be scored in {model.dtype}: {_first_line(error)}; try --dtype bfloat16 or float32"
         ) from error
     assert result is not None  # check_fits and prepare let no prompt without visual tokens pass
     generated = output[0, n_prompt:]
@@ -192,7 +201,8 @@ def answer(
         grid=grid,
         anchor=result,
         seconds=times.summary(sum(result.seconds.values())),
-        peak_memory_bytes=torch.cuda.max_memory_allocated() if cuda else None,
+        device=torch.cuda.get_device_name(model.device) if cuda else "cpu",
+        peak_memory_bytes=sum(map(torch.cuda.max_memory_allocated, gpus)) if cuda else None,
     )
 
 
@@ -240,7 +250,8 @@ class _StageTimes:
 
     def now(self) -> float:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            for gpu in range(torch.cuda.device_count()):  # the model may be spread over them
+                torch.cuda.synchronize(gpu)
         return time.perf_counter()
 
     def summary(self, ssc: float) -> dict[str, float]:
@@ -252,7 +263,7 @@ class _StageTimes:
             "prefill": first,
             "decode": decode,
             "decode_per_token": decode / max(len(self.steps) - 1, 1),
-            "total": self.total,
+            "generate": self.total,
         }
 
 

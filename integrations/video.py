@@ -105,7 +105,10 @@ def _frame_times(container, stream) -> np.ndarray:
     """Presentation times of all frames, sorted, in units of the stream's time base. Reads packets, decodes nothing."""
     times = [packet.pts for packet in container.demux(stream) if packet.pts is not None and packet.size]
     if not times:
-        raise InputError(f"{container.name} holds no frames: give a video with at least one")
+        raise InputError(
+            f"{container.name} holds no frame with a timestamp: give a video with at least one (a bare stream has to "
+            "be put into a container first: ffmpeg -i FILE out.mp4)"
+        )
     return np.unique(np.array(times, dtype=np.int64))
 
 

@@ -110,12 +110,16 @@ def split_kernel(
         b_p = tl.exp2(b_s - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-        if gamma_v is not None:
-            p_gate = gamma_v + i_b * stride_gvb + i_kv * stride_gvh + o_n
-            b_p *= tl.load(p_gate, mask=m_keys & (o_n < Nk_gv), other=1.0).to(tl.float32)[None, :]
-        b_p = b_p.to(v.dtype.element_ty)
         # [BM, BD] += [BM, BN] [BN, BD]
         b_v = load_rows(p_v, i_n, stride_vn, m_tile, BN, BD, True)
+        if gamma_v is not None:
+            p_gate = gamma_v + i_b * stride_gvb + i_kv * stride_gvh + o_n
+            b_gate = tl.load(p_gate, mask=m_keys & (o_n < Nk_gv), other=1.0).to(tl.float32)
+            if v.dtype.element_ty == tl.float16:  # cannot hold p * gV where gV is large
+                b_v = (b_v.to(tl.float32) * b_gate[:, None]).to(tl.float16)
+            else:
+                b_p *= b_gate[None, :]
+        b_p = b_p.to(v.dtype.element_ty)
         b_acc = tl.dot(b_p, b_v, b_acc * b_decay[:, None], input_precision="ieee")
         b_max = b_max_new
 

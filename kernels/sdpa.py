@@ -44,7 +44,7 @@ def sdpa_attention(
     q = q.reshape(batch * kv_heads, group, queries, head_dim)
     k, v = (x.reshape(batch * kv_heads, 1, keys, head_dim) for x in (k, v))
     seen = None
-    if key_padding_mask is not None:
+    if key_padding_mask is not None and not _all_seen(key_padding_mask):
         seen = key_padding_mask.repeat_interleave(kv_heads, 0)[:, None]
         k, v = k.masked_fill(~seen[..., None], 0), v.masked_fill(~seen[..., None], 0)
 
@@ -70,6 +70,11 @@ def sdpa_attention(
         lse = row_lse(q, k, bias, visible, scale) if return_lse else None
     out = out.reshape(batch, query_heads, queries, head_dim)
     return out, lse.reshape(batch, query_heads, queries).float() if return_lse and lse is not None else None
+
+
+def _all_seen(key_padding_mask: torch.Tensor) -> bool:
+    """Whether the mask hides nothing, looked up only where that waits for no device and breaks no graph."""
+    return key_padding_mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(key_padding_mask.all())
 
 
 @dataclass(frozen=True)

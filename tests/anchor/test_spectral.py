@@ -192,7 +192,7 @@ def fake_cupy(monkeypatch, device_error: Exception | None = None) -> list[object
 
 
 @SIZES
-def test_cuda_uses_cupy_on_the_same_device(n_tokens, monkeypatch):
+def test_cuda_enters_the_same_device_in_cupy(n_tokens, monkeypatch):
     graph = block_graph(groups(n_tokens, 4), 0.5)
     expected = spectral_labels(graph, 4)
     entered = fake_cupy(monkeypatch)
@@ -200,11 +200,12 @@ def test_cuda_uses_cupy_on_the_same_device(n_tokens, monkeypatch):
     assert entered == [3]
 
 
-def test_cuda_without_a_working_cupy_uses_scipy(monkeypatch):
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError, Exception])
+def test_cuda_without_a_working_cupy_uses_scipy(monkeypatch, kind):
     graph = block_graph(groups(600, 4), 0.5)
     expected = spectral_labels(graph, 4)
     monkeypatch.setitem(sys.modules, "cupy", None)
     np.testing.assert_array_equal(spectral_labels(graph, 4, device="cuda"), expected)
-    fake_cupy(monkeypatch, RuntimeError("CUDADriverError"))
+    fake_cupy(monkeypatch, kind("CUDADriverError"))
     with pytest.warns(UserWarning, match="CuPy failed, SciPy computes .* CUDADriverError"):
         np.testing.assert_array_equal(spectral_labels(graph, 4, device="cuda"), expected)

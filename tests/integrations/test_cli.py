@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_demo_result_file(demo: tuple[Path, str]) -> None:
     assert result["config"]["alpha_k"] == 9.5
     assert result["tokens"]["generated"] > 0
     assert result["ssc"]["converged"] is True
-    for stage in ("decode_video", "load_model", "vision", "ssc", "prefill", "decode", "decode_per_token", "total"):
+    for stage in ("decode_video", "load_model", "vision", "ssc", "prefill", "decode", "decode_per_token", "generate"):
         assert result["seconds"][stage] > 0
     grid = result["grid"]
     n_tokens = grid["t"] * grid["h"] * grid["w"] + grid["n_extra"]
@@ -212,6 +213,66 @@ def test_a_failure_while_writing_leaves_what_stood_there(
     assert cli.main([*map(str, run), *GATE, "--max-frames", "2", "--max-new-tokens", "1", "--n-clusters", "4"]) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     assert (tmp_path / "result.json").read_text() == "from before"
+    assert cli.main([*map(str, run[:-1]), str(tmp_path / "new"), *GATE, "--max-frames", "2", "--n-clusters", "4"]) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_missing_extras_are_named_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "matplotlib" else name)
+    run = ("run", "--model", "m", "--video", "v.mp4", "--question", "?", "--out", tmp_path / "out")
+    assert cli.main([*map(str, run), *GATE]) == 2
+    line = capsys.readouterr().err
+    assert line == "videoanchor run: missing matplotlib: pip install 'videoanchor-triton[video,viz]'\n"
+
+
+def _copy_checkpoint(demo: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(demo / "checkpoint", folder))
+
+
+def test_truncated_checkpoint(demo: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = _copy_checkpoint(demo[0], tmp_path / "checkpoint") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    run = (
+        "run",
+        "--model",
+        weights.parent,
+        "--video",
+        demo[0] / "clip.mp4",
+        "--question",
+        "?",
+        "--out",
+        tmp_path / "out",
+    )
+    assert cli.main([*map(str, run), *GATE]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_weights_that_overflow(demo: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file as load
+    from safetensors.torch import save_file
+
+    weights = _copy_checkpoint(demo[0], tmp_path / "checkpoint") / "model.safetensors"
+    tensors = load(weights)
+    tensors["visual.patch_embed.proj.weight"][:] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    run = (
+        "run",
+        "--model",
+        weights.parent,
+        "--video",
+        demo[0] / "clip.mp4",
+        "--question",
+        "?",
+        "--out",
+        tmp_path / "out",
+    )
+    assert cli.main([*map(str, run), *GATE, "--max-frames", "2"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "X must be finite" in line
+    assert "--dtype" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_info(tmp_path: Path) -> None:

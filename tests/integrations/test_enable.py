@@ -1,6 +1,8 @@
 """enable(): what it refuses, what it leaves behind, and the implementation without it."""
 
+import gc
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -89,6 +91,42 @@ def test_chunked_prefill_is_refused(model: Any) -> None:
         model.generate(**batch, **GENERATE, prefill_chunk_size=4)
 
 
+def test_chunked_prefill_by_a_positional_config_is_refused(model: Any) -> None:
+    batch = tiny.inputs("qwen2_5_vl", [[3, "V", 5]])
+    chunked = hf.GenerationConfig(prefill_chunk_size=4)
+    with va.enable(model, CONFIG), pytest.raises(NotImplementedError, match="prefill_chunk_size"):
+        model.generate(batch.pop("input_ids"), chunked, **batch)
+
+
+def test_assisted_decoding_with_the_gate_in_the_prompt_only_is_refused(model: Any) -> None:
+    batch = tiny.inputs("qwen2_5_vl", [[3, "V", 5]])
+    config = va.VideoAnchorConfig(alpha_k=1.7, alpha_v=1.3, scorer=pseudo_scores, decode="prefill")
+    with va.enable(model, config), pytest.raises(NotImplementedError, match="assisted decoding"):
+        model.generate(**batch, **GENERATE, prompt_lookup_num_tokens=3)
+
+
+def test_an_enabled_model_that_is_dropped_is_freed() -> None:
+    model = tiny.build("qwen2_5_vl")
+    handle = va.enable(model, CONFIG)
+    alive = weakref.ref(model)
+    del model, handle
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_failing_enable_leaves_no_trace(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_implementation: object) -> None:
+        raise RuntimeError("no such attention")
+
+    monkeypatch.setattr(model, "set_attn_implementation", failing)
+    with pytest.raises(RuntimeError, match="no such attention"):
+        va.enable(model, CONFIG)
+    monkeypatch.undo()
+    assert "generate" not in vars(model)
+    assert not model.base_model._forward_pre_hooks
+    va.enable(model, CONFIG).disable()
+
+
 def test_continuous_batching_is_refused(model: Any) -> None:
     with va.enable(model, CONFIG), pytest.raises(NotImplementedError, match="generate_batch"):
         model.generate_batch([[1, 2, 3]])
@@ -162,6 +200,18 @@ def test_own_four_dimensional_mask(model: Any, shape: str) -> None:
         mask = visible if shape == "bool" else torch.zeros(1, 1, n, n).masked_fill(~visible, float("-inf"))
         out = model(**{**batch, "attention_mask": mask}, position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)
+
+
+def test_rows_that_a_dense_mask_hides_wholly_are_zero() -> None:
+    query, key = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 4, 16)
+    mask = torch.ones(1, 1, 3, 4, dtype=torch.bool)
+    mask[..., 1, :] = False
+    gate = attention.LayerGate(gamma_k=torch.tensor([[3.0, 1.0, 2.0, 1.0]]))
+    out, _ = attention.attention_forward(
+        torch.nn.Module(), query, key, key, mask, is_causal=True, videoanchor_gate=gate
+    )
+    assert (out[:, 1] == 0).all()
+    assert (out[:, [0, 2]] != 0).all()
 
 
 def test_scaling_of_the_layer_is_used() -> None:

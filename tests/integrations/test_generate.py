@@ -1,5 +1,5 @@
-"""generate() with the gate against an eager model that materialises it: same greedy tokens, logits within 1e-4 in "
-"fp32."""
+"""generate() with the gate against an eager model that materialises it: same greedy tokens, logits within 1e-4 in
+fp32."""
 
 import copy
 from typing import Any
@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from dense_eager import ALPHA_K, ALPHA_Q, ALPHA_V, GENERATE, generate_dense, merged_scores, pseudo_scores
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache
 
 import videoanchor_triton as va
 
@@ -126,6 +127,22 @@ def test_static_cache(backbone: tuple[str, Any]) -> None:
     with va.enable(model, config()):
         out = model.generate(**batch, **GENERATE, cache_implementation="static", disable_compile=True)
     assert_same(out, expected)
+
+
+def test_compiled_decode_is_one_graph(backbone: tuple[str, Any]) -> None:
+    name, model = backbone
+    batch = tiny.inputs(name, TWO)
+    expected = generate_dense(model, batch, merged_scores(model, batch))
+    compile_config = CompileConfig(backend="eager", mode=None)  # pyright: ignore[reportArgumentType]
+    # generate() compiles on a GPU only, unless told so
+    compile_config._compile_all_devices = True  # pyright: ignore[reportAttributeAccessIssue]
+    torch._dynamo.reset()
+    counters.clear()
+    with va.enable(model, config()):
+        out = model.generate(**batch, **GENERATE, cache_implementation="static", compile_config=compile_config)
+    assert_same(out, expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 def test_right_padded_forward(backbone: tuple[str, Any]) -> None:

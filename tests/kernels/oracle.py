@@ -76,6 +76,9 @@ class Problem:
                 gamma_k[0, : n // 2] = 0
             elif self.gate == "all-zero":
                 gamma_k.zero_()
+            elif self.gate == "huge-value":
+                gamma_v = 1e5 * gamma_v
+                v = v * 1e-3
             elif self.gate == "strided":
                 gamma_k, gamma_v = (torch.stack([x.T, -x.T], -1)[..., 0].T for x in (gamma_k, gamma_v))
             options |= {"gamma_k": gamma_k.to(device), "gamma_v": gamma_v.to(device)}
@@ -136,7 +139,7 @@ def eager_attention(
     if gamma_k is not None:
         scores = scores + gate_of_heads(gamma_k).log().to(q.dtype)[:, :, None]
     if gamma_v is not None:
-        v = v * gate_of_heads(gamma_v).to(q.dtype)[..., None]
+        v = (v * gate_of_heads(gamma_v)[..., None]).to(q.dtype)
     scores = scores.masked_fill(~visible, float("-inf")).float()
     lse = scores.logsumexp(-1)
     weights = (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp().to(q.dtype)

@@ -70,6 +70,8 @@ ADVERSARIAL = [
     Problem("decode-gate-0", queries=2, gate="zero"),
     Problem("decode-all-gates-0", queries=1, gate="all-zero"),
     Problem("decode-gates-up-to-1e6-bf16", queries=2, gate="huge", dtype=torch.bfloat16),
+    Problem("decode-value-gates-beyond-fp16", queries=2, gate="huge-value", dtype=torch.float16),
+    Problem("value-gates-beyond-fp16", gate="huge-value", dtype=torch.float16),
     Problem("decode-logits-times-1000", queries=2, logits=1000.0),
     Problem("decode-padding-holds-nan", queries=1, keys=150, padding="left-nan"),
     Problem("decode-all-keys-padded", queries=1, padding="all"),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ def test_runs_without_a_gpu(tmp_path: Path) -> None:
     assert all(row["correct"] for row in rows if row["contender"].startswith(("triton", "ours")))
     assert all(row["reason"] for row in rows if not row["correct"])
     assert all(row["ms_p50"] is None and row["rate"] is None for row in rows)
-    assert len(content["commit"]) in (7, 40)
+    assert not (SCRIPT.parents[1] / ".git").exists() or re.fullmatch("[0-9a-f]{7,40}", content["commit"])
     with (tmp_path / "gpu_check.csv").open() as file:
         table = list(csv.DictReader(file))
     assert len(table) == len(rows)
