@@ -1,8 +1,7 @@
-"""The command line: `videoanchor demo | run | info`. Exit codes: 0 done, 2 wrong input, 1 failure."""
+"""The command line: `videoanchor demo | run | info`. Exit codes: 0 done, 2 wrong input, 1 failure, 130 interrupted."""
 
 import argparse
 import json
-import logging
 import os
 import sys
 import time
@@ -69,8 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="the whole pipeline on a clip and a tiny random model made on the spot; downloads nothing",
         description="Makes a clip with known camera motion and a tiny random Qwen2.5-VL, runs `videoanchor run` on "
-        "them, and "
-        "compares every attention call with a dense fp64 reference.",
+        "them, and compares its attention calls with a dense fp64 reference.",
     )
     demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: %(default)s")
     demo.set_defaults(command=_demo)
@@ -79,8 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         help="one video, one question, one checkpoint",
         description="Asks a checkpoint about a video with the gate on. Writes result.json, anchors.safetensors "
-        "(scores, "
-        "labels, grid, timestamps) and anchors.png to --out.",
+        "(scores, labels, grid, timestamps) and anchors.png to --out.",
     )
     run.add_argument(
         "--model", required=True, metavar="NAME_OR_PATH", help="a transformers checkpoint: folder or hub name"
@@ -300,5 +297,4 @@ def _info(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING)
     sys.exit(main())

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 import transformers as hf
 
+from ..anchor.solver import Progress
 from ..kernels.api import anchored_attention
 from ..kernels.reference import reference_attention
 from . import attention
-from .pipeline import Progress
 from .token_grid import TokenGrid
 from .video import write_video
 

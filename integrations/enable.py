@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..anchor.config import VideoAnchorConfig
 from ..anchor.scores import AnchorResult, anchor_scores
+from ..anchor.solver import Progress
 from ..kernels.gates import POST_EXP_LIMIT
 from .attention import GATE_ARGUMENT, IMPLEMENTATION, LayerGate
 
@@ -100,12 +101,13 @@ class Handle:
         last: the result of the last prompt with visual tokens, one entry a batch row, None for a row without any. Rows
             with the same visual tokens (beams) share one result.
         config: the config it was made with.
+        progress: None, or a function that is called with (stage, done, total) while tokens are scored.
     """
 
     def __init__(self, model: PreTrainedModel, base: PreTrainedModel, config: VideoAnchorConfig) -> None:
         self.config = config
         self.last: list[AnchorResult | None] = []
-        self.progress: Callable[[str, int, int], None] | None = None
+        self.progress: Progress | None = None
         self._base, self._model = base, model
         # .mask (B, M): positions of this call that receive visual features; .scores: what its language model call uses
         self._pending = threading.local()
@@ -202,14 +204,13 @@ class Handle:
         mask: Tensor | None = getattr(self._pending, "mask", None)
         self._pending.mask = None
         held: CacheScores | None = getattr(cache, _CACHE_ATTRIBUTE, None)
-        static_step = n_queries == 1 and getattr(
-            cache, "is_compileable", False
-        )  # its length is known on the device only
-        past = None if static_step else (0 if cache is None else int(cache.get_seq_length()))
+        static = getattr(cache, "is_compileable", False)
+        # while decoding, the length of a static cache is known on the device only
+        past = None if static and n_queries == 1 else (0 if cache is None else int(cache.get_seq_length()))
 
         if held is not None and past is not None and held.scores.shape[1] > past:  # cropped or reset
             held = CacheScores(held.scores[:, :past]) if past else None
-        if mask is not None and getattr(cache, "is_compileable", False) and any(getattr(cache, "is_sliding", ())):
+        if mask is not None and static and any(getattr(cache, "is_sliding", ())):
             raise NotImplementedError(
                 "VideoAnchor does not support static caches with sliding-window layers yet: use a dynamic cache"
             )

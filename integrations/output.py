@@ -66,7 +66,7 @@ def write_run(
 ) -> dict[str, Any]:
     """Writes `result.json`, `anchors.safetensors` and `anchors.png` into `folder`.
 
-    The files are made in a folder beside it and moved when all three are there, so that an error or an interruption
+    The files are made in a folder inside it and moved when all three are there, so that an error or an interruption
     leaves what stood there before.
 
     Args:

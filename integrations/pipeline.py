@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,13 +21,12 @@ from ..anchor.config import VideoAnchorConfig
 from ..anchor.memory import check_dense_memory
 from ..anchor.problem import NonFiniteTokensError
 from ..anchor.scores import AnchorResult
+from ..anchor.solver import Progress
 from .attention import IMPLEMENTATION
 from .enable import enable, find_multimodal_model, visual_token_ids
 from .errors import InputError
 from .token_grid import TokenGrid
 from .video import VideoClip
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,7 +253,7 @@ class _StageTimes:
         return time.perf_counter()
 
     def summary(self, ssc: float) -> dict[str, float]:
-        """Seconds by stage. A step runs from its forward's start to its end; scoring happens inside the first one."""
+        """Seconds by stage. A step is one pass of the language model, without the scoring before the first."""
         first, decode = self.steps[0], sum(self.steps[1:])
         return {
             "vision": self.vision,
@@ -289,9 +287,8 @@ def _stage_times(model: PreTrainedModel, progress: Progress | None):
     hooks = [
         tower.register_forward_pre_hook(start),
         tower.register_forward_hook(end_vision),
-        text.register_forward_pre_hook(
-            start
-        ),  # registered after the gate's hook, so it runs after the scores are there
+        # registered after the gate's hook, so it runs when the scores are there
+        text.register_forward_pre_hook(start),
         text.register_forward_hook(end_step),
     ]
     begin = times.now()

@@ -231,21 +231,15 @@ def _copy_checkpoint(demo: Path, folder: Path) -> Path:
     return Path(shutil.copytree(demo / "checkpoint", folder))
 
 
+def _run_on(checkpoint: Path, demo: Path, out: Path) -> list[str]:
+    run = ("run", "--model", checkpoint, "--video", demo / "clip.mp4", "--question", "?", "--out", out)
+    return [*map(str, run), *GATE]
+
+
 def test_truncated_checkpoint(demo: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = _copy_checkpoint(demo[0], tmp_path / "checkpoint") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    run = (
-        "run",
-        "--model",
-        weights.parent,
-        "--video",
-        demo[0] / "clip.mp4",
-        "--question",
-        "?",
-        "--out",
-        tmp_path / "out",
-    )
-    assert cli.main([*map(str, run), *GATE]) == 2
+    assert cli.main([*_run_on(weights.parent, demo[0], tmp_path / "out")]) == 2
     assert "cannot be loaded" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -257,18 +251,7 @@ def test_weights_that_overflow(demo: tuple[Path, str], tmp_path: Path, capsys: p
     tensors = load(weights)
     tensors["visual.patch_embed.proj.weight"][:] = float("nan")
     save_file(tensors, weights, metadata={"format": "pt"})
-    run = (
-        "run",
-        "--model",
-        weights.parent,
-        "--video",
-        demo[0] / "clip.mp4",
-        "--question",
-        "?",
-        "--out",
-        tmp_path / "out",
-    )
-    assert cli.main([*map(str, run), *GATE, "--max-frames", "2"]) == 2
+    assert cli.main([*_run_on(weights.parent, demo[0], tmp_path / "out"), "--max-frames", "2"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "X must be finite" in line
     assert "--dtype" in line
