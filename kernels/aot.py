@@ -11,14 +11,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from . import decode, prefill
-from .tiles import HEAD_DIMS, Tile, decode_tile, prefill_tile, split_head_dim
+from . import backward, decode, prefill
+from .prescale import LOG_BIAS, NO_GATE, POST_EXP
+from .tiles import HEAD_DIMS, TMA_TARGETS, Tile, backward_tiles, decode_tile, prefill_tile, split_head_dim
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
@@ -33,6 +34,29 @@ CASES = [
 ]
 TENSOR_CORE = re.compile(r"(H|UTCH?|Q|I)G?MMA|UTC\w*MMA|v_mfma|v_wmma")
 LOCAL_MEMORY = re.compile(r"LDL|STL")
+
+
+class Dialect(NamedTuple):
+    """How an assembly language writes labels, instructions, branches to a label, and instructions that do nothing."""
+
+    label: re.Pattern[str]
+    instruction: re.Pattern[str]
+    branch: re.Pattern[str]
+    idle: re.Pattern[str]
+
+
+SASS = Dialect(
+    re.compile(r"\s*\.(L_\S+):"),
+    re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^\s;]+)"),
+    re.compile(r"\sBRA\S*\s.*`\(\.(L_[^)]+)\)"),
+    re.compile(r"\sNOP|@!PT\s"),
+)
+AMD = Dialect(
+    re.compile(r"(\.L\w+):"),
+    re.compile(r"\t([a-z]\w+)"),
+    re.compile(r"\ts_c?branch\w*\s+(\.L\w+)"),
+    re.compile(r"\ts_nop"),
+)
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -41,7 +65,7 @@ class Report:
     """What one compiled kernel uses.
 
     `spills` counts the local-memory instructions inside loops (for AMD, the spilled registers). `loop` counts the
-    instructions of the shortest loop with a tensor-core product (empty for AMD).
+    instructions of the shortest loop with a tensor-core product.
     """
 
     kernel: str
@@ -58,16 +82,21 @@ class Report:
 def compile_kernel(
     kernel: triton.JITFunction, target: str, dtypes: dict[str, str | None], constants: dict[str, Any], tile: Tile
 ) -> CompiledKernel:
-    """Compile for `target`. `dtypes` names the pointers ("fp32"; None where the launcher passes None)."""
+    """Compile for `target`. `dtypes` gives the types of pointers ("fp32") and of descriptors ("tensordesc<...>").
+
+    What the launcher passes as None is None in `dtypes` too.
+    """
     constants = constants | {name: None for name, dtype in dtypes.items() if dtype is None}
     signature, aligned = {}, []
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name in dtypes:
-            signature[name] = f"*{dtypes[name]}"
-            aligned.append(i)
-        elif name == "scale_log2":
+            dtype = str(dtypes[name])
+            signature[name] = dtype if dtype.startswith("tensordesc") else f"*{dtype}"
+            if signature[name] != dtype:
+                aligned.append(i)
+        elif name in ("scale_log2", "cap_log2"):
             signature[name] = "fp32"
         else:
             signature[name] = "i64" if re.fullmatch(r"stride_\w[bh]", name) else "i32"
@@ -82,29 +111,40 @@ def compile_prefill(
     target: str,
     head_dim: int,
     dtype: str = "bf16",
-    gate: int = prefill.POST_EXP,
+    gate: int = POST_EXP,
     tile: Tile | None = None,
     causal: bool = True,
     window: bool = False,
+    softcap: bool = False,
+    padded: bool = False,
+    varlen: bool = False,
+    tma: bool | None = None,
 ) -> Report:
-    """Compile prefill in one gate form; `dtype` is "bf16", "fp16" or "fp32", `tile` replaces the table's."""
+    """Compile prefill in one gate form; `dtype` is "bf16", "fp16" or "fp32"; `tile` and `tma` replace the tables'."""
     tile = tile or prefill_tile(target, head_dim, ELEMENT[dtype])
-    d0, d1 = split_head_dim(head_dim)
+    d0, d1 = split_head_dim(target, head_dim)
     constants = {
         "D0": d0,
         "D1": d1,
         "BM": tile.queries,
         "BN": tile.keys,
         "GATE": gate,
+        "PADDED": padded,
         "CAUSAL": causal,
         "WINDOW": window,
+        "SOFTCAP": softcap,
         "STAGES": tile.stages,
     }
-    dtypes = dict.fromkeys(("q", "k", "v", "out"), dtype) | {"lse": "fp32", "gate": "fp32" if gate else None}
-    form = {prefill.NO_GATE: "ungated", prefill.LOG_BIAS: "log-bias", prefill.POST_EXP: "post-exp"}[gate]
-    return report(
-        form, target, head_dim, dtype, compile_kernel(prefill.prefill_kernel, target, dtypes, constants, tile)
-    )
+    dtypes: dict[str, str | None] = dict.fromkeys(("q", "k", "v", "out"), dtype)
+    dtypes |= {"lse": "fp32", "gate": "fp32" if gate else None}
+    dtypes |= dict.fromkeys(("cu_q", "cu_k"), "i32" if varlen else None)
+    tma = target in TMA_TARGETS if tma is None else tma
+    for i, part in enumerate((d0, d1)):
+        described = f"tensordesc<{dtype}[1, 1, {tile.keys}, {part}]>" if tma and part else None
+        dtypes |= dict.fromkeys((f"k_desc{i}", f"v_desc{i}"), described)
+    form = {NO_GATE: "ungated", LOG_BIAS: "log-bias", POST_EXP: "post-exp"}[gate]
+    compiled = compile_kernel(prefill.prefill_kernel, target, dtypes, constants, tile)
+    return report(form, target, head_dim, dtype, compiled)
 
 
 def compile_decode(
@@ -136,21 +176,92 @@ def compile_decode(
     )
 
 
+def compile_backward(
+    target: str,
+    head_dim: int,
+    dtype: str = "bf16",
+    tiles: tuple[Tile, Tile] | None = None,
+    causal: bool = True,
+    window: bool = False,
+    softcap: bool = False,
+    varlen: bool = False,
+    gate: bool = True,
+) -> tuple[Report, Report]:
+    """Compile backward's dQ kernel and its dK, dV kernel; arguments as for prefill."""
+    elements = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
+    dtypes: dict[str, str | None] = dict.fromkeys(elements, dtype)
+    dtypes |= dict.fromkeys(("lse", "d_lse", "delta"), "fp32")
+    gates = ("log_gate", "value_gate", "d_log_gate", "d_value_gate")
+    dtypes |= dict.fromkeys(gates, "fp32" if gate else None)
+    dtypes |= dict.fromkeys(("cu_q", "cu_k"), "i32" if varlen else None)
+    flags = {"CAUSAL": causal, "WINDOW": window, "SOFTCAP": softcap}
+    dq_tile, dk_tile = tiles or backward_tiles(target, head_dim, ELEMENT[dtype])
+
+    def compiled(name: str, kernel: triton.JITFunction, tile: Tile) -> Report:
+        constants = {"D": head_dim, "BD": triton.next_power_of_2(head_dim), "BM": tile.queries, "BN": tile.keys}
+        constants |= flags | {"STAGES": tile.stages}
+        taken = {name: dtype for name, dtype in dtypes.items() if name in kernel.arg_names}
+        return report(name, target, head_dim, dtype, compile_kernel(kernel, target, taken, constants, tile))
+
+    return compiled("dq", backward.d_queries_kernel, dq_tile), compiled("dk-dv", backward.d_keys_kernel, dk_tile)
+
+
+def compile_hopper(
+    head_dim: int,
+    dtype: str = "bf16",
+    gate: int = POST_EXP,
+    causal: bool = True,
+    tile: Tile | None = None,
+) -> Report:
+    """Compile the Gluon kernel of sm_90; `dtype` is "bf16" or "fp16", `tile` replaces the table's."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from .hopper import REGISTERS, TILES
+    from .hopper_kernel import hopper_kernel
+
+    tile = tile or TILES[head_dim]
+
+    def described(dtype: str, *block: int) -> str:
+        element = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}[dtype]
+        return f"tensordesc<{dtype}{list(block)},{gl.NVMMASharedLayout.get_default_for(list(block), element)!r}>"
+
+    constants = {"STAGES": tile.stages, "GATE": gate, "CAUSAL": causal} | ({} if gate else {"gate": None})
+    types = {
+        "q": described(dtype, 1, 1, tile.queries // 2, head_dim),
+        "k": described(dtype, 1, 1, tile.keys, head_dim),
+        "v": described(dtype, 1, 1, tile.keys, head_dim),
+        "gate": described("fp32", 1, 1, tile.keys),
+        "out": f"*{dtype}",
+        "lse": "*fp32",
+        "scale_log2": "fp32",
+    }
+    types |= dict.fromkeys(("Nq", "Nk", "group", "stride_lh", "stride_lb"), "i32")
+    types |= dict.fromkeys(("stride_ob", "stride_oh", "stride_on"), "i64") | dict.fromkeys(constants, "constexpr")
+    names = hopper_kernel.arg_names
+    aligned = [i for i, name in enumerate(names) if name in ("out", "lse", "stride_ob", "stride_oh", "stride_on")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = GluonASTSource(hopper_kernel, {name: types[name] for name in names}, constants, attributes)
+    options = {"num_warps": tile.warps, "maxnreg": REGISTERS, "enable_fp_fusion": True}
+    form = {NO_GATE: "hopper ungated", LOG_BIAS: "hopper log-bias", POST_EXP: "hopper post-exp"}[gate]
+    return report(form, "sm_90", head_dim, dtype, triton.compile(source, target=TARGETS["sm_90"], options=options))
+
+
 def report(kernel: str, target: str, head_dim: int, dtype: str, compiled: CompiledKernel) -> Report:
     """Read the resources of a compiled kernel from its assembly."""
     if target == "gfx942":
         text = compiled.asm["amdgcn"]
         counts = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text))
         registers, spills = int(counts["vgpr_count"]), int(counts["vgpr_spill_count"])
-        opcodes, loop = re.findall(r"^\s+([a-z]\w+)", text, re.MULTILINE), Counter[str]()
+        opcodes, loops = instructions(text, AMD)
     else:
         cubin = compiled.asm["cubin"]
         usage = re.search(r"REG:(\d+)", run_tool("cuobjdump", "-res-usage", cubin))
         registers = int(usage[1]) if usage else -1
-        opcodes, loops = disassemble(run_tool("nvdisasm", "-c", cubin))
+        opcodes, loops = instructions(run_tool("nvdisasm", "-c", cubin), SASS)
         spills = sum(bool(LOCAL_MEMORY.match(opcode)) for loop in loops for opcode in loop)
-        products = [loop for loop in loops if any(TENSOR_CORE.match(opcode) for opcode in loop)]
-        loop = Counter(min(products, key=len, default=[]))
+    products = [loop for loop in loops if any(TENSOR_CORE.match(opcode) for opcode in loop)]
+    loop = Counter(min(products, key=len, default=[]))
     tensor_core = sum(bool(TENSOR_CORE.match(opcode)) for opcode in opcodes)
     return Report(kernel, target, head_dim, dtype, registers, spills, compiled.metadata.shared, tensor_core, dict(loop))
 
@@ -165,16 +276,16 @@ def run_tool(tool: str, option: str, cubin: bytes) -> str:
         ).stdout
 
 
-def disassemble(sass: str) -> tuple[list[str], list[list[str]]]:
-    """All opcodes of a disassembly, and those of each innermost loop (a backward branch that holds no other)."""
+def instructions(assembly: str, dialect: Dialect) -> tuple[list[str], list[list[str]]]:
+    """All opcodes, and those of each innermost loop (a backward branch that holds no other) without its no-ops."""
     opcodes, labels, branches = [], {}, []
-    for line in sass.splitlines():
-        if label := re.match(r"\s*\.(L_\S+):", line):
+    for line in assembly.splitlines():
+        if label := dialect.label.match(line):
             labels[label[1]] = len(opcodes)
-        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^\s;]+)(.*)", line):
-            if found[1].startswith("BRA") and (goal := re.search(r"`\(\.(L_[^)]+)\)", found[2])):
+        elif found := dialect.instruction.match(line):
+            if goal := dialect.branch.search(line):
                 branches.append((goal[1], len(opcodes)))
-            opcodes.append(found[1])
+            opcodes.append("NOP" if dialect.idle.search(line) else found[1])
     loops = [(labels[goal], end) for goal, end in branches if labels.get(goal, end) < end]
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     return opcodes, [[opcode for opcode in opcodes[a : b + 1] if opcode != "NOP"] for a, b in inner]
@@ -186,9 +297,7 @@ def compile_all(cases: Iterable[tuple[str, str, int, str]] = CASES) -> Iterator[
         if kernel == "decode":
             yield compile_decode(target, head_dim, dtype)
         else:
-            yield compile_prefill(
-                target, head_dim, dtype, prefill.LOG_BIAS if kernel == "log-bias" else prefill.POST_EXP
-            )
+            yield compile_prefill(target, head_dim, dtype, LOG_BIAS if kernel == "log-bias" else POST_EXP)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Decode: few query rows over many keys. Splits of the keys run side by side, a merge joins them by their lse.
 
 Rows pack (query position, head of the group), so that a KV head's keys are read once for its whole group. The gates are
-read raw: log2 gK is added to the logits and gV scales the weights, so that the cache stays ungated.
+read raw: log2 gK is added to the logits and gV scales the weights, so that the cache stays ungated. Lengths and block
+tables are read on the device only.
 """
 
 import math
@@ -12,18 +13,27 @@ import triton
 import triton.language as tl
 
 from .gates import expand_gate
-from .steps import LN2, finite_max, load_rows, visible_keys, visible_pairs
+from .steps import LN2, finite_max, load_rows, soft_capped, visible_keys, visible_pairs
 from .tiles import decode_tile, multiprocessors
 
-MAX_QUERIES = 16
 MERGE_BLOCK = 16
 SPLIT_KEYS = 256
-
-
 GATE_STRIDES = ["stride_gkb", "stride_gkh", "stride_gvb", "stride_gvh"]
 
 
-@triton.jit(do_not_specialize=["Nq", "Nk", "Nk_gk", "Nk_gv", "window", "stride_mb", *GATE_STRIDES])
+@triton.jit
+def cache_rows(p_table, i_n, o_n, m_keys, stride_p, stride_n, BN: tl.constexpr, PAGE: tl.constexpr):
+    # [BN] int64 offsets of the keys i_n.., which lie on one page where a page holds a tile
+    if PAGE >= BN:
+        i_page = tl.load(p_table + i_n // PAGE).to(tl.int64)
+        o_rows = i_page * stride_p + (i_n % PAGE + tl.arange(0, BN)).to(tl.int64) * stride_n
+    else:
+        o_page = tl.load(p_table + o_n // PAGE, mask=m_keys, other=0).to(tl.int64)
+        o_rows = o_page * stride_p + (o_n % PAGE).to(tl.int64) * stride_n
+    return o_rows
+
+
+@triton.jit(do_not_specialize=["Nq", "Nk", "Nk_gk", "Nk_gv", "window", "stride_mb", "stride_tb", *GATE_STRIDES])
 def split_kernel(
     q,
     k,
@@ -31,9 +41,12 @@ def split_kernel(
     gamma_k,
     gamma_v,
     seen,
+    lengths,
+    table,
     part_out,
     part_lse,
     scale_log2,
+    cap_log2,
     Nq,
     Nk,
     Nk_gk,
@@ -55,12 +68,15 @@ def split_kernel(
     stride_gvb,
     stride_gvh,
     stride_mb,
+    stride_tb,
     D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    PAGE: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     i_split = tl.program_id(1)
@@ -69,6 +85,10 @@ def split_kernel(
     i_bkv = tl.program_id(0) // n_blocks
     i_b = (i_bkv // Hkv).to(tl.int64)
     i_kv = (i_bkv % Hkv).to(tl.int64)
+    capacity = Nk
+    if lengths is not None:
+        Nk = tl.load(lengths + i_b)
+    n_visible = tl.minimum(Nk, capacity)
 
     # [BM] packed rows
     o_r = tl.program_id(0) % n_blocks * BM + tl.arange(0, BM)
@@ -77,8 +97,12 @@ def split_kernel(
     o_h = i_kv * group + o_r % group
     o_position = o_m + Nk - Nq
 
-    p_k = k + i_b * stride_kb + i_kv * stride_kh
-    p_v = v + i_b * stride_vb + i_kv * stride_vh
+    p_k = k + i_kv * stride_kh
+    p_v = v + i_kv * stride_vh
+    if table is None:
+        p_k += i_b * stride_kb
+        p_v += i_b * stride_vb
+    p_table = table + i_b * stride_tb if table is not None else None
     p_seen = seen + i_b * stride_mb if seen is not None else None
     p_q = q + i_b * stride_qb + (o_h * stride_qh + o_m.to(tl.int64) * stride_qn)[:, None]
     o_d = tl.arange(0, BD)[None, :]
@@ -90,17 +114,23 @@ def split_kernel(
     b_sum = tl.zeros([BM], tl.float32)
 
     i_first = tl.maximum(Nk - Nq - window + 1, 0) // BN * BN if WINDOW else 0
-    n_keys = tl.cdiv(tl.cdiv(Nk - i_first, n_splits), BN) * BN
+    n_keys = tl.cdiv(tl.cdiv(n_visible - i_first, n_splits), BN) * BN
     i_start = i_first + i_split * n_keys
-    i_end = tl.minimum(i_start + n_keys, Nk)
+    i_end = tl.minimum(i_start + n_keys, n_visible)
     for i_n in tl.range(i_start, i_end, BN, num_stages=STAGES):
         i_n = tl.multiple_of(i_n, BN)
         o_n = i_n + tl.arange(0, BN)
         m_keys = visible_keys(p_seen, o_n, i_end)
         m_tile = m_keys[:, None] & m_d if BD > D else m_keys[:, None]
         # [BM, BN] = [BM, BD] [BD, BN]
-        b_k = load_rows(p_k, i_n, stride_kn, m_tile, BN, BD, True)
+        if table is None:
+            b_k = load_rows(p_k, i_n, stride_kn, m_tile, BN, BD, True)
+        else:
+            o_rows = cache_rows(p_table, i_n, o_n, m_keys, stride_kb, stride_kn, BN, PAGE)
+            b_k = tl.load(p_k + o_rows[:, None] + o_d, mask=m_tile, other=0.0)
         b_s = tl.dot(b_q, b_k.T, input_precision="ieee") * scale_log2
+        if SOFTCAP:
+            b_s = soft_capped(b_s, cap_log2)
         if gamma_k is not None:
             p_gate = gamma_k + i_b * stride_gkb + i_kv * stride_gkh + o_n
             b_s += tl.log2(tl.load(p_gate, mask=m_keys & (o_n < Nk_gk), other=1.0).to(tl.float32))[None, :]
@@ -111,7 +141,11 @@ def split_kernel(
         b_decay = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         # [BM, BD] += [BM, BN] [BN, BD]
-        b_v = load_rows(p_v, i_n, stride_vn, m_tile, BN, BD, True)
+        if table is None:
+            b_v = load_rows(p_v, i_n, stride_vn, m_tile, BN, BD, True)
+        else:
+            o_rows = cache_rows(p_table, i_n, o_n, m_keys, stride_vb, stride_vn, BN, PAGE)
+            b_v = tl.load(p_v + o_rows[:, None] + o_d, mask=m_tile, other=0.0)
         if gamma_v is not None:
             p_gate = gamma_v + i_b * stride_gvb + i_kv * stride_gvh + o_n
             b_gate = tl.load(p_gate, mask=m_keys & (o_n < Nk_gv), other=1.0).to(tl.float32)
@@ -125,6 +159,8 @@ def split_kernel(
 
     # a row without a visible key in this split has sum 0 and max -inf: output 0, lse -inf
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
+    if lengths is not None:  # a length that the cache cannot hold must not give a plausible result
+        b_sum = tl.where((Nk < 0) | (Nk > capacity), float("nan"), b_sum)
     o_part = ((i_b * Hkv * group + o_h) * Nq + o_m) * n_splits + i_split
     tl.store(part_out + o_part[:, None] * D + o_d, b_acc / b_sum[:, None], mask=m_r[:, None] & m_d)
     tl.store(part_lse + o_part, b_max + tl.log2(b_sum), mask=m_r)
@@ -206,12 +242,20 @@ def decode(
     scale: float,
     causal: bool,
     window: int | None,
+    softcap: float | None,
     target: str,
+    cache_seqlens: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
     splits: int | None = None,
 ) -> None:
-    """Launch split and merge. Rows of q, k, v and out must be contiguous and less than 2**23 elements apart."""
+    """Launch split and merge. Rows of q, k, v and out must be contiguous and less than 2**23 elements apart.
+
+    k and v are (B, Hkv, Nk, D), or pages (P, Hkv, page size, D) with `block_table` (B, pages of a sequence) int32.
+    `cache_seqlens` (B,) int32 gives the keys of each sequence; without it all Nk are there.
+    """
     batch, query_heads, queries, head_dim = q.shape
-    kv_heads, keys = k.shape[1:3]
+    kv_heads, page = k.shape[1:3]
+    keys = page if block_table is None else page * block_table.shape[1]
     group = query_heads // kv_heads
     tile = decode_tile(target, head_dim, q.element_size(), queries * group)
     programs = triton.cdiv(queries * group, tile.queries) * kv_heads * batch
@@ -231,9 +275,12 @@ def decode(
         gamma_k,
         gamma_v,
         None if key_padding_mask is None else key_padding_mask.view(torch.uint8),
+        cache_seqlens,
+        block_table,
         part_out,
         part_lse,
         scale * math.log2(math.e),
+        0.0 if softcap is None else softcap * math.log2(math.e),
         queries,
         keys,
         0 if gamma_k is None else gamma_k.shape[-1],
@@ -247,12 +294,15 @@ def decode(
         *(gamma_k.stride()[:2] if gamma_k is not None else (0, 0)),
         *(gamma_v.stride()[:2] if gamma_v is not None else (0, 0)),
         key_padding_mask.stride(0) if key_padding_mask is not None else 0,
+        block_table.stride(0) if block_table is not None else 0,
         D=head_dim,
         BD=padded_head_dim(head_dim),
         BM=tile.queries,
         BN=tile.keys,
+        PAGE=1 if block_table is None else page,
         CAUSAL=causal and queries > 1,
         WINDOW=window is not None,
+        SOFTCAP=softcap is not None,
         STAGES=tile.stages,
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -1,13 +1,17 @@
 """The one place that decides whether the Triton kernels can take a call."""
 
 import importlib.util
+import logging
+from functools import cache
 
 import torch
 
-from .tiles import HEAD_DIMS, INTERPRETER, PREFILL
+from .hopper import hopper_enabled, hopper_refusal
+from .tiles import HEAD_DIMS, INTERPRETER, MAX_QUERIES, PREFILL
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_GRID = 65535
+logger = logging.getLogger(__name__)
 
 
 def _interpreted() -> bool:
@@ -38,11 +42,7 @@ def triton_target(device: torch.device) -> tuple[str | None, str]:
 
 
 def triton_refusal(
-    device: torch.device,
-    dtype: torch.dtype = torch.bfloat16,
-    head_dim: int = 128,
-    batch: int = 1,
-    requires_grad: bool = False,
+    device: torch.device, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128, batch: int = 1
 ) -> str | None:
     """Why the Triton kernels cannot take such a call, or None where they can."""
     target, reason = triton_target(device)
@@ -54,6 +54,35 @@ def triton_refusal(
         return f"the head dim is {head_dim}, the kernels take {', '.join(str(known) for known in HEAD_DIMS)}"
     if batch > MAX_GRID:
         return f"the batch is {batch}, the kernels take up to {MAX_GRID}"
-    if requires_grad:
-        return "an input requires grad, the kernels have no backward"
     return None
+
+
+def hopper_choice(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    asked: str,
+    window: int | None,
+    softcap: float | None,
+    padding: bool,
+) -> bool:
+    """Whether a call that a Triton kernel will take goes to the Hopper kernel; ValueError if asked for and it cannot.
+
+    With "auto" and the path switched on, a refusal is said once for each reason.
+    """
+    if asked == "triton" or (asked == "auto" and (not hopper_enabled() or q.shape[2] <= MAX_QUERIES)):
+        return False
+    target, reason = triton_target(q.device)
+    if target is not None:
+        reason = hopper_refusal(q, k, v, target, window=window, softcap=softcap, padding=padding)
+    if reason and asked == "hopper":
+        raise ValueError(f"backend='hopper' cannot take this call: {reason}; use backend='triton' or 'auto'")
+    if reason and not torch.compiler.is_compiling():
+        _log_portable(reason)
+    return not reason
+
+
+@cache
+def _log_portable(reason: str) -> None:
+    logger.info("prefill runs on the portable Triton kernel instead of the Hopper one: %s", reason)

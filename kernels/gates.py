@@ -6,6 +6,19 @@ import torch.nn.functional as F
 POST_EXP_LIMIT = 2.0**20
 
 
+def choose_gate_form(gamma_k: torch.Tensor) -> str:
+    """The cheapest `gate_form` that every value of gamma_k allows: "post-exp" within [2**-20, 2**20], else "log-bias".
+
+    Reads the values on the host, once: call it when a gate is built, not in every attention call.
+
+    Raises:
+        ValueError: a value is negative, infinite or NaN.
+    """
+    check_gate_values("gamma_k", gamma_k.detach(), None)
+    bounded = ((gamma_k >= 1 / POST_EXP_LIMIT) & (gamma_k <= POST_EXP_LIMIT)).all()
+    return "post-exp" if bounded else "log-bias"
+
+
 def expand_gate(gate: torch.Tensor, batch: int, heads: int) -> torch.Tensor:
     """View a gate as (B, H, N), with stride 0 where one value serves several."""
     if gate.dim() == 1:

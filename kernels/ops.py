@@ -1,24 +1,54 @@
-"""The Triton kernels as one torch operator, so that compiled graphs see a single opaque call."""
+"""The Triton kernels as torch operators with autograd, so that compiled graphs see one opaque call each."""
+
+from typing import Any
 
 import torch
 
-from .decode import MAX_QUERIES, decode
+from .backward import backward
+from .decode import decode
 from .dispatch import triton_target
+from .hopper import hopper_prefill
 from .prefill import prefill
+from .prescale import prescale
+from .tiles import MAX_QUERIES
 
 MAX_ROW_STRIDE = 2**23
+Outputs = tuple[torch.Tensor, torch.Tensor]
 
 
-def _outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _outputs(q: torch.Tensor) -> Outputs:
     batch, heads, queries, head_dim = q.shape
     # the layout in which a model's output projection reads the heads
     out = q.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
     return out, q.new_empty((batch, heads, queries), dtype=torch.float32)
 
 
+def _packed_outputs(q: torch.Tensor) -> Outputs:
+    tokens, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((heads, tokens), dtype=torch.float32).T
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """Make rows contiguous, and near enough to one another that a tile's offsets fit in 32 bits."""
     return x if x.stride(-1) == 1 and x.stride(-2) < MAX_ROW_STRIDE else x.contiguous()
+
+
+def _packed_rows(x: torch.Tensor) -> torch.Tensor:
+    """(T, H, D) as one batch entry (1, H, T, D) with rows as `_rows` makes them."""
+    x = x if x.stride(-1) == 1 and x.stride(0) < MAX_ROW_STRIDE else x.contiguous()
+    return x.transpose(0, 1)[None]
+
+
+def _packed_gate(gate: torch.Tensor | None) -> torch.Tensor | None:
+    """(T,), or (T, Hkv) as (1, Hkv, T)."""
+    return gate if gate is None or gate.dim() == 1 else gate.T[None]
+
+
+def _target(q: torch.Tensor) -> str:
+    target, reason = triton_target(q.device)
+    if target is None:
+        raise RuntimeError(f"the Triton kernels cannot run here: {reason}")
+    return target
 
 
 @torch.library.custom_op("videoanchor::anchored_attention", mutates_args=())
@@ -32,28 +62,239 @@ def anchored_attention_op(
     scale: float,
     causal: bool,
     window: int | None,
+    softcap: float | None,
     post_exp: bool,
+    hopper: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of validated inputs by decode (few queries) or prefill: out (B, Hq, Nq, D) and lse (B, Hq, Nq) fp32."""
     out, lse = _outputs(q)
     if out.numel() == 0 or k.shape[2] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    if not hopper:
+        q, k, v = _rows(q), _rows(k), _rows(v)
     gamma_k, gamma_v, key_padding_mask = (
         None if x is None else x.contiguous() for x in (gamma_k, gamma_v, key_padding_mask)
     )
     if window is not None:
         window = min(window, k.shape[2])
-    target, _ = triton_target(q.device)
-    assert target is not None
+    target = _target(q)
     with torch.cuda.device_of(q):
-        if q.shape[2] <= MAX_QUERIES:
-            decode(q, k, v, gamma_k, gamma_v, key_padding_mask, out, lse, scale, causal, window, target)
+        if hopper:
+            form, v, gate = prescale(v, gamma_k, gamma_v, None, post_exp)
+            hopper_prefill(q, k, v, gate, out, lse, scale, causal, form)
+        elif q.shape[2] <= MAX_QUERIES:
+            decode(q, k, v, gamma_k, gamma_v, key_padding_mask, out, lse, scale, causal, window, softcap, target)
         else:
-            prefill(q, k, v, gamma_k, gamma_v, key_padding_mask, out, lse, scale, causal, window, post_exp, target)
+            prefill(
+                q, k, v, gamma_k, gamma_v, key_padding_mask, out, lse, scale, causal, window, softcap, post_exp, target
+            )
     return out, lse
 
 
 @anchored_attention_op.register_fake
-def _(q: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+def _(q: torch.Tensor, *_: object) -> Outputs:
     return _outputs(q)
+
+
+@torch.library.custom_op("videoanchor::anchored_attention_varlen", mutates_args=())
+def varlen_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,  # noqa: ARG001 (for the backward)
+    gamma_k: torch.Tensor | None,
+    gamma_v: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    post_exp: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of validated packed inputs: out (Tq, Hq, D) and lse (Tq, Hq) fp32."""
+    out, lse = _packed_outputs(q)
+    if out.numel() == 0 or k.shape[0] == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    if window is not None:
+        window = min(window, k.shape[0])
+    with torch.cuda.device_of(q):
+        prefill(
+            *(_packed_rows(x) for x in (q, k, v)),
+            _packed_gate(gamma_k),
+            _packed_gate(gamma_v),
+            None,
+            _packed_rows(out),
+            lse.T[None],
+            scale,
+            causal,
+            window,
+            softcap,
+            post_exp,
+            _target(q),
+            cu_seqlens=(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q),
+        )
+    return out, lse
+
+
+@varlen_op.register_fake
+def _(q: torch.Tensor, *_: object) -> Outputs:
+    return _packed_outputs(q)
+
+
+@torch.library.custom_op("videoanchor::anchored_attention_decode", mutates_args=())
+def decode_op(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    gamma_k: torch.Tensor | None,
+    gamma_v: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of validated last queries over a cache: out (B, Hq, Nq, D) and lse (B, Hq, Nq) fp32."""
+    out, lse = _outputs(q)
+    if out.numel() == 0 or k_cache.shape[2] == 0 or (block_table is not None and block_table.shape[1] == 0):
+        return out.zero_(), lse.fill_(float("-inf"))
+    gamma_k, gamma_v, block_table = (None if x is None else x.contiguous() for x in (gamma_k, gamma_v, block_table))
+    with torch.cuda.device_of(q):
+        decode(
+            _rows(q),
+            _rows(k_cache),
+            _rows(v_cache),
+            gamma_k,
+            gamma_v,
+            None,
+            out,
+            lse,
+            scale,
+            causal,
+            window,
+            softcap,
+            _target(q),
+            cache_seqlens=cache_seqlens.contiguous(),
+            block_table=block_table,
+        )
+    return out, lse
+
+
+@decode_op.register_fake
+def _(q: torch.Tensor, *_: object) -> Outputs:
+    return _outputs(q)
+
+
+@torch.library.custom_op("videoanchor::anchored_attention_backward", mutates_args=())
+def backward_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gamma_k: torch.Tensor | None,
+    gamma_v: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v (contiguous, in their dtypes) and of the gates (fp32, empty where there is no gate)."""
+    rows = _rows if cu_seqlens_q is None else lambda x: x if x.stride(0) < MAX_ROW_STRIDE else x.contiguous()
+    q, k, v = (rows(x if x.stride(-1) == 1 else x.contiguous()) for x in (q, k, v))
+    with torch.cuda.device_of(q):
+        grads = backward(
+            q,
+            k,
+            v,
+            gamma_k,
+            gamma_v,
+            key_padding_mask,
+            out,
+            lse,
+            d_out,
+            d_lse,
+            scale,
+            causal,
+            window,
+            softcap,
+            _target(q),
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+        )
+    d_q, d_k, d_v, d_gamma_k, d_gamma_v = (q.new_empty(0, dtype=torch.float32) if x is None else x for x in grads)
+    return d_q, d_k, d_v, d_gamma_k, d_gamma_v
+
+
+@backward_op.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gamma_k: torch.Tensor | None,
+    gamma_v: torch.Tensor | None,
+    *_: object,
+) -> tuple[torch.Tensor, ...]:
+    gates = (q.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (gamma_k, gamma_v))
+    return *(_outputs(x)[0] if x.dim() == 4 else x.new_empty(x.shape) for x in (q, k, v)), *gates
+
+
+def _gradients(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor, *packed: Any) -> tuple[torch.Tensor | None, ...]:
+    q, k, v, gamma_k, gamma_v, key_padding_mask, out, lse, *offsets = ctx.saved_tensors
+    d_q, d_k, d_v, d_gamma_k, d_gamma_v = backward_op(
+        q,
+        k,
+        v,
+        gamma_k,
+        gamma_v,
+        key_padding_mask,
+        out,
+        lse,
+        d_out,
+        d_lse,
+        *ctx.options,
+        *(offsets or (None, None)),
+        *(packed or (None, None)),
+    )
+    gates = (
+        None if gate is None else d_gate.to(gate.dtype) for gate, d_gate in ((gamma_k, d_gamma_k), (gamma_v, d_gamma_v))
+    )
+    return d_q, d_k, d_v, *gates
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    q, k, v, gamma_k, gamma_v, key_padding_mask, *options = inputs
+    ctx.save_for_backward(q, k, v, gamma_k, gamma_v, key_padding_mask, *output)
+    ctx.options = options[:4]
+
+
+def _backward(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return *_gradients(ctx, d_out, d_lse), *(None,) * 7
+
+
+def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, gamma_k, gamma_v, *options = inputs
+    ctx.save_for_backward(q, k, v, gamma_k, gamma_v, None, *output, cu_seqlens_q, cu_seqlens_k)
+    ctx.options = options[:4]
+    ctx.longest = max_seqlen_q, max_seqlen_k
+
+
+def _backward_packed(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    d_q, d_k, d_v, d_gamma_k, d_gamma_v = _gradients(ctx, d_out, d_lse, *ctx.longest)
+    return d_q, d_k, d_v, *(None,) * 4, d_gamma_k, d_gamma_v, *(None,) * 5
+
+
+anchored_attention_op.register_autograd(_backward, setup_context=_save)
+varlen_op.register_autograd(_backward_packed, setup_context=_save_packed)

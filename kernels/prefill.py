@@ -1,7 +1,7 @@
 """Prefill: gated FlashAttention forward, one program a tile of query rows.
 
-out_i = sum_j p_ij gK_j gV_j v_j / sum_j p_ij gK_j with p_ij = exp(scale q_i.k_j). The value gate (and gK in the
-post-exp form) is multiplied into V once, before the launch; gK enters the tile in one of two exact forms.
+out_i = sum_j p_ij gK_j gV_j v_j / sum_j p_ij gK_j with p_ij = exp(scale q_i.k_j). `prescale` has multiplied the value
+gate (and gK in the post-exp form) into V before the launch; gK enters the tile in one of two exact forms.
 """
 
 import math
@@ -9,12 +9,34 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .gates import expand_gate, pad_gate
-from .steps import LN2, finite_max, load_rows, visible_pairs
-from .tiles import prefill_tile, split_head_dim
+from .prescale import prescale
+from .steps import LN2, finite_max, load_rows, soft_capped, visible_pairs
+from .tiles import TMA_TARGETS, Tile, prefill_tile, split_head_dim
 
-NO_GATE, LOG_BIAS, POST_EXP = 0, 1, 2
+
+@triton.jit
+def load_tile(
+    p_rows,
+    descriptor,
+    i_row,
+    i_n,
+    stride_n,
+    m_keys,
+    i_b,
+    i_h,
+    i_d: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    # [BN, D] of the sequence that begins at row i_row
+    if descriptor is None:
+        b_tile = load_rows(p_rows + i_d, i_n, stride_n, m_keys[:, None], BN, D, MASKED)
+    else:
+        b_tile = descriptor.load([i_b, i_h, i_row + i_n, i_d]).reshape([BN, D])
+    return b_tile
 
 
 @triton.jit
@@ -27,22 +49,30 @@ def attend_tiles(
     b_q1,
     p_k,
     p_v,
+    k_tiles,
+    v_tiles,
     p_gate,
+    i_b,
+    i_kv,
+    i_row,
     i_start,
     i_end,
     Nk,
     o_position,
     window,
     scale_log2,
+    cap_log2,
     stride_kn,
     stride_vn,
     D0: tl.constexpr,
     D1: tl.constexpr,
     BN: tl.constexpr,
     GATE: tl.constexpr,
+    PADDED: tl.constexpr,
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     for i_n in tl.range(i_start, i_end, BN, num_stages=STAGES):
@@ -50,19 +80,28 @@ def attend_tiles(
         o_n = i_n + tl.arange(0, BN)
         m_keys = o_n < Nk
         # [BM, BN] = [BM, D0] [D0, BN] + [BM, D1] [D1, BN]
-        b_k0 = load_rows(p_k, i_n, stride_kn, m_keys[:, None], BN, D0, MASKED)
+        b_k0 = load_tile(p_k, k_tiles[0], i_row, i_n, stride_kn, m_keys, i_b, i_kv, 0, BN, D0, MASKED)
         b_s = tl.dot(b_q0, b_k0.T, input_precision="ieee")
         if D1 > 0:
-            b_k1 = load_rows(p_k + D0, i_n, stride_kn, m_keys[:, None], BN, D1, MASKED)
+            b_k1 = load_tile(p_k, k_tiles[1], i_row, i_n, stride_kn, m_keys, i_b, i_kv, D0, BN, D1, MASKED)
             b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision="ieee")
         if GATE != 0:
             # [BN]
-            b_gate = tl.load(p_gate + o_n, mask=m_keys, other=0.0) if MASKED else tl.load(p_gate + o_n)
-        if GATE == 1:
-            b_s = b_s * scale_log2 + b_gate[None, :]
+            b_gate = tl.load(p_gate + o_n)
+            if MASKED:
+                b_gate = tl.where(m_keys, b_gate, 0.0)
+        if GATE == 1 or SOFTCAP:
+            b_s *= scale_log2
+            if SOFTCAP:
+                b_s = soft_capped(b_s, cap_log2)
+            if GATE == 1:
+                b_s += b_gate[None, :]
+        if PADDED:
+            # a select, since a hidden key's logit may be NaN
+            b_s = tl.where(b_gate[None, :] == float("-inf"), float("-inf"), b_s)
         if MASKED:
             b_s = tl.where(visible_pairs(m_keys, o_n, o_position, window, CAUSAL, WINDOW), b_s, float("-inf"))
-        if GATE == 1:
+        if GATE == 1 or SOFTCAP:
             b_max_new = tl.maximum(b_max, tl.max(b_s, 1))
             b_shift = finite_max(b_max_new)
             b_p = tl.exp2(b_s - b_shift[:, None])
@@ -74,24 +113,40 @@ def attend_tiles(
         b_sum = b_sum * b_decay + tl.sum(b_p * b_gate[None, :] if GATE == 2 else b_p, 1)
         b_p = b_p.to(p_v.dtype.element_ty)
         # [BM, D0] += [BM, BN] [BN, D0]
-        b_v0 = load_rows(p_v, i_n, stride_vn, m_keys[:, None], BN, D0, MASKED)
+        b_v0 = load_tile(p_v, v_tiles[0], i_row, i_n, stride_vn, m_keys, i_b, i_kv, 0, BN, D0, MASKED)
         b_acc0 = tl.dot(b_p, b_v0, b_acc0 * b_decay[:, None], input_precision="ieee")
         if D1 > 0:
-            b_v1 = load_rows(p_v + D0, i_n, stride_vn, m_keys[:, None], BN, D1, MASKED)
+            b_v1 = load_tile(p_v, v_tiles[1], i_row, i_n, stride_vn, m_keys, i_b, i_kv, D0, BN, D1, MASKED)
             b_acc1 = tl.dot(b_p, b_v1, b_acc1 * b_decay[:, None], input_precision="ieee")
         b_max = b_max_new
     return b_acc0, b_acc1, b_sum, b_max
 
 
-@triton.jit(do_not_specialize=["Nq", "Nk", "window", "stride_gb", "stride_gh"])
+@triton.jit
+def poison_rows(p_out, stride_n, i_start, i_end, D: tl.constexpr, BM: tl.constexpr):
+    # a sequence is longer than the longest that the caller named: its last rows must not look like results
+    for i_m in tl.range(i_start, i_end, BM):
+        o_m = i_m + tl.arange(0, BM)
+        for i_d in range(D):
+            tl.store(p_out + o_m.to(tl.int64) * stride_n + i_d, float("nan"), mask=o_m < i_end)
+
+
+@triton.jit(do_not_specialize=["Nq", "Nk", "window", "stride_gb", "stride_gh", "stride_lb", "stride_lh"])
 def prefill_kernel(
     q,
     k,
     v,
+    k_desc0,
+    k_desc1,
+    v_desc0,
+    v_desc1,
     gate,
     out,
     lse,
+    cu_q,
+    cu_k,
     scale_log2,
+    cap_log2,
     Nq,
     Nk,
     group,
@@ -110,28 +165,60 @@ def prefill_kernel(
     stride_ob,
     stride_oh,
     stride_on,
+    stride_lb,
+    stride_lh,
     D0: tl.constexpr,
     D1: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     GATE: tl.constexpr,
+    PADDED: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    VARLEN: tl.constexpr = cu_q is not None
     i_m = tl.program_id(0)
     if CAUSAL:
         i_m = tl.num_programs(0) - 1 - i_m  # longest first
-    i_h = tl.program_id(1).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
-    i_kv = (tl.program_id(1) // group).to(tl.int64)
-
-    p_q = q + i_b * stride_qb + i_h * stride_qh
-    p_k = k + i_b * stride_kb + i_kv * stride_kh
-    p_v = v + i_b * stride_vb + i_kv * stride_vh
-    p_gate = gate + i_b * stride_gb + i_kv * stride_gh if GATE != 0 else None
-
     i_first = i_m * BM
+    i_h = tl.program_id(1)
+    i_b = tl.program_id(2)
+    i_kv = i_h // group
+    i_row = 0
+    p_q = q + i_h.to(tl.int64) * stride_qh
+    p_k = k + i_kv.to(tl.int64) * stride_kh
+    p_v = v + i_kv.to(tl.int64) * stride_vh
+    p_out = out + i_h.to(tl.int64) * stride_oh
+    p_lse = lse + i_h.to(tl.int64) * stride_lh
+    p_gate = gate + i_kv.to(tl.int64) * stride_gh if GATE != 0 else None
+    if VARLEN:
+        i_row_q = tl.load(cu_q + i_b)
+        Nq = tl.load(cu_q + i_b + 1) - i_row_q
+        i_row = tl.load(cu_k + i_b)
+        Nk = tl.load(cu_k + i_b + 1) - i_row
+        p_q += i_row_q.to(tl.int64) * stride_qn
+        p_k += i_row.to(tl.int64) * stride_kn
+        p_v += i_row.to(tl.int64) * stride_vn
+        p_out += i_row_q.to(tl.int64) * stride_on
+        p_lse += i_row_q
+        if GATE != 0:
+            p_gate += i_row
+        i_b = 0
+        if i_m == tl.num_programs(0) - 1 and i_first + BM < Nq:
+            poison_rows(p_out, stride_on, i_first + BM, Nq, D0 + D1, BM)
+        if i_first >= Nq:
+            return
+    else:
+        p_q += i_b.to(tl.int64) * stride_qb
+        p_k += i_b.to(tl.int64) * stride_kb
+        p_v += i_b.to(tl.int64) * stride_vb
+        p_out += i_b.to(tl.int64) * stride_ob
+        p_lse += i_b.to(tl.int64) * stride_lb
+        if GATE != 0:
+            p_gate += i_b.to(tl.int64) * stride_gb
+
     o_m = i_first + tl.arange(0, BM)
     m_m = o_m < Nq
     # [BM, D0], [BM, D1]
@@ -151,35 +238,50 @@ def prefill_kernel(
     if CAUSAL:
         i_edge = tl.minimum(Nk, tl.maximum(position + 1, 0)) // BN * BN
         i_end = tl.minimum(Nk, tl.maximum(position + BM, 0))
+    k_tiles = (k_desc0, k_desc1)
+    v_tiles = (v_desc0, v_desc1)
+    # the rows beyond a packed sequence are its neighbour's and may hold NaN: partly visible tiles go by pointers
+    v_edge_tiles = (None, None) if VARLEN else v_tiles
     if WINDOW:
         i_start = tl.maximum(position - window + 1, 0) // BN * BN
         i_inner = tl.cdiv(tl.maximum(position + BM - window, 0), BN) * BN
         b_acc0, b_acc1, b_sum, b_max = attend_tiles(
-            b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, p_gate, i_start, tl.minimum(i_inner, i_end),
-            Nk, o_m + Nk - Nq, window, scale_log2, stride_kn, stride_vn, D0, D1, BN, GATE, True, CAUSAL, WINDOW, STAGES,
+            b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, k_tiles, v_edge_tiles, p_gate, i_b, i_kv, i_row,
+            i_start, tl.minimum(i_inner, i_end), Nk, o_m + Nk - Nq, window, scale_log2, cap_log2, stride_kn, stride_vn,
+            D0, D1, BN, GATE, PADDED, True, CAUSAL, WINDOW, SOFTCAP, STAGES,
         )  # fmt: skip
     b_acc0, b_acc1, b_sum, b_max = attend_tiles(
-        b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, p_gate, i_inner, i_edge,
-        Nk, o_m + Nk - Nq, window, scale_log2, stride_kn, stride_vn, D0, D1, BN, GATE, False, CAUSAL, WINDOW, STAGES,
+        b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, k_tiles, v_tiles, p_gate, i_b, i_kv, i_row,
+        i_inner, i_edge, Nk, o_m + Nk - Nq, window, scale_log2, cap_log2, stride_kn, stride_vn,
+        D0, D1, BN, GATE, PADDED, False, CAUSAL, WINDOW, SOFTCAP, STAGES,
     )  # fmt: skip
     b_acc0, b_acc1, b_sum, b_max = attend_tiles(
-        b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, p_gate, tl.maximum(i_inner, i_edge), i_end,
-        Nk, o_m + Nk - Nq, window, scale_log2, stride_kn, stride_vn, D0, D1, BN, GATE, True, CAUSAL, WINDOW, STAGES,
+        b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, k_tiles, v_edge_tiles, p_gate, i_b, i_kv, i_row,
+        tl.maximum(i_inner, i_edge), i_end, Nk, o_m + Nk - Nq, window, scale_log2, cap_log2, stride_kn, stride_vn,
+        D0, D1, BN, GATE, PADDED, True, CAUSAL, WINDOW, SOFTCAP, STAGES,
     )  # fmt: skip
 
     # a row without a visible key has sum 0 and max -inf: output 0, lse -inf
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
-    p_rows = out + i_b * stride_ob + i_h * stride_oh + o_m[:, None].to(tl.int64) * stride_on
+    p_rows = p_out + o_m[:, None].to(tl.int64) * stride_on
     tl.store(p_rows + tl.arange(0, D0)[None, :], (b_acc0 / b_sum[:, None]).to(out.dtype.element_ty), mask=m_m[:, None])
     if D1 > 0:
         b_out1 = (b_acc1 / b_sum[:, None]).to(out.dtype.element_ty)
         tl.store(p_rows + D0 + tl.arange(0, D1)[None, :], b_out1, mask=m_m[:, None])
-    tl.store(lse + (i_b * tl.num_programs(1) + i_h) * Nq + o_m, (b_max + tl.log2(b_sum)) * LN2, mask=m_m)
+    tl.store(p_lse + o_m, (b_max + tl.log2(b_sum)) * LN2, mask=m_m)
 
 
-def gate_values(v: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """V * weight with weight (B, Hkv, Nk): computed in fp32, stored in V's dtype, one pass."""
-    return torch.mul(v, weight[..., None], out=torch.empty_like(v))
+def takes_tma(x: torch.Tensor) -> bool:
+    """Whether the copy engine can address x: 16-byte aligned, no dimension repeated by stride 0."""
+    aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    repeated = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+    return aligned and not repeated and x.data_ptr() % 16 == 0
+
+
+def descriptors(x: torch.Tensor, keys: int, parts: tuple[int, int]) -> list[TensorDescriptor | None]:
+    """Descriptors of (B, H, N, D) tiles of `keys` rows, one for each part of the head dim, None for a part of 0."""
+    shape, strides = list(x.shape), list(x.stride())
+    return [TensorDescriptor(x, shape, strides, [1, 1, keys, part]) if part else None for part in parts]
 
 
 def prefill(
@@ -194,42 +296,42 @@ def prefill(
     scale: float,
     causal: bool,
     window: int | None,
+    softcap: float | None,
     post_exp: bool,
     target: str,
+    cu_seqlens: tuple[torch.Tensor, torch.Tensor, int] | None = None,
+    tile: Tile | None = None,
+    tma: bool | None = None,
 ) -> None:
-    """Launch the prefill kernel. Rows of q, k, v and out must be contiguous and less than 2**23 elements apart."""
+    """Launch prescale and prefill. Rows of q, k, v and out must be contiguous and less than 2**23 elements apart.
+
+    Packed sequences come as one batch entry (1, H, T, D) with `cu_seqlens`, the offsets of queries and keys (B + 1,)
+    int32 and the longest query length. lse (B, Hq, Nq) has contiguous rows. `tile` and `tma` replace what the tables
+    say for `target`; tensors that the copy engine cannot address are copied first.
+    """
     batch, query_heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
-    form, gate, weight = NO_GATE, None, None
-    if gamma_v is not None:
-        weight = expand_gate(pad_gate(gamma_v.float(), keys), batch, kv_heads)
-    if gamma_k is not None:
-        # a padded key's gate is 0, and fp16 cannot hold gK*V: both take the form that suits any gate
-        form = POST_EXP if post_exp and key_padding_mask is None and v.dtype != torch.float16 else LOG_BIAS
-        gate = expand_gate(pad_gate(gamma_k.float(), keys), batch, kv_heads)
-        if form == POST_EXP:
-            weight = gate if weight is None else gate * weight
-        else:
-            gate = gate.log2()
-    if weight is not None:
-        v = gate_values(v, weight)
-    if key_padding_mask is not None:
-        # the hidden rows of k and v are cleared, since 0 * NaN is NaN
-        form = LOG_BIAS
-        gate = torch.zeros((batch, 1, keys), device=q.device) if gate is None else gate
-        gate = gate.masked_fill(~key_padding_mask[:, None], float("-inf")).expand(batch, kv_heads, keys)
-        hidden = ~key_padding_mask[:, None, :, None]
-        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
-    tile = prefill_tile(target, head_dim, q.element_size())
-    d0, d1 = split_head_dim(head_dim)
-    prefill_kernel[(triton.cdiv(queries, tile.queries), query_heads, batch)](
+    cu_q, cu_k, longest = (None, None, queries) if cu_seqlens is None else cu_seqlens
+    tile = tile or prefill_tile(target, head_dim, q.element_size())
+    form, v, gate = prescale(v, gamma_k, gamma_v, key_padding_mask, post_exp, tile.keys)
+    tma = target in TMA_TARGETS if tma is None else tma
+    if tma:
+        k, v = (x if takes_tma(x) else x.clone(memory_format=torch.contiguous_format) for x in (k, v))
+    parts = split_head_dim(target, head_dim)
+    programs = (triton.cdiv(longest, tile.queries), query_heads, batch if cu_q is None else cu_q.numel() - 1)
+    prefill_kernel[programs](
         q,
         k,
         v,
+        *(descriptors(k, tile.keys, parts) if tma else (None, None)),
+        *(descriptors(v, tile.keys, parts) if tma else (None, None)),
         gate,
         out,
         lse,
+        cu_q,
+        cu_k,
         scale * math.log2(math.e),
+        0.0 if softcap is None else softcap * math.log2(math.e),
         queries,
         keys,
         query_heads // kv_heads,
@@ -237,15 +339,18 @@ def prefill(
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
-        *(gate.stride()[:2] if gate is not None else (0, 0)),
+        *((0, 0) if gate is None else (gate.stride(0), gate.stride(1) if gate.shape[1] > 1 else 0)),
         *out.stride()[:3],
-        D0=d0,
-        D1=d1,
+        *lse.stride()[:2],
+        D0=parts[0],
+        D1=parts[1],
         BM=tile.queries,
         BN=tile.keys,
         GATE=form,
+        PADDED=key_padding_mask is not None,
         CAUSAL=causal,
         WINDOW=window is not None,
+        SOFTCAP=softcap is not None,
         STAGES=tile.stages,
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -17,12 +17,14 @@ def reference_attention(
     causal: bool = False,
     key_padding_mask: torch.Tensor | None = None,
     window: int | None = None,
+    softcap: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scale Q K^T + log gamma_K + mask) (gamma_V * V), dense, computed and returned in `dtype`.
+    """softmax(cap(scale Q K^T) + log gamma_K + mask) (gamma_V * V), dense, computed and returned in `dtype`.
 
-    Shapes as in `anchored_attention`. Returns out (B, Hq, Nq, D) and lse (B, Hq, Nq), differentiable by autograd. A row
-    without a visible key is 0 with lse = -inf; a key with gamma_K = 0 is not visible.
+    cap(s) = softcap * tanh(s / softcap), or s without a softcap. Shapes as in `anchored_attention`. Returns out
+    (B, Hq, Nq, D) and lse (B, Hq, Nq), differentiable by autograd. A row without a visible key is 0 with lse = -inf; a
+    key with gamma_K = 0 is not visible.
     """
     batch, query_heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
@@ -49,6 +51,8 @@ def reference_attention(
 
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     if gamma_k is not None:
         gate = gate_of_heads(gamma_k)[:, :, None]
         visible = visible & (gate != 0)

@@ -3,17 +3,25 @@
 log gamma_K rides in extra columns of the head dim, q' = [q | c] and k' = [k | log(gamma_K) / (scale c)]: exact for any
 positive gate, where an additive mask in bf16 would round it. Half-precision inputs split the column in three, whose sum
 keeps 22 bits or more.
+
+What the fused kernels cannot do whole (a mask other than the square causal one, a softcap, the lse) runs on a chunk of
+query rows at a time. Autograd would keep the scores or the mask of every chunk, Nq x Nk in all; instead backward runs
+each chunk again (torch.utils.checkpoint).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .gates import expand_gate, pad_gate
 
 CHUNK = 256
+R = TypeVar("R")
 
 
 def sdpa_attention(
@@ -28,6 +36,7 @@ def sdpa_attention(
     window: int | None,
     positive_gate: bool,
     return_lse: bool,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of validated inputs: out (B, Hq, Nq, D) and, if asked for, lse (B, Hq, Nq) in fp32.
 
@@ -37,8 +46,6 @@ def sdpa_attention(
     kv_heads, keys = k.shape[1:3]
     group = query_heads // kv_heads
     precise = torch.promote_types(q.dtype, torch.float32)
-    if q.numel() == 0 or keys == 0:
-        return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
 
     # (B * Hkv, group, Nq, D) and (B * Hkv, 1, Nk, D): a KV head is a batch entry and its group the heads
     q = q.reshape(batch * kv_heads, group, queries, head_dim)
@@ -63,8 +70,11 @@ def sdpa_attention(
         bias = gate.log()
 
     visible = Visibility(seen, queries, keys, causal, window, q.device)
-    if queries == 1:
-        out, lse = one_row(q, k, v, bias, visible, scale)
+    lse = None
+    if queries == 1 or q.numel() == 0 or keys == 0:
+        out, lse = dense_rows(q, k, v, bias, visible, scale, softcap, 0, queries)
+    elif softcap is not None:
+        out, lse = capped_rows(q, k, v, bias, visible, scale, softcap)
     else:
         out = fused_rows(q, k, v, bias, visible, scale)
         lse = row_lse(q, k, bias, visible, scale) if return_lse else None
@@ -119,25 +129,36 @@ def fused_rows(
     k, v = k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1)
     if visible.seen is None and visible.window is None and (not visible.causal or visible.queries == visible.keys):
         return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=visible.causal)[..., :head_dim]
-    chunks = []
-    for start in range(0, visible.queries, CHUNK):
-        end = min(start + CHUNK, visible.queries)
-        first, last = visible.key_range(start, end)
-        rows = q[:, :, start:end]
-        if first == last:
-            chunks.append(torch.zeros_like(rows))
-            continue
-        mask = visible.mask(start, end)
-        dead = None
-        if mask is not None:
-            # a row without a visible key looks at every key, and is cleared afterwards
-            dead = ~mask.any(-1, keepdim=True)
-            mask = (mask | dead).expand(-1, -1, end - start, -1)
-        out = F.scaled_dot_product_attention(
-            rows, k[:, :, first:last], v[:, :, first:last], attn_mask=mask, scale=scale
-        )
-        chunks.append(out if dead is None else out.masked_fill(dead, 0))
+    chunks = [
+        recomputed(masked_rows, q, k, v, visible, scale, start, min(start + CHUNK, visible.queries))
+        for start in range(0, visible.queries, CHUNK)
+    ]
     return torch.cat(chunks, dim=2)[..., :head_dim]
+
+
+def recomputed(function: Callable[..., R], *args: object) -> R:
+    """`function(*args)`, of which autograd keeps the arguments only: backward runs it again."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
+
+
+def masked_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibility, scale: float, start: int, end: int
+) -> torch.Tensor:
+    """The fused kernels with a mask, for query rows start..end."""
+    first, last = visible.key_range(start, end)
+    rows = q[:, :, start:end]
+    if first == last:
+        return torch.zeros_like(rows)
+    mask = visible.mask(start, end)
+    dead = None
+    if mask is not None:
+        # a row without a visible key looks at every key, and is cleared afterwards
+        dead = ~mask.any(-1, keepdim=True)
+        mask = (mask | dead).expand(-1, -1, end - start, -1)
+    out = F.scaled_dot_product_attention(rows, k[:, :, first:last], v[:, :, first:last], attn_mask=mask, scale=scale)
+    return out if dead is None else out.masked_fill(dead, 0)
 
 
 def with_bias_columns(
@@ -159,7 +180,14 @@ def with_bias_columns(
 
 
 def scores_of_rows(
-    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, visible: Visibility, scale: float, start: int, end: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    bias: torch.Tensor | None,
+    visible: Visibility,
+    scale: float,
+    softcap: float | None,
+    start: int,
+    end: int,
 ) -> torch.Tensor:
     """Masked scores (B * Hkv, group, end - start, keys of the range) in fp32 (fp64 for fp64 inputs)."""
     first, last = visible.key_range(start, end)
@@ -167,30 +195,65 @@ def scores_of_rows(
     # the group's heads are rows of one product, which does not repeat k
     rows = q[:, :, start:end].flatten(1, 2)
     scores = (rows @ k[:, 0, first:last].transpose(-1, -2)).unflatten(1, (q.shape[1], end - start)).to(precise) * scale
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     if bias is not None:
         scores = scores + bias[:, :, None, first:last]
     mask = visible.mask(start, end)
     return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
 
 
+def lse_of_rows(
+    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, visible: Visibility, scale: float, start: int, end: int
+) -> torch.Tensor:
+    """The lse (B * Hkv, group, end - start) of query rows start..end."""
+    return torch.logsumexp(scores_of_rows(q, k, bias, visible, scale, None, start, end), -1)
+
+
 def row_lse(
     q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, visible: Visibility, scale: float
 ) -> torch.Tensor:
     """The lse (B * Hkv, group, Nq) from dense scores of a few rows at a time."""
-    step = max(1, CHUNK // q.shape[1])
-    chunks = []
-    for start in range(0, visible.queries, step):
-        end = min(start + step, visible.queries)
-        chunks.append(torch.logsumexp(scores_of_rows(q, k, bias, visible, scale, start, end), -1))
+    chunks = [recomputed(lse_of_rows, q, k, bias, visible, scale, *rows) for rows in dense_chunks(q)]
     return torch.cat(chunks, dim=2)
 
 
-def one_row(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, visible: Visibility, scale: float
+def dense_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    visible: Visibility,
+    scale: float,
+    softcap: float | None,
+    start: int,
+    end: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of a single query position, whose scores are no larger than a row of k: no chunk, no copy of k."""
-    scores = scores_of_rows(q, k, bias, visible, scale, 0, 1)
+    """Out and lse of query rows start..end from their dense scores, without a copy of k."""
+    scores = scores_of_rows(q, k, bias, visible, scale, softcap, start, end)
     lse = torch.logsumexp(scores, -1)
-    first, last = visible.key_range(0, 1)
+    first, last = visible.key_range(start, end)
     weights = (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp()
-    return (weights[:, :, 0].to(q.dtype) @ v[:, 0, first:last])[:, :, None], lse
+    out = weights.flatten(1, 2).to(q.dtype) @ v[:, 0, first:last]
+    return out.unflatten(1, (q.shape[1], end - start)), lse
+
+
+def capped_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    visible: Visibility,
+    scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with a softcap, which no fused kernel of torch has, from dense scores of a few rows at a time."""
+    chunks = [recomputed(dense_rows, q, k, v, bias, visible, scale, softcap, *rows) for rows in dense_chunks(q)]
+    out, lse = zip(*chunks, strict=True)
+    return torch.cat(out, dim=2), torch.cat(lse, dim=2)
+
+
+def dense_chunks(q: torch.Tensor) -> list[tuple[int, int]]:
+    """Bounds of the query rows (B * Hkv, group, Nq, D) whose dense scores are taken at once: CHUNK rows of a group."""
+    step = max(1, CHUNK // q.shape[1])
+    return [(start, min(start + step, q.shape[2])) for start in range(0, q.shape[2], step)]

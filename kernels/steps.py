@@ -37,3 +37,14 @@ def visible_pairs(m_keys, o_n, o_position, window, CAUSAL: tl.constexpr, WINDOW:
 def finite_max(b_max):
     # for a row that has seen no key yet: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN
     return tl.where(b_max == float("-inf"), 0.0, b_max)
+
+
+@triton.jit
+def soft_capped(b_s, cap):
+    # cap * tanh(b_s / cap); the series where 1 - exp2 would cancel
+    b_x = b_s * (1.0 / cap)
+    b_decay = tl.exp2(tl.abs(b_x) * -2.8853900817779268)
+    b_tanh = (1.0 - b_decay) / (1.0 + b_decay)
+    b_square = b_x * b_x
+    b_series = b_x * (1.0 - b_square * (1 / 3 - b_square * (2 / 15 - b_square * (17 / 315))))
+    return cap * tl.where(b_square < 0.01, b_series, tl.where(b_x < 0, -b_tanh, b_tanh))

@@ -1,11 +1,15 @@
 """Tile sizes by target, head dim and element size. A table: nothing autotunes."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 INTERPRETER = "interpreter"
+MAX_QUERIES = 16  # of decode
+PAGE_SIZES = (16, 32, 64, 128, 256)
+TMA_TARGETS = ("sm_90", "sm_100", "sm_120")
+Row = TypeVar("Row")
 
 
 class Tile(NamedTuple):
@@ -19,7 +23,7 @@ class Tile(NamedTuple):
 
 # 16-bit elements, by the largest head dim that the row serves
 AMPERE = {128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)}
-HOPPER = {64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)}
+HOPPER = {128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)}
 CDNA = {128: Tile(128, 64, 4, 1), 256: Tile(64, 32, 4, 1)}
 PREFILL = {
     "sm_80": AMPERE,
@@ -27,7 +31,7 @@ PREFILL = {
     "sm_89": AMPERE,
     "sm_90": HOPPER,
     "sm_100": HOPPER,
-    "sm_120": {80: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
+    "sm_120": {96: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
     "gfx942": CDNA,
     INTERPRETER: {256: Tile(32, 32, 4, 1)},
 }
@@ -47,13 +51,43 @@ DECODE = {
 }
 DECODE_FP32 = {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
 
+# backward, 16-bit elements: the tiles of dQ, and of dK and dV
+BACKWARD_AMPERE = {
+    64: (Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    128: (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+}
+BACKWARD_ADA = BACKWARD_AMPERE | {256: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))}
+BACKWARD_HOPPER = {
+    64: (Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+    128: (Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),
+    256: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+}
+BACKWARD = {
+    "sm_80": BACKWARD_AMPERE,
+    "sm_86": BACKWARD_ADA,
+    "sm_89": BACKWARD_ADA,
+    "sm_90": BACKWARD_HOPPER,
+    "sm_100": BACKWARD_HOPPER,
+    "sm_120": BACKWARD_ADA | {128: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))},
+    "gfx942": {
+        64: (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1)),
+        128: (Tile(64, 64, 4, 1), Tile(32, 64, 4, 1)),
+        256: (Tile(32, 32, 4, 1), Tile(32, 16, 4, 1)),
+    },
+    INTERPRETER: {256: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))},
+}
+BACKWARD_FP32 = {256: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 1))}
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
+
+def split_head_dim(target: str, head_dim: int) -> tuple[int, int]:
     """Two powers of two that add up to `head_dim` (the second may be 0), so that no matrix product is padded."""
+    if head_dim == 128 and target in ("sm_80", "sm_86", "sm_89"):
+        return 64, 64  # fewer registers: the whole spills on sm_80
     return {80: (64, 16), 96: (64, 32)}.get(head_dim, (head_dim, 0))
 
 
-def _row(table: dict[int, Tile], head_dim: int) -> Tile:
+def _row(table: dict[int, Row], head_dim: int) -> Row:
     return table[min(size for size in table if size >= head_dim)]
 
 
@@ -66,6 +100,11 @@ def decode_tile(target: str, head_dim: int, element_size: int, rows: int) -> Til
     """The tile of decode for `rows` packed rows (query positions times heads of a group)."""
     tile = _row(DECODE[target] if _tabled(target, element_size) else DECODE_FP32, head_dim)
     return tile._replace(queries=min(tile.queries, max(16, 1 << (rows - 1).bit_length())))
+
+
+def backward_tiles(target: str, head_dim: int, element_size: int) -> tuple[Tile, Tile]:
+    """The tiles of backward's dQ kernel, and of its dK and dV kernel."""
+    return _row(BACKWARD[target] if _tabled(target, element_size) else BACKWARD_FP32, head_dim)
 
 
 def _tabled(target: str, element_size: int) -> bool:

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from .anchor.estimator import SparseSubspaceClustering
     from .anchor.scores import AnchorResult, anchor_scores
     from .integrations.enable import Handle, enable
-    from .kernels.api import anchored_attention, available_backends
+    from .kernels.api import (
+        anchored_attention,
+        anchored_attention_decode,
+        anchored_attention_varlen,
+        available_backends,
+    )
+    from .kernels.gates import choose_gate_form
+    from .kernels.merge import merge_attention
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,8 +31,12 @@ __all__ = [
     "VideoAnchorConfig",
     "anchor_scores",
     "anchored_attention",
+    "anchored_attention_decode",
+    "anchored_attention_varlen",
     "available_backends",
+    "choose_gate_form",
     "enable",
+    "merge_attention",
 ]
 
 _HOME = {
@@ -35,8 +46,12 @@ _HOME = {
     "VideoAnchorConfig": ".anchor.config",
     "anchor_scores": ".anchor.scores",
     "anchored_attention": ".kernels.api",
+    "anchored_attention_decode": ".kernels.api",
+    "anchored_attention_varlen": ".kernels.api",
     "available_backends": ".kernels.api",
+    "choose_gate_form": ".kernels.gates",
     "enable": ".integrations.enable",
+    "merge_attention": ".kernels.merge",
 }
 
 

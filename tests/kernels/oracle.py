@@ -10,6 +10,7 @@ from videoanchor_triton.kernels.gates import expand_gate, pad_gate
 from videoanchor_triton.kernels.reference import reference_attention
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Result = tuple[torch.Tensor, torch.Tensor]
 LOG_BIAS_ONLY = ("zero", "all-zero", "some-zero", "huge")
 
 
@@ -32,6 +33,7 @@ class Problem:
     padding: str | None = None
     layout: str = "bhnd"
     logits: float = 1.0
+    softcap: float | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -60,6 +62,8 @@ class Problem:
         q, k, v = (draw(h, n) for h, n in [(self.query_heads, self.queries)] + [(self.kv_heads, self.keys)] * 2)
         q = q * self.logits
         options: dict[str, Any] = {"causal": self.causal, "window": self.window}
+        if self.softcap is not None:
+            options["softcap"] = self.softcap
         n = self.keys if self.gate_keys is None else self.gate_keys
         if self.gate != "none":
             leading = {"shared": (), "per-head": (self.batch, self.kv_heads)}.get(self.gate, (self.batch,))
@@ -109,9 +113,11 @@ def eager_attention(
     gamma_k: torch.Tensor | None = None,
     gamma_v: torch.Tensor | None = None,
     gamma_q: torch.Tensor | None = None,
+    scale: float | None = None,
     causal: bool = False,
     key_padding_mask: torch.Tensor | None = None,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a model computes in q's dtype: dense scores plus log gates, softmax in fp32, weights times gated values."""
     batch, query_heads, queries, head_dim = q.shape
@@ -135,7 +141,9 @@ def eager_attention(
         return gate.repeat_interleave(group, 1)
 
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * head_dim**-0.5
+    scores = q @ k.transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     if gamma_k is not None:
         scores = scores + gate_of_heads(gamma_k).log().to(q.dtype)[:, :, None]
     if gamma_v is not None:
@@ -154,16 +162,12 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return difference.abs().max().item() if difference.numel() else 0.0
 
 
-def compare(
-    found: tuple[torch.Tensor, torch.Tensor], tensors: Tensors, options: dict[str, Any]
-) -> list[tuple[str, float, float]]:
+def compare_results(found: Result, exact: Result, eager: Result) -> list[tuple[str, float, float]]:
     """(name, error, allowed error) of out and lse against fp64; NaN or wrongly infinite rows are an infinite error.
 
     Allowed is twice the eager form's error plus a rounding of the largest element (two for the lse, which the kernels
     hold as log2 until the end).
     """
-    exact = reference_attention(*tensors, **options)
-    eager = eager_attention(*tensors, **options)
     results = []
     for name, roundings, mine, theirs, true in zip(("out", "lse"), (1, 2), found, eager, exact, strict=True):
         size = true[true.isfinite()].abs().max().item() if true.isfinite().any() else 0.0
@@ -173,12 +177,22 @@ def compare(
     return results
 
 
-def assert_as_exact_as_eager(
-    found: tuple[torch.Tensor, torch.Tensor], tensors: Tensors, options: dict[str, Any]
-) -> None:
-    """Raise unless `found` has the right dtypes and shapes, and `compare` allows its errors."""
-    assert found[0].dtype == tensors[0].dtype
-    assert found[0].shape == tensors[0].shape
+def compare(found: Result, tensors: Tensors, options: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """`compare_results` for a call of `anchored_attention` with these tensors and options."""
+    return compare_results(found, reference_attention(*tensors, **options), eager_attention(*tensors, **options))
+
+
+def assert_results_as_exact_as_eager(found: Result, exact: Result, eager: Result) -> None:
+    """Raise unless `found` has the eager form's dtypes and shapes, and `compare_results` allows its errors."""
+    assert found[0].dtype == eager[0].dtype
+    assert found[0].shape == eager[0].shape
     assert found[1].dtype == torch.float32
-    for name, wrong, allowed in compare(found, tensors, options):
+    assert found[1].shape == eager[1].shape
+    for name, wrong, allowed in compare_results(found, exact, eager):
         assert wrong <= allowed, f"{name}: error {wrong:.3g}, allowed {allowed:.3g}"
+
+
+def assert_as_exact_as_eager(found: Result, tensors: Tensors, options: dict[str, Any]) -> None:
+    """`assert_results_as_exact_as_eager` for a call of `anchored_attention` with these tensors and options."""
+    exact, eager = reference_attention(*tensors, **options), eager_attention(*tensors, **options)
+    assert_results_as_exact_as_eager(found, exact, eager)

@@ -1,0 +1,48 @@
+"""How far a result is from the fp64 oracle, and how far it may be: shared by all correctness checks."""
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from oracle import Tensors, compare, error
+
+Finding = tuple[float, float]  # error, allowed error
+Check = Callable[[torch.device], Finding]
+GRADIENTS = ("q", "k", "v", "gamma_k", "gamma_v")
+
+
+def generator(name: str) -> torch.Generator:
+    """Seeded by a case's name."""
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+
+def worst(findings: list[Finding]) -> Finding:
+    """The finding that exceeds its allowance by most; a NaN is worst of all."""
+    return max(findings, key=lambda finding: finding[0] - finding[1] if finding[0] == finding[0] else float("inf"))
+
+
+def outcome(found: tuple[torch.Tensor, torch.Tensor], tensors: Tensors, options: dict[str, Any]) -> Finding:
+    """The worse of out and lse of one dense call."""
+    return worst([(wrong, allowed) for _, wrong, allowed in compare(found, tensors, options)])
+
+
+def gradients(
+    attend: Callable[..., Any], tensors: Tensors, options: dict[str, Any], upstream: tuple[torch.Tensor, ...]
+) -> list[torch.Tensor]:
+    """Gradients of q, k, v and of the gates among the options, given those of out and lse."""
+    leaves = {name: x.detach().requires_grad_() for name, x in zip(GRADIENTS, tensors, strict=False)}
+    leaves |= {name: options[name].detach().requires_grad_() for name in GRADIENTS[3:] if name in options}
+    given = options | {name: x for name, x in leaves.items() if name in options}
+    outputs = attend(*[leaves[name] for name in GRADIENTS[:3]], **given)
+    received = [gradient.to(x.dtype) for gradient, x in zip(upstream, outputs, strict=True)]
+    return list(torch.autograd.grad(outputs, list(leaves.values()), received))
+
+
+def gradient_finding(found: list[torch.Tensor], eager: list[torch.Tensor], exact: list[torch.Tensor]) -> Finding:
+    """The worst gradient; allowed is twice the eager form's error plus a rounding of the largest element."""
+    findings = []
+    for mine, theirs, true in zip(found, eager, exact, strict=True):
+        allowed = 2 * error(theirs, true) + torch.finfo(mine.dtype).eps * true.abs().max().item()
+        findings.append((error(mine, true) if mine.isfinite().all() else float("inf"), allowed))
+    return worst(findings)

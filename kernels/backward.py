@@ -1,0 +1,470 @@
+"""Backward of gated attention: weights recomputed from the lse, no Nq x Nk tensor, no atomic, the same bits twice.
+
+P_ij = exp(cap(scale q_i.k_j) + log gK_j - lse_i), D_i = <dO_i, O_i> - dLse_i, dS_ij = P_ij (gV_j <dO_i, V_j> - D_i):
+    dQ_i = scale sum_j cap'_ij dS_ij K_j        dV_j = gV_j sum_i P_ij dO_i        dgV_j = sum_i P_ij <dO_i, V_j>
+    dK_j = scale sum_i cap'_ij dS_ij Q_i        dgK_j = sum_i dS_ij / gK_j
+Sums over i run over the heads of the group too. cap'_ij is the slope of the softcap, 1 without one.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .gates import expand_gate, pad_gate
+from .steps import LN2, load_rows, soft_capped
+from .tiles import Tile, backward_tiles
+
+LOG2E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def sequence_rows(cu_seqlens, i_b, N):
+    # first row within the batch entry (all packed sequences are one), first row of all, number of rows
+    i_first = i_b * 0
+    i_row = i_b * N
+    if cu_seqlens is not None:
+        i_first = tl.load(cu_seqlens + i_b).to(tl.int64)
+        i_row = i_first
+        N = (tl.load(cu_seqlens + i_b + 1) - i_first).to(tl.int32)
+    return i_first, i_row, N
+
+
+@triton.jit
+def load_gate(p_gate, o_n, m_keys, neutral, hidden):
+    # [BN]
+    b_gate = tl.full(o_n.shape, neutral, tl.float32) if p_gate is None else tl.load(p_gate + o_n, m_keys, other=neutral)
+    return tl.where(m_keys, b_gate, hidden)
+
+
+@triton.jit
+def log2_lse(b_lse):
+    # +inf for a row without a visible key, so that each of its weights is exp2(-inf) = 0
+    return tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2E
+
+
+@triton.jit
+def weights_and_slope(
+    b_s,
+    b_log_gate,
+    b_lse,
+    o_n,
+    o_position,
+    window,
+    scale_log2,
+    cap_log2,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    # P and cap' of a tile in either orientation: the vectors come broadcastable to it
+    b_s *= scale_log2
+    b_slope = 1.0
+    if SOFTCAP:
+        b_s = soft_capped(b_s, cap_log2)
+        b_tanh = b_s * (1.0 / cap_log2)
+        b_slope = 1.0 - b_tanh * b_tanh
+    b_p = tl.exp2(b_s + b_log_gate - b_lse)
+    if CAUSAL:
+        b_p = tl.where(o_n <= o_position, b_p, 0.0)
+    if WINDOW:
+        b_p = tl.where(o_n > o_position - window, b_p, 0.0)
+    return b_p, b_slope
+
+
+UNSPECIALIZED = ["Nq", "Nk", "window", "stride_lb", "stride_lh"]
+UNSPECIALIZED += ["stride_gkb", "stride_gkh", "stride_gvb", "stride_gvh"]
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def d_queries_kernel(
+    q,
+    k,
+    v,
+    log_gate,
+    value_gate,
+    out,
+    d_out,
+    lse,
+    d_lse,
+    delta,
+    d_q,
+    cu_q,
+    cu_k,
+    scale_log2,
+    cap_log2,
+    Nq,
+    Nk,
+    group,
+    window,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    stride_gkb,
+    stride_gkh,
+    stride_gvb,
+    stride_gvh,
+    stride_lb,
+    stride_lh,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    i_m = tl.program_id(0) * BM
+    if CAUSAL:
+        i_m = (tl.num_programs(0) - 1) * BM - i_m  # longest first
+    i_h = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    i_kv = (tl.program_id(1) // group).to(tl.int64)
+    i_first_q, i_row_q, Nq = sequence_rows(cu_q, i_b, Nq)  # pyright: ignore[reportGeneralTypeIssues]
+    i_first_k, _, Nk = sequence_rows(cu_k, i_b, Nk)
+    if i_m >= Nq:
+        return
+    p_k = k + i_b * stride_kb + i_kv * stride_kh + i_first_k * stride_kn
+    p_v = v + i_b * stride_vb + i_kv * stride_vh + i_first_k * stride_vn
+    p_log_gate = log_gate + i_b * stride_gkb + i_kv * stride_gkh + i_first_k if log_gate is not None else None
+    p_value_gate = value_gate + i_b * stride_gvb + i_kv * stride_gvh + i_first_k if value_gate is not None else None
+    i_rows = i_b * stride_ob + i_h * stride_oh + i_first_q * stride_on
+
+    o_m = i_m + tl.arange(0, BM)
+    o_d = tl.arange(0, BD)[None, :]
+    m_m = o_m < Nq
+    m_d = o_d < D
+    m_rows = m_m[:, None] & m_d if BD > D else m_m[:, None]
+    # [BM, BD]
+    b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh + i_first_q * stride_qn, i_m, stride_qn, m_rows, BM, BD, True)
+    b_do = load_rows(d_out + i_rows, i_m, stride_on, m_rows, BM, BD, True)
+    b_out = load_rows(out + i_rows, i_m, stride_on, m_rows, BM, BD, True)
+    # [BM]
+    o_lse = i_b * stride_lb + i_h * stride_lh + i_first_q + o_m
+    b_lse = tl.load(lse + o_lse, mask=m_m, other=float("-inf"))
+    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
+    if d_lse is not None:
+        b_delta -= tl.load(d_lse + o_lse, mask=m_m, other=0.0)
+    b_delta = tl.where(b_lse == float("-inf"), 0.0, b_delta)
+    tl.store(delta + o_lse, b_delta, mask=m_m)
+    b_lse = log2_lse(b_lse)
+
+    offset = Nk - Nq
+    i_start = 0
+    i_end = Nk
+    if CAUSAL:
+        i_end = tl.minimum(Nk, i_m + BM + offset)
+    if WINDOW:
+        i_start = tl.maximum(i_m + offset - window + 1, 0) // BN * BN
+    b_dq = tl.zeros([BM, BD], tl.float32)
+    for i_n in tl.range(i_start, i_end, BN, num_stages=STAGES):
+        i_n = tl.multiple_of(i_n, BN)
+        o_n = i_n + tl.arange(0, BN)
+        m_keys = o_n < Nk
+        m_tile = m_keys[:, None] & m_d if BD > D else m_keys[:, None]
+        # [BM, BN] = [BM, BD] [BD, BN]
+        b_k = load_rows(p_k, i_n, stride_kn, m_tile, BN, BD, True)
+        b_v = load_rows(p_v, i_n, stride_vn, m_tile, BN, BD, True)
+        b_log_gate = load_gate(p_log_gate, o_n, m_keys, 0.0, float("-inf"))
+        b_s = tl.dot(b_q, b_k.T, input_precision="ieee")
+        b_p, b_slope = weights_and_slope(
+            b_s, b_log_gate[None, :], b_lse[:, None], o_n[None, :], o_m[:, None] + offset, window,
+            scale_log2, cap_log2, CAUSAL, WINDOW, SOFTCAP,
+        )  # fmt: skip
+        b_dp = tl.dot(b_do, b_v.T, input_precision="ieee")
+        b_value_gate = load_gate(p_value_gate, o_n, m_keys, 1.0, 1.0)
+        b_ds = b_p * (b_dp * b_value_gate[None, :] - b_delta[:, None]) * b_slope
+        # [BM, BD] += [BM, BN] [BN, BD]
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+    p_dq = d_q + ((i_row_q + o_m) * tl.num_programs(1) + i_h)[:, None] * D + o_d
+    tl.store(p_dq, (b_dq * (scale_log2 * LN2)).to(d_q.dtype.element_ty), mask=m_rows)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def d_keys_kernel(
+    q,
+    k,
+    v,
+    log_gate,
+    value_gate,
+    d_out,
+    lse,
+    delta,
+    d_k,
+    d_v,
+    d_log_gate,
+    d_value_gate,
+    cu_q,
+    cu_k,
+    scale_log2,
+    cap_log2,
+    Nq,
+    Nk,
+    group,
+    window,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    stride_gkb,
+    stride_gkh,
+    stride_gvb,
+    stride_gvh,
+    stride_lb,
+    stride_lh,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    i_n = tl.program_id(0) * BN
+    i_kv = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    i_first_q, _, Nq = sequence_rows(cu_q, i_b, Nq)  # pyright: ignore[reportGeneralTypeIssues]
+    i_first_k, i_row_k, Nk = sequence_rows(cu_k, i_b, Nk)
+    if i_n >= Nk:
+        return
+    p_k = k + i_b * stride_kb + i_kv * stride_kh + i_first_k * stride_kn
+    p_v = v + i_b * stride_vb + i_kv * stride_vh + i_first_k * stride_vn
+    p_log_gate = log_gate + i_b * stride_gkb + i_kv * stride_gkh + i_first_k if log_gate is not None else None
+    p_value_gate = value_gate + i_b * stride_gvb + i_kv * stride_gvh + i_first_k if value_gate is not None else None
+
+    o_n = i_n + tl.arange(0, BN)
+    o_d = tl.arange(0, BD)[None, :]
+    m_d = o_d < D
+    m_keys = o_n < Nk
+    m_tile = m_keys[:, None] & m_d
+    # [BN, BD]
+    b_k = load_rows(p_k, i_n, stride_kn, m_tile, BN, BD, True)
+    b_v = load_rows(p_v, i_n, stride_vn, m_tile, BN, BD, True)
+    b_log_gate = load_gate(p_log_gate, o_n, m_keys, 0.0, float("-inf"))
+    b_value_gate = load_gate(p_value_gate, o_n, m_keys, 1.0, 1.0)
+    b_dk = tl.zeros([BN, BD], tl.float32)
+    b_dv = tl.zeros([BN, BD], tl.float32)
+    b_d_log_gate = tl.zeros([BN], tl.float32)
+
+    offset = Nk - Nq
+    i_start = 0
+    i_end = Nq
+    if CAUSAL:
+        i_start = tl.maximum(i_n - offset, 0) // BM * BM
+    if WINDOW:
+        i_end = tl.minimum(Nq, i_n + BN - 1 + window - offset)
+    for i_g in tl.range(group):
+        i_h = i_kv * group + i_g
+        p_q = q + i_b * stride_qb + i_h * stride_qh + i_first_q * stride_qn
+        p_do = d_out + i_b * stride_ob + i_h * stride_oh + i_first_q * stride_on
+        i_lse = i_b * stride_lb + i_h * stride_lh + i_first_q
+        for i_m in tl.range(i_start, i_end, BM, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+            i_m = tl.multiple_of(i_m, BM)
+            o_m = i_m + tl.arange(0, BM)
+            m_m = o_m < Nq
+            m_rows = m_m[:, None] & m_d if BD > D else m_m[:, None]
+            # [BM, BD]
+            b_q = load_rows(p_q, i_m, stride_qn, m_rows, BM, BD, True)
+            b_do = load_rows(p_do, i_m, stride_on, m_rows, BM, BD, True)
+            # [BM]
+            b_lse = log2_lse(tl.load(lse + i_lse + o_m, mask=m_m, other=float("-inf")))
+            b_delta = tl.load(delta + i_lse + o_m, mask=m_m, other=0.0)
+            # [BN, BM] = [BN, BD] [BD, BM]
+            b_s = tl.dot(b_k, b_q.T, input_precision="ieee")
+            b_p, b_slope = weights_and_slope(
+                b_s, b_log_gate[:, None], b_lse[None, :], (o_n - offset - i_m)[:, None], tl.arange(0, BM)[None, :],
+                window, scale_log2, cap_log2, CAUSAL, WINDOW, SOFTCAP,
+            )  # fmt: skip
+            # [BN, BD] += [BN, BM] [BM, BD]
+            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+            b_dp = tl.dot(b_v, b_do.T, input_precision="ieee")
+            b_ds = b_p * (b_dp * b_value_gate[:, None] - b_delta[None, :])
+            if d_log_gate is not None:
+                b_d_log_gate += tl.sum(b_ds, 1)
+            b_dk = tl.dot((b_ds * b_slope).to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+
+    m_n = o_n < Nk
+    m_rows = m_n[:, None] & m_d
+    o_row = (i_row_k + o_n) * tl.num_programs(1) + i_kv
+    o_rows = o_row[:, None] * D + o_d
+    tl.store(d_k + o_rows, (b_dk * (scale_log2 * LN2)).to(d_k.dtype.element_ty), mask=m_rows)
+    if d_log_gate is not None:
+        tl.store(d_log_gate + o_row, b_d_log_gate, mask=m_n)
+    if value_gate is not None:
+        # V and its gate again: kept since the loop they would take registers from it
+        b_v = load_rows(p_v, i_n, stride_vn, m_tile, BN, BD, True).to(tl.float32)
+        tl.store(d_value_gate + o_row, tl.sum(b_dv * b_v, 1), mask=m_n)
+        b_dv *= load_gate(p_value_gate, o_n, m_keys, 1.0, 1.0)[:, None]
+    tl.store(d_v + o_rows, b_dv.to(d_v.dtype.element_ty), mask=m_rows)
+
+
+def tile_options(tile: Tile) -> dict[str, Any]:
+    """Launch options of a tile."""
+    return {
+        "BM": tile.queries,
+        "BN": tile.keys,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def sum_of_gate(d_gate: torch.Tensor, gamma: torch.Tensor, packed: bool) -> torch.Tensor:
+    """Sum a gradient (B, Nk, Hkv), or packed (Tk, Hkv), over what a gate of gamma's shape serves."""
+    if packed:
+        return d_gate.sum(1) if gamma.dim() == 1 else d_gate
+    d_gate = d_gate[:, : gamma.shape[-1]].transpose(1, 2)
+    return d_gate if gamma.dim() == 3 else d_gate.sum(1) if gamma.dim() == 2 else d_gate.sum((0, 1))
+
+
+def backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gamma_k: torch.Tensor | None,
+    gamma_v: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    target: str,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of validated inputs. Rows of q, k, v and out must be contiguous and less than 2**23 elements apart.
+
+    Args:
+        q, out, d_out: (B, Hq, Nq, D), or packed (Tq, Hq, D); d_out may have any strides.
+        k, v: (B, Hkv, Nk, D), or packed (Tk, Hkv, D).
+        gamma_k, gamma_v: (N,), (B, N) or (B, Hkv, N) with N <= Nk, or packed (Tk,) or (Tk, Hkv).
+        key_padding_mask: (B, Nk) bool, not with packed sequences.
+        lse, d_lse: (B, Hq, Nq), or packed (Tq, Hq), in fp32: the natural logarithm of the forward, without gamma_q.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: offsets (B + 1,) int32 and longest lengths of packed
+            sequences.
+
+    Returns:
+        dq, dk, dv in the dtypes and shapes of q, k, v, and in fp32 d_gamma_k and d_gamma_v of the gates' shapes, None
+        where there is no gate. What no weight reaches is 0: hidden keys, rows without a visible key, gamma_k = 0.
+    """
+    if q.numel() == 0 or k.numel() == 0:
+        d_gamma_k, d_gamma_v = (None if x is None else torch.zeros_like(x).float() for x in (gamma_k, gamma_v))
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), d_gamma_k, d_gamma_v
+    packed = cu_seqlens_q is not None
+    # packed sequences are one batch entry, which each of them sees
+    batch = cu_seqlens_q.numel() - 1 if cu_seqlens_q is not None else q.shape[0]
+
+    def heads_first(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(0, 1)[None].expand(batch, *(-1,) * x.dim()) if packed else x
+
+    def tokens_first(x: torch.Tensor) -> torch.Tensor:
+        return x if packed else x.transpose(1, 2)
+
+    def gate_of_keys(gate: torch.Tensor, neutral: float) -> torch.Tensor:
+        gate = gate.T[None] if packed and gate.dim() == 2 else pad_gate(gate, keys, neutral)
+        return expand_gate(gate.contiguous(), batch, kv_heads)
+
+    # the gradients are (tokens, heads, ...) in memory
+    d_q, d_k, d_v = (torch.empty_like(tokens_first(x), memory_format=torch.contiguous_format) for x in (q, k, v))
+    d_log_gate, d_value_gate = (
+        None if x is None else torch.empty(d_k.shape[:-1], device=k.device) for x in (gamma_k, gamma_v)
+    )
+    if out.stride() != d_out.stride():
+        out, d_out = out.contiguous(), d_out.contiguous()
+    # (B, Hq, Nq), or packed (Hq, Tq), in memory
+    lse = (lse.T if packed else lse).contiguous()
+    d_lse = None if d_lse is None else (d_lse.T if packed else d_lse).contiguous()
+    delta = torch.empty_like(lse)
+    q, k, v, out, d_out = (heads_first(x) for x in (q, k, v, out, d_out))
+    query_heads, queries, head_dim = q.shape[1:]
+    kv_heads, keys = k.shape[1:3]
+    log_gate = None if gamma_k is None else gate_of_keys(gamma_k.float().log2(), 0.0)
+    value_gate = None if gamma_v is None else gate_of_keys(gamma_v.float(), 1.0)
+    if key_padding_mask is not None:
+        # a hidden key's weight is 0, and what it holds is cleared, since 0 * NaN is NaN
+        hidden = ~key_padding_mask[:, None]
+        k, v = k.masked_fill(hidden[..., None], 0), v.masked_fill(hidden[..., None], 0)
+        log_gate = torch.zeros_like(hidden, dtype=torch.float32) if log_gate is None else log_gate
+        log_gate = log_gate.masked_fill(hidden, float("-inf")).expand(batch, kv_heads, keys)
+        value_gate = None if value_gate is None else value_gate.masked_fill(hidden, 1)
+    layouts = {"q": q, "k": k, "v": v, "o": out, "gk": log_gate, "gv": value_gate}
+    shared: dict[str, Any] = {
+        f"stride_{name}{dim}": 0 if x is None else x.stride(i)
+        for name, x in layouts.items()
+        for i, dim in enumerate("bh" if name.startswith("g") else "bhn")
+    } | {
+        "q": q,
+        "k": k,
+        "v": v,
+        "log_gate": log_gate,
+        "value_gate": value_gate,
+        "d_out": d_out,
+        "lse": lse,
+        "delta": delta,
+        "cu_q": cu_seqlens_q,
+        "cu_k": cu_seqlens_k,
+        "scale_log2": scale * math.log2(math.e),
+        "cap_log2": 0.0 if softcap is None else softcap * math.log2(math.e),
+        "Nq": queries,
+        "Nk": keys,
+        "group": query_heads // kv_heads,
+        "window": 0 if window is None else min(window, keys),
+        "stride_lb": 0 if packed else query_heads * queries,
+        "stride_lh": queries,
+        "D": head_dim,
+        "BD": triton.next_power_of_2(head_dim),
+        "CAUSAL": causal,
+        "WINDOW": window is not None,
+        "SOFTCAP": softcap is not None,
+        "enable_fp_fusion": True,
+    }
+    tiles = backward_tiles(target, head_dim, q.element_size())
+    longest_q = queries if max_seqlen_q is None else max_seqlen_q
+    longest_k = keys if max_seqlen_k is None else max_seqlen_k
+    # this one writes delta, which the next one reads
+    d_queries_kernel[(triton.cdiv(longest_q, tiles[0].queries), query_heads, batch)](
+        **shared, **tile_options(tiles[0]), out=out, d_lse=d_lse, d_q=d_q
+    )
+    d_keys_kernel[(triton.cdiv(longest_k, tiles[1].keys), kv_heads, batch)](
+        **shared,
+        **tile_options(tiles[1]),
+        d_k=d_k,
+        d_v=d_v,
+        d_log_gate=d_log_gate,
+        d_value_gate=d_value_gate,
+    )
+    d_gamma_k = d_gamma_v = None
+    if gamma_k is not None and d_log_gate is not None:
+        d_gamma_k = sum_of_gate(d_log_gate, gamma_k, packed)
+        # 0 where no weight reaches: gamma_k is 0 there, or hidden and then perhaps NaN
+        d_gamma_k = torch.where(d_gamma_k == 0, 0.0, d_gamma_k / gamma_k)
+    if gamma_v is not None and d_value_gate is not None:
+        d_gamma_v = sum_of_gate(d_value_gate, gamma_v, packed)
+    return tokens_first(d_q), tokens_first(d_k), tokens_first(d_v), d_gamma_k, d_gamma_v

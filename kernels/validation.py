@@ -1,0 +1,207 @@
+"""Checks of what the public operations are called with. Each error names the argument, what was expected, what came."""
+
+import math
+from itertools import pairwise
+
+import torch
+
+from .gates import POST_EXP_LIMIT, check_gate, check_gate_values
+from .tiles import MAX_QUERIES, PAGE_SIZES
+
+GATE_FORMS = ("log-bias", "post-exp")
+
+
+def check_options(
+    head_dim: int, scale: float | None, causal: bool, window: int | None, softcap: float | None, gate_form: str
+) -> float:
+    """Check what is no tensor, and return the scale, head_dim ** -0.5 where it is None."""
+    if gate_form not in GATE_FORMS:
+        raise ValueError(f"gate_form must be one of {GATE_FORMS}, got {gate_form!r}")
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be finite and > 0, got {scale}")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"window must be None or an int >= 1, got {window!r}")
+    if window is not None and not causal:
+        raise ValueError("window needs causal=True, got causal=False")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be None or finite and > 0, got {softcap}")
+    return scale
+
+
+def check_tensors(**tensors: object) -> None:
+    """Raise unless all that are not None are tensors on the first one's device."""
+    device = None
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if device is not None and x.device != device:
+            raise ValueError(f"{name} must be on q's device {device}, got {x.device}")
+        device = x.device
+
+
+def check_qkv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: str,
+    names: tuple[str, str] = ("k", "v"),
+    batched: bool = False,
+) -> None:
+    """Raise unless q, k and v are floating, of one dtype, and of shapes ("B, H, N, D") that fit together.
+
+    `batched` asks for one batch size too.
+    """
+    dimensions = layout.split(", ")
+    for name, x in zip(("q", *names), (q, k, v), strict=True):
+        if x.dim() != len(dimensions):
+            raise ValueError(f"{name} must have {len(dimensions)} dimensions ({layout}), got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating tensor, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+    if k.shape[-1] != q.shape[-1] or (batched and k.shape[0] != q.shape[0]):
+        first = q.shape[0] if batched else dimensions[0]
+        wanted = ", ".join(map(str, (first, *dimensions[1:-1], q.shape[-1])))
+        raise ValueError(f"{names[0]} must have shape ({wanted}) to match q, got {tuple(k.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"{names[1]} must have {names[0]}'s shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    query_heads, kv_heads = (x.shape[dimensions.index("H")] for x in (q, k))
+    if q.shape[-1] == 0 or kv_heads == 0 or query_heads == 0 or query_heads % kv_heads:
+        raise ValueError(
+            f"q's heads must be a multiple of {names[0]}'s heads and the head dim at least 1, "
+            f"got q {tuple(q.shape)} and {names[0]} {tuple(k.shape)}"
+        )
+
+
+def check_gates(
+    gamma_k: torch.Tensor | None,
+    gamma_v: torch.Tensor | None,
+    gamma_q: torch.Tensor | None,
+    q_shape: tuple[int, int, int],
+    k_shape: tuple[int, int, int],
+) -> None:
+    """Raise unless the gates suit (B, Hq, Nq) and (B, Hkv, Nk)."""
+    if gamma_k is not None:
+        check_gate("gamma_k", gamma_k, *k_shape)
+    if gamma_v is not None:
+        check_gate("gamma_v", gamma_v, *k_shape)
+    if gamma_q is not None:
+        check_gate("gamma_q", gamma_q, *q_shape, exact=True)
+
+
+def check_packed_gate(name: str, gate: torch.Tensor | None, tokens: int, heads: int) -> None:
+    """Raise unless a gate is a floating (tokens,) or (tokens, heads) tensor."""
+    if gate is None:
+        return
+    if not gate.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor, got {gate.dtype}")
+    if tuple(gate.shape) not in ((tokens,), (tokens, heads)):
+        raise ValueError(f"{name} must have shape ({tokens},) or ({tokens}, {heads}), got {tuple(gate.shape)}")
+
+
+def values_are_free(x: torch.Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device or breaking a graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_values(
+    gamma_k: torch.Tensor | None,
+    gamma_v: torch.Tensor | None,
+    gamma_q: torch.Tensor | None,
+    gate_form: str,
+    visible: torch.Tensor | None = None,
+) -> None:
+    """Raise unless every gate is finite and within what its form takes, except where `visible` (B, N) hides a key."""
+    low, high = (1 / POST_EXP_LIMIT, POST_EXP_LIMIT) if gate_form == "post-exp" else (0.0, math.inf)
+    if gamma_k is not None:
+        check_gate_values("gamma_k", gamma_k.detach(), visible, low, high)
+    if gamma_v is not None:
+        check_gate_values("gamma_v", gamma_v.detach(), visible)
+    if gamma_q is not None:
+        check_gate_values("gamma_q", gamma_q.detach(), None)
+
+
+def check_padding(key_padding_mask: torch.Tensor | None, batch: int, keys: int) -> None:
+    """Raise unless the mask is a bool (batch, keys) tensor."""
+    if key_padding_mask is None:
+        return
+    if key_padding_mask.dtype != torch.bool:
+        raise TypeError(f"key_padding_mask must be a bool tensor, got {key_padding_mask.dtype}")
+    if tuple(key_padding_mask.shape) != (batch, keys):
+        raise ValueError(f"key_padding_mask must have shape ({batch}, {keys}), got {tuple(key_padding_mask.shape)}")
+
+
+def check_offsets(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int) -> None:
+    """Raise unless the offsets are int32 (B + 1,) for one B, and the longest lengths ints >= 0."""
+    for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if offsets.dtype != torch.int32:
+            raise TypeError(f"{name} must be an int32 tensor, got {offsets.dtype}")
+        if offsets.dim() != 1 or offsets.numel() == 0:
+            raise ValueError(f"{name} must have shape (B + 1,), got {tuple(offsets.shape)}")
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        raise ValueError(
+            f"cu_seqlens_k must have cu_seqlens_q's length {cu_seqlens_q.numel()}, got {cu_seqlens_k.numel()}"
+        )
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if isinstance(longest, bool) or not isinstance(longest, int | torch.SymInt):
+            raise TypeError(f"{name} must be an int, got {type(longest).__name__}")
+        if longest < 0:
+            raise ValueError(f"{name} must be at least 0, got {longest}")
+
+
+def check_offset_values(name: str, offsets: torch.Tensor, tokens: int, longest: int | None = None) -> list[int]:
+    """The offsets as a list; raise unless they run from 0 to `tokens` by steps of at least 0 and at most `longest`."""
+    marks = offsets.tolist()
+    steps = [last - first for first, last in pairwise(marks)]
+    if marks[0] != 0 or marks[-1] != tokens or min(steps, default=0) < 0:
+        raise ValueError(
+            f"cu_seqlens_{name} must not decrease and run from 0 to the {tokens} packed tokens, got {marks}"
+        )
+    if longest is not None and max(steps, default=0) > longest:
+        raise ValueError(f"max_seqlen_{name} must be at least the longest sequence, {max(steps)}, got {longest}")
+    return marks
+
+
+def check_cache(q: torch.Tensor, k_cache: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor | None) -> int:
+    """Raise unless lengths, block table and cache suit q (B, Hq, Nq, D); returns how many keys a sequence can have."""
+    batch, _, queries, _ = q.shape
+    if not 1 <= queries <= MAX_QUERIES:
+        raise ValueError(
+            f"q must have 1 to {MAX_QUERIES} queries, got {queries}; for more use anchored_attention or "
+            f"anchored_attention_varlen"
+        )
+    if lengths.dtype != torch.int32:
+        raise TypeError(f"cache_seqlens must be an int32 tensor, got {lengths.dtype}")
+    if tuple(lengths.shape) != (batch,):
+        raise ValueError(f"cache_seqlens must have shape ({batch},), got {tuple(lengths.shape)}")
+    if table is None:
+        if k_cache.shape[0] != batch:
+            raise ValueError(
+                f"k_cache must have q's batch {batch}, got {k_cache.shape[0]}; a paged cache needs a block_table"
+            )
+        return k_cache.shape[2]
+    if table.dtype != torch.int32:
+        raise TypeError(f"block_table must be an int32 tensor, got {table.dtype}")
+    if table.dim() != 2 or table.shape[0] != batch:
+        raise ValueError(f"block_table must have shape ({batch}, max_pages), got {tuple(table.shape)}")
+    if k_cache.shape[2] not in PAGE_SIZES:
+        raise ValueError(f"the page size, k_cache.shape[2], must be one of {PAGE_SIZES}, got {k_cache.shape[2]}")
+    return table.shape[1] * k_cache.shape[2]
+
+
+def check_cache_values(
+    lengths: torch.Tensor, capacity: int, table: torch.Tensor | None, pages: int, page_size: int
+) -> None:
+    """Raise unless every length fits the cache and every page that a sequence uses exists."""
+    for b, length in enumerate(lengths.tolist()):
+        if not 0 <= length <= capacity:
+            raise ValueError(f"cache_seqlens must be within 0 and the cache's {capacity} keys, got {length} at {b}")
+        used = [] if table is None else table[b, : -(-length // page_size)].tolist()
+        if not all(0 <= page < pages for page in used):
+            raise ValueError(
+                f"block_table must name pages within 0 and {pages - 1} up to each sequence's length {length}, "
+                f"got {used} at {b}"
+            )
