@@ -129,7 +129,7 @@ def _ours_decode(gated: bool, paged: bool) -> Callable[[Inputs], Run]:
             pages = -(-shape.keys // PAGE_SIZE)
             table = torch.randperm(shape.batch * pages, device=q.device).int().view(shape.batch, pages)
             k, v = _in_pages(k, table), _in_pages(v, table)
-        gates = {"gamma_k": inputs.gamma_k, "gamma_v": inputs.gamma_v} if gated else {}
+        gates: dict[str, Any] = {"gamma_k": inputs.gamma_k, "gamma_v": inputs.gamma_v} if gated else {}
         return lambda: va.anchored_attention_decode(q, k, v, lengths, table, **gates, backend="triton")
 
     return make

@@ -18,8 +18,15 @@ def generator(name: str) -> torch.Generator:
 
 
 def worst(findings: list[Finding]) -> Finding:
-    """The finding that exceeds its allowance by most; a NaN is worst of all."""
-    return max(findings, key=lambda finding: finding[0] - finding[1] if finding[0] == finding[0] else float("inf"))
+    """The finding with the largest part of its allowance used up; a NaN is worst of all."""
+
+    def used(finding: Finding) -> float:
+        wrong, allowed = finding
+        if wrong == 0:  # an empty sequence allows nothing and errs nowhere
+            return 0.0
+        return wrong / allowed if wrong == wrong and allowed > 0 else float("inf")
+
+    return max(findings, key=used)
 
 
 def outcome(found: tuple[torch.Tensor, torch.Tensor], tensors: Tensors, options: dict[str, Any]) -> Finding:

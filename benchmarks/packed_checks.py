@@ -41,13 +41,14 @@ class Packed:
 
     def call(self, tensors: Tensors, gates: dict[str, torch.Tensor], gate_form: str) -> tuple[torch.Tensor, Any]:
         """out (Tq, Hq, D) and lse (Tq, Hq) of the op."""
-        bounds = [
+        cu_q, cu_k = (
             torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=tensors[0].device)
             for lengths in (self.queries, self.keys)
-        ]
+        )
+        options: dict[str, Any] = gates | self.options
         return va.anchored_attention_varlen(
-            *tensors, *bounds, max(self.queries), max(self.keys), **gates, **self.options, backend="triton",
-            gate_form=gate_form, return_lse=True,
+            *tensors, cu_q, cu_k, max(self.queries), max(self.keys), **options, backend="triton", gate_form=gate_form,
+            return_lse=True,
         )  # fmt: skip
 
     def entries(self, tensors: Tensors, gates: dict[str, torch.Tensor]) -> Iterator[tuple[slice, Tensors, dict]]:

@@ -25,12 +25,13 @@ TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
 SHARED_LIMIT["gfx942"] = 65536
+FORMS = {"ungated": NO_GATE, "log-bias": LOG_BIAS, "post-exp": POST_EXP}
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 CASES = [
     (kernel, target, head_dim, "bf16")
     for target in TARGETS
     for head_dim in HEAD_DIMS
-    for kernel in ("log-bias", "post-exp", "decode")
+    for kernel in ("ungated", "post-exp", "log-bias", "decode", "page-16", "page-64")
 ]
 TENSOR_CORE = re.compile(r"(H|UTCH?|Q|I)G?MMA|UTC\w*MMA|v_mfma|v_wmma")
 LOCAL_MEMORY = re.compile(r"LDL|STL")
@@ -155,25 +156,29 @@ def compile_decode(
     tile: Tile | None = None,
     gate: bool = True,
     padding: bool = False,
+    page: int | None = None,
 ) -> Report:
-    """Compile decode's split kernel for `rows` packed rows; arguments as for prefill."""
+    """Compile decode's split kernel for `rows` packed rows, over pages of `page` keys if given; else as for prefill."""
     tile = tile or decode_tile(target, head_dim, ELEMENT[dtype], rows)
     constants = {
         "D": head_dim,
         "BD": decode.padded_head_dim(head_dim),
         "BM": tile.queries,
         "BN": tile.keys,
+        "PAGE": page or 1,
         "CAUSAL": False,
         "WINDOW": False,
+        "SOFTCAP": False,
         "STAGES": tile.stages,
     }
-    dtypes: dict[str, str | None] = dict.fromkeys(("q", "k", "v"), dtype) | dict.fromkeys(
-        ("part_out", "part_lse"), "fp32"
+    dtypes: dict[str, str | None] = dict.fromkeys(("q", "k", "v"), dtype)
+    dtypes |= dict.fromkeys(("part_out", "part_lse"), "fp32") | dict.fromkeys(
+        ("gamma_k", "gamma_v"), "fp32" if gate else None
     )
-    dtypes |= dict.fromkeys(("gamma_k", "gamma_v"), "fp32" if gate else None) | {"seen": "u8" if padding else None}
-    return report(
-        "decode", target, head_dim, dtype, compile_kernel(decode.split_kernel, target, dtypes, constants, tile)
-    )
+    dtypes |= {"seen": "u8" if padding else None}
+    dtypes |= {"lengths": "i32" if page else None, "table": "i32" if page else None}
+    compiled = compile_kernel(decode.split_kernel, target, dtypes, constants, tile)
+    return report(f"page-{page}" if page else "decode", target, head_dim, dtype, compiled)
 
 
 def compile_backward(
@@ -291,13 +296,18 @@ def instructions(assembly: str, dialect: Dialect) -> tuple[list[str], list[list[
     return opcodes, [[opcode for opcode in opcodes[a : b + 1] if opcode != "NOP"] for a, b in inner]
 
 
+def compile_case(case: tuple[str, str, int, str]) -> Report:
+    """Compile one case (kernel, target, head dim, dtype) of the kinds that CASES names."""
+    kernel, target, head_dim, dtype = case
+    if kernel in FORMS:
+        return compile_prefill(target, head_dim, dtype, FORMS[kernel])
+    page = int(kernel.removeprefix("page-")) if kernel.startswith("page-") else None
+    return compile_decode(target, head_dim, dtype, page=page)
+
+
 def compile_all(cases: Iterable[tuple[str, str, int, str]] = CASES) -> Iterator[Report]:
-    """Compile each case (kernel, target, head dim, dtype); the kernels are "log-bias", "post-exp" and "decode"."""
-    for kernel, target, head_dim, dtype in cases:
-        if kernel == "decode":
-            yield compile_decode(target, head_dim, dtype)
-        else:
-            yield compile_prefill(target, head_dim, dtype, LOG_BIAS if kernel == "log-bias" else POST_EXP)
+    """Compile the cases in their order."""
+    yield from map(compile_case, cases)
 
 
 def main() -> None:

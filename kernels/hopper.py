@@ -2,7 +2,6 @@
 
 import math
 import os
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +23,7 @@ TILES = {64: Tile(128, 128, 4, 3), 128: Tile(128, 128, 4, 2)}
 REGISTERS = 168
 
 
+@torch.compiler.assume_constant_result
 def hopper_enabled() -> bool:
     """Whether backend="auto" may choose this path: ON_BY_DEFAULT, or VIDEOANCHOR_HOPPER=1 or 0 where it is set."""
     setting = os.environ.get(SWITCH, "")
@@ -32,7 +32,7 @@ def hopper_enabled() -> bool:
     return setting == "1" if setting else ON_BY_DEFAULT
 
 
-@cache
+@torch.compiler.assume_constant_result
 def gluon_refusal() -> str | None:
     """Why the installed Triton cannot compile the kernel, or None where it can."""
     try:
@@ -99,6 +99,10 @@ def hopper_prefill(
     batch, query_heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
     tile = tile or TILES[head_dim]
+    # torch.compile asks hopper_refusal about tensors whose addresses it does not know yet
+    q, k, v = (
+        x if _unaddressable("", x) is None else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v)
+    )
     gate = None if gate is None else _gate_rows(gate, keys)
     hopper_kernel[(math.ceil(queries / tile.queries), query_heads, batch)](
         _descriptor(q, tile.queries // 2),
@@ -126,7 +130,7 @@ def _unaddressable(name: str, x: torch.Tensor) -> str | None:
     """Why the copy engine cannot address x, or None where it can. Strides of dimensions of size 1 do not matter."""
     if x.stride(-1) != 1:
         return f"{name}'s last dimension has stride {x.stride(-1)}, the Hopper kernel takes contiguous rows"
-    if x.data_ptr() % 16:
+    if not torch.compiler.is_compiling() and x.data_ptr() % 16:
         return f"{name} does not begin at a multiple of 16 bytes"
     strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     if any(stride <= 0 or stride * x.element_size() % 16 for stride in strides):

@@ -8,6 +8,8 @@ from itertools import pairwise
 
 import torch
 
+from .validation import check_cache_values, check_offset_values
+
 Attend = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None],
     tuple[torch.Tensor, torch.Tensor],
@@ -40,8 +42,8 @@ def varlen_by_sequence(
     Raises:
         ValueError: cu_seqlens do not run from 0 to the number of tokens, or decrease.
     """
-    bounds_q = checked_bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    bounds_k = checked_bounds("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    bounds_q = pairwise(check_offset_values("q", cu_seqlens_q, q.shape[0]))
+    bounds_k = pairwise(check_offset_values("k", cu_seqlens_k, k.shape[0]))
 
     # an empty part first: nothing else is there to concatenate when there is no sequence
     outs, lses = [q[:0]], [q.new_empty((0, q.shape[1]), dtype=torch.float32)]
@@ -82,24 +84,14 @@ def decode_by_sequence(
     """
     page_size = k_cache.shape[2]
     capacity = page_size if block_table is None else page_size * block_table.shape[1]
-    lengths = cache_seqlens.tolist()
-    for b, length in enumerate(lengths):
-        if not 0 <= length <= capacity:
-            raise ValueError(f"cache_seqlens must be within 0 and the cache's {capacity} keys, got {length} at {b}")
-    tables = None if block_table is None else block_table.tolist()
+    check_cache_values(cache_seqlens, capacity, block_table, k_cache.shape[0], page_size)
 
     outs, lses = [q[:0]], [q.new_empty((0, *q.shape[1:3]), dtype=torch.float32)]
-    for b, length in enumerate(lengths):
-        if tables is None:
+    for b, length in enumerate(cache_seqlens.tolist()):
+        if block_table is None:
             k, v = (cache[b : b + 1, :, :length] for cache in (k_cache, v_cache))
         else:
-            pages = tables[b][: -(-length // page_size)]
-            if not all(0 <= page < k_cache.shape[0] for page in pages):
-                raise ValueError(
-                    f"block_table must name pages within 0 and {k_cache.shape[0] - 1} up to each sequence's length "
-                    f"{length}, got {pages} at {b}"
-                )
-            index = torch.tensor(pages, dtype=torch.long, device=q.device)
+            index = block_table[b, : -(-length // page_size)].long()
             # (pages, Hkv, page_size, D) -> (1, Hkv, length, D)
             k, v = (cache[index].transpose(0, 1).flatten(1, 2)[None, :, :length] for cache in (k_cache, v_cache))
         gates = [None if gate is None else _gate_of_entry(gate, b, length) for gate in (gamma_k, gamma_v)]
@@ -107,15 +99,6 @@ def decode_by_sequence(
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses)
-
-
-def checked_bounds(name: str, cu_seqlens: torch.Tensor, tokens: int) -> list[tuple[int, int]]:
-    """First and last (exclusive) token of each sequence, read on the host; ValueError unless they tile the tokens."""
-    marks = cu_seqlens.tolist()
-    bounds = list(pairwise(marks))
-    if marks[0] != 0 or marks[-1] != tokens or any(first > last for first, last in bounds):
-        raise ValueError(f"{name} must not decrease and run from 0 to the {tokens} packed tokens, got {marks}")
-    return bounds
 
 
 def _heads_first(gate: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
-NVIDIA = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+from videoanchor_triton.kernels.tiles import PREFILL
+
+TARGETS = [target for target in PREFILL if target != "interpreter"]
+HEAD_DIMS = (64, 80, 96, 128, 256)
 CASES = [
-    *(("post-exp", target, 128, "bf16") for target in (*NVIDIA, "gfx942")),
-    *(("decode", target, 128, "bf16") for target in (*NVIDIA, "gfx942")),
-    *(("log-bias", target, 128, "bf16") for target in NVIDIA),
-    *(("post-exp", "sm_90", head_dim, "bf16") for head_dim in (64, 80, 96, 256)),
+    *((kernel, target, d, "bf16") for target in TARGETS for d in HEAD_DIMS for kernel in ("ungated", "post-exp")),
+    *((kernel, target, d, "bf16") for target in TARGETS for d in (64, 128) for kernel in ("log-bias", "decode")),
+    *(("page-16", target, 128, "bf16") for target in TARGETS),
+    ("page-64", "sm_90", 128, "bf16"),
     ("log-bias", "sm_89", 256, "fp16"),
     ("decode", "sm_90", 80, "fp16"),
     ("log-bias", "sm_90", 64, "fp32"),
@@ -52,6 +55,16 @@ def test_compiles_within_the_target(case: tuple[str, str, int, str], reports: Re
     assert used["shared"] <= used["limit"]
     assert used["registers"] <= (512 if case[1] == "gfx942" else 255)
     assert (used["tensor_core"] > 0) == (case[3] != "fp32"), "fp32 must not be rounded to TF32"
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_gate_adds_little_to_the_main_loop(target: str, head_dim: int, reports: Reports) -> None:
+    plain, gated = (sum(reports[form, target, head_dim, "bf16"]["loop"].values()) for form in ("ungated", "post-exp"))
+    assert plain > 100
+    assert gated <= 1.08 * plain
+    if (target, head_dim) == ("sm_90", 128):
+        assert gated <= plain + 40
 
 
 def test_hopper_prefill_uses_warpgroup_products_without_padding(reports: Reports) -> None:

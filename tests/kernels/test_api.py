@@ -63,8 +63,8 @@ INVALID: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "window-not-causal": (ValueError, "window needs causal=True", {"window": 2}),
     "triton-head-dim": (ValueError, "head dim is 24.*use backend='sdpa'", triton_with(torch.zeros(2, 2, 5, 24))),
     "triton-dtype": (ValueError, "dtype is torch.float64", triton_with(torch.zeros(2, 2, 5, 16).double())),
-    "triton-grad": (ValueError, "requires grad", {"q": Q.clone().requires_grad_(), "backend": "triton"}),
-    "triton-gate-grad": (ValueError, "requires grad", {"gamma_k": torch.ones(5).requires_grad_(), "backend": "triton"}),
+    "hopper-target": (ValueError, "backend='hopper' cannot take this call", {"backend": "hopper"}),
+    "softcap-0": (ValueError, "softcap must be None or finite", {"softcap": 0.0}),
 }
 
 
@@ -95,14 +95,18 @@ def test_a_shared_gate_is_refused_where_any_sequence_sees_the_key() -> None:
         anchored_attention(Q, K, K, gamma_k=gate(NAN, (3,), (5,)), key_padding_mask=mask)
 
 
-def test_grad_is_no_obstacle_to_triton_outside_grad_mode(device: torch.device) -> None:
-    tensors, options = Problem("no-grad").make(device)
-    tensors[0].requires_grad_()
-    with torch.no_grad():
-        anchored_attention(*tensors, **options, backend="triton")
-    out = anchored_attention(*tensors, **options)
-    assert isinstance(out, torch.Tensor)
-    assert out.requires_grad
+@pytest.mark.parametrize("queries", [2, 20], ids=["decode", "prefill"])
+def test_triton_is_differentiable(queries: int, device: torch.device) -> None:
+    tensors, options = Problem("grad", queries=queries).make(device)
+    for x in (*tensors, options["gamma_k"], options["gamma_v"]):
+        x.requires_grad_()
+    leaves = [*tensors, options["gamma_k"], options["gamma_v"]]
+    grads = {}
+    for backend in ("triton", "reference"):
+        out, lse = anchored_attention(*tensors, **options, return_lse=True, backend=backend)
+        grads[backend] = torch.autograd.grad(out.square().sum() + lse.sum(), leaves)
+    for mine, exact in zip(grads["triton"], grads["reference"], strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
 
 
 def test_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +144,7 @@ def test_a_fallback_on_a_gpu_is_logged_once(monkeypatch: pytest.MonkeyPatch, cap
 
 def test_available_backends_says_a_line_for_each(device: torch.device) -> None:
     lines = available_backends(device)
-    assert list(lines) == ["triton", "sdpa", "reference"]
+    assert list(lines) == ["triton", "hopper", "sdpa", "reference"]
     assert all(line and "\n" not in line for line in lines.values())
 
 
@@ -163,8 +167,8 @@ def test_without_triton_the_rest_works() -> None:
 def test_opcheck(queries: int, layout: str, device: torch.device) -> None:
     (q, k, v), options = Problem("opcheck", queries=queries, keys=50, padding="left", layout=layout).make(device)
     gates = options["gamma_k"], options["gamma_v"], options["key_padding_mask"]
-    torch.library.opcheck(anchored_attention_op, (q, k, v, *gates, 0.25, True, 9, False))
-    torch.library.opcheck(anchored_attention_op, (q, k, v, None, None, None, 0.25, False, None, False))
+    torch.library.opcheck(anchored_attention_op, (q, k, v, *gates, 0.25, True, 9, None, False, False))
+    torch.library.opcheck(anchored_attention_op, (q, k, v, None, None, None, 0.25, False, None, 5.0, False, False))
 
 
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Result, assert_results_as_exact_as_eager, eager_attention
 
+from videoanchor_triton.kernels import validation
 from videoanchor_triton.kernels.api import anchored_attention_decode
 from videoanchor_triton.kernels.reference import reference_attention
 
@@ -409,6 +410,21 @@ INVALID: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", INVALID)
 def test_invalid_arguments_are_refused(name: str, backend: str) -> None:
+    kind, message, change = INVALID[name]
+    with pytest.raises(kind, match=message):
+        anchored_attention_decode(**changed(**({"backend": backend} | change)))
+
+
+READ_ANYWAY = [name for name in INVALID if name.startswith(("lengths-beyond", "lengths-neg", "table-page"))]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("name", READ_ANYWAY)
+def test_lengths_and_pages_that_are_read_anyway_are_checked(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU too, where the public function does not look at values."""
+    monkeypatch.setattr(validation, "values_are_free", lambda _: False)
     kind, message, change = INVALID[name]
     with pytest.raises(kind, match=message):
         anchored_attention_decode(**changed(**({"backend": backend} | change)))

@@ -310,3 +310,12 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         gpu_check.main(["--out", str(tmp_path)])
     assert [row["case"] for row in written(tmp_path)][:1] == ["0"]
+
+
+def test_the_worst_finding_is_the_one_furthest_over_its_allowance() -> None:
+    empty, fine, wrong, unknown = (0.0, 0.0), (0.5, 1.0), (2e-3, 1e-3), (float("nan"), 1.0)
+    assert findings.worst([empty, fine]) == fine
+    assert findings.worst([fine, wrong, empty]) == wrong
+    assert findings.worst([wrong, (1e-9, 0.0), fine]) == (1e-9, 0.0)
+    assert findings.worst([fine, unknown]) is unknown
+    assert not measure.judged(ROW, *unknown).status == record.OK

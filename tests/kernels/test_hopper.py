@@ -308,15 +308,28 @@ def test_an_unknown_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1, 1, 20, 64, dtype=BF16)
     for version in ("3.5.1", "3.10.0"):
         monkeypatch.setattr("triton.__version__", version)
-        hopper.gluon_refusal.cache_clear()
         assert f"Triton is {version}" in str(hopper_refusal(x, x, x, "sm_90"))
     monkeypatch.setitem(sys.modules, "videoanchor_triton.kernels.hopper_kernel", None)
     monkeypatch.delattr("videoanchor_triton.kernels.hopper_kernel")
-    hopper.gluon_refusal.cache_clear()
     assert "Gluon is missing" in str(hopper_refusal(x, x, x, "sm_90"))
     monkeypatch.undo()
-    hopper.gluon_refusal.cache_clear()
     assert hopper_refusal(x, x, x, "sm_90") is None
+
+
+def test_a_compiled_graph_may_ask(emulate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensors have no address yet: one that is not aligned is accepted, and copied at the launch."""
+    monkeypatch.setenv(hopper.SWITCH, "1")
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def accepted(x: torch.Tensor) -> torch.Tensor:
+        return x if hopper_enabled() and hopper_refusal(x, x, x, "sm_90") is None else x - x
+
+    x = torch.randn(1, 1, 20, 72).to(BF16)[..., 4:68]
+    assert torch.equal(accepted(x), x)
+    emulate("loader first, late")
+    out, lse = torch.full((1, 1, 20, 64), float("nan"), dtype=BF16), torch.full((1, 1, 20), float("nan"))
+    hopper_prefill(x, x, x, None, out, lse, 0.125, True, FORMS["ungated"], SMALL)
+    assert_as_exact_as_eager((out, lse), (x, x, x), {"causal": True})
 
 
 def test_switch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ def test_any_number_of_splits_gives_the_same_result(splits: int, problem: Proble
     assert target is not None
     mask = options.get("key_padding_mask")
     gates = options["gamma_k"], options["gamma_v"]
-    decode(*tensors, *gates, mask, out, lse, 32**-0.5, True, None, target, splits=splits)
+    decode(*tensors, *gates, mask, out, lse, 32**-0.5, True, None, None, target, splits=splits)
     del options["gamma_q"]
     assert_as_exact_as_eager((out, lse), tensors, options)
 

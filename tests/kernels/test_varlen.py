@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Result, assert_results_as_exact_as_eager, eager_attention
 
+from videoanchor_triton.kernels import validation
 from videoanchor_triton.kernels.api import anchored_attention, anchored_attention_varlen
 from videoanchor_triton.kernels.reference import reference_attention
 
@@ -361,6 +362,19 @@ INVALID: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])
 @pytest.mark.parametrize("name", INVALID)
 def test_invalid_arguments_are_refused(name: str, backend: str) -> None:
+    kind, message, change = INVALID[name]
+    with pytest.raises(kind, match=message):
+        anchored_attention_varlen(**changed(**({"backend": backend} | change)))
+
+
+OFFSETS = [name for name in INVALID if name.startswith("marks-") and INVALID[name][1].endswith("must")]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("name", OFFSETS)
+def test_offsets_that_are_read_anyway_are_checked(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU too, where the public function does not look at values."""
+    monkeypatch.setattr(validation, "values_are_free", lambda _: False)
     kind, message, change = INVALID[name]
     with pytest.raises(kind, match=message):
         anchored_attention_varlen(**changed(**({"backend": backend} | change)))
