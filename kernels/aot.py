@@ -139,7 +139,7 @@ def compile_prefill(
     dtypes: dict[str, str | None] = dict.fromkeys(("q", "k", "v", "out"), dtype)
     dtypes |= {"lse": "fp32", "gate": "fp32" if gate else None}
     dtypes |= dict.fromkeys(("cu_q", "cu_k"), "i32" if varlen else None)
-    tma = target in TMA_TARGETS if tma is None else tma
+    tma = target in TMA_TARGETS and ELEMENT[dtype] < 4 if tma is None else tma
     for i, part in enumerate((d0, d1)):
         described = f"tensordesc<{dtype}[1, 1, {tile.keys}, {part}]>" if tma and part else None
         dtypes |= dict.fromkeys((f"k_desc{i}", f"v_desc{i}"), described)

@@ -374,9 +374,6 @@ def backward(
         dq, dk, dv in the dtypes and shapes of q, k, v, and in fp32 d_gamma_k and d_gamma_v of the gates' shapes, None
         where there is no gate. What no weight reaches is 0: hidden keys, rows without a visible key, gamma_k = 0.
     """
-    if q.numel() == 0 or k.numel() == 0:
-        d_gamma_k, d_gamma_v = (None if x is None else torch.zeros_like(x).float() for x in (gamma_k, gamma_v))
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), d_gamma_k, d_gamma_v
     packed = cu_seqlens_q is not None
     # packed sequences are one batch entry, which each of them sees
     batch = cu_seqlens_q.numel() - 1 if cu_seqlens_q is not None else q.shape[0]
@@ -393,6 +390,9 @@ def backward(
 
     # the gradients are (tokens, heads, ...) in memory
     d_q, d_k, d_v = (torch.empty_like(tokens_first(x), memory_format=torch.contiguous_format) for x in (q, k, v))
+    if q.numel() == 0 or k.numel() == 0:
+        d_gamma_k, d_gamma_v = (None if x is None else torch.zeros_like(x).float() for x in (gamma_k, gamma_v))
+        return *(tokens_first(x.zero_()) for x in (d_q, d_k, d_v)), d_gamma_k, d_gamma_v  # pyright: ignore[reportReturnType]
     d_log_gate, d_value_gate = (
         None if x is None else torch.empty(d_k.shape[:-1], device=k.device) for x in (gamma_k, gamma_v)
     )

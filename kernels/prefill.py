@@ -314,7 +314,8 @@ def prefill(
     cu_q, cu_k, longest = (None, None, queries) if cu_seqlens is None else cu_seqlens
     tile = tile or prefill_tile(target, head_dim, q.element_size())
     form, v, gate = prescale(v, gamma_k, gamma_v, key_padding_mask, post_exp, tile.keys)
-    tma = target in TMA_TARGETS if tma is None else tma
+    # fp32 tiles spill with descriptors
+    tma = target in TMA_TARGETS and q.element_size() < 4 if tma is None else tma
     if tma:
         k, v = (x if takes_tma(x) else x.clone(memory_format=torch.contiguous_format) for x in (k, v))
     parts = split_head_dim(target, head_dim)

@@ -69,7 +69,11 @@ BACKWARD = {
     "sm_89": BACKWARD_ADA,
     "sm_90": BACKWARD_HOPPER,
     "sm_100": BACKWARD_HOPPER,
-    "sm_120": BACKWARD_ADA | {128: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))},
+    "sm_120": {
+        64: (Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+        128: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        256: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    },
     "gfx942": {
         64: (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1)),
         128: (Tile(64, 64, 4, 1), Tile(32, 64, 4, 1)),
@@ -77,7 +81,8 @@ BACKWARD = {
     },
     INTERPRETER: {256: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))},
 }
-BACKWARD_FP32 = {256: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 1))}
+BACKWARD_FP32 = {256: (Tile(16, 16, 4, 2), Tile(16, 16, 8, 1))}
+BACKWARD_FP32_CDNA = {256: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 1))}
 
 
 def split_head_dim(target: str, head_dim: int) -> tuple[int, int]:
@@ -104,7 +109,8 @@ def decode_tile(target: str, head_dim: int, element_size: int, rows: int) -> Til
 
 def backward_tiles(target: str, head_dim: int, element_size: int) -> tuple[Tile, Tile]:
     """The tiles of backward's dQ kernel, and of its dK and dV kernel."""
-    return _row(BACKWARD[target] if _tabled(target, element_size) else BACKWARD_FP32, head_dim)
+    fp32 = BACKWARD_FP32_CDNA if target == "gfx942" else BACKWARD_FP32
+    return _row(BACKWARD[target] if _tabled(target, element_size) else fp32, head_dim)
 
 
 def _tabled(target: str, element_size: int) -> bool:

@@ -318,4 +318,4 @@ def test_the_worst_finding_is_the_one_furthest_over_its_allowance() -> None:
     assert findings.worst([fine, wrong, empty]) == wrong
     assert findings.worst([wrong, (1e-9, 0.0), fine]) == (1e-9, 0.0)
     assert findings.worst([fine, unknown]) is unknown
-    assert not measure.judged(ROW, *unknown).status == record.OK
+    assert measure.judged(ROW, *unknown).status != record.OK
