@@ -7,6 +7,9 @@ from oracle import Problem, assert_as_exact_as_eager
 from videoanchor_triton.kernels.api import anchored_attention
 from videoanchor_triton.kernels.decode import decode, split_count
 from videoanchor_triton.kernels.dispatch import triton_target
+from videoanchor_triton.kernels.gates import choose_gate_form
+from videoanchor_triton.kernels.ops import varlen_op
+from videoanchor_triton.kernels.prefill import prefill
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -63,3 +66,51 @@ def test_elements_beyond_31_bits(
         found = anchored_attention(*tensors, backend="triton", return_lse=True)
         assert isinstance(found, tuple)
         assert_as_exact_as_eager(found, (q, tensors[1].contiguous(), tensors[2].contiguous()), {})
+
+
+@pytest.mark.parametrize("post_exp", [False, True], ids=["log-bias", "post-exp"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem("descriptors"),
+        Problem("descriptors-D80-window", head_dim=80, gate="per-head", window=21, dtype=torch.bfloat16),
+        Problem("descriptors-padding-nan", padding="left-nan", queries=50),
+        Problem("descriptors-strides-not-aligned", layout="column", keys=61, causal=False),
+    ],
+    ids=str,
+)
+def test_descriptors_load_what_pointers_do(problem: Problem, post_exp: bool, device: torch.device) -> None:
+    tensors, options = problem.make(device)
+    q = tensors[0]
+    target, _ = triton_target(device)
+    assert target is not None
+    found = []
+    for tma in (False, True):
+        out = torch.empty(q.shape, dtype=q.dtype, device=device)
+        lse = torch.empty(q.shape[:3], device=device)
+        gates = options["gamma_k"], options["gamma_v"], options.get("key_padding_mask")
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+        choices = problem.causal, problem.window, None, post_exp, target
+        prefill(q, k, v, *gates, out, lse, problem.head_dim**-0.5, *choices, tma=tma)
+        found.append((out, lse))
+    del options["gamma_q"]
+    for each in found:
+        assert_as_exact_as_eager(each, tensors, options)
+
+
+def test_rows_beyond_the_longest_named_length_are_nan(device: torch.device) -> None:
+    q = torch.randn(100, 2, 16, device=device)
+    offsets = torch.tensor([0, 100], dtype=torch.int32, device=device)
+    out, _ = varlen_op(q, q, q, offsets, offsets, 20, 100, None, None, 0.25, True, None, None, False)
+    computed = int(out.isfinite().all(-1).all(-1).sum())
+    assert 20 <= computed < 100
+    assert out[:computed].isfinite().all()
+    assert out[computed:].isnan().all()
+
+
+def test_choose_gate_form() -> None:
+    assert choose_gate_form(torch.tensor([1.0, 2.0**-20, 2.0**20])) == "post-exp"
+    assert choose_gate_form(torch.tensor([1.0, 0.0])) == "log-bias"
+    assert choose_gate_form(torch.tensor([1.0, 2.0**21])) == "log-bias"
+    with pytest.raises(ValueError, match="gamma_k must be finite"):
+        choose_gate_form(torch.tensor([1.0, float("nan")]))
