@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torch import Tensor
 
-from .solver import SolverOptions
+from .options import Algorithm, SolverOptions
 from .spectral import AssignLabels
 from .validation import check_choice, check_integer, check_number
 
@@ -29,16 +29,16 @@ class VideoAnchorConfig:
         alpha_k: strength of the gate on keys, >= 0. Published for one model only, see `preset`; no default exists.
         alpha_v: strength of the gate on values, >= 0. The same.
         alpha_q: strength of the gate on queries, >= 0. It cancels in the softmax and moves only the log-sum-exp.
-        n_clusters: subspaces, >= 1; published 24.
+        n_clusters: subspaces, >= 1; published 24. "auto" counts them by the eigengap, see `spectral_labels`.
         pca_rank: components of the tokens that are used; None uses the tokens as they are. The paper gives no value:
             64 is this package's choice.
         decode: "persist" gates decoding steps as well (the paper); "prefill" gates the prompt only (the authors'
             code).
         scorer: "ssc" (the paper), "kmeans" and "uniform" (ablations, see `anchor_scores`), or a function from tokens
             (N, D) to scores (N,) in [0, 1].
-        assign_labels: how eigenvectors become labels, "discretize" (the authors') or "cluster_qr".
+        assign_labels: how eigenvectors become labels, "discretize" (the authors'), "cluster_qr" or "kmeans".
         random_state: seed of everything random, in [0, 2^32).
-        affine, alpha_e, alpha_z, rho, relaxation, max_iter, tol: see `SolverOptions`.
+        algorithm, affine, alpha_e, alpha_z, rho, relaxation, max_iter, tol, memory_budget: see `SolverOptions`.
 
     Raises:
         TypeError, ValueError: a setting is of the wrong type or out of its range.
@@ -47,24 +47,27 @@ class VideoAnchorConfig:
     alpha_k: float
     alpha_v: float
     alpha_q: float = 0.0
-    n_clusters: int = 24
+    n_clusters: int | Literal["auto"] = 24
     pca_rank: int | None = 64
     decode: Decode = "persist"
     scorer: Scorer | ScoreFunction = "ssc"
     assign_labels: AssignLabels = "discretize"
     random_state: int = 0
+    algorithm: Algorithm = SolverOptions.algorithm
     affine: bool = SolverOptions.affine
     alpha_e: float = SolverOptions.alpha_e
     alpha_z: float = SolverOptions.alpha_z
-    rho: float = SolverOptions.rho
+    rho: float | None = SolverOptions.rho
     relaxation: float = SolverOptions.relaxation
     max_iter: int = SolverOptions.max_iter
     tol: float = SolverOptions.tol
+    memory_budget: int | None = SolverOptions.memory_budget
 
     def __post_init__(self) -> None:
         for name in ("alpha_k", "alpha_v", "alpha_q"):
             check_number(name, getattr(self, name), low=0, low_included=True)
-        check_integer("n_clusters", self.n_clusters, low=1)
+        if self.n_clusters != "auto":
+            check_integer("n_clusters", self.n_clusters, low=1)
         if self.pca_rank is not None:
             check_integer("pca_rank", self.pca_rank, low=1)
         check_integer("random_state", self.random_state, low=0, high=2**32 - 1)
@@ -72,6 +75,8 @@ class VideoAnchorConfig:
         check_choice("assign_labels", self.assign_labels, get_args(AssignLabels))
         if not callable(self.scorer):
             check_choice("scorer", self.scorer, get_args(Scorer), " or a function from tokens (N, D) to scores (N,)")
+        if self.scorer == "kmeans" and self.n_clusters == "auto":
+            raise ValueError('n_clusters="auto" needs the affinity of scorer="ssc"; give scorer="kmeans" a number')
         self.solver_options()
 
     @classmethod

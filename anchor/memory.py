@@ -1,4 +1,4 @@
-"""How much memory the dense solver needs, and whether the machine has it."""
+"""How much memory the solver needs, and how many tokens it may iterate at a time."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,10 @@ import torch
 
 # Elements of the state that the residual looks at together: its temporaries never exceed a few times this.
 CHUNK_ELEMENTS = 1 << 20
+# A block is not made smaller than this to fit: products of fewer rows are slow.
+SMALLEST_BLOCK = 16
+FEWEST_FOR_PRODUCTS = 128
+CPU_CACHE_BYTES = 1 << 20
 
 
 def chunk_rows(n_tokens: int) -> int:
@@ -14,16 +18,66 @@ def chunk_rows(n_tokens: int) -> int:
     return max(1, CHUNK_ELEMENTS // max(1, n_tokens))
 
 
-def dense_memory_bytes(n_tokens: int, rank: int, dtype: torch.dtype) -> int:
-    """Peak memory in bytes of `self_expression` on `n_tokens` tokens with `rank` features, computed in `dtype`.
+def solver_memory_bytes(n_tokens: int, rank: int, dtype: torch.dtype, block: int) -> int:
+    """Peak memory in bytes of `self_expression` when it iterates `block` of `n_tokens` tokens at a time.
 
-    Two N x N arrays (the ADMM state and its reflection, which becomes the coefficients), the temporaries of the
-    residual, and arrays of the size of the tokens. The tokens themselves and what follows the solver are not counted.
+    Three arrays block x N (the ADMM state, its reflection, and a product or the rows that go on), the temporaries of
+    the gap, arrays of the size of the tokens, and the coefficients that are found. The tokens themselves and what
+    follows the solver are not counted.
     """
-    rows = chunk_rows(n_tokens)
-    in_dtype = 2 * n_tokens**2 + 6 * rows * n_tokens + 10 * n_tokens * (rank + 1) + 4 * (rank + 1) ** 2
-    in_float64 = 4 * n_tokens * (rank + 1) + 5 * (rank + 1) ** 2 + 2 * rows * n_tokens
-    return in_dtype * dtype.itemsize + in_float64 * 8
+    row, kept = rank + 1, n_tokens if block == n_tokens else min(n_tokens, max(2 * (rank + 1), 256))
+    chunk = min(block, chunk_rows(n_tokens))
+    iterated = (3 * block + 6 * chunk) * n_tokens + (12 * block + n_tokens) * row + 4 * row**2
+    in_float64 = 4 * n_tokens * row + 5 * row**2 + 2 * chunk_rows(n_tokens) * n_tokens
+    return iterated * dtype.itemsize + in_float64 * 8 + 2 * n_tokens * kept * (8 + dtype.itemsize)
+
+
+def plan_block(
+    n_tokens: int, rank: int, dtype: torch.dtype, device: torch.device, algorithm: str, budget: int | None
+) -> int:
+    """How many tokens to iterate at a time, so that the solver stays within its memory.
+
+    Args:
+        n_tokens, rank: N and r.
+        dtype: precision of the iteration.
+        device: where it runs.
+        algorithm: "dense" and "authors" iterate all tokens at once, the others as many as run fastest and fit.
+        budget: bytes; None: half of what is free.
+
+    Raises:
+        MemoryError: before anything is computed, if it does not fit.
+    """
+    available = available_memory_bytes(device)
+    if budget is None and available is not None:
+        budget = available // 2
+    if algorithm == "authors":
+        # Float64, all coefficients kept, and the multipliers of two iterations.
+        block, needed = n_tokens, solver_memory_bytes(n_tokens, rank, torch.float64, n_tokens) + 48 * n_tokens**2
+    elif algorithm == "dense":
+        block, needed = n_tokens, solver_memory_bytes(n_tokens, rank, dtype, n_tokens)
+    else:
+        block = max(1, min(n_tokens, _fastest_block(n_tokens, dtype, device)))
+        while block > SMALLEST_BLOCK and budget is not None:
+            if solver_memory_bytes(n_tokens, rank, dtype, block) <= budget:
+                break
+            block = max(SMALLEST_BLOCK, block // 2)
+        needed = solver_memory_bytes(n_tokens, rank, dtype, block)
+    if budget is not None and needed > budget:
+        raise MemoryError(
+            f"the self-expression of {n_tokens} tokens (rank {rank}, {dtype}, algorithm {algorithm!r}) needs "
+            f"{needed / 2**30:.2g} GiB on {device}, and may use {budget / 2**30:.2g} GiB: use "
+            + ("algorithm='blocked', " if algorithm in ("dense", "authors") else "")
+            + "fewer frames or fewer tokens a frame, or raise memory_budget"
+        )
+    return block
+
+
+def _fastest_block(n_tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens whose state and its reflection stay in the cache, but enough of them for fast products."""
+    cache = CPU_CACHE_BYTES
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(FEWEST_FOR_PRODUCTS, cache // (2 * n_tokens * dtype.itemsize) if n_tokens else 0)
 
 
 def available_memory_bytes(device: torch.device) -> int | None:
@@ -54,15 +108,3 @@ def _machine_bytes() -> int | None:
     if "SC_AVPHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
-
-
-def check_dense_memory(n_tokens: int, rank: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise MemoryError, before anything is computed, if `self_expression` does not fit on `device`."""
-    needed = dense_memory_bytes(n_tokens, rank, dtype)
-    available = available_memory_bytes(device)
-    if available is not None and needed > available:
-        raise MemoryError(
-            f"the self-expression of {n_tokens} tokens (rank {rank}, {dtype}) needs {needed / 2**30:.1f} GiB on "
-            f"{device}, and {available / 2**30:.1f} GiB are available; memory grows with the square of the number of "
-            "tokens: use fewer frames or fewer tokens a frame"
-        )

@@ -1,5 +1,8 @@
 """The self-expression problem: visual tokens, their PCA, and the weights of its penalties."""
 
+from dataclasses import dataclass
+from typing import Any, Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,14 +18,23 @@ class NonFiniteTokensError(ValueError):
     """Tokens hold NaN or infinite values."""
 
 
-def as_tokens(X: Tensor | np.ndarray) -> Tensor:
+class DLPackArray(Protocol):
+    """An array that hands its memory over by the DLPack protocol, as CuPy's do."""
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __dlpack_device__(self) -> tuple[Any, Any]: ...
+
+
+def as_tokens(X: Tensor | np.ndarray | DLPackArray) -> Tensor:
     """Check the tokens and bring them to a precision the solver works in.
 
     Args:
-        X: (N, D) floating-point tensor, or numpy array, N >= 0 tokens of D >= 1 features.
+        X: (N, D) floating-point tensor, numpy array, or other array with DLPack (CuPy), N >= 0 tokens of D >= 1
+            features.
 
     Returns:
         (N, D) tensor on X's device (CPU for numpy): float64 stays, float32 stays, half precisions become float32.
+        Nothing leaves the device. It may share X's memory, and is not to be written to.
 
     Raises:
         TypeError: X is no tensor or array, or not of a floating-point type.
@@ -34,8 +46,10 @@ def as_tokens(X: Tensor | np.ndarray) -> Tensor:
         tokens = torch.tensor(np.ascontiguousarray(X, dtype=X.dtype.newbyteorder("=")), device="cpu")
     elif isinstance(X, Tensor):
         tokens = X.detach()
+    elif hasattr(X, "__dlpack__"):
+        tokens = torch.from_dlpack(X)
     else:
-        raise TypeError(f"X must be a torch tensor or a numpy array, got {type(X).__name__}")
+        raise TypeError(f"X must be a torch tensor, a numpy array or another DLPack array, got {type(X).__name__}")
     if not tokens.is_floating_point():
         raise TypeError(f"X must be of a floating-point type, got {tokens.dtype}; convert it first, X.float()")
     if tokens.ndim != 2:
@@ -125,3 +139,30 @@ def penalty_weights(Y: Tensor, alpha_e: float, alpha_z: float) -> tuple[float, f
     mu_z = torch.where(correlated.any(), mu_z, largest_square)
     mu_e, mu_z = float(mu_e), float(mu_z)
     return alpha_e / (mu_e or 1.0), alpha_z / (mu_z or 1.0)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The weighted self-expression problem. For a token t, over the atoms F, each token a column of its own:
+
+        min |c|_1 + error_bound |e|_1 + |t - F c - e|^2 / 2,   and sum(c) = 1 if affine
+
+    which is the published |c|_1 + lambda_e |e|_1 + lambda_z / 2 |y - Y c - e|^2 in the units of F = sqrt(lambda_z) Y,
+    free of the scale of the input.
+
+    Attributes:
+        atoms: (r, N) float64 F.
+        error_bound: lambda_e / sqrt(lambda_z).
+        affine: coefficients sum to 1.
+    """
+
+    atoms: Tensor
+    error_bound: float
+    affine: bool
+
+    @classmethod
+    def of(cls, Y: Tensor, *, affine: bool, alpha_e: float, alpha_z: float) -> "Problem":
+        """The problem of features Y (r, N), N >= 2, one token a column, with the published weights."""
+        Y = Y.double()
+        lambda_e, lambda_z = penalty_weights(Y, alpha_e, alpha_z)
+        return cls(lambda_z**0.5 * Y, lambda_e / lambda_z**0.5, affine)

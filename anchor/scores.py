@@ -1,8 +1,6 @@
 """Scores of visual tokens: how much each is shared, from 0 to 1."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,11 +8,13 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from .affinity import affinity_matrix
 from .config import ScoreFunction, VideoAnchorConfig
-from .memory import check_dense_memory
-from .problem import as_tokens, token_features
+from .memory import plan_block
+from .problem import DLPackArray, as_tokens, token_features
 from .solver import Progress, self_expression
-from .spectral import affinity_matrix, sparse_coefficients, spectral_labels
+from .spectral import spectral_labels
+from .timing import timed
 
 # Differences of the unscaled score below this part of its largest value are float32 roundoff.
 ROUNDOFF = 1e-6
@@ -27,9 +27,11 @@ class AnchorResult:
     Attributes:
         scores: (N,) float32 in [0, 1], on the device of the tokens.
         labels: (N,) int64 cluster of each token, on the same device.
-        n_iter: iterations of the solver; 0 where none ran.
-        residual: the largest scaled residual of a token, see `self_expression`; 0.0 where no such solver ran.
+        n_iter: iterations of the solver, of the slowest token; 0 where none ran.
+        residual: the largest relative duality gap of a token; 0.0 where no such solver ran.
         converged: every token came within the tolerance.
+        duality_gap: (N,) float64 relative duality gap of each token, see `SelfExpression`; None where no such solver
+            ran.
         seconds: wall time of each stage, the device synchronised: "pca", "solve", "spectral", "cluster", "score",
             those that ran.
     """
@@ -39,6 +41,7 @@ class AnchorResult:
     n_iter: int = 0
     residual: float = 0.0
     converged: bool = True
+    duality_gap: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -82,7 +85,7 @@ def shared_expression_score(coef_row_sums: Tensor, labels: Tensor, n_clusters: i
 
 
 def anchor_scores(
-    X: Tensor | np.ndarray, config: VideoAnchorConfig, *, progress: Progress | None = None
+    X: Tensor | np.ndarray | DLPackArray, config: VideoAnchorConfig, *, progress: Progress | None = None
 ) -> AnchorResult:
     """Score visual tokens by `config.scorer`.
 
@@ -96,13 +99,14 @@ def anchor_scores(
     equal tokens, or a single one, score 0 under "ssc" and "kmeans"; no tokens give an empty result.
 
     Args:
-        X: (N, D) floating-point tensor or numpy array, one token a row, as they stand in the decoder's input.
+        X: (N, D) floating-point tensor, numpy or CuPy array, one token a row, as they stand in the decoder's input;
+            computed on its own device.
         config: settings.
         progress: called as progress(stage, done, total) at most four times a second, and once at the end.
 
     Raises:
         TypeError, ValueError: X, or what a scoring function returned, is not as described.
-        MemoryError: the dense solver does not fit; use fewer tokens.
+        MemoryError: the solver does not fit into config.memory_budget or the device; use fewer tokens.
 
     Warns:
         ConvergenceWarning: some tokens did not converge within config.max_iter; the result says so as well.
@@ -127,39 +131,44 @@ def anchor_scores(
 def _subspace_scores(tokens: Tensor, config: VideoAnchorConfig, report: Progress) -> AnchorResult:
     seconds: dict[str, float] = {}
     n_tokens, n_features = tokens.shape
-    check_dense_memory(n_tokens, min(config.pca_rank or n_features, n_features), tokens.dtype, tokens.device)
-    with _stage("pca", seconds, tokens.device, report):
+    rank = min(config.pca_rank or n_features, n_features)
+    plan_block(n_tokens, rank, tokens.dtype, tokens.device, config.algorithm, config.memory_budget)
+    with timed("pca", seconds, tokens.device):
+        report("pca", 0, 1)
         features = token_features(tokens, config.pca_rank)
-    with _stage("solve", seconds, tokens.device, report):
+    with timed("solve", seconds, tokens.device):
+        report("solve", 0, n_tokens)
         solution = self_expression(features, config.solver_options(), dtype=tokens.dtype, progress=report)
-    with _stage("spectral", seconds, tokens.device, report):
-        found = spectral_labels(
-            affinity_matrix(sparse_coefficients(solution.coef)),
+    with timed("spectral", seconds, tokens.device):
+        report("spectral", 0, 1)
+        labels = spectral_labels(
+            affinity_matrix(solution.indices, solution.values),
             config.n_clusters,
             assign_labels=config.assign_labels,
             random_state=config.random_state,
-            device=tokens.device,
         )
-        labels = torch.from_numpy(found).to(tokens.device)
-    with _stage("score", seconds, tokens.device, report):
-        row_sums = solution.coef.sum(1, dtype=torch.float64)
-        scores = shared_expression_score(row_sums, labels, config.n_clusters)
-    return AnchorResult(scores, labels, solution.n_iter, solution.residual, solution.converged, seconds)
+    with timed("score", seconds, tokens.device):
+        report("score", 0, 1)
+        scores = shared_expression_score(solution.row_sums(), labels, int(labels.amax()) + 1)
+    return AnchorResult(scores, labels, solution.n_iter, solution.residual, solution.converged, solution.gap, seconds)
 
 
 def _kmeans_scores(tokens: Tensor, config: VideoAnchorConfig, report: Progress) -> AnchorResult:
     seconds: dict[str, float] = {}
-    with _stage("pca", seconds, tokens.device, report):
+    with timed("pca", seconds, tokens.device):
+        report("pca", 0, 1)
         features = token_features(tokens, config.pca_rank)
     if features.shape[0] == 0:
         return _one_cluster(torch.zeros(len(tokens), device=tokens.device), seconds)
-    with _stage("cluster", seconds, tokens.device, report):
+    with timed("cluster", seconds, tokens.device):
+        report("cluster", 0, 1)
         points = features.T.cpu().numpy()
-        n_clusters = min(config.n_clusters, len(np.unique(points, axis=0)))
+        n_clusters = min(int(config.n_clusters), len(np.unique(points, axis=0)))
         kmeans = KMeans(n_clusters, n_init=10, random_state=config.random_state)  # pyright: ignore[reportArgumentType]
         found = kmeans.fit_predict(points).astype(np.int64)
         distance = np.linalg.norm(points - kmeans.cluster_centers_[found], axis=1)
-    with _stage("score", seconds, tokens.device, report):
+    with timed("score", seconds, tokens.device):
+        report("score", 0, 1)
         labels = torch.from_numpy(found).to(tokens.device)
         closeness = torch.from_numpy(1 - distance / (distance.max() or 1.0)).to(tokens.device)
         scores = shared_expression_score(closeness, labels, n_clusters)
@@ -168,7 +177,8 @@ def _kmeans_scores(tokens: Tensor, config: VideoAnchorConfig, report: Progress) 
 
 def _function_scores(tokens: Tensor, function: ScoreFunction, report: Progress) -> AnchorResult:
     seconds: dict[str, float] = {}
-    with _stage("score", seconds, tokens.device, report):
+    with timed("score", seconds, tokens.device):
+        report("score", 0, 1)
         returned = function(tokens)
     if not isinstance(returned, Tensor | np.ndarray):
         raise ValueError(
@@ -192,20 +202,6 @@ def _function_scores(tokens: Tensor, function: ScoreFunction, report: Progress) 
 def _one_cluster(scores: Tensor, seconds: dict[str, float] | None = None) -> AnchorResult:
     labels = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
     return AnchorResult(scores, labels, seconds=seconds or {})
-
-
-@contextmanager
-def _stage(name: str, seconds: dict[str, float], device: torch.device, report: Progress) -> Iterator[None]:
-    report(name, 0, 1)
-    start = _now(device)
-    yield
-    seconds[name] = _now(device) - start
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _throttled(progress: Progress | None) -> Progress:

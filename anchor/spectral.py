@@ -1,53 +1,46 @@
-"""Subspaces of tokens: spectral clustering of the affinity |W| + |W|'."""
+"""Subspaces of tokens: spectral clustering of their affinity."""
 
 import heapq
 import warnings
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
-import scipy.sparse
-import scipy.sparse.linalg
 import torch
-from scipy.sparse.csgraph import connected_components
+from sklearn.cluster import KMeans
 from sklearn.cluster._spectral import cluster_qr, discretize
 from sklearn.utils import check_random_state
 from torch import Tensor
 
-AssignLabels = Literal["discretize", "cluster_qr"]
+from .eigenvectors import SparseMatrix, leading_eigenvectors
 
-# Up to this many tokens all eigenvectors are computed: as fast, and exact where eigenvalues repeat.
-DENSE_TOKENS = 512
+AssignLabels = Literal["discretize", "cluster_qr", "kmeans"]
 
-
-def sparse_coefficients(coef: Tensor) -> scipy.sparse.csc_array:
-    """The nonzero entries of (N, N) coefficients as a SciPy matrix on the CPU; column j expresses token j."""
-    by_token = coef.T
-    present = by_token != 0
-    indptr = np.zeros(len(by_token) + 1, dtype=np.int64)
-    np.cumsum(present.sum(1).cpu().numpy(), out=indptr[1:])
-    indices = present.nonzero()[:, 1].cpu().numpy()
-    return scipy.sparse.csc_array((by_token[present].cpu().numpy(), indices, indptr), shape=tuple(coef.shape))
-
-
-def affinity_matrix(coef: scipy.sparse.csc_array) -> scipy.sparse.csr_array:
-    """The affinity |W| + |W|' of sparse (N, N) coefficients W, float64."""
-    magnitude = abs(coef.astype(np.float64))
-    return (magnitude + magnitude.T).tocsr()
+# The most clusters, apart from that of the tokens without affinity, that n_clusters="auto" finds.
+MAX_AUTO_CLUSTERS = 50
+# scikit-learn's default, 20, ends the search for the rotation early where the structure is weak.
+DISCRETIZE_ITERATIONS = 1000
+# Decimals to which eigengaps are compared; of equal ones the first is taken.
+EQUAL_GAPS = 9
+# Affinities may differ from their transpose by roundoff, not more.
+ASYMMETRY = 1e-6
 
 
 def spectral_labels(
-    affinity: scipy.sparse.csr_array,
-    n_clusters: int,
+    affinity: Tensor,
+    n_clusters: int | Literal["auto"],
     *,
     assign_labels: AssignLabels = "discretize",
     random_state: int | np.random.RandomState | None = 0,
-    device: torch.device | str = "cpu",
-) -> np.ndarray:
+) -> Tensor:
     """Split tokens into clusters that few strong affinities cross (VideoAnchor, arXiv 2509.25151: normalised cut).
 
-    The leading eigenvectors of D^-1/2 A D^-1/2 come from SciPy, on a CUDA device from CuPy where it is installed, and
-    scikit-learn's `discretize` (the authors' choice; seeded) or `cluster_qr` turns them into labels. Where the
-    eigenvectors alone leave the answer open it is fixed by rule:
+    The leading eigenvectors of D^-1/2 A D^-1/2, computed on the device of `affinity` (see `leading_eigenvectors`), are
+    divided by the root of the degree, and scikit-learn turns these N * n_clusters numbers into labels on the CPU:
+    `discretize` (Yu and Shi, 2003; the authors' choice), `cluster_qr` (Damle, Minden and Ying, 2019; without any
+    randomness), or k-means of the rows scaled to length 1 (Ng, Jordan and Weiss, 2002; best of 10 starts). If the
+    search of `discretize` breaks down, `cluster_qr` takes its place, with a warning. Where the eigenvectors alone
+    leave the answer open it is fixed by rule:
 
     - n_clusters >= N: every token is its own cluster.
     - Tokens without any affinity share one cluster, the others make n_clusters - 1.
@@ -55,42 +48,118 @@ def spectral_labels(
       largest first, each to the smallest cluster so far.
     - A cluster that no token was assigned to is dropped, so there may be fewer than n_clusters.
 
+    n_clusters="auto" takes the largest eigengap (von Luxburg, A tutorial on spectral clustering, 2007, section 8.3):
+    the k that maximises lambda_k - lambda_(k+1), where 1 = lambda_1 >= lambda_2 >= ... are the eigenvalues of
+    D^-1/2 A D^-1/2, among 2 <= k <= min(50, tokens with affinity - 1). Each connected part has an eigenvalue 1 of its
+    own, so that k is never below the number of parts (more than 50 are dealt to 50 clusters). Tokens without affinity
+    are one cluster more. It fails where the gap closes or is not the largest: with noise, or subspaces that intersect
+    or are close, it finds too few; where a subspace's own graph is weakly connected or falls apart (few tokens, low
+    dimension), too many; and it never finds that there is one cluster only, because every graph has the eigenvalue 1,
+    and the gap behind it is the largest wherever clusters share much affinity.
+
+    On the CPU the labels are the same to the bit run to run, with the same number of threads. On a CUDA device no sum
+    depends on the order of threads either; CuPy's Lanczos iteration and cuSOLVER are as reproducible as cuBLAS is.
+
     Args:
-        affinity: (N, N) symmetric, entries >= 0, diagonal 0.
-        n_clusters: >= 1.
-        assign_labels: "discretize" or "cluster_qr".
-        random_state: seed of the eigensolver's start and of the rotation that `discretize` starts from.
-        device: where the eigenvectors are computed.
+        affinity: (N, N) floating-point tensor, dense or sparse, symmetric, entries >= 0; `affinity_matrix` makes one.
+            The diagonal is not used.
+        n_clusters: >= 1, or "auto".
+        assign_labels: "discretize", "cluster_qr" or "kmeans".
+        random_state: seed of the eigensolver's start, of the rotation that `discretize` starts from, and of k-means.
 
     Returns:
-        (N,) int64 labels 0..k-1, every one of them in use.
+        (N,) int64 labels 0..k-1, every one of them in use, on the device of `affinity`.
+
+    Raises:
+        TypeError, ValueError: the affinity is not as described, or n_clusters is below 1.
+        scipy.sparse.linalg.ArpackNoConvergence: the eigenvectors were not found, see `leading_eigenvectors`.
     """
-    degree = affinity.sum(axis=1)
-    n_tokens = len(degree)
-    if n_clusters >= n_tokens:
-        return np.arange(n_tokens, dtype=np.int64)
-    if n_clusters == 1:
-        return np.zeros(n_tokens, dtype=np.int64)
-    linked = np.flatnonzero(degree > 0)
-    if len(linked) < n_tokens:
-        labels = np.zeros(n_tokens, dtype=np.int64)
-        if len(linked):
-            labels[linked] = spectral_labels(
-                affinity[linked][:, linked],
-                n_clusters - 1,
-                assign_labels=assign_labels,
-                random_state=random_state,
-                device=device,
-            )
-            labels[degree == 0] = labels.max() + 1
+    if n_clusters != "auto" and n_clusters < 1:
+        raise ValueError(f'n_clusters must be >= 1 or "auto", got {n_clusters}')
+    graph, linked = _linked_graph(affinity)
+    n_tokens, n_linked = len(linked), graph.size
+    labels = torch.zeros(n_tokens, dtype=torch.int64, device=affinity.device)
+    if n_clusters != "auto" and n_clusters >= n_tokens:
+        return torch.arange(n_tokens, device=affinity.device)
+    n_remaining = n_clusters if n_clusters == "auto" or n_linked == n_tokens else n_clusters - 1
+    if n_linked == 0 or n_remaining == 0:
         return labels
-    n_parts, part = connected_components(affinity, directed=False)
-    if n_parts >= n_clusters:
-        return _deal_parts(np.bincount(part), n_clusters)[part]
-    random = check_random_state(random_state)
-    embedding = _embedding(affinity, part, n_clusters, random, torch.device(device))
-    labels = cluster_qr(embedding) if assign_labels == "cluster_qr" else discretize(embedding, random_state=random)
-    return np.unique(labels, return_inverse=True)[1].astype(np.int64).reshape(-1)
+    found = _linked_labels(graph, n_remaining, assign_labels, check_random_state(random_state))
+    used, found = np.unique(found, return_inverse=True)
+    labels[~linked] = len(used)
+    labels[linked] = torch.from_numpy(found.astype(np.int64)).to(labels.device)
+    return labels
+
+
+def _linked_graph(affinity: Tensor) -> tuple[SparseMatrix, Tensor]:
+    """Check the affinity; the affinities of the tokens that have any, and (N,) which tokens these are."""
+    if affinity.ndim != 2 or affinity.shape[0] != affinity.shape[1]:
+        raise ValueError(f"affinity must be a square matrix, got shape {tuple(affinity.shape)}")
+    if not affinity.is_floating_point():
+        raise TypeError(f"affinity must be of a floating-point type, got {affinity.dtype}")
+    matrix = affinity.detach().to_sparse_coo().coalesce()
+    values = matrix.values().double()
+    if not (torch.isfinite(values) & (values >= 0)).all():
+        raise ValueError("affinity must hold finite values >= 0, got NaN, infinite or negative ones")
+    rows, columns = matrix.indices()
+    kept = (values > 0) & (rows != columns)
+    rows, columns, values = rows[kept], columns[kept], values[kept]
+    if not _is_symmetric(rows, columns, values, len(affinity)):
+        raise ValueError("affinity must be symmetric, A == A.T; give A + A.T, or (A + A.T) / 2")
+    linked = torch.zeros(len(affinity), dtype=torch.bool, device=values.device)
+    linked[rows] = True
+    number = linked.cumsum(0) - 1
+    rows, columns = number[rows], number[columns]
+    offsets = torch.searchsorted(rows, torch.arange(int(linked.sum()) + 1, device=rows.device))
+    return SparseMatrix(rows, columns, offsets, values), linked
+
+
+def _is_symmetric(rows: Tensor, columns: Tensor, values: Tensor, n_tokens: int) -> bool:
+    """Whether A x = A'x for a random x, which only a symmetric matrix passes (Freivalds, 1979)."""
+    x = torch.from_numpy(np.random.default_rng(0).uniform(1, 2, n_tokens)).to(values.device)
+    forward = torch.zeros_like(x).index_add_(0, rows, values * x[columns])
+    backward = torch.zeros_like(x).index_add_(0, columns, values * x[rows])
+    return bool(((forward - backward).abs() <= ASYMMETRY * (forward + backward)).all())
+
+
+def _linked_labels(
+    graph: SparseMatrix,
+    n_clusters: int | Literal["auto"],
+    assign_labels: AssignLabels,
+    random: np.random.RandomState,
+) -> np.ndarray:
+    """(N,) labels of N >= 2 tokens that all have an affinity; some clusters may be empty."""
+    if n_clusters != "auto" and n_clusters >= graph.size:
+        return np.arange(graph.size)
+    part = _parts(graph)
+    n_parts = int(part.max()) + 1
+    n_found = min(MAX_AUTO_CLUSTERS, graph.size - 1) if n_clusters == "auto" else n_clusters
+    embedding = np.empty((0, 0))
+    if n_parts < n_found:
+        # "auto" needs one eigenvalue more than clusters, for the gap behind the last one.
+        values, embedding = _embedding(graph, part, n_found + (n_clusters == "auto"), random)
+        if n_clusters == "auto":
+            gaps = values[1:-1] - values[2:]
+            n_found = int(gaps.round(EQUAL_GAPS).argmax()) + 2
+    if n_parts >= n_found:
+        sizes = torch.bincount(part).cpu().numpy()
+        return _deal_parts(sizes, n_found)[part.cpu().numpy()]
+    return _assign(embedding[:, :n_found], assign_labels, random)
+
+
+def _parts(graph: SparseMatrix) -> Tensor:
+    """(N,) connected part of each token, 0, 1, ... by their first tokens.
+
+    Hooking and pointer jumping (Shiloach and Vishkin, 1982): the token that gives a tree its label takes the smallest
+    label next to the tree, then every token its label's label, until nothing changes.
+    """
+    label = torch.arange(graph.size, device=graph.values.device)
+    while True:
+        lower = label.scatter_reduce(0, label[graph.rows], label[graph.columns], "amin")
+        lower = lower[lower]
+        if torch.equal(lower, label):
+            return label.unique(return_inverse=True)[1]
+        label = lower
 
 
 def _deal_parts(sizes: np.ndarray, n_clusters: int) -> np.ndarray:
@@ -105,68 +174,32 @@ def _deal_parts(sizes: np.ndarray, n_clusters: int) -> np.ndarray:
 
 
 def _embedding(
-    affinity: scipy.sparse.csr_array,
-    part: np.ndarray,
-    n_clusters: int,
-    random: np.random.RandomState,
-    device: torch.device,
-) -> np.ndarray:
-    """(N, n_clusters) leading eigenvectors of the normalised affinity, divided by the root of the degree.
+    graph: SparseMatrix, part: Tensor, n_vectors: int, random: np.random.RandomState
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n_vectors,) leading eigenvalues of the normalised affinity, and (N, n_vectors) eigenvectors over root degree.
 
     Eigenvalue 1 has one eigenvector per connected part, known in closed form; an iterative solver would return an
-    arbitrary basis of them. They are projected out, and only the others are computed.
+    arbitrary basis of them. Only the others are computed.
     """
-    n_tokens = len(part)
-    root = np.sqrt(affinity.sum(axis=1))
-    normalised = affinity.multiply(1 / root).multiply(1 / root[:, None]).tocsr()
-    known = np.zeros((n_tokens, part.max() + 1))
-    known[np.arange(n_tokens), part] = root
-    known /= np.linalg.norm(known, axis=0)
-    count = n_clusters - known.shape[1]
-    start = random.uniform(-1, 1, n_tokens)
-    others = _other_eigenvectors(normalised, known, count, start, device) if count else np.empty((n_tokens, 0))
-    largest = np.abs(others).argmax(axis=0)
-    others *= np.sign(others[largest, np.arange(count)])
-    return np.hstack([known, others]) / root[:, None]
+    root = graph.product(torch.ones(graph.size, dtype=graph.values.dtype, device=graph.values.device)).sqrt()
+    values = graph.values / root[graph.rows] / root[graph.columns]
+    known = torch.zeros(graph.size, int(part.max()) + 1, dtype=root.dtype, device=root.device)
+    known.scatter_(1, part[:, None], root[:, None])
+    known /= known.norm(dim=0)
+    start = torch.from_numpy(random.uniform(-1, 1, graph.size)).to(root.device)
+    others, vectors = leading_eigenvectors(replace(graph, values=values), n_vectors - known.shape[1], known, start)
+    eigenvalues = np.concatenate([np.ones(known.shape[1]), others.cpu().numpy()])
+    return eigenvalues, (torch.cat([known, vectors], 1) / root[:, None]).cpu().numpy()
 
 
-def _other_eigenvectors(
-    normalised: scipy.sparse.csr_array, known: np.ndarray, count: int, start: np.ndarray, device: torch.device
-) -> np.ndarray:
-    if device.type == "cuda":
+def _assign(embedding: np.ndarray, assign_labels: AssignLabels, random: np.random.RandomState) -> np.ndarray:
+    """(N,) labels from an (N, n_clusters) embedding."""
+    if assign_labels == "kmeans":
+        directions = embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
+        return KMeans(embedding.shape[1], n_init=10, random_state=random).fit_predict(directions)  # pyright: ignore[reportArgumentType]
+    if assign_labels == "discretize":
         try:
-            import cupy  # pyright: ignore[reportMissingImports]
-            import cupyx.scipy.sparse  # pyright: ignore[reportMissingImports]
-            import cupyx.scipy.sparse.linalg  # pyright: ignore[reportMissingImports]
-
-            with cupy.cuda.Device(device.index or 0):
-                vectors = _eigenvectors(normalised, known, count, start, cupy, cupyx.scipy.sparse)
-                return cupy.asnumpy(vectors)
-        except ImportError:
-            pass
-        except Exception as error:  # CUDA, compiler and memory errors have no common base in CuPy
-            warnings.warn(f"CuPy failed, SciPy computes the eigenvectors on the CPU: {error}", stacklevel=2)
-    return _eigenvectors(normalised, known, count, start, np, scipy.sparse)
-
-
-def _eigenvectors(
-    normalised: scipy.sparse.csr_array, known: np.ndarray, count: int, start: np.ndarray, xp: Any, sparse: Any
-) -> Any:
-    """(N, count) eigenvectors of the largest eigenvalues apart from `known`; the same calls for NumPy and CuPy."""
-    matrix = sparse.csr_matrix(
-        (xp.asarray(normalised.data), xp.asarray(normalised.indices), xp.asarray(normalised.indptr)),
-        shape=normalised.shape,
-    )
-    known = xp.asarray(known)
-
-    # Shifted by 1 all eigenvalues are >= 0, so that the projected ones, now 0, cannot come out on top.
-    def shifted(x: Any) -> Any:
-        return matrix @ x + x - 2 * (known @ (known.T @ x))
-
-    n_tokens = len(known)
-    if n_tokens <= DENSE_TOKENS:
-        values, vectors = xp.linalg.eigh(shifted(xp.eye(n_tokens)))
-    else:
-        operator = sparse.linalg.LinearOperator(matrix.shape, matvec=shifted, dtype=matrix.dtype)
-        values, vectors = sparse.linalg.eigsh(operator, k=count, which="LA", v0=xp.asarray(start))
-    return vectors[:, xp.argsort(-values)[:count]]
+            return discretize(embedding, n_iter_max=DISCRETIZE_ITERATIONS, random_state=random)
+        except np.linalg.LinAlgError as error:
+            warnings.warn(f"discretize failed ({error}), cluster_qr assigns the labels", stacklevel=2)
+    return cluster_qr(embedding)

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from ..anchor.config import VideoAnchorConfig
-from ..anchor.memory import check_dense_memory
+from ..anchor.memory import plan_block
 from ..anchor.problem import NonFiniteTokensError
 from ..anchor.scores import AnchorResult
 from ..anchor.solver import Progress
@@ -148,7 +148,7 @@ def check_fits(
         n_features = model.config.get_text_config().hidden_size
         rank = min(n_features if config.pca_rank is None else config.pca_rank, n_features, grid.n_tokens)
         try:
-            check_dense_memory(grid.n_tokens, rank, torch.float32, model.device)
+            plan_block(grid.n_tokens, rank, torch.float32, model.device, config.algorithm, config.memory_budget)
         except MemoryError as error:
             raise InputError(f"{error} (--max-frames below {n_frames})") from error
 

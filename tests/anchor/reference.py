@@ -42,6 +42,23 @@ def textbook_admm(
     return C
 
 
+def textbook_differences(Y: np.ndarray, lambda_e: float, lambda_z: float, n_iter: int) -> np.ndarray:
+    """(n_iter,) largest absolute row sum of A - C after each of the authors' affine iterations."""
+    n_tokens = Y.shape[1]
+    ones, differences = np.ones((n_tokens, n_tokens)), np.empty(n_iter)
+    system = lambda_z * Y.T @ Y + 300 * np.eye(n_tokens) + 300 * ones
+    C, E, multiplier, sum_multiplier = np.zeros_like(ones), np.zeros_like(Y), np.zeros_like(ones), np.zeros(n_tokens)
+    for n in range(n_iter):
+        A = np.linalg.solve(system, lambda_z * Y.T @ (Y - E) + 300 * (C + ones) - multiplier - sum_multiplier)
+        C = shrink(A + multiplier / 300, 1 / 300)
+        np.fill_diagonal(C, 0)
+        E = shrink(Y - Y @ A, lambda_e / lambda_z)
+        multiplier += 300 * (A - C)
+        sum_multiplier += 300 * (A.sum(0) - 1)
+        differences[n] = np.abs(A - C).sum(1).max()
+    return differences
+
+
 def objective(Y: np.ndarray, C: np.ndarray, lambda_e: float, lambda_z: float) -> np.ndarray:
     """(N,) objective of each token, at the best error for its coefficients."""
     residual = Y - Y @ C

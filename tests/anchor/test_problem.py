@@ -103,10 +103,35 @@ def test_numpy_tokens():
     assert np.array_equal(as_tokens(tokens.astype(">f8")).numpy(), tokens)
 
 
+class ForeignArray:
+    """What CuPy's arrays and torch have in common: DLPack, and nothing else."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **options):
+        return self.tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_tokens_of_another_library_stay_where_they_are(dtype, device):
+    tokens = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).to(device, dtype).T
+    found = as_tokens(ForeignArray(tokens))
+    assert found.device == tokens.device
+    assert torch.equal(found, as_tokens(tokens))
+    assert (found.data_ptr() == tokens.data_ptr()) == (dtype != torch.float16)
+
+
 @pytest.mark.parametrize(
     ("tokens", "error", "message"),
     [
-        ([[1.0]], TypeError, "X must be a torch tensor or a numpy array, got list"),
+        (ForeignArray(torch.ones(2, 2).int()), TypeError, "floating-point type, got torch.int32"),
+        (ForeignArray(torch.full((2, 2), torch.nan)), ValueError, "got 4 NaN"),
+        ([[1.0]], TypeError, "X must be a torch tensor, a numpy array or another DLPack array, got list"),
         (torch.ones(2, 2, dtype=torch.int64), TypeError, "floating-point type, got torch.int64"),
         (np.ones((2, 2), dtype=np.complex128), TypeError, "numpy array of complex128"),
         (torch.ones(3), ValueError, r"2-D, \(n_tokens, n_features\), got shape \(3,\)"),
@@ -115,7 +140,18 @@ def test_numpy_tokens():
         (torch.tensor([[1.0, 2.0], [3.0, torch.nan], [torch.inf, 0.0]]), ValueError, "got 2 NaN.* token 1, feature 1"),
         (torch.tensor([[1e5]]).half(), ValueError, "got 1 NaN or infinite"),
     ],
-    ids=["list", "integer", "complex", "1-D", "3-D", "no-features", "nan", "half-overflow"],
+    ids=[
+        "foreign-integer",
+        "foreign-nan",
+        "list",
+        "integer",
+        "complex",
+        "1-D",
+        "3-D",
+        "no-features",
+        "nan",
+        "half-overflow",
+    ],
 )
 def test_bad_tokens_are_refused(tokens, error, message):
     with pytest.raises(error, match=message):

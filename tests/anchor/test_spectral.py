@@ -1,58 +1,93 @@
-import sys
-import types
-from contextlib import nullcontext
-
 import numpy as np
 import pytest
 import scipy.sparse
 import torch
+from scipy.sparse.csgraph import connected_components
 from sklearn.cluster import SpectralClustering
 from sklearn.cluster._spectral import cluster_qr
 from sklearn.metrics import adjusted_rand_score
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from videoanchor_triton.anchor import spectral
-from videoanchor_triton.anchor.spectral import affinity_matrix, sparse_coefficients, spectral_labels
+from videoanchor_triton.anchor.affinity import affinity_matrix
+from videoanchor_triton.anchor.spectral import spectral_labels
+
+from .tokens import DEVICES
 
 SIZES = pytest.mark.parametrize("n_tokens", [90, 600], ids=["dense", "iterative"])
-ASSIGN = pytest.mark.parametrize("assign_labels", ["discretize", "cluster_qr"])
+ASSIGN = pytest.mark.parametrize("assign_labels", ["discretize", "cluster_qr", "kmeans"])
 
 
-def block_graph(truth: np.ndarray, across: float, seed: int = 0) -> scipy.sparse.csr_array:
+def block_graph(truth: np.ndarray, across: float, seed: int = 0) -> Tensor:
     """Random symmetric affinities, near 1 inside a group and up to `across` between groups."""
     random = np.random.default_rng(seed)
     same = truth[:, None] == truth[None, :]
     weights = np.where(same, random.uniform(0.5, 1, same.shape), random.uniform(0, across, same.shape))
     np.fill_diagonal(weights, 0)
-    return scipy.sparse.csr_array(weights + weights.T)
+    return torch.from_numpy(weights + weights.T)
 
 
 def groups(n_tokens: int, n_groups: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).permutation(np.arange(n_tokens) % n_groups)
 
 
-def ring(n_tokens: int) -> scipy.sparse.csr_array:
+def ring(n_tokens: int) -> Tensor:
     """A cycle: all eigenvalues but one or two come in pairs."""
-    forward = scipy.sparse.csr_array(np.roll(np.eye(n_tokens), 1, axis=1))
-    return (forward + forward.T).tocsr()
+    forward = torch.eye(n_tokens).roll(1, 1)
+    return forward + forward.T
 
 
-def test_coefficients_become_sparse_and_the_affinity_symmetric():
-    coef = torch.tensor([[0.0, 0.5, 0.0], [-2.0, 0.0, 0.0], [3.0, 0.0, 0.0]])
-    sparse = sparse_coefficients(coef)
-    assert sparse.nnz == 3
-    np.testing.assert_array_equal(sparse.toarray(), coef.numpy())
-    np.testing.assert_array_equal(affinity_matrix(sparse).toarray(), [[0, 2.5, 3], [2.5, 0, 0], [3, 0, 0]])
-    assert sparse_coefficients(torch.zeros(0, 0)).shape == (0, 0)
+def complete(n_tokens: int) -> Tensor:
+    return torch.ones(n_tokens, n_tokens) - torch.eye(n_tokens)
+
+
+def labels_of(affinity: Tensor, n_clusters, **options) -> np.ndarray:
+    labels = spectral_labels(affinity, n_clusters, **options)
+    assert (labels.dtype, labels.device, labels.shape) == (torch.int64, affinity.device, affinity.shape[:1])
+    assert torch.equal(labels.unique(), torch.arange(len(labels.unique()), device=labels.device))
+    return labels.cpu().numpy()
+
+
+def embedding_of(affinity: Tensor, n_vectors: int) -> tuple[np.ndarray, np.ndarray]:
+    graph, linked = spectral._linked_graph(affinity)
+    assert linked.all()
+    return spectral._embedding(graph, spectral._parts(graph), n_vectors, np.random.RandomState(0))
+
+
+class Calls(TorchDispatchMode):
+    """How often an operation is called inside the block."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.count = name, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += self.name in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made inside the block."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+                self.elements = max(self.elements, leaf.numel())
+        return result
 
 
 @SIZES
 @ASSIGN
 @pytest.mark.parametrize("across", [0.0, 0.02], ids=["disconnected", "connected"])
-def test_finds_the_groups(n_tokens, assign_labels, across):
+@pytest.mark.parametrize("device", DEVICES)
+def test_finds_the_groups(n_tokens, assign_labels, across, device):
     truth = groups(n_tokens, 5)
-    labels = spectral_labels(block_graph(truth, across), 5, assign_labels=assign_labels)
-    assert labels.dtype == np.int64
-    assert set(labels) == set(range(5))
+    labels = labels_of(block_graph(truth, across).to(device), 5, assign_labels=assign_labels)
     assert adjusted_rand_score(truth, labels) == 1.0
 
 
@@ -60,152 +95,259 @@ def test_finds_the_groups(n_tokens, assign_labels, across):
 @ASSIGN
 def test_cuts_inside_the_parts_of_a_disconnected_graph(n_tokens, assign_labels):
     truth = groups(n_tokens, 6)
-    graph = block_graph(truth, 0.02).toarray() * (truth[:, None] // 3 == truth[None, :] // 3)
-    labels = spectral_labels(scipy.sparse.csr_array(graph), 6, assign_labels=assign_labels)
-    assert adjusted_rand_score(truth, labels) == 1.0
+    graph = block_graph(truth, 0.02) * torch.from_numpy(truth[:, None] // 3 == truth[None, :] // 3)
+    assert adjusted_rand_score(truth, labels_of(graph, 6, assign_labels=assign_labels)) == 1.0
 
 
-def test_agrees_with_scikit_learn():
+@ASSIGN
+def test_agrees_with_scikit_learn(assign_labels):
     graph = block_graph(groups(200, 4), 0.4)
-    theirs = SpectralClustering(4, affinity="precomputed", assign_labels="discretize", random_state=0)
-    assert adjusted_rand_score(theirs.fit_predict(graph), spectral_labels(graph, 4)) == 1.0
+    theirs = SpectralClustering(4, affinity="precomputed", assign_labels=assign_labels, random_state=0)
+    labels = labels_of(graph, 4, assign_labels=assign_labels)
+    assert adjusted_rand_score(theirs.fit_predict(graph.numpy()), labels) == 1.0
 
 
 @SIZES
 def test_eigenvectors_lead(n_tokens):
     graph = block_graph(groups(n_tokens, 3), 0.9)
-    root = np.sqrt(graph.sum(axis=1))
-    part = np.zeros(n_tokens, dtype=int)
-    found = spectral._embedding(graph, part, 6, np.random.RandomState(0), torch.device("cpu")) * root[:, None]
-    values, vectors = np.linalg.eigh(graph.toarray() / root[:, None] / root)
+    root = graph.numpy().sum(axis=1) ** 0.5
+    eigenvalues, found = embedding_of(graph, 6)
+    found = found * root[:, None]
+    normalised = graph.numpy() / root[:, None] / root
+    values, vectors = np.linalg.eigh(normalised)
     np.testing.assert_allclose(found.T @ found, np.eye(6), atol=1e-9)
     np.testing.assert_allclose(np.linalg.norm(vectors[:, -6:].T @ found, axis=0), 1, atol=1e-9)
-    np.testing.assert_allclose(np.diag(found.T @ (graph.toarray() / root[:, None] / root) @ found), values[:-7:-1])
+    np.testing.assert_allclose(np.diag(found.T @ normalised @ found), values[:-7:-1])
+    np.testing.assert_allclose(eigenvalues, values[:-7:-1])
 
 
 def test_eigenvectors_are_orthogonal_where_only_one_eigenvalue_is_positive():
-    graph = scipy.sparse.csr_array(np.ones((20, 20)) - np.eye(20))
-    found = spectral._embedding(graph, np.zeros(20, dtype=int), 4, np.random.RandomState(0), torch.device("cpu"))
+    _, found = embedding_of(complete(20), 4)
     np.testing.assert_allclose(found.T @ found * 19, np.eye(4), atol=1e-9)
 
 
 def test_labels_are_assigned_as_asked():
     graph = block_graph(groups(90, 4), 1.0)
-    embedding = spectral._embedding(graph, np.zeros(90, dtype=int), 8, np.random.RandomState(0), torch.device("cpu"))
-    by_qr = spectral_labels(graph, 8, assign_labels="cluster_qr")
-    assert adjusted_rand_score(cluster_qr(embedding), by_qr) == 1.0
-    assert adjusted_rand_score(spectral_labels(graph, 8), by_qr) < 1.0
+    by_qr = labels_of(graph, 8, assign_labels="cluster_qr")
+    assert adjusted_rand_score(cluster_qr(embedding_of(graph, 8)[1]), by_qr) == 1.0
+    assert adjusted_rand_score(labels_of(graph, 8), by_qr) < 1.0
+    assert adjusted_rand_score(labels_of(graph, 8, assign_labels="kmeans"), by_qr) < 1.0
+    by_qr_again = labels_of(graph, 8, assign_labels="cluster_qr", random_state=1)
+    np.testing.assert_array_equal(by_qr, by_qr_again)
+
+
+def test_kmeans_sees_directions_not_lengths():
+    directions = np.repeat(np.eye(3), 20, axis=0) + 0.1
+    lengths = np.random.default_rng(0).uniform(0.01, 100, (60, 1))
+    labels = spectral._assign(directions * lengths, "kmeans", np.random.RandomState(0))
+    assert adjusted_rand_score(np.repeat(np.arange(3), 20), labels) == 1.0
+
+
+def test_discretize_searches_until_it_converges(monkeypatch):
+    random = np.random.default_rng(0)
+    graph = torch.from_numpy(random.random((600, 600)) * (random.random((600, 600)) < 0.05))
+    graph = graph + graph.T
+    labels = labels_of(graph, 16)
+    monkeypatch.setattr(spectral, "DISCRETIZE_ITERATIONS", 10_000)
+    np.testing.assert_array_equal(labels_of(graph, 16), labels)
+    monkeypatch.setattr(spectral, "DISCRETIZE_ITERATIONS", 20)
+    assert adjusted_rand_score(labels_of(graph, 16), labels) < 0.99
+
+
+def test_cluster_qr_takes_over_from_a_discretize_that_fails(monkeypatch):
+    def fail(*_args, **_options):
+        raise np.linalg.LinAlgError("SVD did not converge")
+
+    graph = block_graph(groups(90, 4), 1.0)
+    monkeypatch.setattr(spectral, "discretize", fail)
+    with pytest.warns(UserWarning, match=r"discretize failed \(SVD did not converge\), cluster_qr") as caught:
+        labels = labels_of(graph, 8)
+    assert len(caught) == 1
+    np.testing.assert_array_equal(labels, labels_of(graph, 8, assign_labels="cluster_qr"))
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 5])
 @pytest.mark.parametrize("n_clusters", [5, 24])
 def test_enough_clusters_for_all(n_tokens, n_clusters):
-    np.testing.assert_array_equal(spectral_labels(ring(n_tokens), n_clusters), np.arange(n_tokens))
+    np.testing.assert_array_equal(labels_of(complete(n_tokens), n_clusters), np.arange(n_tokens))
+
+
+@pytest.mark.parametrize("n_clusters", [1, 24, "auto"])
+def test_no_tokens(n_clusters):
+    assert labels_of(torch.zeros(0, 0), n_clusters).shape == (0,)
 
 
 def test_one_cluster():
-    np.testing.assert_array_equal(spectral_labels(ring(7), 1), np.zeros(7))
+    np.testing.assert_array_equal(labels_of(ring(7), 1), np.zeros(7))
+    np.testing.assert_array_equal(labels_of(torch.block_diag(ring(7), torch.zeros(2, 2)), 1), np.zeros(9))
 
 
 @SIZES
-def test_tokens_without_affinity_share_a_cluster(n_tokens):
+@ASSIGN
+def test_tokens_without_affinity_share_a_cluster(n_tokens, assign_labels):
     truth = groups(n_tokens, 4)
-    graph = block_graph(truth, 0.02).toarray()
-    graph[truth == 3] = graph[:, truth == 3] = 0
-    labels = spectral_labels(scipy.sparse.csr_array(graph), 4)
+    graph = block_graph(truth, 0.02)
+    graph[truth == 3] = 0
+    graph[:, truth == 3] = 0
+    labels = labels_of(graph, 4, assign_labels=assign_labels)
     assert adjusted_rand_score(truth, labels) == 1.0
-    assert set(labels) == set(range(4))
+    assert set(labels[truth == 3]) == {3}
 
 
 def test_no_affinity_at_all_is_one_cluster():
-    np.testing.assert_array_equal(spectral_labels(scipy.sparse.csr_array((9, 9)), 4), np.zeros(9))
+    np.testing.assert_array_equal(labels_of(torch.zeros(9, 9), 4), np.zeros(9))
+    np.testing.assert_array_equal(labels_of(torch.eye(9), 4), np.zeros(9))
+
+
+def test_two_clusters_part_the_tokens_without_affinity():
+    graph = torch.block_diag(complete(4), torch.zeros(3, 3), complete(2))
+    np.testing.assert_array_equal(labels_of(graph, 2), [0, 0, 0, 0, 1, 1, 1, 0, 0])
+
+
+def test_fewer_tokens_with_affinity_than_clusters():
+    graph = torch.block_diag(complete(3), torch.zeros(7, 7))
+    np.testing.assert_array_equal(labels_of(graph, 5), [0, 1, 2] + [3] * 7)
+
+
+def test_clusters_that_no_token_was_assigned_to_are_dropped(monkeypatch):
+    monkeypatch.setattr(spectral, "_assign", lambda *_arguments: np.array([3, 1, 1, 7, 3]))
+    np.testing.assert_array_equal(labels_of(torch.block_diag(complete(5), torch.zeros(1, 1)), 5), [1, 0, 0, 2, 1, 3])
 
 
 def test_whole_parts_are_dealt_evenly():
     sizes = [2, 9, 3, 4, 2, 2]
-    graph = scipy.sparse.block_diag([np.ones((size, size)) - np.eye(size) for size in sizes], format="csr")
-    labels = spectral_labels(scipy.sparse.csr_array(graph), 3)
+    labels = labels_of(torch.block_diag(*map(complete, sizes)), 3)
     part = np.repeat(np.arange(6), sizes)
-    cluster_of = [set(labels[part == index]) for index in range(6)]
-    assert cluster_of == [{2}, {0}, {2}, {1}, {1}, {2}]
+    assert [set(labels[part == index]) for index in range(6)] == [{2}, {0}, {2}, {1}, {1}, {2}]
     assert np.bincount(labels).tolist() == [9, 6, 7]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_parts_are_those_of_scipy(seed):
+    random = np.random.default_rng(seed)
+    one, other = random.integers(0, 500, (2, 230))
+    graph = torch.zeros(500, 500)
+    graph[one, other] = 1
+    graph = graph + graph.T
+    found, linked = spectral._linked_graph(graph)
+    expected = connected_components(scipy.sparse.csr_array(graph[linked][:, linked].numpy()), directed=False)[1]
+    np.testing.assert_array_equal(spectral._parts(found).numpy(), expected)
+
+
+def test_parts_of_long_chains():
+    order = np.random.default_rng(0).permutation(4000)
+    for number in (np.arange(4000), np.arange(4000)[::-1], order):
+        chain = torch.from_numpy(np.stack([number[:-1], number[1:]]))
+        pairs = torch.cat([chain, chain.flip(0)], 1)
+        affinity = torch.sparse_coo_tensor(pairs, torch.ones(7998), (4000, 4000), check_invariants=False)
+        graph, _ = spectral._linked_graph(affinity)
+        with Calls("scatter_reduce") as rounds:
+            assert not spectral._parts(graph).any()
+        assert rounds.count < 30
 
 
 @pytest.mark.parametrize(
     "graph",
-    [
-        ring(90),
-        ring(600),
-        scipy.sparse.csr_array(scipy.sparse.block_diag([ring(300), ring(300)])),
-        scipy.sparse.csr_array(np.ones((600, 600)) - np.eye(600)),
-        scipy.sparse.csr_array(np.ones((20, 20)) - np.eye(20)),
-    ],
+    [ring(90), ring(600), torch.block_diag(ring(300), ring(300)), complete(600), complete(20)],
     ids=["ring-dense", "ring", "two-rings", "complete", "complete-dense"],
 )
-@ASSIGN
+@pytest.mark.parametrize("assign_labels", ["discretize", "cluster_qr"])
 def test_repeated_eigenvalues_are_reproducible(graph, assign_labels):
-    first, second = (spectral_labels(graph, 6, assign_labels=assign_labels, random_state=3) for _ in range(2))
+    first, second = (labels_of(graph, 6, assign_labels=assign_labels, random_state=3) for _ in range(2))
     np.testing.assert_array_equal(first, second)
-    assert set(first) == set(range(first.max() + 1))
     assert first.max() < 6
 
 
+@ASSIGN
+@pytest.mark.parametrize("device", DEVICES)
+def test_labels_and_eigenvectors_repeat_to_the_bit(assign_labels, device):
+    graph = block_graph(groups(700, 4), 0.95).to(device)
+    first, second = (labels_of(graph, 9, assign_labels=assign_labels, random_state=5) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    if device == "cpu":
+        np.testing.assert_array_equal(embedding_of(graph, 9)[1], embedding_of(graph, 9)[1])
+
+
+def test_the_seed_matters_and_may_be_a_generator():
+    graph = block_graph(groups(600, 4), 1.0)
+    first, second = (labels_of(graph, 12, random_state=np.random.RandomState(1)) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert adjusted_rand_score(labels_of(graph, 12, random_state=2), first) < 1.0
+
+
 def test_a_ring_is_cut_into_arcs():
-    labels = spectral_labels(ring(600), 6)
+    labels = labels_of(ring(600), 6)
     assert (labels != np.roll(labels, 1)).sum() == 6
     assert np.bincount(labels).min() > 60
 
 
-def test_random_state_may_be_a_generator():
-    graph = block_graph(groups(600, 4), 0.9)
-    first, second = (spectral_labels(graph, 4, random_state=np.random.RandomState(1)) for _ in range(2))
-    np.testing.assert_array_equal(first, second)
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_any_layout(layout, dtype):
+    graph = block_graph(groups(90, 4), 0.9).float().to(dtype)
+    np.testing.assert_array_equal(labels_of(graph.to_sparse(layout=layout), 6), labels_of(graph, 6))
 
 
-def fake_cupy(monkeypatch, device_error: Exception | None = None) -> list[object]:
-    """NumPy and SciPy under CuPy's names; returns the list of devices that were entered."""
-    entered = []
-
-    def device(index: int) -> nullcontext:
-        entered.append(index)
-        if device_error is not None:
-            raise device_error
-        return nullcontext()
-
-    cupy = types.ModuleType("cupy")
-    cupy.__dict__.update(
-        asarray=np.asarray,
-        asnumpy=np.asarray,
-        eye=np.eye,
-        argsort=np.argsort,
-        linalg=np.linalg,
-        cuda=types.SimpleNamespace(Device=device),
-    )
-    cupyx = types.ModuleType("cupyx")
-    cupyx.__dict__["scipy"] = scipy
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setitem(sys.modules, "cupyx", cupyx)
-    monkeypatch.setitem(sys.modules, "cupyx.scipy", scipy)
-    monkeypatch.setitem(sys.modules, "cupyx.scipy.sparse", scipy.sparse)
-    monkeypatch.setitem(sys.modules, "cupyx.scipy.sparse.linalg", scipy.sparse.linalg)
-    return entered
-
-
+@pytest.mark.parametrize("n_groups", [2, 3, 7])
+@pytest.mark.parametrize("across", [0.0, 0.3], ids=["disconnected", "connected"])
 @SIZES
-def test_cuda_enters_the_same_device_in_cupy(n_tokens, monkeypatch):
-    graph = block_graph(groups(n_tokens, 4), 0.5)
-    expected = spectral_labels(graph, 4)
-    entered = fake_cupy(monkeypatch)
-    np.testing.assert_array_equal(spectral_labels(graph, 4, device="cuda:3"), expected)
-    assert entered == [3]
+def test_auto_counts_the_groups(n_tokens, across, n_groups):
+    truth = groups(n_tokens, n_groups)
+    labels = labels_of(block_graph(truth, across), "auto")
+    assert adjusted_rand_score(truth, labels) == 1.0
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, MemoryError, Exception])
-def test_cuda_without_a_working_cupy_uses_scipy(monkeypatch, kind):
-    graph = block_graph(groups(600, 4), 0.5)
-    expected = spectral_labels(graph, 4)
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    np.testing.assert_array_equal(spectral_labels(graph, 4, device="cuda"), expected)
-    fake_cupy(monkeypatch, kind("CUDADriverError"))
-    with pytest.warns(UserWarning, match="CuPy failed, SciPy computes .* CUDADriverError"):
-        np.testing.assert_array_equal(spectral_labels(graph, 4, device="cuda"), expected)
+def test_auto_counts_groups_inside_parts_and_tokens_without_affinity():
+    truth = groups(120, 6)
+    graph = block_graph(truth, 0.1) * torch.from_numpy(truth[:, None] // 2 == truth[None, :] // 2)
+    assert adjusted_rand_score(truth, labels_of(graph, "auto")) == 1.0
+    lonely = labels_of(torch.block_diag(graph, torch.zeros(5, 5)), "auto")
+    assert adjusted_rand_score(np.append(truth, [6] * 5), lonely) == 1.0
+
+
+def test_auto_deals_more_parts_than_its_maximum(monkeypatch):
+    graph = torch.block_diag(*[complete(3)] * 9)
+    assert labels_of(graph, "auto").max() == 8
+    monkeypatch.setattr(spectral, "MAX_AUTO_CLUSTERS", 4)
+    assert np.bincount(labels_of(graph, "auto")).tolist() == [9, 6, 6, 6]
+    monkeypatch.setattr(spectral, "MAX_AUTO_CLUSTERS", 9)
+    assert labels_of(graph, "auto").max() == 8
+
+
+@pytest.mark.parametrize(("n_tokens", "n_clusters"), [(1, 1), (2, 1), (3, 2), (5, 2)])
+def test_auto_of_few_tokens_without_structure(n_tokens, n_clusters):
+    assert labels_of(complete(n_tokens), "auto").max() + 1 == n_clusters
+
+
+@pytest.mark.parametrize(
+    ("affinity", "n_clusters", "error", "message"),
+    [
+        (torch.ones(3, 4), 2, ValueError, r"square matrix, got shape \(3, 4\)"),
+        (torch.ones(3), 2, ValueError, r"square matrix, got shape \(3,\)"),
+        (torch.ones(3, 3, dtype=torch.int64), 2, TypeError, "floating-point type, got torch.int64"),
+        (torch.full((3, 3), torch.nan), 2, ValueError, "finite values >= 0, got NaN"),
+        (torch.full((3, 3), torch.inf), 2, ValueError, "finite values >= 0"),
+        (-complete(3), 2, ValueError, "finite values >= 0"),
+        (torch.eye(5).roll(1, 1), 2, ValueError, "must be symmetric"),
+        (complete(5) + 1e-4 * torch.eye(5).roll(1, 1), 2, ValueError, "must be symmetric"),
+        (complete(5), 0, ValueError, 'n_clusters must be >= 1 or "auto", got 0'),
+    ],
+    ids=["not-square", "1-D", "integer", "nan", "inf", "negative", "directed", "hardly-symmetric", "n_clusters"],
+)
+def test_bad_affinities_are_refused(affinity, n_clusters, error, message):
+    with pytest.raises(error, match=message):
+        spectral_labels(affinity, n_clusters)
+
+
+def test_no_array_is_larger_than_the_coefficients_or_the_eigenvectors():
+    n_tokens, k, n_clusters = 3000, 6, 12
+    truth = groups(n_tokens, n_clusters)
+    members = [np.flatnonzero(truth == group) for group in range(n_clusters)]
+    random = np.random.default_rng(0)
+    indices = torch.from_numpy(np.stack([random.choice(members[group], k) for group in truth]))
+    indices[::7, 0] = torch.from_numpy(random.integers(0, n_tokens, len(indices[::7])))
+    with LargestTensor() as largest:
+        labels = spectral_labels(affinity_matrix(indices, torch.ones(n_tokens, k)), n_clusters)
+    assert adjusted_rand_score(truth, labels.numpy()) > 0.9
+    assert largest.elements <= max(4 * n_tokens * k, n_tokens * n_clusters)

@@ -1,0 +1,71 @@
+"""The solver's sparse rows as matrices: coefficients W and the affinity |W| + |W|'."""
+
+import scipy.sparse
+import torch
+from torch import Tensor
+
+
+def coefficient_matrix(indices: Tensor, values: Tensor) -> scipy.sparse.csc_array:
+    """Coefficients W on the CPU: W[indices[j, m], j] = values[j, m], so that column j expresses token j.
+
+    Args:
+        indices: (N, k) integers in [0, N).
+        values: (N, k) floating-point; slots of value 0 are not used, whatever their index.
+
+    Returns:
+        (N, N) matrix of the precision of `values`, without stored zeros, indices sorted.
+
+    Raises:
+        TypeError, ValueError: the arguments are not as described, or a value is not finite.
+    """
+    from_token, to_token = _links(indices, values)
+    entries = (values[values != 0].cpu().numpy(), (from_token.cpu().numpy(), to_token.cpu().numpy()))
+    return scipy.sparse.coo_array(entries, shape=(len(values), len(values))).tocsc()
+
+
+def affinity_matrix(indices: Tensor, values: Tensor) -> Tensor:
+    """The affinity A = |W| + |W|' of the tokens that `coefficient_matrix` describes, on the device of `values`.
+
+    Memory grows with the number of coefficients. Run to run the result is the same to the bit, on CUDA as well: an
+    entry is the sum of at most two coefficients.
+
+    Returns:
+        (N, N) sparse tensor (COO, coalesced), float64, symmetric, entries > 0.
+
+    Raises:
+        TypeError, ValueError: as `coefficient_matrix`.
+    """
+    from_token, to_token = _links(indices, values)
+    weight = values[values != 0].abs().double()
+    pairs = torch.stack([torch.cat([from_token, to_token]), torch.cat([to_token, from_token])])
+    shape = (len(values), len(values))
+    return torch.sparse_coo_tensor(pairs, weight.repeat(2), shape, check_invariants=False).coalesce()
+
+
+def scipy_matrix(matrix: Tensor) -> scipy.sparse.csr_array:
+    """A copy of a coalesced sparse tensor on the CPU."""
+    rows, columns = matrix.indices().cpu().numpy()
+    return scipy.sparse.coo_array((matrix.values().cpu().numpy(), (rows, columns)), shape=tuple(matrix.shape)).tocsr()
+
+
+def _links(indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Both ends of every coefficient: the token that expresses, and the one that is expressed."""
+    if indices.ndim != 2 or indices.shape != values.shape:
+        raise ValueError(
+            f"indices and values must both have shape (n_tokens, k), got {tuple(indices.shape)} and "
+            f"{tuple(values.shape)}"
+        )
+    if indices.dtype not in (torch.int32, torch.int64) or not values.is_floating_point():
+        raise TypeError(
+            f"indices must be int32 or int64 and values floating-point, got {indices.dtype} and {values.dtype}"
+        )
+    if not torch.isfinite(values).all():
+        raise ValueError("values must be finite, got NaN or infinite coefficients")
+    used = values != 0
+    from_token = indices[used].long()
+    if from_token.numel() and not 0 <= int(from_token.min()) <= int(from_token.max()) < len(values):
+        raise ValueError(
+            f"indices must lie in [0, n_tokens={len(values)}), got values from {int(from_token.min())} to "
+            f"{int(from_token.max())}"
+        )
+    return from_token, used.nonzero()[:, 0]

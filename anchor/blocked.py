@@ -1,0 +1,108 @@
+"""The self-expression by blocks of tokens, and as one block the authors' own way."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .admm import Admm, Dictionary, Rows
+from .options import SolverOptions
+from .problem import Problem
+
+CHECK_EVERY = 20
+AUTHORS_RHO, AUTHORS_TOL = 300.0, 2e-4  # published
+
+
+def kept_coefficients(rank: int, n_atoms: int) -> int:
+    """Coefficients that are kept of a token, the largest; the reported gap is that of the kept ones.
+
+    One optimum has at most r + 1, but where there are many (duplicate tokens, a token among many neighbours in few
+    dimensions) ADMM finds one that spreads over all of them.
+    """
+    return min(n_atoms, max(2 * (rank + 1), 256))
+
+
+def solve_block(
+    problem: Problem,
+    dictionary: Dictionary,
+    targets: Tensor,
+    own: Tensor | None,
+    options: SolverOptions,
+    *,
+    keep: int | None = None,
+    start: Tensor | None = None,
+    done: Callable[[int], None] | None = None,
+) -> Rows:
+    """Iterate b tokens until each is within options.tol of its optimum; converged ones leave the iteration early.
+
+    Args:
+        problem: gives the error bound.
+        dictionary: atoms, shared or one set for each token.
+        targets: (b, r) weighted tokens, in the dictionary's dtype.
+        own: (b,) atom that is the token itself, None if none is.
+        options: tolerance and iterations.
+        keep: coefficients to keep of a token; None: see `kept_coefficients`.
+        start: (b, K) state to start from.
+        done: called with the number of tokens that have left since the last call.
+
+    Raises:
+        FloatingPointError: the iteration left the range of the dtype.
+    """
+    admm = Admm(dictionary, targets, own, error_bound=problem.error_bound, relaxation=options.relaxation, start=start)
+    k = keep or kept_coefficients(dictionary.rank, dictionary.factor.shape[-1])
+    found = Rows.empty(len(targets), k, targets.dtype, targets.device)
+    token = torch.arange(len(targets), device=targets.device)  # of each row that is still iterated
+    waiting = torch.ones_like(token, dtype=torch.bool)
+    n_iter = 0
+    while waiting.any():
+        for _ in range(min(CHECK_EVERY, options.max_iter - n_iter)):
+            admm.advance()
+            n_iter += 1
+        if not torch.isfinite(admm.step).all():
+            raise FloatingPointError(
+                f"the self-expression left the range of {targets.dtype} after {n_iter} iterations; use float64 "
+                f"tokens, or less extreme alpha_e={options.alpha_e}, alpha_z={options.alpha_z}, rho={dictionary.rho}"
+            )
+        last = n_iter >= options.max_iter
+        candidates = (waiting & (last | (admm.gaps() <= options.tol))).nonzero()[:, 0]
+        if len(candidates) == 0:
+            continue
+        rows = admm.largest(candidates, k)
+        rows.n_iter.fill_(n_iter)
+        accepted = last | (rows.gap <= options.tol)
+        found[token[candidates[accepted]]] = rows[accepted]
+        waiting[candidates[accepted]] = False
+        if done is not None:
+            done(int(accepted.sum()))
+        # Dropping rows copies the rest, so it waits until it is worth that.
+        if 4 * int(waiting.sum()) <= 3 * len(waiting):
+            rest = waiting.nonzero()[:, 0]
+            admm.keep(rest)
+            token, waiting = token[rest], waiting[rest]
+    return found
+
+
+def solve_as_authors(problem: Problem, options: SolverOptions) -> Rows:
+    """The authors' ADMM with their penalty and stopping rule, over all tokens at once, in float64; nothing dropped.
+
+    They stop when max_i sum_j |A_ij - C_ij| < 2e-4, with A and C the two copies of W after an iteration.
+    """
+    dictionary = Dictionary.of(problem.atoms, affine=problem.affine, rho=AUTHORS_RHO, dtype=torch.float64)
+    n_tokens = problem.atoms.shape[1]
+    own = torch.arange(n_tokens, device=problem.atoms.device)
+    admm = Admm(dictionary, problem.atoms.T.contiguous(), own, error_bound=problem.error_bound, relaxation=1.0)
+    everything = slice(0, n_tokens)
+    multiplier = torch.zeros_like(admm.state)
+    difference, n_iter = torch.inf, 0
+    while difference >= AUTHORS_TOL and n_iter < options.max_iter:
+        admm.advance()
+        n_iter += 1
+        coefficients = admm.coefficients(everything)
+        previous, multiplier = multiplier, admm.state - coefficients
+        difference = float((multiplier - previous).abs_().sum(0).amax())
+    found = admm.largest(own, n_tokens)
+    found.values.copy_(admm.coefficients(everything).gather(1, found.indices))
+    found.n_iter.fill_(n_iter)
+    if difference >= AUTHORS_TOL:
+        found.gap.fill_(torch.inf)
+    return found

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+
+from videoanchor_triton.anchor.affinity import affinity_matrix, coefficient_matrix, scipy_matrix
+
+from .tokens import DEVICES
+
+
+def sparse_rows(n_tokens: int, k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Signed coefficients without self-expression, a third of the slots unused, with an arbitrary index there."""
+    random = np.random.default_rng(seed)
+    others = [random.choice(np.delete(np.arange(n_tokens), j), k, replace=False) for j in range(n_tokens)]
+    values = random.standard_normal((n_tokens, k)) * (random.random((n_tokens, k)) < 2 / 3)
+    return torch.from_numpy(np.stack(others)), torch.from_numpy(values)
+
+
+def dense_coefficients(indices: torch.Tensor, values: torch.Tensor) -> np.ndarray:
+    dense = np.zeros((len(values), len(values)))
+    for j, (row, weights) in enumerate(zip(indices.cpu().numpy(), values.cpu().numpy(), strict=True)):
+        for i, weight in zip(row, weights, strict=True):
+            dense[i, j] += weight
+    return dense
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(("n_tokens", "k"), [(2, 1), (7, 3), (53, 52)], ids=str)
+def test_matrices_hold_the_rows(n_tokens, k, index_dtype, dtype, device):
+    indices, values = sparse_rows(n_tokens, k)
+    indices, values = indices.to(device, index_dtype), values.to(device, dtype)
+    expected = dense_coefficients(indices, values)
+    coef = coefficient_matrix(indices, values)
+    assert isinstance(coef, scipy.sparse.csc_array)
+    assert (coef.dtype, coef.nnz) == (values.cpu().numpy().dtype, int((values != 0).sum()))
+    assert coef.has_canonical_format
+    np.testing.assert_array_equal(coef.toarray(), expected)
+    affinity = affinity_matrix(indices, values)
+    assert (affinity.dtype, affinity.device, affinity.is_coalesced()) == (torch.float64, values.device, True)
+    np.testing.assert_array_equal(affinity.to_dense().cpu().numpy(), np.abs(expected) + np.abs(expected).T)
+    copy = scipy_matrix(affinity)
+    assert isinstance(copy, scipy.sparse.csr_array)
+    assert copy.has_canonical_format
+    np.testing.assert_array_equal(copy.toarray(), affinity.to_dense().cpu().numpy())
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 3), (4, 0)], ids=str)
+def test_nothing_to_hold(shape):
+    indices, values = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+    assert coefficient_matrix(indices, values).shape == (shape[0], shape[0])
+    assert affinity_matrix(indices, values).shape == (shape[0], shape[0])
+    assert scipy_matrix(affinity_matrix(indices, values)).nnz == 0
+
+
+def test_unused_slots_may_have_any_index():
+    indices, values = torch.tensor([[1, 99], [0, -5]]), torch.tensor([[2.0, 0.0], [-3.0, 0.0]])
+    assert affinity_matrix(indices, values).to_dense().tolist() == [[0, 5], [5, 0]]
+    assert coefficient_matrix(indices, values).toarray().tolist() == [[0, -3], [2, 0]]
+
+
+@pytest.mark.parametrize(
+    ("indices", "values", "error", "message"),
+    [
+        (torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 1), ValueError, r"got \(3, 2\) and \(3, 1\)"),
+        (torch.zeros(3, dtype=torch.int64), torch.zeros(3), ValueError, r"got \(3,\) and \(3,\)"),
+        (torch.zeros(3, 2), torch.zeros(3, 2), TypeError, r"got torch.float32 and"),
+        (torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2).int(), TypeError, r"and torch.int32"),
+        (torch.tensor([[3], [0], [0]]), torch.ones(3, 1), ValueError, r"\[0, n_tokens=3\), got values from 0 to 3"),
+        (torch.tensor([[-1], [0], [0]]), torch.ones(3, 1), ValueError, "got values from -1 to 0"),
+        (torch.tensor([[1], [0]]), torch.tensor([[1.0], [torch.nan]]), ValueError, "got NaN"),
+        (torch.tensor([[1], [0]]), torch.tensor([[1.0], [torch.inf]]), ValueError, "infinite"),
+    ],
+    ids=["shapes", "1-D", "float-indices", "integer-values", "too-large", "negative", "nan", "inf"],
+)
+@pytest.mark.parametrize("function", [affinity_matrix, coefficient_matrix], ids=lambda function: function.__name__)
+def test_bad_rows_are_refused(function, indices, values, error, message):
+    with pytest.raises(error, match=message):
+        function(indices, values)
