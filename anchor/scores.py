@@ -11,6 +11,7 @@ from torch import Tensor
 from .affinity import affinity_matrix
 from .config import ScoreFunction, VideoAnchorConfig
 from .memory import plan_block
+from .options import Algorithm
 from .problem import DLPackArray, as_tokens, token_features
 from .solver import Progress, self_expression
 from .spectral import spectral_labels
@@ -32,6 +33,7 @@ class AnchorResult:
         converged: every token came within the tolerance.
         duality_gap: (N,) float64 relative duality gap of each token, see `SelfExpression`; None where no such solver
             ran.
+        algorithm: the solver's that ran, see `SolverOptions`; None where no such solver ran.
         seconds: wall time of each stage, the device synchronised: "pca", "solve", "spectral", "cluster", "score",
             those that ran.
     """
@@ -42,6 +44,7 @@ class AnchorResult:
     residual: float = 0.0
     converged: bool = True
     duality_gap: Tensor | None = None
+    algorithm: Algorithm | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -150,7 +153,16 @@ def _subspace_scores(tokens: Tensor, config: VideoAnchorConfig, report: Progress
     with timed("score", seconds, tokens.device):
         report("score", 0, 1)
         scores = shared_expression_score(solution.row_sums(), labels, int(labels.amax()) + 1)
-    return AnchorResult(scores, labels, solution.n_iter, solution.residual, solution.converged, solution.gap, seconds)
+    return AnchorResult(
+        scores,
+        labels,
+        n_iter=solution.n_iter,
+        residual=solution.residual,
+        converged=solution.converged,
+        duality_gap=solution.gap,
+        algorithm=solution.algorithm,
+        seconds=seconds,
+    )
 
 
 def _kmeans_scores(tokens: Tensor, config: VideoAnchorConfig, report: Progress) -> AnchorResult:

@@ -106,7 +106,7 @@ def solve_working_sets(
         pool.keep(staying.nonzero()[:, 0])
         pool.join(changed)
     for own in missed.nonzero()[:, 0].split(block):
-        found[own] = solve_block(problem, everything, tokens[own].to(dtype), own, options, done=done)
+        found[own] = solve_block(problem, everything, tokens[own].to(dtype), own, options, keep=k, done=done)
     return found
 
 

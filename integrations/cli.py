@@ -103,9 +103,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     scores = run.add_argument_group("scores")
     scores.add_argument("--scorer", choices=("ssc", "kmeans", "uniform"), help="default: ssc")
-    scores.add_argument("--n-clusters", type=int, metavar="N", help="subspaces; default: 24 (published)")
+    scores.add_argument(
+        "--n-clusters", type=_count_or_auto, metavar="N", help='subspaces, or "auto"; default: 24 (published)'
+    )
     scores.add_argument("--pca-rank", type=int, metavar="R", help="default: 64")
     scores.add_argument("--random-state", type=int, metavar="SEED", help="default: 0")
+    scores.add_argument(
+        "--algorithm",
+        choices=("auto", "dense", "blocked", "working-set", "authors"),
+        help="of the self-expression; default: auto, by the number of tokens",
+    )
+    scores.add_argument("--tol", type=float, metavar="T", help="relative duality gap of every token; default: 0.001")
+    scores.add_argument(
+        "--memory-budget", type=_bytes, metavar="GIB", help="of the self-expression; default: half of what is free"
+    )
     run.set_defaults(command=_run)
 
     info = commands.add_parser("info", help="versions, device and what each attention backend can do here")
@@ -114,7 +125,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_CONFIG_OPTIONS = ("alpha_k", "alpha_v", "alpha_q", "decode", "scorer", "n_clusters", "pca_rank", "random_state")
+def _count_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _bytes(gib: str) -> int:
+    return int(float(gib) * 2**30)
+
+
+_CONFIG_OPTIONS = (
+    *("alpha_k", "alpha_v", "alpha_q", "decode"),
+    *("scorer", "n_clusters", "pca_rank", "random_state", "algorithm", "tol", "memory_budget"),
+)
 
 
 def _config(args: argparse.Namespace) -> Any:

@@ -89,6 +89,7 @@ def write_run(
         "grid": {"t": result.grid.t, "h": result.grid.h, "w": result.grid.w, "n_extra": result.grid.n_extra},
         "frames": {"timestamps": clip.timestamps.tolist(), "indices": clip.indices.tolist()},
         "ssc": {
+            "algorithm": anchor.algorithm,
             "n_iter": anchor.n_iter,
             "residual": anchor.residual,
             "converged": anchor.converged,
