@@ -18,6 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from . import backward, decode, prefill
+from .hopper import REGISTERS as HOPPER_REGISTERS
+from .hopper import TILES as HOPPER_TILES
 from .prescale import LOG_BIAS, NO_GATE, POST_EXP
 from .tiles import HEAD_DIMS, TMA_TARGETS, Tile, backward_tiles, decode_tile, prefill_tile, split_head_dim
 
@@ -26,12 +28,15 @@ TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
 SHARED_LIMIT["gfx942"] = 65536
 FORMS = {"ungated": NO_GATE, "log-bias": LOG_BIAS, "post-exp": POST_EXP}
+HOPPER_FORMS = {f"hopper {form}": form for form in FORMS}
+BACKWARD = {"dq": backward.d_queries_kernel, "dk-dv": backward.d_keys_kernel}
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 CASES = [
     (kernel, target, head_dim, "bf16")
     for target in TARGETS
     for head_dim in HEAD_DIMS
-    for kernel in ("ungated", "post-exp", "log-bias", "decode", "page-16", "page-64")
+    for kernel in (*FORMS, *HOPPER_FORMS, "decode", "page-16", "page-64", *BACKWARD)
+    if kernel not in HOPPER_FORMS or (target == "sm_90" and head_dim in HOPPER_TILES)
 ]
 TENSOR_CORE = re.compile(r"(H|UTCH?|Q|I)G?MMA|UTC\w*MMA|v_mfma|v_wmma")
 LOCAL_MEMORY = re.compile(r"LDL|STL")
@@ -112,7 +117,7 @@ def compile_prefill(
     target: str,
     head_dim: int,
     dtype: str = "bf16",
-    gate: int = POST_EXP,
+    gate: str = "post-exp",
     tile: Tile | None = None,
     causal: bool = True,
     window: bool = False,
@@ -121,7 +126,7 @@ def compile_prefill(
     varlen: bool = False,
     tma: bool | None = None,
 ) -> Report:
-    """Compile prefill in one gate form; `dtype` is "bf16", "fp16" or "fp32"; `tile` and `tma` replace the tables'."""
+    """Compile prefill in a form of FORMS; `dtype` is "bf16", "fp16" or "fp32"; `tile` and `tma` replace the tables'."""
     tile = tile or prefill_tile(target, head_dim, ELEMENT[dtype])
     d0, d1 = split_head_dim(target, head_dim)
     constants = {
@@ -129,7 +134,7 @@ def compile_prefill(
         "D1": d1,
         "BM": tile.queries,
         "BN": tile.keys,
-        "GATE": gate,
+        "GATE": FORMS[gate],
         "PADDED": padded,
         "CAUSAL": causal,
         "WINDOW": window,
@@ -137,15 +142,14 @@ def compile_prefill(
         "STAGES": tile.stages,
     }
     dtypes: dict[str, str | None] = dict.fromkeys(("q", "k", "v", "out"), dtype)
-    dtypes |= {"lse": "fp32", "gate": "fp32" if gate else None}
+    dtypes |= {"lse": "fp32", "gate": "fp32" if FORMS[gate] else None}
     dtypes |= dict.fromkeys(("cu_q", "cu_k"), "i32" if varlen else None)
     tma = target in TMA_TARGETS and ELEMENT[dtype] < 4 if tma is None else tma
     for i, part in enumerate((d0, d1)):
         described = f"tensordesc<{dtype}[1, 1, {tile.keys}, {part}]>" if tma and part else None
         dtypes |= dict.fromkeys((f"k_desc{i}", f"v_desc{i}"), described)
-    form = {NO_GATE: "ungated", LOG_BIAS: "log-bias", POST_EXP: "post-exp"}[gate]
     compiled = compile_kernel(prefill.prefill_kernel, target, dtypes, constants, tile)
-    return report(form, target, head_dim, dtype, compiled)
+    return report(gate, target, head_dim, dtype, compiled)
 
 
 def compile_decode(
@@ -182,56 +186,62 @@ def compile_decode(
 
 
 def compile_backward(
+    kernel: str,
     target: str,
     head_dim: int,
     dtype: str = "bf16",
-    tiles: tuple[Tile, Tile] | None = None,
+    tile: Tile | None = None,
     causal: bool = True,
     window: bool = False,
     softcap: bool = False,
     varlen: bool = False,
     gate: bool = True,
-) -> tuple[Report, Report]:
-    """Compile backward's dQ kernel and its dK, dV kernel; arguments as for prefill."""
+) -> Report:
+    """Compile one of backward's kernels, "dq" or "dk-dv"; other arguments as for prefill."""
+    tile = tile or backward_tiles(target, head_dim, ELEMENT[dtype])[[*BACKWARD].index(kernel)]
+    constants = {
+        "D": head_dim,
+        "BD": triton.next_power_of_2(head_dim),
+        "BM": tile.queries,
+        "BN": tile.keys,
+        "CAUSAL": causal,
+        "WINDOW": window,
+        "SOFTCAP": softcap,
+        "STAGES": tile.stages,
+    }
     elements = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
     dtypes: dict[str, str | None] = dict.fromkeys(elements, dtype)
     dtypes |= dict.fromkeys(("lse", "d_lse", "delta"), "fp32")
     gates = ("log_gate", "value_gate", "d_log_gate", "d_value_gate")
     dtypes |= dict.fromkeys(gates, "fp32" if gate else None)
     dtypes |= dict.fromkeys(("cu_q", "cu_k"), "i32" if varlen else None)
-    flags = {"CAUSAL": causal, "WINDOW": window, "SOFTCAP": softcap}
-    dq_tile, dk_tile = tiles or backward_tiles(target, head_dim, ELEMENT[dtype])
-
-    def compiled(name: str, kernel: triton.JITFunction, tile: Tile) -> Report:
-        constants = {"D": head_dim, "BD": triton.next_power_of_2(head_dim), "BM": tile.queries, "BN": tile.keys}
-        constants |= flags | {"STAGES": tile.stages}
-        taken = {name: dtype for name, dtype in dtypes.items() if name in kernel.arg_names}
-        return report(name, target, head_dim, dtype, compile_kernel(kernel, target, taken, constants, tile))
-
-    return compiled("dq", backward.d_queries_kernel, dq_tile), compiled("dk-dv", backward.d_keys_kernel, dk_tile)
+    taken = {name: dtypes[name] for name in BACKWARD[kernel].arg_names if name in dtypes}
+    compiled = compile_kernel(BACKWARD[kernel], target, taken, constants, tile)
+    return report(kernel, target, head_dim, dtype, compiled)
 
 
 def compile_hopper(
     head_dim: int,
     dtype: str = "bf16",
-    gate: int = POST_EXP,
+    gate: str = "post-exp",
     causal: bool = True,
     tile: Tile | None = None,
 ) -> Report:
-    """Compile the Gluon kernel of sm_90; `dtype` is "bf16" or "fp16", `tile` replaces the table's."""
+    """Compile the Gluon kernel of sm_90 in a form of FORMS; `dtype` is "bf16" or "fp16"; `tile` as for prefill."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from .hopper import REGISTERS, TILES
     from .hopper_kernel import hopper_kernel
 
-    tile = tile or TILES[head_dim]
+    tile = tile or HOPPER_TILES[head_dim]
 
     def described(dtype: str, *block: int) -> str:
         element = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}[dtype]
         return f"tensordesc<{dtype}{list(block)},{gl.NVMMASharedLayout.get_default_for(list(block), element)!r}>"
 
-    constants = {"STAGES": tile.stages, "GATE": gate, "CAUSAL": causal} | ({} if gate else {"gate": None})
+    constants: dict[str, Any] = {"STAGES": tile.stages, "GATE": FORMS[gate], "CAUSAL": causal}
+    if FORMS[gate] == NO_GATE:
+        constants["gate"] = None
     types = {
         "q": described(dtype, 1, 1, tile.queries // 2, head_dim),
         "k": described(dtype, 1, 1, tile.keys, head_dim),
@@ -247,9 +257,9 @@ def compile_hopper(
     aligned = [i for i, name in enumerate(names) if name in ("out", "lse", "stride_ob", "stride_oh", "stride_on")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = GluonASTSource(hopper_kernel, {name: types[name] for name in names}, constants, attributes)
-    options = {"num_warps": tile.warps, "maxnreg": REGISTERS, "enable_fp_fusion": True}
-    form = {NO_GATE: "hopper ungated", LOG_BIAS: "hopper log-bias", POST_EXP: "hopper post-exp"}[gate]
-    return report(form, "sm_90", head_dim, dtype, triton.compile(source, target=TARGETS["sm_90"], options=options))
+    options = {"num_warps": tile.warps, "maxnreg": HOPPER_REGISTERS, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=TARGETS["sm_90"], options=options)
+    return report(f"hopper {gate}", "sm_90", head_dim, dtype, compiled)
 
 
 def report(kernel: str, target: str, head_dim: int, dtype: str, compiled: CompiledKernel) -> Report:
@@ -300,7 +310,11 @@ def compile_case(case: tuple[str, str, int, str]) -> Report:
     """Compile one case (kernel, target, head dim, dtype) of the kinds that CASES names."""
     kernel, target, head_dim, dtype = case
     if kernel in FORMS:
-        return compile_prefill(target, head_dim, dtype, FORMS[kernel])
+        return compile_prefill(target, head_dim, dtype, kernel)
+    if kernel in HOPPER_FORMS:
+        return compile_hopper(head_dim, dtype, HOPPER_FORMS[kernel])
+    if kernel in BACKWARD:
+        return compile_backward(kernel, target, head_dim, dtype)
     page = int(kernel.removeprefix("page-")) if kernel.startswith("page-") else None
     return compile_decode(target, head_dim, dtype, page=page)
 
@@ -312,10 +326,10 @@ def compile_all(cases: Iterable[tuple[str, str, int, str]] = CASES) -> Iterator[
 
 def main() -> None:
     """Print the table of all cases."""
-    print("kernel   target   head_dim  dtype  registers  spills  shared  tensor-core  loop")
+    print("kernel          target   head_dim  dtype  registers  spills  shared  tensor-core  loop")
     for used in compile_all():
         print(
-            f"{used.kernel:8} {used.target:8} {used.head_dim:8}  {used.dtype:5} {used.registers:10} {used.spills:7} "
+            f"{used.kernel:15} {used.target:8} {used.head_dim:8}  {used.dtype:5} {used.registers:10} {used.spills:7} "
             f"{used.shared:7} {used.tensor_core:12} {sum(used.loop.values()):5}"
         )
 

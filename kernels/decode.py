@@ -287,7 +287,7 @@ def decode(
         0 if gamma_v is None else gamma_v.shape[-1],
         kv_heads,
         group,
-        0 if window is None else window,
+        0 if window is None else min(window, keys),
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],

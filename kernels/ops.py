@@ -35,8 +35,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 def _packed_rows(x: torch.Tensor) -> torch.Tensor:
     """(T, H, D) as one batch entry (1, H, T, D) with rows as `_rows` makes them."""
-    x = x if x.stride(-1) == 1 and x.stride(0) < MAX_ROW_STRIDE else x.contiguous()
-    return x.transpose(0, 1)[None]
+    return _rows(x.transpose(0, 1))[None]
 
 
 def _packed_gate(gate: torch.Tensor | None) -> torch.Tensor | None:
@@ -75,8 +74,6 @@ def anchored_attention_op(
     gamma_k, gamma_v, key_padding_mask = (
         None if x is None else x.contiguous() for x in (gamma_k, gamma_v, key_padding_mask)
     )
-    if window is not None:
-        window = min(window, k.shape[2])
     target = _target(q)
     with torch.cuda.device_of(q):
         if hopper:
@@ -117,8 +114,6 @@ def varlen_op(
     out, lse = _packed_outputs(q)
     if out.numel() == 0 or k.shape[0] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    if window is not None:
-        window = min(window, k.shape[0])
     with torch.cuda.device_of(q):
         prefill(
             *(_packed_rows(x) for x in (q, k, v)),
@@ -210,8 +205,7 @@ def backward_op(
     max_seqlen_k: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v (contiguous, in their dtypes) and of the gates (fp32, empty where there is no gate)."""
-    rows = _rows if cu_seqlens_q is None else lambda x: x if x.stride(0) < MAX_ROW_STRIDE else x.contiguous()
-    q, k, v = (rows(x if x.stride(-1) == 1 else x.contiguous()) for x in (q, k, v))
+    q, k, v = (_rows(x) if cu_seqlens_q is None else _packed_rows(x)[0].transpose(0, 1) for x in (q, k, v))
     with torch.cuda.device_of(q):
         grads = backward(
             q,

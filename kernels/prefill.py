@@ -336,7 +336,7 @@ def prefill(
         queries,
         keys,
         query_heads // kv_heads,
-        0 if window is None else window,
+        0 if window is None else min(window, keys),
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],

@@ -8,9 +8,11 @@ from .gates import expand_gate
 
 NO_GATE, LOG_BIAS, POST_EXP = 0, 1, 2
 KEYS = 64
+# what grows with the sequence: no new kernel for each divisibility of it
+LENGTHS = ["Nk", "Nk_gk", "Nk_gv", "stride_gkb", "stride_gkh", "stride_gvb", "stride_gvh", "stride_mb"]
 
 
-@triton.jit(do_not_specialize=["Nk", "Nk_gk", "Nk_gv"])
+@triton.jit(do_not_specialize=LENGTHS)
 def prescale_kernel(
     v,
     gamma_k,

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .gates import expand_gate, pad_gate
+from .validation import values_are_free
 
 CHUNK = 256
 R = TypeVar("R")
@@ -84,7 +85,7 @@ def sdpa_attention(
 
 def _all_seen(key_padding_mask: torch.Tensor) -> bool:
     """Whether the mask hides nothing, looked up only where that waits for no device and breaks no graph."""
-    return key_padding_mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(key_padding_mask.all())
+    return values_are_free(key_padding_mask) and bool(key_padding_mask.all())
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ CASES = [
     *((kernel, target, d, "bf16") for target in TARGETS for d in HEAD_DIMS for kernel in ("ungated", "post-exp")),
     *((kernel, target, 128, "bf16") for target in TARGETS for kernel in ("log-bias", "decode")),
     *((kernel, target, 128, "bf16") for target in ("sm_80", "sm_90") for kernel in ("page-16", "page-64")),
+    *((kernel, target, 128, "bf16") for target in TARGETS for kernel in ("dq", "dk-dv")),
+    *((kernel, "sm_90", d, "bf16") for d in (64, 256) for kernel in ("dq", "dk-dv")),
     ("log-bias", "sm_89", 256, "fp16"),
     ("decode", "sm_90", 80, "fp16"),
     ("log-bias", "sm_90", 64, "fp32"),

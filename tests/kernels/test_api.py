@@ -4,16 +4,18 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from oracle import Problem, assert_as_exact_as_eager
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from videoanchor_triton.kernels import api, dispatch
-from videoanchor_triton.kernels.api import anchored_attention, available_backends
+from videoanchor_triton.kernels.api import anchored_attention, anchored_attention_varlen, available_backends
 from videoanchor_triton.kernels.dispatch import triton_refusal
-from videoanchor_triton.kernels.ops import anchored_attention_op
+from videoanchor_triton.kernels.ops import anchored_attention_op, backward_op, decode_op, varlen_op
 
 Q, K = torch.zeros(2, 4, 3, 16), torch.zeros(2, 2, 5, 16)
 NAN, INF = float("nan"), float("inf")
@@ -162,33 +164,100 @@ def test_without_triton_the_rest_works() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"TRITON_INTERPRET": "0"})
 
 
-@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
-@pytest.mark.parametrize("queries", [2, 40], ids=["decode", "prefill"])
-def test_opcheck(queries: int, layout: str, device: torch.device) -> None:
-    (q, k, v), options = Problem("opcheck", queries=queries, keys=50, padding="left", layout=layout).make(device)
-    gates = options["gamma_k"], options["gamma_v"], options["key_padding_mask"]
-    torch.library.opcheck(anchored_attention_op, (q, k, v, *gates, 0.25, True, 9, None, False, False))
-    torch.library.opcheck(anchored_attention_op, (q, k, v, None, None, None, 0.25, False, None, 5.0, False, False))
+SMALL = Problem("opcheck", query_heads=2, kv_heads=1, queries=17, keys=20, head_dim=16, padding="left")
+CHEAP = ("test_schema", "test_faketensor")  # the second set of flags
+
+
+@pytest.mark.parametrize("problem", [SMALL, replace(SMALL, queries=2, layout="bnhd")], ids=["prefill", "decode"])
+def test_opcheck(problem: Problem, device: torch.device) -> None:
+    (q, k, v), options = problem.make(device)
+    tensors = [x.requires_grad_() for x in (q, k, v, options["gamma_k"], options["gamma_v"])]
+    mask = options["key_padding_mask"]
+    torch.library.opcheck(anchored_attention_op, (*tensors, mask, 0.25, True, 9, None, True, False))
+    ungated = (q, k, v, None, None, None, 0.25, False, None, 5.0, False, False)
+    torch.library.opcheck(anchored_attention_op, ungated, test_utils=CHEAP)
+
+
+def packed(device: torch.device) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
+    """Tensors of varlen_op (q, k, v, per-head gates) that require grad, and its offsets and longest lengths."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(n, h, 16, generator=generator) for n, h in ((9, 4), (14, 2), (14, 2)))
+    gates = (1 + torch.rand(14, 2, generator=generator) for _ in range(2))
+    offsets = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 4, 4, 9], [0, 5, 8, 14]))
+    return tuple(x.to(device).requires_grad_() for x in (q, k, v, *gates)), (*offsets, 5, 6)
+
+
+def test_opcheck_of_varlen(device: torch.device) -> None:
+    (q, k, v, *gates), offsets = packed(device)
+    torch.library.opcheck(varlen_op, (q, k, v, *offsets, *gates, 0.25, True, 3, None, False))
+    half_gated = (q, k, v, *offsets, None, gates[1][:, 0], 0.25, False, None, 5.0, True)
+    torch.library.opcheck(varlen_op, half_gated, test_utils=CHEAP)
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+def test_opcheck_of_a_cache(paged: bool, device: torch.device) -> None:
+    q, cache = torch.randn(2, 4, 2, 16, device=device), torch.randn(2, 2, 16, 16, device=device)
+    lengths = torch.tensor([16, 5], dtype=torch.int32, device=device)
+    table = torch.tensor([[1], [0]], dtype=torch.int32, device=device) if paged else None
+    gamma = torch.rand(2, 16, device=device)
+    torch.library.opcheck(decode_op, (q, cache, cache + 1, lengths, table, gamma, gamma, 0.25, True, 4, None))
+    half_gated = (q, cache, cache + 1, lengths, table, None, gamma, 0.25, False, None, 5.0)
+    torch.library.opcheck(decode_op, half_gated, test_utils=CHEAP)
+
+
+def test_opcheck_of_the_backward(device: torch.device) -> None:
+    tensors, options = SMALL.make(device)
+    gated = (*tensors, options["gamma_k"], options["gamma_v"], options["key_padding_mask"])
+    found = anchored_attention_op(*gated, 0.25, True, None, None, False, False)
+    upstream = [torch.randn_like(x) for x in found]
+    torch.library.opcheck(backward_op, (*gated, *found, *upstream, 0.25, True, None, None, None, None, None, None))
+
+
+def test_opcheck_of_the_packed_backward(device: torch.device) -> None:
+    tensors, (*offsets, longest_q, longest_k) = packed(device)
+    q, k, v, gamma_k, _ = (x.detach() for x in tensors)
+    found = varlen_op(q, k, v, *offsets, longest_q, longest_k, gamma_k, None, 0.25, True, None, 5.0, False)
+    upstream = [torch.randn_like(x) for x in found]
+    given = (q, k, v, gamma_k, None, None, *found, *upstream, 0.25, True, None, 5.0, *offsets, longest_q, longest_k)
+    torch.library.opcheck(backward_op, given)
 
 
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])
-@pytest.mark.parametrize("queries", [1, 20], ids=["decode", "prefill"])
+@pytest.mark.parametrize("queries", [1, 17], ids=["decode", "prefill"])
 def test_compiles_without_a_break_and_once_for_growing_keys(backend: str, queries: int, device: torch.device) -> None:
     torch.compiler.reset()
-    graphs = 0
+    counter = CompileCounter()
 
-    def count(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return graph
-
-    @torch.compile(fullgraph=True, backend=count)
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
-        return anchored_attention(q, k, v, **options, return_lse=True, backend=backend)
+    @torch.compile(fullgraph=True, backend=counter)
+    def attend(*tensors: torch.Tensor, **options: Any) -> Any:
+        return anchored_attention(*tensors, **options, return_lse=True, backend=backend)
 
     with torch.no_grad():
         for keys in (40, 41, 42, 57, 64):
-            problem = Problem("compiled", queries=queries, keys=keys, gate_keys=30, padding="left")
-            tensors, options = problem.make(device)
+            tensors, options = replace(SMALL, queries=queries, keys=keys, gate_keys=30).make(device)
             assert_as_exact_as_eager(attend(*tensors, **options), tensors, options)
-    assert graphs <= 2
+    assert counter.frame_count <= 2
+
+
+def test_gradients_compile_without_a_break_and_once_for_growing_keys(device: torch.device) -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gamma_k: torch.Tensor, offsets: torch.Tensor) -> Any:
+        dense = anchored_attention(q, k, v, gamma_k=gamma_k, causal=True, return_lse=True, backend="triton")
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        longest = q.shape[0], k.shape[0]
+        out, lse = anchored_attention_varlen(
+            q, k, v, offsets[0], offsets[1], *longest, gamma_v=gamma_k, return_lse=True, backend="triton"
+        )
+        return out.sin().sum() + lse.sum() + sum(x.square().sum() for x in dense)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for keys in (20, 21, 26):
+        problem = replace(SMALL, batch=1, keys=keys, gate="shared", padding=None)
+        (q, k, v), options = problem.make(device)
+        inputs = [x.requires_grad_() for x in (q, k, v, options["gamma_k"])]
+        offsets = torch.tensor([[0, 17], [0, keys]], dtype=torch.int32, device=device)
+        found, expected = (torch.autograd.grad(form(*inputs, offsets=offsets), inputs) for form in (compiled, loss))
+        torch.testing.assert_close(found, expected)
+    assert counter.frame_count <= 2

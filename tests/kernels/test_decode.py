@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Result, assert_results_as_exact_as_eager, eager_attention
+from torch._dynamo.testing import CompileCounter
 
 from videoanchor_triton.kernels import validation
 from videoanchor_triton.kernels.api import anchored_attention_decode
@@ -332,6 +333,35 @@ def test_triton_reads_no_tensor_on_the_host(
         tensors, options = Cached("no-host-read", lengths, page_size=page_size).make(device)
         assert_each_as_exact_as_eager(compiled(*tensors, **options), tensors, options)
     assert graphs == 1
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_compiles_without_a_break_and_once_for_a_growing_cache(page_size: int | None, device: torch.device) -> None:
+    torch.compiler.reset()
+    counter = CompileCounter()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def compiled(*tensors: Any, **options: Any) -> Any:
+        return anchored_attention_decode(*tensors, **options, backend="triton", return_lse=True)
+
+    for capacity in (96, 112, 128, 208):
+        tensors, options = Cached("growing", (capacity - 7, 5), capacity, page_size, gate_keys=90).make(device)
+        assert_each_as_exact_as_eager(compiled(*tensors, **options), tensors, options)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize(("place", "page_size"), [("page", 16), ("page", 32), ("head", 16)])
+def test_pages_beyond_31_bits(place: str, page_size: int, device: torch.device, far_store: torch.Tensor) -> None:
+    stride, heads = ((2**30, 0), 1) if place == "page" else ((16 * page_size, 2**30), 3)
+    far = far_store.as_strided((3, heads, page_size, 16), (*stride, 16, 1))
+    near, other = (torch.randn(far.shape).half().to(device) for _ in range(2))
+    far.copy_(near)
+    q = torch.randn(1, heads, 2, 16, device=device).half()
+    table = torch.tensor([[2, 0, 1]], dtype=torch.int32, device=device)
+    lengths = torch.tensor([2 * page_size + 8], dtype=torch.int32, device=device)
+    for found, expected in (((far, other), (near, other)), ((other, far), (other, near))):
+        results = [attend((q, *caches, lengths, table), {}, "triton") for caches in (found, expected)]
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

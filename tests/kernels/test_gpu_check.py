@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -307,8 +308,13 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.M
         "done(i)"
     )
     monkeypatch.setattr(gpu_check, "WORKER", fake_worker(tmp_path, body))
-    with pytest.raises(KeyboardInterrupt):
-        gpu_check.main(["--out", str(tmp_path)])
+    # a process that a shell started in the background ignores the signal
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gpu_check.main(["--out", str(tmp_path)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [row["case"] for row in written(tmp_path)][:1] == ["0"]
 
 

@@ -350,7 +350,7 @@ import json, sys
 from dataclasses import asdict
 from videoanchor_triton.kernels import aot
 for head_dim, dtype, form in json.load(sys.stdin):
-    used = aot.compile_hopper(head_dim, dtype, ["ungated", "log-bias", "post-exp"].index(form))
+    used = aot.compile_hopper(head_dim, dtype, form)
     print(json.dumps(asdict(used) | {"limit": aot.SHARED_LIMIT["sm_90"]}))
 """
 

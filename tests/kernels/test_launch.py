@@ -1,5 +1,7 @@
 """What only the launchers can be asked: split counts, addresses beyond 2**31 elements, the clearing of dead splits."""
 
+from typing import Any
+
 import pytest
 import torch
 from oracle import Problem, assert_as_exact_as_eager
@@ -45,27 +47,43 @@ def test_split_count(programs: int, keys: int, slots: int, expected: int) -> Non
 
 @pytest.mark.parametrize("queries", [2, 33], ids=["decode", "prefill"])
 @pytest.mark.parametrize("place", ["row", "head", "batch", "far-rows"])
-def test_elements_beyond_31_bits(
-    queries: int, place: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 2**34:
-        pytest.skip("needs 16 GiB of GPU memory")
+def test_elements_beyond_31_bits(queries: int, place: str, device: torch.device, far_store: torch.Tensor) -> None:
     head_dim = 16
     stride = {"row": (0, 0, 2**22), "head": (0, 2**30, 16), "batch": (2**30, 0, 16), "far-rows": (0, 0, 2**27)}[place]
     keys = {"row": 2**31 // 2**22 + 8, "far-rows": 20}.get(place, 40)
     shape = (3 if place == "batch" else 1, 3 if place == "head" else 1, keys, head_dim)
-    # only the pages that the view touches are ever backed by memory
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    store = torch.empty(2**31 + 2**29, dtype=torch.float16, device=device)
-    monkeypatch.undo()
-    k = store.as_strided(shape, (*stride, 1))
+    k = far_store.as_strided(shape, (*stride, 1))
     k.copy_(torch.randn(shape))
     v = torch.randn(shape, dtype=torch.float16, device=device)
     q = torch.randn(shape[0], shape[1], queries, head_dim, dtype=torch.float16, device=device)
+    gates: dict[str, Any] = {"gamma_v": 1 + torch.rand(keys, device=device)}
     for tensors in ((q, k, v), (q, v, k)):
-        found = anchored_attention(*tensors, backend="triton", return_lse=True)
+        found = anchored_attention(*tensors, **gates, backend="triton", return_lse=True)
         assert isinstance(found, tuple)
-        assert_as_exact_as_eager(found, (q, tensors[1].contiguous(), tensors[2].contiguous()), {})
+        assert_as_exact_as_eager(found, (q, tensors[1].contiguous(), tensors[2].contiguous()), gates)
+
+
+@pytest.mark.parametrize(("queries", "place"), [(2, "head"), (2, "batch"), (33, "head"), (33, "batch"), (520, "row")])
+def test_queries_and_outputs_beyond_31_bits(
+    queries: int, place: str, device: torch.device, far_store: torch.Tensor
+) -> None:
+    stride = {"row": (0, 0, 2**22), "head": (0, 2**30, 16), "batch": (2**30, 0, 16)}[place]
+    shape = (3 if place == "batch" else 1, 3 if place == "head" else 1, queries, 16)
+    near, k = torch.randn(shape).half().to(device), torch.randn((*shape[:2], 20, 16)).half().to(device)
+    far, far_out = (far_store.as_strided(shape, (*stride, 1), start) for start in (0, 2**21))
+    far.copy_(near)
+    target, _ = triton_target(device)
+    assert target is not None
+    found = []
+    for q, out in ((far, far_out), (near, torch.empty_like(near))):
+        lse = torch.empty(shape[:3], device=device)
+        rest = None, None, None, out, lse, 0.25, False, None, None
+        if queries == 2:
+            decode(q, k, k, *rest, target)
+        else:
+            prefill(q, k, k, *rest, False, target)
+        found.append((out, lse))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("post_exp", [False, True], ids=["log-bias", "post-exp"])
@@ -96,6 +114,24 @@ def test_descriptors_load_what_pointers_do(problem: Problem, post_exp: bool, dev
     del options["gamma_q"]
     for each in found:
         assert_as_exact_as_eager(each, tensors, options)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["not-causal", "causal"])
+def test_descriptors_keep_the_nan_of_a_packed_neighbour_out(causal: bool, device: torch.device) -> None:
+    q, k, v = torch.randn(3, 1, 1, 80, 16, device=device)
+    offsets = torch.tensor([0, 20, 37, 80], dtype=torch.int32, device=device)
+    target, _ = triton_target(device)
+    assert target is not None
+    found = []
+    for tma in (False, True):
+        out, lse = torch.empty_like(q), torch.empty(1, 1, 80, device=device)
+        choices = 0.25, causal, None, None, False, target
+        prefill(q, k, v, None, None, None, out, lse, *choices, cu_seqlens=(offsets, offsets, 43), tma=tma)
+        found.append((out, lse))
+        k[:, :, 20:37] = v[:, :, 20:37] = float("nan")
+    for clean, poisoned in zip(*found, strict=True):
+        for rows in (slice(0, 20), slice(37, 80)):
+            assert torch.equal(clean[:, :, rows], poisoned[:, :, rows])
 
 
 def test_rows_beyond_the_longest_named_length_are_nan(device: torch.device) -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Result, assert_results_as_exact_as_eager, eager_attention
+from torch._dynamo.testing import CompileCounter
 
 from videoanchor_triton.kernels import validation
 from videoanchor_triton.kernels.api import anchored_attention, anchored_attention_varlen
@@ -382,14 +383,9 @@ def test_offsets_that_are_read_anyway_are_checked(name: str, backend: str, monke
 
 def test_compiles_without_a_break_and_once_for_other_lengths(device: torch.device) -> None:
     torch.compiler.reset()
-    graphs = 0
+    counter = CompileCounter()
 
-    def count(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return graph
-
-    @torch.compile(fullgraph=True, backend=count)
+    @torch.compile(fullgraph=True, backend=counter)
     def compiled(*tensors: Any, **options: Any) -> Any:
         return anchored_attention_varlen(*tensors, **options, backend="triton", return_lse=True)
 
@@ -398,4 +394,17 @@ def test_compiles_without_a_break_and_once_for_other_lengths(device: torch.devic
         for queries in ((4, 9), (9, 4), (5, 10), (3, 20)):
             tensors, options = replace(problem, queries=queries, keys=tuple(n + 6 for n in queries)).make(device)
             assert_each_as_exact_as_eager(compiled(*tensors, **options), tensors, options)
-    assert graphs <= 2
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("far_tensor", [0, 1, 2], ids=["q", "k", "v"])
+def test_tokens_beyond_31_bits(far_tensor: int, device: torch.device, far_store: torch.Tensor) -> None:
+    # the second sequence begins beyond 2**31 elements
+    long, short = (515, 12), (3, 20)
+    queries, keys = (long, short) if far_tensor == 0 else (short, long)
+    tensors, options = Packed("far", queries, keys, 1, 1, dtype=torch.float16, causal=False, gate="none").make(device)
+    near = tensors[far_tensor]
+    far = far_store.as_strided(near.shape, (2**22, 16, 1)).copy_(near)
+    expected = attend(tensors, options, "triton")
+    found = attend((*tensors[:far_tensor], far, *tensors[far_tensor + 1 :]), options, "triton")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
