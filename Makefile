@@ -10,8 +10,8 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)  ## the whole pipeline on a clip and a model made on the spot; pictures in $(OUT)
 	$(BIN)/videoanchor demo --out $(OUT)
 
-test: $(INSTALLED)  ## the suite
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## the suite, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: test .venv-4.57/.installed  ## the suite, then the integrations on the oldest supported transformers
 	.venv-4.57/bin/python -m pytest tests/integrations

@@ -26,7 +26,7 @@ class SolverOptions:
         affine: the coefficients of a token sum to 1.
         alpha_e: the weight of the L1 error is alpha_e / mu_e (see `penalty_weights`).
         alpha_z: the weight of the squared residual is alpha_z / mu_z.
-        rho: ADMM penalty; None: 1.5 times the root of the number of atoms.
+        rho: ADMM penalty; None: twice the root of the number of atoms.
         relaxation: ADMM over-relaxation, between 0 and 2; 1 is plain ADMM.
         max_iter: iterations after which the solver gives up on a token with a warning.
         tol: bound on every token's relative duality gap, and so on how far its objective can lie above the optimum,
@@ -59,4 +59,4 @@ class SolverOptions:
 
     def penalty(self, n_atoms: int) -> float:
         """The ADMM penalty for a problem of `n_atoms` atoms."""
-        return 1.5 * n_atoms**0.5 if self.rho is None else self.rho
+        return 2 * n_atoms**0.5 if self.rho is None else self.rho

@@ -1,22 +1,17 @@
-"""Scores of a video that goes on: new frames are expressed over a bounded dictionary of earlier tokens."""
+"""Scores of a video that goes on: new tokens are scored together with a bounded dictionary of earlier ones."""
 
-import warnings
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from .admm import Dictionary, Rows
-from .affinity import affinity_matrix
-from .blocked import kept_coefficients, solve_block
+from .affinity import affinity_matrix, coefficient_matrix, scipy_matrix
 from .config import VideoAnchorConfig
-from .memory import plan_block
-from .precision import full_precision_products
-from .problem import DLPackArray, Problem, as_tokens, penalty_weights, token_features
-from .scores import ROUNDOFF, AnchorResult, _throttled
-from .solver import Progress, SelfExpression, _Counter, self_expression
+from .problem import DLPackArray, as_tokens, token_features
+from .scores import ROUNDOFF, AnchorResult
+from .solver import Progress, SelfExpression, self_expression
 from .spectral import MAX_AUTO_CLUSTERS, spectral_labels
 from .timing import timed
 from .validation import check_integer
@@ -24,28 +19,190 @@ from .validation import check_integer
 
 @dataclass(frozen=True)
 class Atoms:
-    """Tokens that express others, and how much they have served.
+    """The dictionary: earlier tokens that new ones are expressed over.
 
     Attributes:
-        position: (K,) int64, which token of the stream each is, counted from 0.
-        features: (r, K) float64, one a column.
-        labels: (K,) int64 clusters.
-        coefficients: (K,) float64, the signed sum of the coefficients with which each expressed others so far.
-        weight: (K,) float64, the sum of their absolute values.
-        even_share: (K,) float64, what `coefficients` would be if all atoms had always served equally.
+        tokens: (K, D), as they came, in the precision of the stream.
+        position: (K,) int64, which token of the stream each is, counted from 0; ascending.
+        labels: (K,) int64 clusters, as they were handed out.
+        scores: (K,) float32 in [0, 1], what the last update made of them. What was handed out before may differ: by
+            how much is what it costs to keep old scores.
     """
 
+    tokens: Tensor
     position: Tensor
-    features: Tensor
     labels: Tensor
-    coefficients: Tensor
-    weight: Tensor
-    even_share: Tensor
+    scores: Tensor
 
-    @property
-    def row_sums(self) -> Tensor:
-        return self.coefficients / self.even_share
 
-    def __getitem__(self, chosen: Tensor | slice) -> "Atoms":
-        arrays = (self.labels, self.coefficients, self.weight, self.even_share)
-        return Atoms(self.position[chosen], self.features[:, chosen], *(array[chosen] for array in arrays))
+class AnchorStream:
+    """Scores of visual tokens that arrive in chunks, frame by frame say (`anchor_scores` for a video that goes on).
+
+    The first chunk is scored exactly as `anchor_scores` does. Each later one is put together with the dictionary, at
+    most `max_atoms` earlier tokens. In this window every token, new or old, is expressed by the others, with PCA and
+    weights of the window. Then
+
+    - the row sum r_i of a new token is that in the window. The old ones are expressed again because r_i counts how
+      much token i serves others: among the tokens of one chunk alone it says little. Affine row sums are 1 on average
+      in every window, so that those of old and new tokens compare.
+    - a new token gets the label with which it shares most affinity |W_ij| + |W_ji| in the dictionary, the lowest of
+      equal ones; without any, that of those new tokens that have got one, and so on; those that nothing links to the
+      dictionary share one further cluster.
+    - s_hat_i = pi_i r_i with pi_i the share of its cluster among all tokens so far; the score is
+      (s_hat_i - min) / (max - min) with min and max of the first chunk, clipped to [0, 1].
+    - the next dictionary are the tokens of the window with the largest sum_j |W_ij|, at least one of each cluster,
+      earlier ones first where they are equal.
+
+    Exact: the first chunk; the self-expression of every window, which is certified as always; and so, as long as
+    nothing was dropped from the dictionary, all row sums of the last window, which are those of all tokens solved at
+    once. Not exact: tokens that were dropped express nothing and are expressed by nothing; clusters are those of the
+    first chunk, except for one (start a new stream at a cut to another scene); and scores, once handed out, do not
+    change, although later frames would change pi and r, and although a first chunk that shows little of the video
+    gives a poor range: if nothing stands out in it, all scores of the stream are 0.
+    benchmarks/results/ssc-streaming holds how far that is from solving everything at once.
+
+    Time and memory of an update are those of `max_atoms` + chunk tokens, however long the video: few large chunks cost
+    less than many small ones. On the CPU the result is the same to the bit run to run, with the same number of
+    threads. An update that fails leaves the stream as it was.
+
+    Args:
+        config: settings; the scorer must be "ssc".
+        max_atoms: bound on the dictionary, above the number of clusters.
+
+    Attributes:
+        dictionary: the `Atoms`; None before the first chunk.
+        n_tokens: tokens so far.
+        cluster_sizes: (n_clusters + 1,) int64, tokens of each cluster so far, on the CPU; the last cluster is the
+            further one. Empty before the first chunk.
+        solution: the self-expression of the last window, the dictionary before the new tokens; None before the first
+            chunk.
+
+    Raises:
+        TypeError, ValueError: the scorer is not "ssc", or max_atoms is no integer or too small.
+    """
+
+    def __init__(self, config: VideoAnchorConfig, *, max_atoms: int = 2048) -> None:
+        if config.scorer != "ssc":
+            raise ValueError(f'config.scorer must be "ssc" for a stream, got {config.scorer!r}; use anchor_scores')
+        # Under "auto", tokens without affinity are one more.
+        n_clusters = MAX_AUTO_CLUSTERS + 1 if config.n_clusters == "auto" else config.n_clusters
+        check_integer("max_atoms", max_atoms, low=n_clusters + 1)
+        self.config = config
+        self.max_atoms = max_atoms
+        self.dictionary: Atoms | None = None
+        self.n_tokens = 0
+        self.cluster_sizes = torch.zeros(0, dtype=torch.int64)
+        self.solution: SelfExpression | None = None
+        self._lowest, self._spread = 0.0, math.inf  # of s_hat in the first chunk
+
+    def update(self, X: Tensor | np.ndarray | DLPackArray, *, progress: Progress | None = None) -> AnchorResult:
+        """Score the tokens of new frames.
+
+        Args:
+            X: (n, D) tokens as `anchor_scores` takes them, n >= 1, in the first chunk n >= 2 that are not all equal.
+            progress: called as progress("solve", tokens done, tokens of the window) at most four times a second, and
+                once at the end.
+
+        Returns:
+            Scores, labels and duality gaps of these n tokens; n_iter, residual, converged and algorithm are those of the
+            window.
+
+        Raises:
+            TypeError: X is no floating-point tensor or array, or its precision is not that of the first chunk (half
+                precisions count as float32).
+            ValueError: X is empty, holds NaN or infinity, or has other features or another device than the first
+                chunk; or the first chunk shows nothing.
+            MemoryError, FloatingPointError: see `self_expression`.
+
+        Warns:
+            ConvergenceWarning: some tokens of the window, old ones first, did not converge within config.max_iter.
+        """
+        tokens = as_tokens(X)
+        self._check(tokens)
+        old, config, device = self.dictionary, self.config, tokens.device
+        window = tokens if old is None else torch.cat([old.tokens, tokens])
+        n_old = len(window) - len(tokens)
+        seconds: dict[str, float] = {}
+        with timed("pca", seconds, device):
+            features = token_features(window, config.pca_rank)
+        if old is None and bool((features == features[:, :1]).all()):
+            raise ValueError(f"the {len(tokens)} tokens of the first chunk are equal; start with frames that differ")
+        with timed("solve", seconds, device):
+            solution = self_expression(features, config.solver_options(), dtype=window.dtype, progress=progress)
+        with timed("spectral" if old is None else "cluster", seconds, device):
+            labels = self._labels(solution, old)
+            n_clusters = len(self.cluster_sizes) or int(labels.amax()) + 2
+            sizes = torch.bincount(labels[n_old:].cpu(), minlength=n_clusters)
+            sizes[: len(self.cluster_sizes)] += self.cluster_sizes
+        with timed("score", seconds, device):
+            n_tokens = self.n_tokens + len(tokens)
+            unscaled = sizes.to(device)[labels].double() / n_tokens * solution.row_sums()
+            lowest, spread = _range(unscaled) if old is None else (self._lowest, self._spread)
+            scores = ((unscaled - lowest) / spread).clamp(0, 1).float()
+        position = torch.arange(self.n_tokens, n_tokens, device=device)
+        position = position if old is None else torch.cat([old.position, position])
+        kept = self._heaviest(solution, labels)
+        self.dictionary = Atoms(window[kept], position[kept], labels[kept], scores[kept])
+        self.n_tokens, self.cluster_sizes, self.solution = n_tokens, sizes, solution
+        self._lowest, self._spread = lowest, spread
+        if progress is not None:
+            progress("score", 1, 1)
+        return AnchorResult(
+            scores=scores[n_old:].clone(),
+            labels=labels[n_old:].clone(),
+            n_iter=solution.n_iter,
+            residual=solution.residual,
+            converged=solution.converged,
+            duality_gap=solution.gap[n_old:].clone(),
+            algorithm=solution.algorithm,
+            seconds=seconds,
+        )
+
+    def _check(self, tokens: Tensor) -> None:
+        if self.dictionary is None:
+            if len(tokens) < 2:
+                raise ValueError(f"the first chunk must have at least 2 tokens, got shape {tuple(tokens.shape)}")
+            return
+        if len(tokens) == 0:
+            raise ValueError(f"X must have at least 1 token, got shape {tuple(tokens.shape)}; skip an empty chunk")
+        known = self.dictionary.tokens
+        if tokens.shape[1] != known.shape[1]:
+            raise ValueError(f"X must have {known.shape[1]} features as the first chunk, got {tokens.shape[1]}")
+        if tokens.device != known.device:
+            raise ValueError(f"X must be on {known.device} as the first chunk, got {tokens.device}")
+        if tokens.dtype != known.dtype:
+            raise TypeError(f"X must be {known.dtype} as the first chunk, got {tokens.dtype}; convert it")
+
+    def _labels(self, solution: SelfExpression, old: Atoms | None) -> Tensor:
+        """(K + n,) labels of the window; those of the dictionary stay."""
+        affinity, config = affinity_matrix(solution.indices, solution.values), self.config
+        if old is None:
+            return spectral_labels(
+                affinity, config.n_clusters, assign_labels=config.assign_labels, random_state=config.random_state
+            )
+        further = len(self.cluster_sizes) - 1
+        labels = np.full(len(affinity), further)
+        labels[: len(old.labels)] = old.labels.cpu().numpy()
+        labelled = np.arange(len(labels)) < len(old.labels)
+        graph = scipy_matrix(affinity)
+        while True:
+            votes = graph @ (labelled[:, None] & (labels[:, None] == np.arange(further + 1))).astype(np.float64)
+            found = ~labelled & votes.any(1)
+            if not found.any():
+                return torch.from_numpy(labels).to(affinity.device)
+            labels[found] = votes[found].argmax(1)
+            labelled |= found
+
+    def _heaviest(self, solution: SelfExpression, labels: Tensor) -> Tensor:
+        """Tokens of the window that are kept, ascending."""
+        weight = abs(coefficient_matrix(solution.indices, solution.values.double())).sum(axis=1)
+        order = np.argsort(-weight, kind="stable")
+        first = np.unique(labels.cpu().numpy()[order], return_index=True)[1]  # the heaviest of each cluster
+        kept = np.concatenate([order[first], np.delete(order, first)])[: self.max_atoms]
+        return torch.from_numpy(np.sort(kept)).to(labels.device)
+
+
+def _range(unscaled: Tensor) -> tuple[float, float]:
+    """Lowest value and spread of the unscaled score, see `shared_expression_score`; infinite spread if constant."""
+    lowest, spread = float(unscaled.amin()), float(unscaled.amax() - unscaled.amin())
+    return lowest, math.inf if spread <= ROUNDOFF * float(unscaled.abs().amax()) else spread

@@ -12,7 +12,10 @@ from .integrations import registration
 if TYPE_CHECKING:
     from .anchor.config import VideoAnchorConfig
     from .anchor.estimator import SparseSubspaceClustering
+    from .anchor.options import SolverOptions
     from .anchor.scores import AnchorResult, anchor_scores
+    from .anchor.solver import SelfExpression, self_expression
+    from .anchor.streaming import AnchorStream
     from .integrations.enable import Handle, enable
     from .kernels.api import (
         anchored_attention,
@@ -26,7 +29,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AnchorResult",
+    "AnchorStream",
     "Handle",
+    "SelfExpression",
+    "SolverOptions",
     "SparseSubspaceClustering",
     "VideoAnchorConfig",
     "anchor_scores",
@@ -37,11 +43,15 @@ __all__ = [
     "choose_gate_form",
     "enable",
     "merge_attention",
+    "self_expression",
 ]
 
 _HOME = {
     "AnchorResult": ".anchor.scores",
+    "AnchorStream": ".anchor.streaming",
     "Handle": ".integrations.enable",
+    "SelfExpression": ".anchor.solver",
+    "SolverOptions": ".anchor.options",
     "SparseSubspaceClustering": ".anchor.estimator",
     "VideoAnchorConfig": ".anchor.config",
     "anchor_scores": ".anchor.scores",
@@ -52,6 +62,7 @@ _HOME = {
     "choose_gate_form": ".kernels.gates",
     "enable": ".integrations.enable",
     "merge_attention": ".kernels.merge",
+    "self_expression": ".anchor.solver",
 }
 
 

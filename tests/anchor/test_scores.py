@@ -137,7 +137,11 @@ def test_numpy_tokens_give_the_scores_of_tensors():
     assert torch.equal(anchor_scores(tokens.numpy(), config()).scores, anchor_scores(tokens, config()).scores)
 
 
-@pytest.mark.parametrize("scorer", ["ssc", "kmeans", "uniform", lambda tokens: torch.zeros(len(tokens))], ids=str)
+@pytest.mark.parametrize(
+    "scorer",
+    ["ssc", "kmeans", "uniform", lambda tokens: torch.zeros(len(tokens))],
+    ids=["ssc", "kmeans", "uniform", "function"],
+)
 def test_no_tokens(scorer):
     result = anchor_scores(torch.zeros(0, 5), config(scorer=scorer))
     assert (result.scores.shape, result.labels.shape, result.converged) == ((0,), (0,), True)
