@@ -4,7 +4,9 @@ import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
 from .memory import chunk_rows
@@ -157,11 +159,18 @@ class Admm:
         return gaps
 
     def largest(self, rows: Tensor, k: int) -> "Rows":
-        """The k largest coefficients of some rows (b,), divided by their sum if affine, with the gap of these k."""
+        """The k largest coefficients of some rows (b,), divided by their sum if affine, with the gap of these k.
+
+        Where there are more than k, the optimum is not unique (a token in the hull of many others, in few dimensions):
+        coefficients of the same objective with fewer nonzeros take their place first, see `_fewest`.
+        """
         found = Rows.empty(len(rows), k, self.state.dtype, rows.device)
         for first in range(0, len(rows), chunk_rows(self.state.shape[1])):
             part = slice(first, first + chunk_rows(self.state.shape[1]))
             coefficients = self.coefficients(rows[part])
+            for row in ((coefficients != 0).sum(1) > k).nonzero()[:, 0].tolist():
+                atoms = self.dictionary.of_tokens(rows[part][row]).factor[: self.dictionary.rank]
+                coefficients[row] = _fewest(coefficients[row], atoms)
             found.indices[part] = coefficients.abs().topk(k).indices
             kept = coefficients.gather(1, found.indices[part])
             coefficients.zero_().scatter_(1, found.indices[part], kept)
@@ -243,6 +252,20 @@ class Rows:
     def __setitem__(self, rows: Tensor | slice, other: "Rows") -> None:
         self.indices[rows], self.values[rows] = other.indices, other.values
         self.gap[rows], self.n_iter[rows] = other.gap, other.n_iter
+
+
+def _fewest(coefficients: Tensor, atoms: Tensor) -> Tensor:
+    """Coefficients (K,) of at most r + 2 of the same atoms (r, K), with the same signs, fit, sum and L1 norm.
+
+    A vertex of the polytope of all such coefficients, by nonnegative least squares (Lawson and Hanson) on the CPU.
+    """
+    support = coefficients.nonzero()[:, 0]
+    given = coefficients[support].double().cpu().numpy()
+    sign = np.sign(given)
+    rows = np.vstack([atoms[:, support].double().cpu().numpy() * sign, sign, np.ones_like(sign)])
+    weights = nnls(rows, rows @ np.abs(given), maxiter=100 * len(given))[0]
+    fewest = torch.from_numpy(weights * sign).to(coefficients)
+    return torch.zeros_like(coefficients).index_put_((support,), fewest)
 
 
 def _runs_triton(tensor: Tensor) -> bool:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.sparse import csc_array
 from torch import Tensor
 
-from .affinity import affinity_matrix, coefficient_matrix, scipy_matrix
+from .affinity import affinity_matrix, coefficient_matrix
 from .config import VideoAnchorConfig
 from .problem import DLPackArray, as_tokens, token_features
 from .scores import ROUNDOFF, AnchorResult
@@ -104,8 +105,8 @@ class AnchorStream:
                 once at the end.
 
         Returns:
-            Scores, labels and duality gaps of these n tokens; n_iter, residual, converged and algorithm are those of the
-            window.
+            Scores, labels and duality gaps of these n tokens; n_iter, residual, converged and algorithm are
+            those of the window.
 
         Raises:
             TypeError: X is no floating-point tensor or array, or its precision is not that of the first chunk (half
@@ -129,8 +130,9 @@ class AnchorStream:
             raise ValueError(f"the {len(tokens)} tokens of the first chunk are equal; start with frames that differ")
         with timed("solve", seconds, device):
             solution = self_expression(features, config.solver_options(), dtype=window.dtype, progress=progress)
+        weights = abs(coefficient_matrix(solution.indices, solution.values.double()))
         with timed("spectral" if old is None else "cluster", seconds, device):
-            labels = self._labels(solution, old)
+            labels = self._first_labels(solution) if old is None else self._joined_labels(weights, old.labels)
             n_clusters = len(self.cluster_sizes) or int(labels.amax()) + 2
             sizes = torch.bincount(labels[n_old:].cpu(), minlength=n_clusters)
             sizes[: len(self.cluster_sizes)] += self.cluster_sizes
@@ -141,7 +143,7 @@ class AnchorStream:
             scores = ((unscaled - lowest) / spread).clamp(0, 1).float()
         position = torch.arange(self.n_tokens, n_tokens, device=device)
         position = position if old is None else torch.cat([old.position, position])
-        kept = self._heaviest(solution, labels)
+        kept = self._heaviest(weights, labels)
         self.dictionary = Atoms(window[kept], position[kept], labels[kept], scores[kept])
         self.n_tokens, self.cluster_sizes, self.solution = n_tokens, sizes, solution
         self._lowest, self._spread = lowest, spread
@@ -173,30 +175,32 @@ class AnchorStream:
         if tokens.dtype != known.dtype:
             raise TypeError(f"X must be {known.dtype} as the first chunk, got {tokens.dtype}; convert it")
 
-    def _labels(self, solution: SelfExpression, old: Atoms | None) -> Tensor:
-        """(K + n,) labels of the window; those of the dictionary stay."""
-        affinity, config = affinity_matrix(solution.indices, solution.values), self.config
-        if old is None:
-            return spectral_labels(
-                affinity, config.n_clusters, assign_labels=config.assign_labels, random_state=config.random_state
-            )
-        further = len(self.cluster_sizes) - 1
-        labels = np.full(len(affinity), further)
-        labels[: len(old.labels)] = old.labels.cpu().numpy()
-        labelled = np.arange(len(labels)) < len(old.labels)
-        graph = scipy_matrix(affinity)
+    def _first_labels(self, solution: SelfExpression) -> Tensor:
+        return spectral_labels(
+            affinity_matrix(solution.indices, solution.values),
+            self.config.n_clusters,
+            assign_labels=self.config.assign_labels,
+            random_state=self.config.random_state,
+        )
+
+    def _joined_labels(self, weights: csc_array, old_labels: Tensor) -> Tensor:
+        """(K + n,) labels of the window, given |W| and the (K,) labels of the dictionary, which stay."""
+        affinity, further = weights + weights.T, len(self.cluster_sizes) - 1
+        labels = np.full(weights.shape[0], further)
+        labels[: len(old_labels)] = old_labels.cpu().numpy()
+        labelled = np.arange(len(labels)) < len(old_labels)
         while True:
-            votes = graph @ (labelled[:, None] & (labels[:, None] == np.arange(further + 1))).astype(np.float64)
+            members = labelled[:, None] & (labels[:, None] == np.arange(further + 1))
+            votes = affinity @ members.astype(np.float64)
             found = ~labelled & votes.any(1)
             if not found.any():
-                return torch.from_numpy(labels).to(affinity.device)
+                return torch.from_numpy(labels).to(old_labels.device)
             labels[found] = votes[found].argmax(1)
             labelled |= found
 
-    def _heaviest(self, solution: SelfExpression, labels: Tensor) -> Tensor:
-        """Tokens of the window that are kept, ascending."""
-        weight = abs(coefficient_matrix(solution.indices, solution.values.double())).sum(axis=1)
-        order = np.argsort(-weight, kind="stable")
+    def _heaviest(self, weights: csc_array, labels: Tensor) -> Tensor:
+        """Tokens of the window that are kept, ascending, given |W|."""
+        order = np.argsort(-weights.sum(axis=1), kind="stable")
         first = np.unique(labels.cpu().numpy()[order], return_index=True)[1]  # the heaviest of each cluster
         kept = np.concatenate([order[first], np.delete(order, first)])[: self.max_atoms]
         return torch.from_numpy(np.sort(kept)).to(labels.device)

@@ -73,18 +73,18 @@ def solve_working_sets(
     device = problem.atoms.device
     tokens = problem.atoms.T.contiguous()
     everything = Dictionary.of(problem.atoms, affine=problem.affine, rho=options.penalty(n_tokens), dtype=dtype)
-    k = kept_coefficients(rank, n_tokens)
+    k = min(n_tokens - 1, max(4 * (rank + 1), kept_coefficients(rank, n_tokens)))
     found = Rows.empty(n_tokens, k, dtype, device)
     missed = torch.zeros(n_tokens, dtype=torch.bool, device=device)
     first, *queue = torch.arange(n_tokens, device=device).split(block)
-    pool = _first_candidates(problem, tokens, everything, first, options)
+    pool = _first_candidates(problem, tokens, everything, first, k, options)
     while queue or len(pool.token):
         if queue and len(pool.token) <= block // 2:
-            pool.join(_first_candidates(problem, tokens, everything, queue.pop(0), options))
+            pool.join(_first_candidates(problem, tokens, everything, queue.pop(0), k, options))
         for _ in range(CHECK_EVERY):
             pool.admm.advance()
         pool.n_iter += CHECK_EVERY
-        exhausted = pool.n_iter > options.max_iter
+        exhausted = (pool.n_iter > options.max_iter) | ~torch.isfinite(pool.admm.step).all(1)
         missed[pool.token[exhausted]] = True
         ready = ~exhausted & (pool.admm.gaps() <= INNER_TOLERANCE * options.tol)
         rows = ready.nonzero()[:block, 0]
@@ -100,7 +100,7 @@ def solve_working_sets(
         done(int(accepted.sum()))
         again = ~accepted & (pool.rounds[rows] < ROUNDS)
         missed[token[~accepted & ~again]] = True
-        changed = _over_candidates(tokens, whole, token, again.nonzero()[:, 0], options)
+        changed = _over_candidates(tokens, whole, token, again.nonzero()[:, 0], k, options)
         changed.n_iter.copy_(pool.n_iter[rows[again]])
         changed.rounds.copy_(pool.rounds[rows[again]] + 1)
         pool.keep(staying.nonzero()[:, 0])
@@ -111,25 +111,24 @@ def solve_working_sets(
 
 
 def _first_candidates(
-    problem: Problem, tokens: Tensor, everything: Dictionary, own: Tensor, options: SolverOptions
+    problem: Problem, tokens: Tensor, everything: Dictionary, own: Tensor, k: int, options: SolverOptions
 ) -> _Pool:
     targets = tokens[own].to(everything.factor.dtype)
     whole = Admm(everything, targets, own, error_bound=problem.error_bound, relaxation=options.relaxation)
     for _ in range(SEED_ITERATIONS):
         whole.advance()
-    return _over_candidates(tokens, whole, own, torch.arange(len(own), device=own.device), options)
+    return _over_candidates(tokens, whole, own, torch.arange(len(own), device=own.device), k, options)
 
 
-def _over_candidates(tokens: Tensor, whole: Admm, token: Tensor, rows: Tensor, options: SolverOptions) -> _Pool:
-    """Go on with some rows of these tokens, over the atoms of largest state only, the token itself excepted."""
-    own, (n_tokens, rank) = token[rows], tokens.shape
+def _over_candidates(tokens: Tensor, whole: Admm, token: Tensor, rows: Tensor, k: int, options: SolverOptions) -> _Pool:
+    """Go on with some rows of these tokens, over the k atoms of largest state only, the token itself excepted."""
+    own, rank = token[rows], tokens.shape[1]
     size = whole.state[rows].abs_().scatter_(1, own[:, None], -1.0)
-    n_candidates = min(n_tokens - 1, max(4 * (rank + 1), kept_coefficients(rank, n_tokens)))
-    candidates = size.topk(n_candidates, sorted=False).indices
+    candidates = size.topk(k, sorted=False).indices
     dictionary = Dictionary.of(
         tokens[candidates].mT,
         affine=whole.dictionary.affine,
-        rho=options.penalty(n_candidates),
+        rho=options.penalty(k),
         dtype=whole.state.dtype,
     )
     ratio = whole.dictionary.rho / dictionary.rho

@@ -78,7 +78,7 @@ def headlines(rows: Iterable[Row]) -> list[Headline]:
     """The worst case of each aim over the timed rows. Ours is the fastest of our kernels in the case."""
     cases: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row.ms is not None and row.section in ("prefill", "decode"):
+        if row.ms is not None and row.section in ("prefill", "decode", "scores"):
             cases.setdefault((row.section, row.case), []).append(row)
     found: list[Headline] = []
 
@@ -129,6 +129,11 @@ def headlines(rows: Iterable[Row]) -> list[Headline]:
         wanted = group[0].section == "decode" and (group[0].keys or 0) >= 32768
         return best_of_ours(group, lambda row: row.share) if wanted else None
 
+    def scored(tokens: int, pick: Callable[[Row], float | None]) -> Callable[[list[Row]], float | None]:
+        return lambda group: next(
+            (pick(r) for r in group if (r.section, r.keys, r.contender) == ("scores", tokens, "ours, total")), None
+        )
+
     aim("prefill N >= 8k, gated / ungated time", "<= 1.02", 1.02, True, gate_cost)
     aim(
         "prefill N >= 8k, cuDNN ungated time / ours gated",
@@ -142,6 +147,9 @@ def headlines(rows: Iterable[Row]) -> list[Headline]:
     aim("prefill, SDPA dense mask time / ours gated", ">= 5", 5, False, ratio("prefill", "SDPA dense", True))
     aim("prefill, peak extra memory of ours gated / bytes of q, k, v", "<= 1", 1, True, extra_memory)
     aim("decode keys >= 32k, share of the copy bandwidth", ">= 0.85", 0.85, False, share)
+    for tokens, limit in ((2048, 50), (16384, 1000), (65536, 30_000)):
+        aim(f"scores of {tokens} tokens, ms", f"<= {limit}", limit, True, scored(tokens, lambda row: row.ms))
+    aim("scores of 65536 tokens, peak MiB", "<= 16384", 16384, True, scored(65536, lambda row: row.peak_extra_mib))
     return found
 
 
@@ -178,10 +186,11 @@ def summary(environment: dict[str, str], rows: list[Row]) -> str:
     for row in rows:
         if row.section == "ceiling" and row.rate is not None:
             parts.append(f"Ceiling, {row.case}: {row.rate:.2f} {row.unit}.")
-    for section in ("prefill", "decode", "backward"):
+    for section in ("prefill", "decode", "backward", "scores"):
         timed = [row for row in rows if row.section == section and row.ms is not None]
         if timed:
-            parts.append(f"## {section}\n\n{timed[0].unit} (share of the ceiling)\n\n{_pivot(timed)}")
+            unit = "ms" if section == "scores" else f"{timed[0].unit} (share of the ceiling)"
+            parts.append(f"## {section}\n\n{unit}\n\n{_pivot(timed)}")
     for status in (WRONG, FAILED, SKIPPED):
         lines = [f"- {row.section}, {row.case}, {row.contender}: {row.reason}" for row in rows if row.status == status]
         if lines:
@@ -194,7 +203,7 @@ def _pivot(rows: list[Row]) -> str:
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
         share = "" if row.share is None else f" ({row.share:.0%})"
-        cells.setdefault(row.case, {})[row.contender] = f"{row.rate:.3g}{share}"
+        cells.setdefault(row.case, {})[row.contender] = f"{row.ms if row.rate is None else row.rate:.3g}{share}"
     lines = [f"| case | {' | '.join(contenders)} |", "| --- " * (len(contenders) + 1) + "|"]
     for case, found in cells.items():
         lines.append(f"| {case} | {' | '.join(found.get(name, '') for name in contenders)} |")

@@ -3,29 +3,27 @@
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
-import triton
 from checks import correctness
 from contenders import attention_tasks
+from environment import environment
 from gradients import backward_tasks
 from measure import Task, ceiling_tasks
 from record import FAILED, Row
+from ssc_gpu import score_tasks
 
-ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = {
     "ceiling": ceiling_tasks,
     "correctness": correctness,
     "prefill": lambda device: attention_tasks("prefill", device),
     "decode": lambda device: attention_tasks("decode", device),
     "backward": backward_tasks,
+    "scores": score_tasks,
 }
 
 
@@ -33,32 +31,6 @@ def tasks(device: torch.device, sections: list[str]) -> list[Task]:
     """All tasks in the order in which they run: by section, times by importance across the sections."""
     chosen = [task for name, make in SECTIONS.items() if name in sections for task in make(device)]
     return sorted(chosen, key=lambda task: task.rank)
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """What the numbers depend on."""
-
-    def output(*command: str) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-
-    git = ("git", "-C", str(ROOT))
-    driver = "none"
-    if device.type == "cuda":
-        driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
-    changes = output(*git, "status", "--porcelain", "--untracked-files=no")
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu, Triton interpreter",
-        "driver": driver,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": str(torch.version.cuda or torch.version.hip),
-        "python": platform.python_version(),
-        "commit": output(*git, "rev-parse", "HEAD"),
-        "dirty": changes if changes == "unknown" else str(bool(changes)).lower(),
-    }
 
 
 def poisoned(failure: Exception) -> bool:
@@ -104,7 +76,7 @@ def main() -> int:
         interpreter_fixes.apply()
     planned = tasks(device, options.sections)
     plan = [{"row": asdict(task.row), "kernel": task.kernel} for task in planned]
-    print(json.dumps({"environment": environment(device), "plan": plan}), flush=True)
+    print(json.dumps({"environment": environment(device, "cpu, Triton interpreter"), "plan": plan}), flush=True)
     for row in run(planned[options.start :], options.deadline, options.broken):
         print(json.dumps({"row": asdict(row)}), flush=True)
     return 0

@@ -17,6 +17,7 @@ import pytest
 import scipy.sparse
 import torch
 
+from videoanchor_triton.anchor import blocked, solver, working_set
 from videoanchor_triton.anchor.memory import solver_memory_bytes
 from videoanchor_triton.anchor.options import SolverOptions
 from videoanchor_triton.anchor.problem import penalty_weights, token_features
@@ -133,8 +134,8 @@ def solve(
 
 
 def small_blocks(case: Case, dtype: torch.dtype) -> int:
-    """A memory budget that allows blocks of 20 tokens."""
-    return solver_memory_bytes(case.n_tokens, case.rank, dtype, 20)
+    """A memory budget that allows blocks of half of the tokens, not of all."""
+    return solver_memory_bytes(case.n_tokens, case.rank, dtype, case.n_tokens // 2)
 
 
 def test_the_reference_is_the_optimum(case: Case) -> None:
@@ -147,11 +148,34 @@ def test_the_reference_is_the_optimum(case: Case) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_tokens_without_a_unique_optimum_reach_one(algorithm: str) -> None:
-    budget = None if algorithm == "dense" else small_blocks(HULL, torch.float64)
-    solution = solve(HULL, algorithm, memory_budget=budget)
+    budget = None if algorithm == "dense" else small_blocks(HULL, torch.float32)
+    solution = solve(HULL, algorithm, torch.float32, memory_budget=budget)
     assert (HULL.optimum().upper < 1 + CERTIFIED).sum() == 14
     assert solution.converged
-    assert HULL.distances(solution).max() <= TOLERANCE[torch.float64]
+    assert HULL.distances(solution).max() <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("algorithm", ["blocked", "working-set"])
+def test_many_tokens_of_low_rank_converge_as_if_all_were_kept(algorithm: str) -> None:
+    """Most of them lie in the hull of others, more than `kept_coefficients` of which can take part."""
+    Y = token_features(planted_subspaces(4, 100, 3, 40, noise=0.3)[0], 8)
+    dense, found = (
+        self_expression(Y, SolverOptions(algorithm=name, max_iter=1000, memory_budget=budget))  # pyright: ignore[reportArgumentType]
+        for name, budget in (("dense", None), (algorithm, 30_000_000))
+    )
+    assert dense.values.shape[1] > 256 >= found.values.shape[1]
+    assert len(found.unconverged) <= len(dense.unconverged) < 150
+
+
+@named(CASES[4], Case("linear-240", False, 800.0, 50.0, 240, 8, lambda: vit_like(8, 30)))
+@pytest.mark.parametrize("algorithm", ["blocked", "working-set"])
+def test_few_atoms_are_as_good_as_all(case: Case, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with thousands of tokens: only 2 (r + 1) coefficients are kept, and candidates are 4 (r + 1) of the atoms."""
+    for module in (blocked, solver, working_set):
+        monkeypatch.setattr(module, "kept_coefficients", lambda rank, n_atoms: min(n_atoms, 2 * (rank + 1)))
+    solution = solve(case, algorithm, memory_budget=small_blocks(case, torch.float64))
+    assert solution.converged
+    assert (case.distances(solution) <= solution.gap.numpy() + CERTIFIED).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)

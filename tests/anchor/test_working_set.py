@@ -1,0 +1,220 @@
+"""Working sets end at the optimum over all atoms, whatever their candidates were, and never claim more than they know.
+
+The candidates are made few (4 times the rank), so that most atoms of these small problems are outside.
+"""
+
+import importlib
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_sample_image
+
+from videoanchor_triton.anchor import blocked, memory, working_set
+from videoanchor_triton.anchor.options import SolverOptions
+from videoanchor_triton.anchor.problem import token_features
+from videoanchor_triton.anchor.solver import SelfExpression, self_expression
+
+from .reference import objective, textbook_weights
+from .test_solver import PeakMemory
+from .tokens import DEVICES, planted_subspaces, vit_like
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+ssc_reference: Any = importlib.import_module("ssc_reference")
+
+RANK, N_TOKENS = 16, 151
+TOLERANCE = 1e-3
+CERTIFIED = 1e-7
+
+
+@cache
+def features(kind: str) -> torch.Tensor:
+    if kind == "vit":
+        tokens = vit_like(4, 38)
+    elif kind == "subspaces":
+        tokens, _ = planted_subspaces(8, 19, 3, noise=0.5)
+    else:
+        pytest.importorskip("PIL")
+        pixels = load_sample_image("china.jpg")[:180, :240].astype(np.float32)
+        patches = pixels.reshape(12, 15, 16, 15, 3).swapaxes(1, 2).reshape(192, -1)
+        tokens = torch.from_numpy(patches)
+    return token_features(tokens[:N_TOKENS], RANK)
+
+
+@cache
+def reference(kind: str, affine: bool, alpha_e: float) -> tuple[Any, np.ndarray, np.ndarray]:
+    """The problem, tokens of it whose optimum is certified, and the lower bounds of their objectives.
+
+    Left out are tokens inside the convex hull of others, which have no unique optimum for the reference to follow.
+    """
+    Y = features(kind).numpy()
+    problem = ssc_reference.Problem(Y, *textbook_weights(Y, alpha_e, 800.0), affine)
+    optimum = ssc_reference.certified_optimum(problem, np.arange(0, N_TOKENS, 3))
+    certified = optimum.upper - optimum.lower < CERTIFIED * optimum.upper
+    assert certified.mean() > 0.5
+    return problem, optimum.tokens[certified], optimum.lower[certified]
+
+
+def check_gaps(found: SelfExpression, kind: str, affine: bool = True, alpha_e: float = 800.0) -> None:
+    """No token is farther above its optimum than its gap says."""
+    problem, checked, lower = reference(kind, affine, alpha_e)
+    C, gaps = found.to_dense().double().cpu().numpy(), found.gap.cpu().numpy()[checked]
+    assert not C.diagonal().any()
+    above = 1 - lower / ssc_reference.objectives(problem, C[:, checked], checked)
+    assert above.min() >= -CERTIFIED
+    known = np.isfinite(gaps)
+    assert known.any()
+    assert (above[known] <= gaps[known] + 1e-6).all()
+
+
+class Calls:
+    """Tokens that were brought to new candidates, and tokens that fell back to all atoms."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sets = self.fallen = 0
+        over_candidates, solve_block = working_set._over_candidates, blocked.solve_block
+
+        def count_sets(tokens: Any, whole: Any, token: Any, rows: torch.Tensor, *rest: Any) -> Any:
+            self.sets += len(rows)
+            return over_candidates(tokens, whole, token, rows, *rest)
+
+        def count_fallen(problem: Any, dictionary: Any, targets: torch.Tensor, *rest: Any, **named: Any) -> Any:
+            self.fallen += len(targets)
+            return solve_block(problem, dictionary, targets, *rest, **named)
+
+        monkeypatch.setattr(working_set, "_over_candidates", count_sets)
+        monkeypatch.setattr(working_set, "solve_block", count_fallen)
+
+
+@pytest.fixture(autouse=True)
+def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(working_set, "kept_coefficients", lambda *_: 0)
+    monkeypatch.setattr(memory, "FEWEST_FOR_PRODUCTS", 40)
+    monkeypatch.setattr(memory, "CPU_CACHE_BYTES", 0)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
+
+
+def solve(Y: torch.Tensor, dtype: torch.dtype = torch.float64, progress: Any = None, **options: Any) -> SelfExpression:
+    options = {"algorithm": "working-set", "tol": TOLERANCE} | options
+    return self_expression(Y, SolverOptions(**options), dtype=dtype, progress=progress)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("alpha_e", [800.0, 30.0], ids=["no-error", "error"])
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "linear"])
+@pytest.mark.parametrize("kind", ["vit", "photograph", "subspaces"])
+def test_few_candidates_reach_the_optimum_over_all_atoms(
+    kind: str, affine: bool, alpha_e: float, dtype: torch.dtype, device: str, calls: Calls
+) -> None:
+    found = solve(features(kind).to(device), dtype, affine=affine, alpha_e=alpha_e)
+    assert found.converged
+    assert calls.sets >= N_TOKENS
+    assert calls.fallen <= N_TOKENS // 20
+    check_gaps(found, kind, affine, alpha_e)
+
+
+def test_candidates_that_miss_the_support_are_changed(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
+    """Without iterations over all atoms every state is 0, and the first candidates are any."""
+    monkeypatch.setattr(working_set, "SEED_ITERATIONS", 0)
+    monkeypatch.setattr(working_set, "ROUNDS", 100)
+    found = solve(features("vit"))
+    assert calls.sets > 2 * N_TOKENS
+    assert calls.fallen == 0
+    assert found.converged
+    check_gaps(found, "vit")
+
+
+def test_tokens_whose_candidates_stay_bad_are_solved_over_all_atoms(
+    monkeypatch: pytest.MonkeyPatch, calls: Calls
+) -> None:
+    monkeypatch.setattr(working_set, "SEED_ITERATIONS", 0)
+    monkeypatch.setattr(working_set, "ROUNDS", 1)
+    found = solve(features("vit"))
+    assert calls.sets == N_TOKENS
+    assert calls.fallen > N_TOKENS // 2
+    assert found.converged
+    check_gaps(found, "vit")
+
+
+@pytest.mark.parametrize("max_iter", [40, 150, 400])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_gap_is_true_when_iterations_run_out(dtype: torch.dtype, max_iter: int) -> None:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = solve(features("vit"), dtype, max_iter=max_iter, tol=1e-6)
+    assert found.n_iter == max_iter
+    assert len(warned) == 1
+    assert len(found.unconverged) > 0
+    check_gaps(found, "vit")
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "linear"])
+def test_duplicate_and_zero_tokens(affine: bool) -> None:
+    Y = features("vit")[:, :60]
+    Y = torch.cat([Y, Y, torch.zeros(RANK, 3), Y[:, :5]], dim=1)
+    found = solve(Y, affine=affine, tol=1e-3)
+    blocked = solve(Y, affine=affine, tol=1e-3, algorithm="blocked")
+    assert found.converged
+    weights = textbook_weights(Y[:, :120].numpy(), 800.0, 800.0)
+    here, there = (objective(Y.numpy(), each.to_dense().numpy(), *weights) for each in (found, blocked))
+    np.testing.assert_allclose(here, there, rtol=2.1e-3, atol=1e-12)
+
+
+@pytest.mark.parametrize("n_tokens", [2, 3, 17, 33])
+def test_fewer_tokens_than_candidates(n_tokens: int) -> None:
+    Y = features("subspaces")[:, :n_tokens]
+    found, blocked = solve(Y), solve(Y, algorithm="blocked")
+    assert found.converged
+    weights = textbook_weights(Y.numpy(), 800.0, 800.0)
+    here, there = (objective(Y.numpy(), each.to_dense().numpy(), *weights) for each in (found, blocked))
+    np.testing.assert_allclose(here, there, rtol=2.1e-3)
+
+
+@pytest.mark.parametrize("block", [16, 57, 151])
+def test_blocks_and_progress_of_any_size(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tokens are counted once, in whatever portions they come."""
+    monkeypatch.setattr(memory, "FEWEST_FOR_PRODUCTS", block)
+    counts: list[int] = []
+    monkeypatch.setattr("videoanchor_triton.anchor.solver.time.monotonic", iter(range(10_000)).__next__)
+    found = solve(features("vit"), torch.float32, lambda _stage, count, _total: counts.append(count))
+    assert counts[-1] == N_TOKENS
+    assert found.converged
+    check_gaps(found, "vit")
+
+
+def test_a_second_run_is_the_same_to_the_bit() -> None:
+    first, second = (solve(features("vit"), torch.float32) for _ in range(2))
+    assert torch.equal(first.indices, second.indices)
+    assert torch.equal(first.values, second.values)
+    assert torch.equal(first.gap, second.gap)
+
+
+def test_values_beyond_the_dtype_raise() -> None:
+    with pytest.raises(FloatingPointError, match="float32"):
+        solve(features("vit"), torch.float32, alpha_z=1e45)
+
+
+def test_memory_grows_with_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the tokens take about twice the memory, which stays within one N x N array in float64."""
+    monkeypatch.setattr(memory, "CHUNK_ELEMENTS", 10_000)
+    monkeypatch.setattr(memory, "FEWEST_FOR_PRODUCTS", 16)
+    monkeypatch.setattr(working_set, "SEED_ITERATIONS", 4)
+    peaks = []
+    for n_tokens in (304, 608):
+        Y = token_features(vit_like(8, n_tokens // 8), 8)
+        with warnings.catch_warnings(), PeakMemory() as used:
+            warnings.simplefilter("ignore")
+            solve(Y, torch.float32, tol=0.6, max_iter=50)
+        peaks.append(used.peak)
+    assert peaks[1] < 2.2 * peaks[0]
+    assert peaks[1] < 8 * 608**2
