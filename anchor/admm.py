@@ -144,8 +144,13 @@ class Admm:
     def join(self, other: "Admm") -> None:
         """Go on with the rows of another one too; each token has its own atoms, as many there as here."""
         mine, theirs = self.dictionary, other.dictionary
-        arrays = [torch.cat([getattr(mine, name), getattr(theirs, name)]) for name in ("factor", "gram", "inverse")]
-        self.dictionary = Dictionary(*arrays, mine.rank, mine.rho)
+        self.dictionary = Dictionary(
+            torch.cat([mine.factor, theirs.factor]),
+            torch.cat([mine.gram, theirs.gram]),
+            torch.cat([mine.inverse, theirs.inverse]),
+            mine.rank,
+            mine.rho,
+        )
         for name in ("target", "offset", "step", "state", "reflected"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
 

@@ -10,6 +10,7 @@ CHUNK_ELEMENTS = 1 << 20
 # A block is not made smaller than this to fit: products of fewer rows are slow.
 SMALLEST_BLOCK = 16
 FEWEST_FOR_PRODUCTS = 128
+FEWEST_ON_A_GPU = 1024
 CPU_CACHE_BYTES = 1 << 20
 
 
@@ -30,6 +31,13 @@ def solver_memory_bytes(n_tokens: int, rank: int, dtype: torch.dtype, block: int
     iterated = (3 * block + 6 * chunk) * n_tokens + (12 * block + n_tokens) * row + 4 * row**2
     in_float64 = 4 * n_tokens * row + 5 * row**2 + 2 * chunk_rows(n_tokens) * n_tokens
     return iterated * dtype.itemsize + in_float64 * 8 + 2 * n_tokens * kept * (8 + dtype.itemsize)
+
+
+def working_set_memory_bytes(n_tokens: int, rank: int, dtype: torch.dtype, block: int) -> int:
+    """`solver_memory_bytes`, and the candidates' atoms of up to 3/2 block tokens, gathered in float64."""
+    candidates = min(n_tokens, max(4 * (rank + 1), 256))
+    atoms = 3 * block // 2 * candidates * (rank + 1)
+    return solver_memory_bytes(n_tokens, rank, dtype, block) + atoms * (4 * dtype.itemsize + 3 * 8)
 
 
 def plan_block(
@@ -57,11 +65,10 @@ def plan_block(
         block, needed = n_tokens, solver_memory_bytes(n_tokens, rank, dtype, n_tokens)
     else:
         block = max(1, min(n_tokens, _fastest_block(n_tokens, dtype, device)))
-        while block > SMALLEST_BLOCK and budget is not None:
-            if solver_memory_bytes(n_tokens, rank, dtype, block) <= budget:
-                break
+        bytes_of = working_set_memory_bytes if algorithm == "working-set" else solver_memory_bytes
+        while block > SMALLEST_BLOCK and budget is not None and bytes_of(n_tokens, rank, dtype, block) > budget:
             block = max(SMALLEST_BLOCK, block // 2)
-        needed = solver_memory_bytes(n_tokens, rank, dtype, block)
+        needed = bytes_of(n_tokens, rank, dtype, block)
     if budget is not None and needed > budget:
         raise MemoryError(
             f"the self-expression of {n_tokens} tokens (rank {rank}, {dtype}, algorithm {algorithm!r}) needs "
@@ -74,10 +81,10 @@ def plan_block(
 
 def _fastest_block(n_tokens: int, dtype: torch.dtype, device: torch.device) -> int:
     """Tokens whose state and its reflection stay in the cache, but enough of them for fast products."""
-    cache = CPU_CACHE_BYTES
+    cache, fewest = CPU_CACHE_BYTES, FEWEST_FOR_PRODUCTS
     if device.type == "cuda":
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(FEWEST_FOR_PRODUCTS, cache // (2 * n_tokens * dtype.itemsize) if n_tokens else 0)
+        fewest, cache = FEWEST_ON_A_GPU, torch.cuda.get_device_properties(device).L2_cache_size
+    return max(fewest, cache // (2 * n_tokens * dtype.itemsize) if n_tokens else 0)
 
 
 def available_memory_bytes(device: torch.device) -> int | None:

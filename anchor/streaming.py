@@ -186,7 +186,7 @@ class AnchorStream:
     def _joined_labels(self, weights: csc_array, old_labels: Tensor) -> Tensor:
         """(K + n,) labels of the window, given |W| and the (K,) labels of the dictionary, which stay."""
         affinity, further = weights + weights.T, len(self.cluster_sizes) - 1
-        labels = np.full(weights.shape[0], further)
+        labels = np.full(weights.shape[0], further)  # pyright: ignore[reportOptionalSubscript]
         labels[: len(old_labels)] = old_labels.cpu().numpy()
         labelled = np.arange(len(labels)) < len(old_labels)
         while True:
@@ -200,7 +200,7 @@ class AnchorStream:
 
     def _heaviest(self, weights: csc_array, labels: Tensor) -> Tensor:
         """Tokens of the window that are kept, ascending, given |W|."""
-        order = np.argsort(-weights.sum(axis=1), kind="stable")
+        order = np.argsort(-np.asarray(weights.sum(axis=1)), kind="stable")
         first = np.unique(labels.cpu().numpy()[order], return_index=True)[1]  # the heaviest of each cluster
         kept = np.concatenate([order[first], np.delete(order, first)])[: self.max_atoms]
         return torch.from_numpy(np.sort(kept)).to(labels.device)

@@ -138,10 +138,10 @@ def test_tokens_whose_candidates_stay_bad_are_solved_over_all_atoms(
     monkeypatch: pytest.MonkeyPatch, calls: Calls
 ) -> None:
     monkeypatch.setattr(working_set, "SEED_ITERATIONS", 0)
-    monkeypatch.setattr(working_set, "ROUNDS", 1)
+    monkeypatch.setattr(working_set, "ROUNDS", 2)
     found = solve(features("vit"))
-    assert calls.sets == N_TOKENS
-    assert calls.fallen > N_TOKENS // 2
+    assert N_TOKENS < calls.sets <= 2 * N_TOKENS
+    assert 0 < calls.fallen <= N_TOKENS
     assert found.converged
     check_gaps(found, "vit")
 
@@ -192,6 +192,11 @@ def test_blocks_and_progress_of_any_size(block: int, monkeypatch: pytest.MonkeyP
     check_gaps(found, "vit")
 
 
+def test_blocks_that_are_done_at_once_do_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "FEWEST_FOR_PRODUCTS", 16)
+    assert solve(features("vit"), tol=0.99).converged
+
+
 def test_a_second_run_is_the_same_to_the_bit() -> None:
     first, second = (solve(features("vit"), torch.float32) for _ in range(2))
     assert torch.equal(first.indices, second.indices)
@@ -206,15 +211,15 @@ def test_values_beyond_the_dtype_raise() -> None:
 
 def test_memory_grows_with_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the tokens take about twice the memory, which stays within one N x N array in float64."""
-    monkeypatch.setattr(memory, "CHUNK_ELEMENTS", 10_000)
+    monkeypatch.setattr(memory, "CHUNK_ELEMENTS", 3_000)
     monkeypatch.setattr(memory, "FEWEST_FOR_PRODUCTS", 16)
     monkeypatch.setattr(working_set, "SEED_ITERATIONS", 4)
     peaks = []
-    for n_tokens in (304, 608):
+    for n_tokens in (152, 304):
         Y = token_features(vit_like(8, n_tokens // 8), 8)
         with warnings.catch_warnings(), PeakMemory() as used:
             warnings.simplefilter("ignore")
-            solve(Y, torch.float32, tol=0.6, max_iter=50)
+            solve(Y, torch.float32, tol=0.6, max_iter=25)
         peaks.append(used.peak)
     assert peaks[1] < 2.2 * peaks[0]
-    assert peaks[1] < 8 * 608**2
+    assert peaks[1] < 8 * 304**2
