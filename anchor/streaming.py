@@ -60,7 +60,8 @@ class AnchorStream:
     first chunk, except for one (start a new stream at a cut to another scene); and scores, once handed out, do not
     change, although later frames would change pi and r, and although a first chunk that shows little of the video
     gives a poor range: if nothing stands out in it, all scores of the stream are 0.
-    benchmarks/results/ssc-streaming holds how far that is from solving everything at once.
+    In benchmarks/results/ssc-streaming, with a dictionary of a quarter of the clip and chunks of an eighth, the rank
+    correlation of new scores with those of everything solved at once is 0.35 to 0.45, and 0.19 behind a cut.
 
     Time and memory of an update are those of `max_atoms` + chunk tokens, however long the video: few large chunks cost
     less than many small ones. On the CPU the result is the same to the bit run to run, with the same number of

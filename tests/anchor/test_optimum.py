@@ -18,7 +18,7 @@ import scipy.sparse
 import torch
 
 from videoanchor_triton.anchor import blocked, solver, working_set
-from videoanchor_triton.anchor.memory import solver_memory_bytes
+from videoanchor_triton.anchor.memory import solver_memory_bytes, working_set_memory_bytes
 from videoanchor_triton.anchor.options import SolverOptions
 from videoanchor_triton.anchor.problem import penalty_weights, token_features
 from videoanchor_triton.anchor.solver import SelfExpression, self_expression
@@ -133,9 +133,10 @@ def solve(
     return solution
 
 
-def small_blocks(case: Case, dtype: torch.dtype) -> int:
+def small_blocks(case: Case, algorithm: str, dtype: torch.dtype) -> int:
     """A memory budget that allows blocks of half of the tokens, not of all."""
-    return solver_memory_bytes(case.n_tokens, case.rank, dtype, case.n_tokens // 2)
+    bytes_of = working_set_memory_bytes if algorithm == "working-set" else solver_memory_bytes
+    return bytes_of(case.n_tokens, case.rank, dtype, case.n_tokens // 2)
 
 
 def test_the_reference_is_the_optimum(case: Case) -> None:
@@ -148,7 +149,7 @@ def test_the_reference_is_the_optimum(case: Case) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_tokens_without_a_unique_optimum_reach_one(algorithm: str) -> None:
-    budget = None if algorithm == "dense" else small_blocks(HULL, torch.float32)
+    budget = None if algorithm == "dense" else small_blocks(HULL, algorithm, torch.float32)
     solution = solve(HULL, algorithm, torch.float32, memory_budget=budget)
     assert (HULL.optimum().upper < 1 + CERTIFIED).sum() == 14
     assert solution.converged
@@ -173,7 +174,7 @@ def test_few_atoms_are_as_good_as_all(case: Case, algorithm: str, monkeypatch: p
     """As with thousands of tokens: only 2 (r + 1) coefficients are kept, and candidates are 4 (r + 1) of the atoms."""
     for module in (blocked, solver, working_set):
         monkeypatch.setattr(module, "kept_coefficients", lambda rank, n_atoms: min(n_atoms, 2 * (rank + 1)))
-    solution = solve(case, algorithm, memory_budget=small_blocks(case, torch.float64))
+    solution = solve(case, algorithm, memory_budget=small_blocks(case, algorithm, torch.float64))
     assert solution.converged
     assert (case.distances(solution) <= solution.gap.numpy() + CERTIFIED).all()
 
@@ -184,7 +185,7 @@ def test_few_atoms_are_as_good_as_all(case: Case, algorithm: str, monkeypatch: p
 def test_every_token_is_as_close_to_the_optimum_as_promised(
     case: Case, algorithm: str, dtype: torch.dtype, device: str
 ) -> None:
-    budget = None if algorithm == "dense" else small_blocks(case, dtype)
+    budget = None if algorithm == "dense" else small_blocks(case, algorithm, dtype)
     solution = solve(case, algorithm, dtype, device, memory_budget=budget)
     assert solution.converged
     gaps = solution.gap.cpu().numpy()
