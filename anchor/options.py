@@ -16,8 +16,8 @@ class SolverOptions:
         algorithm: how the problem is solved. The first four reach the same optimum within `tol`.
             "dense": all tokens at once, memory grows with N^2.
             "blocked": blocks of tokens, each over all atoms; memory grows with N.
-            "working-set": every token over a few candidate atoms, which grow until no atom outside violates the
-            optimality conditions; memory grows with N.
+            "working-set": every token over a few candidate atoms, chosen anew until the gap over all atoms is within
+            `tol`; memory grows with N.
             "auto": "working-set" from `WORKING_SET_TOKENS` tokens on, else "dense", or "blocked" if that does not fit.
             "authors": the authors' iterates, in float64 and without over-relaxation, and their stopping rule: the
             largest absolute row sum of the difference of the two copies of W is below 2e-4. It stops at some
