@@ -13,44 +13,32 @@ CHECK_EVERY = 20
 AUTHORS_RHO, AUTHORS_TOL = 300.0, 2e-4  # published
 
 
-def kept_coefficients(rank: int, n_atoms: int) -> int:
-    """Coefficients that are kept of a token, the largest; the reported gap is that of the kept ones.
-
-    One optimum has at most r + 1, but where there are many (duplicate tokens, a token among many neighbours in few
-    dimensions) ADMM finds one that spreads over all of them.
-    """
-    return min(n_atoms, max(2 * (rank + 1), 256))
-
-
 def solve_block(
     problem: Problem,
     dictionary: Dictionary,
     targets: Tensor,
-    own: Tensor | None,
+    own: Tensor,
     options: SolverOptions,
     *,
-    keep: int | None = None,
-    start: Tensor | None = None,
+    keep: int,
     done: Callable[[int], None] | None = None,
 ) -> Rows:
     """Iterate b tokens until each is within options.tol of its optimum; converged ones leave the iteration early.
 
     Args:
         problem: gives the error bound.
-        dictionary: atoms, shared or one set for each token.
+        dictionary: the atoms.
         targets: (b, r) weighted tokens, in the dictionary's dtype.
-        own: (b,) atom that is the token itself, None if none is.
+        own: (b,) atom that is the token itself.
         options: tolerance and iterations.
-        keep: coefficients to keep of a token; None: see `kept_coefficients`.
-        start: (b, K) state to start from.
+        keep: coefficients to keep of a token, see `kept_coefficients`.
         done: called with the number of tokens that have left since the last call.
 
     Raises:
         FloatingPointError: the iteration left the range of the dtype.
     """
-    admm = Admm(dictionary, targets, own, error_bound=problem.error_bound, relaxation=options.relaxation, start=start)
-    k = keep or kept_coefficients(dictionary.rank, dictionary.factor.shape[-1])
-    found = Rows.empty(len(targets), k, targets.dtype, targets.device)
+    admm = Admm(dictionary, targets, own, error_bound=problem.error_bound, relaxation=options.relaxation)
+    found = Rows.empty(len(targets), keep, targets.dtype, targets.device)
     token = torch.arange(len(targets), device=targets.device)  # of each row that is still iterated
     waiting = torch.ones_like(token, dtype=torch.bool)
     n_iter = 0
@@ -67,7 +55,7 @@ def solve_block(
         candidates = (waiting & (last | (admm.gaps() <= options.tol))).nonzero()[:, 0]
         if len(candidates) == 0:
             continue
-        rows = admm.largest(candidates, k)
+        rows = admm.largest(candidates, keep)
         rows.n_iter.fill_(n_iter)
         accepted = last | (rows.gap <= options.tol)
         found[token[candidates[accepted]]] = rows[accepted]

@@ -19,6 +19,20 @@ def chunk_rows(n_tokens: int) -> int:
     return max(1, CHUNK_ELEMENTS // max(1, n_tokens))
 
 
+def kept_coefficients(rank: int, n_atoms: int) -> int:
+    """Coefficients that are kept of a token, the largest; the reported gap is that of the kept ones.
+
+    One optimum has at most r + 1, but where there are many (duplicate tokens, a token among many neighbours in few
+    dimensions) ADMM finds one that spreads over all of them.
+    """
+    return min(n_atoms, max(2 * (rank + 1), 256))
+
+
+def candidate_atoms(rank: int, n_tokens: int) -> int:
+    """Atoms of a working set."""
+    return min(n_tokens - 1, max(4 * (rank + 1), kept_coefficients(rank, n_tokens)))
+
+
 def solver_memory_bytes(n_tokens: int, rank: int, dtype: torch.dtype, block: int) -> int:
     """Peak memory in bytes of `self_expression` when it iterates `block` of `n_tokens` tokens at a time.
 
@@ -26,7 +40,7 @@ def solver_memory_bytes(n_tokens: int, rank: int, dtype: torch.dtype, block: int
     the gap, arrays of the size of the tokens, and the coefficients that are found. The tokens themselves and what
     follows the solver are not counted.
     """
-    row, kept = rank + 1, n_tokens if block == n_tokens else min(n_tokens, max(2 * (rank + 1), 256))
+    row, kept = rank + 1, n_tokens if block == n_tokens else kept_coefficients(rank, n_tokens)
     chunk = min(block, chunk_rows(n_tokens))
     iterated = (3 * block + 6 * chunk) * n_tokens + (12 * block + n_tokens) * row + 4 * row**2
     in_float64 = 4 * n_tokens * row + 5 * row**2 + 2 * chunk_rows(n_tokens) * n_tokens
@@ -35,8 +49,7 @@ def solver_memory_bytes(n_tokens: int, rank: int, dtype: torch.dtype, block: int
 
 def working_set_memory_bytes(n_tokens: int, rank: int, dtype: torch.dtype, block: int) -> int:
     """`solver_memory_bytes`, and the candidates' atoms of up to 3/2 block tokens, gathered in float64."""
-    candidates = min(n_tokens, max(4 * (rank + 1), 256))
-    atoms = 3 * block // 2 * candidates * (rank + 1)
+    atoms = 3 * block // 2 * candidate_atoms(rank, n_tokens) * (rank + 1)
     return solver_memory_bytes(n_tokens, rank, dtype, block) + atoms * (4 * dtype.itemsize + 3 * 8)
 
 

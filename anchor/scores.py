@@ -1,6 +1,5 @@
 """Scores of visual tokens: how much each is shared, from 0 to 1."""
 
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,9 +12,9 @@ from .config import ScoreFunction, VideoAnchorConfig
 from .memory import plan_block
 from .options import Algorithm
 from .problem import DLPackArray, as_tokens, token_features
-from .solver import Progress, self_expression
+from .solver import self_expression
 from .spectral import spectral_labels
-from .timing import timed
+from .timing import Progress, throttled, timed
 
 # Differences of the unscaled score below this part of its largest value are float32 roundoff.
 ROUNDOFF = 1e-6
@@ -115,7 +114,7 @@ def anchor_scores(
         ConvergenceWarning: some tokens did not converge within config.max_iter; the result says so as well.
     """
     tokens = as_tokens(X)
-    report = _throttled(progress)
+    report = throttled(progress)
     if len(tokens) == 0:
         result = _one_cluster(torch.zeros(0, device=tokens.device))
     elif config.scorer == "ssc":
@@ -214,17 +213,3 @@ def _function_scores(tokens: Tensor, function: ScoreFunction, report: Progress) 
 def _one_cluster(scores: Tensor, seconds: dict[str, float] | None = None) -> AnchorResult:
     labels = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
     return AnchorResult(scores, labels, seconds=seconds or {})
-
-
-def _throttled(progress: Progress | None) -> Progress:
-    """`progress`, called at most four times a second."""
-    next_call = 0.0
-
-    def report(stage: str, done: int, total: int) -> None:
-        nonlocal next_call
-        now = time.monotonic()
-        if progress is not None and now >= next_call:
-            next_call = now + 0.25
-            progress(stage, done, total)
-
-    return report

@@ -1,7 +1,6 @@
 """Sparse self-expression: every token as a sparse combination of the others."""
 
 import math
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,14 +10,13 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from .admm import Dictionary, Rows
-from .blocked import kept_coefficients, solve_as_authors, solve_block
-from .memory import plan_block
+from .blocked import solve_as_authors, solve_block
+from .memory import kept_coefficients, plan_block
 from .options import Algorithm, SolverOptions
 from .precision import full_precision_products
 from .problem import Problem
+from .timing import Progress, throttled
 from .working_set import solve_working_sets
-
-Progress = Callable[[str, int, int], None]
 
 # From here on a few candidate atoms a token are faster on a CPU than all of them; at 1,024 tokens it is a tie.
 WORKING_SET_TOKENS = 2048
@@ -112,15 +110,15 @@ def self_expression(
         rows = Rows.empty(n_tokens, min(n_tokens, 1), dtype, Y.device)
         rows.gap.zero_()
     else:
-        report = _Counter(progress, n_tokens)
+        done = _counter(progress, n_tokens)
         with torch.no_grad(), full_precision_products(Y.device):
             problem = Problem.of(Y, affine=options.affine, alpha_e=options.alpha_e, alpha_z=options.alpha_z)
             if algorithm == "authors":
                 rows = solve_as_authors(problem, options)
             elif algorithm == "working-set":
-                rows = solve_working_sets(problem, options, block, dtype, report)
+                rows = solve_working_sets(problem, options, block, dtype, done)
             else:
-                rows = _solve_blocks(problem, options, block, dtype, report)
+                rows = _solve_blocks(problem, options, block, dtype, done)
     used = max(1, int((rows.values != 0).sum(1).amax())) if n_tokens else 0
     tol = math.inf if algorithm == "authors" else options.tol
     n_iter = int(rows.n_iter.amax()) if n_tokens else 0
@@ -177,15 +175,13 @@ def _warn_unconverged(solution: SelfExpression, options: SolverOptions) -> None:
     )
 
 
-class _Counter:
-    """Adds up tokens that are done, and reports at most four times a second."""
+def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """Adds up tokens that are done, and reports them."""
+    report, count = throttled(progress), 0
 
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self.progress, self.total, self.count, self.next_call = progress, total, 0, 0.0
+    def add(more: int) -> None:
+        nonlocal count
+        count += more
+        report("solve", count, total)
 
-    def __call__(self, more: int) -> None:
-        self.count += more
-        now = time.monotonic()
-        if self.progress is not None and now >= self.next_call:
-            self.next_call = now + 0.25
-            self.progress("solve", self.count, self.total)
+    return add

@@ -12,9 +12,9 @@ from .affinity import affinity_matrix, coefficient_matrix
 from .config import VideoAnchorConfig
 from .problem import DLPackArray, as_tokens, token_features
 from .scores import ROUNDOFF, AnchorResult
-from .solver import Progress, SelfExpression, self_expression
+from .solver import SelfExpression, self_expression
 from .spectral import MAX_AUTO_CLUSTERS, spectral_labels
-from .timing import timed
+from .timing import Progress, timed
 from .validation import check_integer
 
 

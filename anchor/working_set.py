@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .admm import Admm, Dictionary, Rows
-from .blocked import CHECK_EVERY, kept_coefficients, solve_block
+from .blocked import CHECK_EVERY, solve_block
+from .memory import candidate_atoms
 from .options import SolverOptions
 from .problem import Problem
 
@@ -73,7 +74,7 @@ def solve_working_sets(
     device = problem.atoms.device
     tokens = problem.atoms.T.contiguous()
     everything = Dictionary.of(problem.atoms, affine=problem.affine, rho=options.penalty(n_tokens), dtype=dtype)
-    k = min(n_tokens - 1, max(4 * (rank + 1), kept_coefficients(rank, n_tokens)))
+    k = candidate_atoms(rank, n_tokens)
     found = Rows.empty(n_tokens, k, dtype, device)
     missed = torch.zeros(n_tokens, dtype=torch.bool, device=device)
     first, *queue = torch.arange(n_tokens, device=device).split(block)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import transformers as hf
 
-from ..anchor.solver import Progress
+from ..anchor.timing import Progress
 from ..kernels.api import anchored_attention
 from ..kernels.reference import reference_attention
 from . import attention

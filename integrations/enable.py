@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..anchor.config import VideoAnchorConfig
 from ..anchor.scores import AnchorResult, anchor_scores
-from ..anchor.solver import Progress
+from ..anchor.timing import Progress
 from ..kernels.gates import POST_EXP_LIMIT
 from .attention import GATE_ARGUMENT, IMPLEMENTATION, LayerGate
 

@@ -21,7 +21,7 @@ from ..anchor.config import VideoAnchorConfig
 from ..anchor.memory import plan_block
 from ..anchor.problem import NonFiniteTokensError
 from ..anchor.scores import AnchorResult
-from ..anchor.solver import Progress
+from ..anchor.timing import Progress
 from .attention import IMPLEMENTATION
 from .enable import enable, find_multimodal_model, visual_token_ids
 from .errors import InputError

@@ -1,5 +1,7 @@
 """Independent forms of the self-expression problem, in float64 and with N x N matrices throughout."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from scipy.optimize import minimize
 
@@ -17,10 +19,10 @@ def textbook_weights(Y: np.ndarray, alpha_e: float, alpha_z: float) -> tuple[flo
     return alpha_e / float(mu_e), alpha_z / float(mu_z)
 
 
-def textbook_admm(
+def textbook_iterates(
     Y: np.ndarray, lambda_e: float, lambda_z: float, rho: float, affine: bool, n_iter: int, relaxation: float
-) -> np.ndarray:
-    """The ADMM of the authors after n_iter iterations, with a dense N x N solve; relaxation 1 is theirs."""
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The two copies A and C of W after each of n_iter iterations of the authors' ADMM; relaxation 1 is theirs."""
     n_tokens = Y.shape[1]
     ones = np.ones((n_tokens, n_tokens)) if affine else 0.0
     system = lambda_z * Y.T @ Y + rho * np.eye(n_tokens) + rho * ones
@@ -39,24 +41,7 @@ def textbook_admm(
         multiplier += rho * (relaxed - C)
         if affine:
             sum_multiplier += relaxation * rho * (A.sum(0) - 1)
-    return C
-
-
-def textbook_differences(Y: np.ndarray, lambda_e: float, lambda_z: float, n_iter: int) -> np.ndarray:
-    """(n_iter,) largest absolute row sum of A - C after each of the authors' affine iterations."""
-    n_tokens = Y.shape[1]
-    ones, differences = np.ones((n_tokens, n_tokens)), np.empty(n_iter)
-    system = lambda_z * Y.T @ Y + 300 * np.eye(n_tokens) + 300 * ones
-    C, E, multiplier, sum_multiplier = np.zeros_like(ones), np.zeros_like(Y), np.zeros_like(ones), np.zeros(n_tokens)
-    for n in range(n_iter):
-        A = np.linalg.solve(system, lambda_z * Y.T @ (Y - E) + 300 * (C + ones) - multiplier - sum_multiplier)
-        C = shrink(A + multiplier / 300, 1 / 300)
-        np.fill_diagonal(C, 0)
-        E = shrink(Y - Y @ A, lambda_e / lambda_z)
-        multiplier += 300 * (A - C)
-        sum_multiplier += 300 * (A.sum(0) - 1)
-        differences[n] = np.abs(A - C).sum(1).max()
-    return differences
+        yield A, C
 
 
 def objective(Y: np.ndarray, C: np.ndarray, lambda_e: float, lambda_z: float) -> np.ndarray:

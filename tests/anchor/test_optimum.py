@@ -17,7 +17,7 @@ import pytest
 import scipy.sparse
 import torch
 
-from videoanchor_triton.anchor import blocked, solver, working_set
+from videoanchor_triton.anchor import memory, solver
 from videoanchor_triton.anchor.memory import solver_memory_bytes, working_set_memory_bytes
 from videoanchor_triton.anchor.options import SolverOptions
 from videoanchor_triton.anchor.problem import penalty_weights, token_features
@@ -172,7 +172,7 @@ def test_many_tokens_of_low_rank_converge_as_if_all_were_kept(algorithm: str) ->
 @pytest.mark.parametrize("algorithm", ["blocked", "working-set"])
 def test_few_atoms_are_as_good_as_all(case: Case, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with thousands of tokens: only 2 (r + 1) coefficients are kept, and candidates are 4 (r + 1) of the atoms."""
-    for module in (blocked, solver, working_set):
+    for module in (memory, solver):
         monkeypatch.setattr(module, "kept_coefficients", lambda rank, n_atoms: min(n_atoms, 2 * (rank + 1)))
     solution = solve(case, algorithm, memory_budget=small_blocks(case, algorithm, torch.float64))
     assert solution.converged

@@ -21,7 +21,7 @@ from videoanchor_triton.anchor.precision import full_precision_products
 from videoanchor_triton.anchor.problem import Problem, penalty_weights, token_features
 from videoanchor_triton.anchor.solver import SolverOptions, self_expression
 
-from .reference import duality_gap, objective, optimal_coefficients, polish, textbook_admm, textbook_differences
+from .reference import duality_gap, objective, optimal_coefficients, polish, textbook_iterates
 from .tokens import DEVICES, planted_subspaces, vit_like
 
 CUDA, MKLDNN = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
@@ -65,7 +65,7 @@ DEFAULTS = {"rho": 20.0, "relaxation": 1.8, "alpha_e": 800.0, "alpha_z": 800.0}
 def test_iterates_are_those_of_the_textbook(n_iter, rho, relaxation, affine, alpha_e):
     Y = small_features(53, 7)
     weights = penalty_weights(Y, alpha_e, 800.0)
-    expected = textbook_admm(Y.numpy(), *weights, rho, affine, n_iter, relaxation)
+    *_, (_, expected) = textbook_iterates(Y.numpy(), *weights, rho, affine, n_iter, relaxation)
     found = iterate(Y, n_iter, affine=affine, rho=rho, relaxation=relaxation, alpha_e=alpha_e)
     np.testing.assert_allclose(found.coefficients(slice(None)).T, expected, atol=1e-9, rtol=0)
 
@@ -176,9 +176,9 @@ def test_the_authors_stopping_rule():
     weights = penalty_weights(Y, 800.0, 800.0)
     found = self_expression(Y, SolverOptions(algorithm="authors"))
     assert found.values.dtype == torch.float64
-    coefficients = [textbook_admm(Y.numpy(), *weights, 300.0, True, found.n_iter - n, 1.0) for n in (0, 1)]
-    np.testing.assert_allclose(found.to_dense().numpy(), coefficients[0], atol=1e-9, rtol=0)
-    differences = textbook_differences(Y.numpy(), *weights, found.n_iter)
+    iterates = list(textbook_iterates(Y.numpy(), *weights, 300.0, True, found.n_iter, 1.0))
+    np.testing.assert_allclose(found.to_dense().numpy(), iterates[-1][1], atol=1e-9, rtol=0)
+    differences = np.array([np.abs(A - C).sum(1).max() for A, C in iterates])
     assert differences[-1] < 2e-4
     assert (differences[:-1] >= 2e-4).all()
     assert found.residual > 1e-6

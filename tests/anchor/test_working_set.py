@@ -93,7 +93,7 @@ class Calls:
 
 @pytest.fixture(autouse=True)
 def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(working_set, "kept_coefficients", lambda *_: 0)
+    monkeypatch.setattr(memory, "kept_coefficients", lambda *_: 0)
     monkeypatch.setattr(memory, "FEWEST_FOR_PRODUCTS", 40)
     monkeypatch.setattr(memory, "CPU_CACHE_BYTES", 0)
 
@@ -185,7 +185,7 @@ def test_blocks_and_progress_of_any_size(block: int, monkeypatch: pytest.MonkeyP
     """All tokens are counted once, in whatever portions they come."""
     monkeypatch.setattr(memory, "FEWEST_FOR_PRODUCTS", block)
     counts: list[int] = []
-    monkeypatch.setattr("videoanchor_triton.anchor.solver.time.monotonic", iter(range(10_000)).__next__)
+    monkeypatch.setattr("videoanchor_triton.anchor.timing.time.monotonic", iter(range(10_000)).__next__)
     found = solve(features("vit"), torch.float32, lambda _stage, count, _total: counts.append(count))
     assert counts[-1] == N_TOKENS
     assert found.converged
