@@ -1,7 +1,7 @@
 """Settings of VideoAnchor: strength of the gate, and how the tokens are scored."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,6 +14,7 @@ from .validation import check_choice, check_integer, check_number
 Scorer = Literal["ssc", "kmeans", "uniform"]
 ScoreFunction = Callable[[Tensor], Tensor]
 Decode = Literal["persist", "prefill"]
+Arithmetic = Literal["exact", "authors"]
 
 # VideoAnchor, arXiv 2509.25151: the only published values of alpha_q, alpha_k, alpha_v.
 PUBLISHED_ALPHAS = {"internvl2-8b": {"alpha_q": 4.0, "alpha_k": 9.5, "alpha_v": 2.5}}
@@ -36,6 +37,8 @@ class VideoAnchorConfig:
             code).
         scorer: "ssc" (the paper), "kmeans" and "uniform" (ablations, see `anchor_scores`), or a function from tokens
             (N, D) to scores (N,) in [0, 1].
+        arithmetic: "exact" computes scores and factors in float32; "authors" rounds them as the authors' code does, see
+            `reproduce`.
         assign_labels: how eigenvectors become labels, "discretize" (the authors'), "cluster_qr" or "kmeans".
         random_state: seed of everything random, in [0, 2^32).
         algorithm, affine, alpha_e, alpha_z, rho, relaxation, max_iter, tol, memory_budget: see `SolverOptions`.
@@ -51,6 +54,7 @@ class VideoAnchorConfig:
     pca_rank: int | None = 64
     decode: Decode = "persist"
     scorer: Scorer | ScoreFunction = "ssc"
+    arithmetic: Arithmetic = "exact"
     assign_labels: AssignLabels = "discretize"
     random_state: int = 0
     algorithm: Algorithm = SolverOptions.algorithm
@@ -72,11 +76,16 @@ class VideoAnchorConfig:
             check_integer("pca_rank", self.pca_rank, low=1)
         check_integer("random_state", self.random_state, low=0, high=2**32 - 1)
         check_choice("decode", self.decode, get_args(Decode))
+        check_choice("arithmetic", self.arithmetic, get_args(Arithmetic))
         check_choice("assign_labels", self.assign_labels, get_args(AssignLabels))
         if not callable(self.scorer):
             check_choice("scorer", self.scorer, get_args(Scorer), " or a function from tokens (N, D) to scores (N,)")
         if self.scorer == "kmeans" and self.n_clusters == "auto":
             raise ValueError('n_clusters="auto" needs the affinity of scorer="ssc"; give scorer="kmeans" a number')
+        if self.arithmetic == "authors" and self.algorithm != "authors":
+            raise ValueError('arithmetic="authors" needs algorithm="authors": use reproduce()')
+        if self.arithmetic == "authors" and self.n_clusters == "auto":
+            raise ValueError('n_clusters="auto" is not in the authors\' code: give reproduce() a number of clusters')
         self.solver_options()
 
     @classmethod
@@ -92,6 +101,18 @@ class VideoAnchorConfig:
                 "alpha_v yourself: VideoAnchorConfig(alpha_k=..., alpha_v=...)"
             )
         return cls(**{**PUBLISHED_ALPHAS[name.lower()], **overrides})
+
+    def reproduce(self) -> "VideoAnchorConfig":
+        """These settings with the authors' arithmetic, to compare a run with theirs to rounding.
+
+        Their ADMM in float64 with their penalty and stopping rule, affine; scikit-learn's spectral clustering of the
+        dense affinity, with "discretize"; row sums, scores and factors rounded to bfloat16, 1e-5 in the score's
+        denominator, 1e-6 in the logarithm of the factors; decoding steps ungated; of a prompt with images and videos
+        only the videos. Time and memory grow as theirs: N^2 in the number of tokens.
+        """
+        return replace(
+            self, algorithm="authors", affine=True, assign_labels="discretize", decode="prefill", arithmetic="authors"
+        )
 
     def solver_options(self) -> SolverOptions:
         """The settings of the self-expression."""

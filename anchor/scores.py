@@ -8,6 +8,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from .affinity import affinity_matrix
+from .authors import authors_labels, authors_score
 from .config import ScoreFunction, VideoAnchorConfig
 from .memory import plan_block
 from .options import Algorithm
@@ -141,17 +142,24 @@ def _subspace_scores(tokens: Tensor, config: VideoAnchorConfig, report: Progress
     with timed("solve", seconds, tokens.device):
         report("solve", 0, n_tokens)
         solution = self_expression(features, config.solver_options(), dtype=tokens.dtype, progress=report)
+    authors = config.arithmetic == "authors"
     with timed("spectral", seconds, tokens.device):
         report("spectral", 0, 1)
-        labels = spectral_labels(
-            affinity_matrix(solution.indices, solution.values),
-            config.n_clusters,
-            assign_labels=config.assign_labels,
-            random_state=config.random_state,
-        )
+        if authors:
+            labels = authors_labels(solution.to_dense(), min(int(config.n_clusters), n_tokens), config.random_state)
+        else:
+            labels = spectral_labels(
+                affinity_matrix(solution.indices, solution.values),
+                config.n_clusters,
+                assign_labels=config.assign_labels,
+                random_state=config.random_state,
+            )
     with timed("score", seconds, tokens.device):
         report("score", 0, 1)
-        scores = shared_expression_score(solution.row_sums(), labels, int(labels.amax()) + 1)
+        if authors:
+            scores = authors_score(solution.to_dense(), labels)
+        else:
+            scores = shared_expression_score(solution.row_sums(), labels, int(labels.amax()) + 1)
     return AnchorResult(
         scores,
         labels,

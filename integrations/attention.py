@@ -57,14 +57,12 @@ class LayerGate:
         # A sliding-window layer keeps the last positions only.
         first = 0 if self.n_positions is None else max(self.n_positions - n_keys, 0)
         gamma = gamma[:, first : first + n_keys]
-        if gamma.shape[0] == batch:
-            return gamma
-        if batch % gamma.shape[0]:
+        if gamma.shape[0] != batch:
             raise ValueError(
-                f"the cache holds VideoAnchor scores of {gamma.shape[0]} rows, the batch has {batch}: expected the "
-                f"same number, or a multiple (the beams of a row side by side). Start from a new cache."
+                f"the cache holds VideoAnchor scores of {gamma.shape[0]} rows, the batch has {batch}: expected as "
+                f"many. Repeat or choose rows by the cache's own methods, or start from a new cache."
             )
-        return gamma.repeat_interleave(batch // gamma.shape[0], 0)
+        return gamma
 
 
 def attention_forward(

@@ -8,43 +8,25 @@ happens to them.
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
+from transformers.generation import utils as generation
 
 from ..anchor.config import VideoAnchorConfig
-from ..anchor.scores import AnchorResult, anchor_scores
+from ..anchor.scores import AnchorResult
 from ..anchor.timing import Progress
-from ..kernels.gates import POST_EXP_LIMIT
 from .attention import GATE_ARGUMENT, IMPLEMENTATION, LayerGate
+from .cache_scores import CacheScores, cached_scores, keep_scores
+from .scoring import Known, score_rows, tensor_parallel_group
 
-_CACHE_ATTRIBUTE = "videoanchor_scores"
 _HANDLE_ATTRIBUTE = "_videoanchor_handle"
-
-
-class CacheScores:
-    """The scores of a prompt, (B, T) fp32 by cache position; positions from T on are text and score 0."""
-
-    def __init__(self, scores: Tensor) -> None:
-        self.scores = scores
-        self._gate: tuple[VideoAnchorConfig, LayerGate] | None = None
-
-    def gate(self, config: VideoAnchorConfig) -> LayerGate:
-        """The factors 1 + alpha * score (arXiv 2509.25151), computed once for each config."""
-        if self._gate is None or self._gate[0] is not config:
-            bounded = 1.0 + config.alpha_k <= POST_EXP_LIMIT
-            gate = LayerGate(
-                gamma_k=1.0 + config.alpha_k * self.scores if config.alpha_k else None,
-                gamma_v=1.0 + config.alpha_v * self.scores if config.alpha_v else None,
-                gate_form="post-exp" if bounded else "log-bias",
-            )
-            self._gate = (config, gate)
-        return self._gate[1]
 
 
 def find_multimodal_model(model: nn.Module) -> PreTrainedModel:
@@ -71,12 +53,13 @@ def visual_token_ids(model: PreTrainedModel) -> dict[str, int]:
     return {modality: int(token) for modality, token in ids.items() if token is not None}
 
 
-def enable(model: PreTrainedModel, config: VideoAnchorConfig) -> "Handle":
+def enable(model: nn.Module, config: VideoAnchorConfig) -> "Handle":
     """Gates every decoder self-attention of `model` by the scores of its visual tokens.
 
     Args:
-        model: a transformers video language model. Its language model's attention is set to `videoanchor_triton` until
-            the handle is disabled; the vision tower keeps its own.
+        model: a transformers video language model, also within a wrapper (PEFT, `torch.compile`) or split by `tp_plan`.
+            Its language model's attention is set to `videoanchor_triton` until the handle is disabled; the vision
+            tower keeps its own.
         config: scores and gate.
 
     Returns:
@@ -91,7 +74,26 @@ def enable(model: PreTrainedModel, config: VideoAnchorConfig) -> "Handle":
     base = find_multimodal_model(model)
     if hasattr(base, _HANDLE_ATTRIBUTE):
         raise ValueError(f"{type(model).__name__} is enabled already: call disable() on its handle first")
-    return Handle(model, base, config)
+    outermost = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return Handle(outermost, base, config)
+
+
+class _CallState(threading.local):
+    """What the hooks of one call tell each other, for each thread.
+
+    Attributes:
+        visual: (B, M) positions of this call that receive visual features.
+        planned: the first cache position and the (B, M) scores of a prompt that is prefilled in chunks.
+        given: (B, T) scores by cache position, from the caller.
+        known: while generate() runs, rows that have been scored.
+        without_cache: the scores of this call where it has no cache.
+    """
+
+    visual: Tensor | None = None
+    planned: tuple[int, Tensor] | None = None
+    given: Tensor | None = None
+    known: Known | None = None
+    without_cache: CacheScores | None = None
 
 
 class Handle:
@@ -109,8 +111,8 @@ class Handle:
         self.last: list[AnchorResult | None] = []
         self.progress: Progress | None = None
         self._base, self._model = base, model
-        # .mask (B, M): positions of this call that receive visual features; .scores: what its language model call uses
-        self._pending = threading.local()
+        self._call = _CallState()
+        self._group = tensor_parallel_group(model)
         text: PreTrainedModel = base.language_model  # pyright: ignore[reportAssignmentType]
         self._previous_implementation: dict[str, str | None] | None = None
         if text.config._attn_implementation != IMPLEMENTATION:
@@ -130,8 +132,9 @@ class Handle:
             text.register_forward_hook(self._after_decoder, with_kwargs=True),
         ]
         self._restore = [
-            _guard(model, "generate", self._why_generate_cannot),
-            _guard(model, "generate_batch", lambda _args, _kwargs: "continuous batching (generate_batch)"),
+            _wrap(model, "generate", self._around_generate),
+            _wrap(model, "generate_batch", _refuse_continuous_batching),
+            _wrap(model, "_prefill", self._around_prefill),
         ]
         setattr(base, _HANDLE_ATTRIBUTE, self)
 
@@ -157,7 +160,33 @@ class Handle:
     ) -> None:
         self.disable()
 
-    def _why_generate_cannot(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    @contextmanager
+    def use_scores(self, scores: Tensor) -> Iterator[None]:
+        """Within the block, prompts of this thread get these scores and nothing is scored: for prompts that come as
+        `inputs_embeds`, and for scores of your own.
+
+        Args:
+            scores: (B, T) floating-point, in [0, 1], by position in the cache (the prompt with its padding, when it
+                starts from an empty cache); positions from T on are text and score 0. Beams and several return
+                sequences share their prompt's row.
+
+        Raises:
+            ValueError: the scores are not as described.
+        """
+        if scores.ndim != 2 or not scores.is_floating_point():
+            raise ValueError(
+                f"scores: expected a (batch, positions) floating-point tensor, got {scores.dtype} of shape "
+                f"{tuple(scores.shape)}"
+            )
+        if not ((scores >= 0) & (scores <= 1)).all():
+            raise ValueError("scores: expected finite values in [0, 1]; give text and padding 0")
+        self._call.given = scores.detach().float()
+        try:
+            yield
+        finally:
+            self._call.given = None
+
+    def _around_generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         config = (
             kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self._model.generation_config
         )
@@ -165,32 +194,91 @@ class Handle:
         def option(name: str) -> Any:
             return kwargs.get(name, getattr(config, name, None))
 
-        if option("prefill_chunk_size"):
-            return "chunked prefill (prefill_chunk_size), which would score each chunk of a video by itself,"
-        if self.config.decode == "prefill" and (option("prompt_lookup_num_tokens") or option("assistant_model")):
-            return 'assisted decoding with decode="prefill", which takes steps of several tokens for a prompt,'
-        return None
-
-    def _before_merge(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        encoded = kwargs.get("mm_encoder_outputs") or {}
-        given = {
-            "image": kwargs.get("pixel_values") is not None or encoded.get("image") is not None,
-            "video": kwargs.get("pixel_values_videos") is not None or encoded.get("video") is not None,
-        }
-        if not any(given.values()):
-            return
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
-        if input_ids is None:
+        if option("prefill_chunk_size") and not hasattr(generation, "_slice_mm_encoder_output"):
             raise NotImplementedError(
-                "VideoAnchor needs input_ids beside the pixels to know which positions are visual; got "
-                "inputs_embeds only"
+                "chunked prefill (prefill_chunk_size) of a video needs a newer transformers, which hands its features "
+                "out by chunk: upgrade it, or leave prefill_chunk_size out"
             )
-        ids = visual_token_ids(module)  # pyright: ignore[reportArgumentType]
-        tokens = [token for modality, token in ids.items() if given[modality]]
-        self._pending.mask = torch.isin(input_ids, torch.tensor(tokens, device=input_ids.device))
+        if self.config.decode == "prefill" and (option("prompt_lookup_num_tokens") or option("assistant_model")):
+            raise NotImplementedError(
+                'decode="prefill" takes a step of several tokens for a prompt, and assisted decoding takes such steps: '
+                'use decode="persist", or decode without assistance'
+            )
+        self._call.known = []
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            self._call.known = None
+
+    def _around_prefill(
+        self,
+        prefill: Callable[..., Any],
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: Mapping[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        if generation_config.prefill_chunk_size is not None and is_first_iteration and self._call.given is None:
+            self._call.planned = self._plan(input_ids, generation_config, model_kwargs)
+        try:
+            return prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        finally:
+            self._call.planned = None
+
+    def _plan(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: Mapping[str, Any]
+    ) -> tuple[int, Tensor] | None:
+        """The scores of a whole prompt, before its first chunk, from the features that generate() has encoded."""
+        encoded = {name: output for name, output in (model_kwargs.get("mm_encoder_outputs") or {}).items() if output}
+        if not encoded:
+            return None
+        past = int(model_kwargs["past_key_values"].get_seq_length())
+        mask = model_kwargs.get("attention_mask")
+        n_positions = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        ids = input_ids[:, past:] if n_positions == input_ids.shape[1] else input_ids  # else only new ones were given
+        visual = self._visual_positions(self._tokens_of(encoded), ids, None)
+        weight: Tensor = self._base.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
+        merged = torch.empty(int(visual.sum()), weight.shape[1], dtype=weight.dtype, device=ids.device)
+        for modality, output in encoded.items():
+            features = torch.cat([part.flatten(0, -2) for part in output["pooler_output"]])
+            merged[ids[visual] == visual_token_ids(self._base)[modality]] = features.to(merged)
+        rows = merged.split(visual.sum(1).tolist())
+        return past, self._score(rows, visual)
+
+    def _tokens_of(self, modalities: Collection[str]) -> list[int]:
+        """The placeholder tokens that receive features of these modalities and are scored."""
+        ids = visual_token_ids(self._base)
+        if self.config.arithmetic == "authors" and "video" in modalities and "video" in ids:
+            return [ids["video"]]  # their code scores the video only where a prompt has both
+        return [token for modality, token in ids.items() if modality in modalities]
+
+    def _visual_positions(self, tokens: list[int], input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+        """(B, M) True at placeholders, known by id or by embedding."""
+        if embeds is None:
+            if input_ids is None:
+                raise ValueError("expected input_ids or inputs_embeds beside the pixels, got neither")
+            return torch.isin(input_ids, torch.tensor(tokens, device=input_ids.device))
+        placeholders = self._base.get_input_embeddings()(torch.tensor(tokens, device=embeds.device))
+        return (embeds[:, :, None] == placeholders).all(-1).any(-1)
+
+    def _before_merge(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+        self._call.visual = self._call.without_cache = None
+        if self._call.given is not None:
+            return
+        input_ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        pixels = {"image": kwargs.get("pixel_values"), "video": kwargs.get("pixel_values_videos")}
+        modalities = [name for name in pixels if pixels[name] is not None or encoded.get(name) is not None]
+        if modalities:
+            self._call.visual = self._visual_positions(self._tokens_of(modalities), input_ids, embeds)
+        elif input_ids is None and cached_scores(kwargs.get("past_key_values")) is None:
+            raise ValueError(
+                "inputs_embeds without pixels: VideoAnchor cannot know which positions are visual. Give the scores: "
+                "with handle.use_scores(scores): ..., (batch, positions), 0 for text"
+            )
 
     def _after_merge(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
-        self._pending.mask = self._pending.scores = None  # nothing stale, also when the forward raised
+        self._call.visual = self._call.without_cache = None  # nothing stale, also when the forward raised
 
     def _before_decoder(
         self,
@@ -198,30 +286,36 @@ class Handle:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        cache = kwargs.get("past_key_values")
+        cache: Cache | None = kwargs.get("past_key_values")
         embeds = kwargs.get("inputs_embeds")
-        n_queries = (kwargs["input_ids"] if embeds is None else embeds).shape[1]
-        mask: Tensor | None = getattr(self._pending, "mask", None)
-        self._pending.mask = None
-        held: CacheScores | None = getattr(cache, _CACHE_ATTRIBUTE, None)
-        static = getattr(cache, "is_compileable", False)
-        # while decoding, the length of a static cache is known on the device only
-        past = None if static and n_queries == 1 else (0 if cache is None else int(cache.get_seq_length()))
+        batch, n_queries = (kwargs["input_ids"] if embeds is None else embeds).shape[:2]
+        visual, self._call.visual = self._call.visual, None
+        given = self._call.given
+        held = cached_scores(cache)
+        past = _cached_positions(cache, n_queries)
 
         if held is not None and past is not None and held.scores.shape[1] > past:  # cropped or reset
             held = CacheScores(held.scores[:, :past]) if past else None
-        if mask is not None and static and any(getattr(cache, "is_sliding", ())):
-            raise NotImplementedError(
-                "VideoAnchor does not support static caches with sliding-window layers yet: use a dynamic cache"
-            )
-        if mask is not None and past is not None and embeds is not None:
-            held = CacheScores(
-                self._extend(None if held is None else held.scores, past, embeds, mask.to(embeds.device))
-            )
+        if given is not None and past is not None and past < given.shape[1]:
+            if batch % given.shape[0]:
+                raise ValueError(f"use_scores: got scores of {given.shape[0]} rows for a batch of {batch}")
+            rows = given[:, : past + n_queries].repeat_interleave(batch // given.shape[0], 0)
+            held = CacheScores(rows if embeds is None else rows.to(embeds.device))
+        elif visual is not None and past is not None and embeds is not None:
+            visual = visual.to(embeds.device)
+            if self._call.planned is None:
+                new = self._score([embeds[row, visual[row]] for row in range(batch)], visual)
+            else:
+                first, planned = self._call.planned
+                new = planned[:, past - first : past - first + n_queries].to(embeds.device)
+            scores = torch.zeros(batch, past, dtype=torch.float32, device=embeds.device)
+            if held is not None:
+                scores[:, : held.scores.shape[1]] = held.scores
+            held = CacheScores(torch.cat([scores, new], 1))
         if cache is None:
-            self._pending.scores = held
-        else:
-            setattr(cache, _CACHE_ATTRIBUTE, held)
+            self._call.without_cache = held
+        elif held is not cached_scores(cache):
+            keep_scores(cache, held)
 
         if held is None or (self.config.decode == "prefill" and n_queries == 1):
             gate = LayerGate()
@@ -240,46 +334,47 @@ class Handle:
         """A cache that the language model made itself, because the caller passed none, takes the scores too."""
         cache = getattr(output, "past_key_values", None)
         if cache is not None and kwargs.get("past_key_values") is None:
-            setattr(cache, _CACHE_ATTRIBUTE, getattr(self._pending, "scores", None))
+            keep_scores(cache, self._call.without_cache)
 
-    def _extend(self, held: Tensor | None, past: int, embeds: Tensor, mask: Tensor) -> Tensor:
-        """Scores by cache position, (B, past + M): those held, 0 for text since, then those of the new
-        visual tokens."""
-        batch = embeds.shape[0]
-        scores = torch.zeros(batch, past + embeds.shape[1], dtype=torch.float32, device=embeds.device)
-        if held is not None:
-            scores[:, : held.shape[1]] = held.repeat_interleave(batch // held.shape[0], 0)
-        self.last = []
-        previous: Tensor | None = None
-        for row in range(batch):
-            tokens = embeds[row, mask[row]].detach()
-            if previous is not None and tokens.shape == previous.shape and torch.equal(tokens, previous):
-                result = self.last[-1]
-            else:
-                result = anchor_scores(tokens, self.config, progress=self.progress) if len(tokens) else None
+    def _score(self, rows: Sequence[Tensor], visual: Tensor) -> Tensor:
+        """(B, M) scores of the visual tokens of each row, 0 where `visual` (B, M) is False."""
+        known: Known = [] if self._call.known is None else self._call.known
+        results = score_rows(rows, self.config, known, progress=self.progress, group=self._group)
+        scores = torch.zeros(visual.shape, dtype=torch.float32, device=visual.device)
+        for row, result in enumerate(results):
             if result is not None:
-                scores[row, past:][mask[row]] = result.scores
-            self.last.append(result)
-            previous = tokens
+                scores[row, visual[row]] = result.scores
+        self.last = results
         return scores
 
 
-def _guard(
-    model: PreTrainedModel, name: str, why: Callable[[tuple[Any, ...], Mapping[str, Any]], str | None]
-) -> Callable[[], None]:
-    """Replaces a method of this one model by one that raises where `why` names what is not supported. Returns the
-    undo."""
+def _cached_positions(cache: Cache | None, n_queries: int) -> int | None:
+    """Positions that a cache holds; None while decoding with a static cache whose length only the device knows."""
+    if cache is None:
+        return 0
+    if n_queries > 1 or not getattr(cache, "is_compileable", False):
+        return int(cache.get_seq_length())
+    layers: list[Any] = cache.layers
+    sliding = next((layer for layer in layers if getattr(layer, "is_sliding", False)), None)  # counts on the host
+    return None if sliding is None else int(sliding.get_seq_length())
+
+
+def _refuse_continuous_batching(generate_batch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError(
+        "generate_batch (continuous batching) runs its own attention and takes no gate: use generate(), or disable()"
+    )
+
+
+def _wrap(model: PreTrainedModel, name: str, around: Callable[..., Any]) -> Callable[[], None]:
+    """Replaces a method of this one model by `around(method, ...)`. Returns the undo."""
     original = getattr(model, name, None)
     if original is None:
         return lambda: None
     own = name in vars(model)
 
     @functools.wraps(original)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        reason = why(args, kwargs)
-        if reason is not None:
-            raise NotImplementedError(f"VideoAnchor does not support {reason} yet; disable() the gate or do without it")
-        return original(*args, **kwargs)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
 
     def restore() -> None:
         if own:
@@ -287,5 +382,5 @@ def _guard(
         else:
             delattr(model, name)
 
-    setattr(model, name, guarded)
+    setattr(model, name, wrapped)
     return restore

@@ -85,24 +85,19 @@ def test_scores_outside_the_unit_interval_are_refused(model: Any) -> None:
         model.generate(**tiny.inputs("qwen2_5_vl", [[3, "V", 5]]), **GENERATE)
 
 
-def test_chunked_prefill_is_refused(model: Any) -> None:
-    batch = tiny.inputs("qwen2_5_vl", [[3, "V", 5]])
-    with va.enable(model, CONFIG), pytest.raises(NotImplementedError, match="prefill_chunk_size"):
-        model.generate(**batch, **GENERATE, prefill_chunk_size=4)
-
-
-def test_chunked_prefill_by_a_positional_config_is_refused(model: Any) -> None:
-    batch = tiny.inputs("qwen2_5_vl", [[3, "V", 5]])
-    chunked = hf.GenerationConfig(prefill_chunk_size=4)
-    with va.enable(model, CONFIG), pytest.raises(NotImplementedError, match="prefill_chunk_size"):
-        model.generate(batch.pop("input_ids"), chunked, **batch)
-
-
 def test_assisted_decoding_with_the_gate_in_the_prompt_only_is_refused(model: Any) -> None:
     batch = tiny.inputs("qwen2_5_vl", [[3, "V", 5]])
     config = va.VideoAnchorConfig(alpha_k=1.7, alpha_v=1.3, scorer=pseudo_scores, decode="prefill")
     with va.enable(model, config), pytest.raises(NotImplementedError, match="assisted decoding"):
         model.generate(**batch, **GENERATE, prompt_lookup_num_tokens=3)
+
+
+def test_assistance_by_a_positional_config_is_seen(model: Any) -> None:
+    batch = tiny.inputs("qwen2_5_vl", [[3, "V", 5]])
+    config = va.VideoAnchorConfig(alpha_k=1.7, alpha_v=1.3, scorer=pseudo_scores, decode="prefill")
+    assisted = hf.GenerationConfig(prompt_lookup_num_tokens=3)
+    with va.enable(model, config), pytest.raises(NotImplementedError, match="assisted decoding"):
+        model.generate(batch.pop("input_ids"), assisted, **batch)
 
 
 def test_an_enabled_model_that_is_dropped_is_freed() -> None:
@@ -130,20 +125,6 @@ def test_a_failing_enable_leaves_no_trace(model: Any, monkeypatch: pytest.Monkey
 def test_continuous_batching_is_refused(model: Any) -> None:
     with va.enable(model, CONFIG), pytest.raises(NotImplementedError, match="generate_batch"):
         model.generate_batch([[1, 2, 3]])
-
-
-def test_static_cache_of_sliding_windows_is_refused() -> None:
-    model = tiny.build("internvl", use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    batch = tiny.inputs("internvl", [[3, "V", 5]])
-    with va.enable(model, CONFIG), pytest.raises(NotImplementedError, match="sliding"):
-        model.generate(**batch, **GENERATE, cache_implementation="static", disable_compile=True)
-
-
-def test_embeddings_without_ids_are_refused(model: Any) -> None:
-    batch = tiny.inputs("qwen2_5_vl", [[3, "V", 5]])
-    embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach()
-    with va.enable(model, CONFIG), pytest.raises(NotImplementedError, match="input_ids"):
-        model(inputs_embeds=embeds, **batch)
 
 
 def test_attention_dropout_is_refused() -> None:

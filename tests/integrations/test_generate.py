@@ -106,8 +106,8 @@ def test_bf16_stays_near_fp32(decode: Any) -> None:
 
 def test_beams_share_one_score(backbone: tuple[str, Any]) -> None:
     name, model = backbone
-    if name == "internvl" and not tiny.V5:
-        pytest.skip("transformers 4.57 gives beams wrong frames on InternVL, ungated too")
+    if name in ("internvl", "qwen3_vl") and not tiny.V5:
+        pytest.skip("beams of InternVL and Qwen3-VL are broken in transformers 4.57, ungated too")
     batch = tiny.inputs(name, TWO)
     scores = merged_scores(model, batch)
     expected = generate_dense(model, batch, scores.repeat_interleave(3, 0), num_beams=3)

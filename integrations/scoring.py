@@ -1,0 +1,85 @@
+"""The scores of the rows of a batch: equal rows once, and on one process of a tensor-parallel group."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..anchor.config import VideoAnchorConfig
+from ..anchor.scores import AnchorResult, anchor_scores
+from ..anchor.timing import Progress
+
+Known = list[tuple[Tensor, AnchorResult]]
+"""Rows that have been scored, and their results."""
+
+
+def score_rows(
+    rows: Sequence[Tensor],
+    config: VideoAnchorConfig,
+    known: Known,
+    *,
+    progress: Progress | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> list[AnchorResult | None]:
+    """Score the visual tokens of each row.
+
+    Args:
+        rows: for each row of the batch its visual tokens (n, D); rows without any give None.
+        config: settings.
+        known: rows that need no scoring again; those scored here are added. Equal rows share one result.
+        progress: see `anchor_scores`.
+        group: the processes that hold a part of the model each and see the same rows. The first one scores, the others
+            receive its scores and labels; its report of the solver stays with it.
+
+    Raises:
+        RuntimeError: scoring failed on the first process of the group; it raises the cause.
+    """
+    results: list[AnchorResult | None] = []
+    for tokens in rows:
+        tokens = tokens.detach()
+        found = next((result for seen, result in known if _equal(seen, tokens)), None)
+        if found is None and len(tokens):
+            found = _score(tokens, config, progress, group)
+            known.append((tokens, found))
+        results.append(found)
+    return results
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
+
+
+def _score(
+    tokens: Tensor, config: VideoAnchorConfig, progress: Progress | None, group: dist.ProcessGroup | None
+) -> AnchorResult:
+    if group is None or dist.get_world_size(group) == 1:
+        return anchor_scores(tokens, config, progress=progress)
+    first = dist.get_global_rank(group, 0)
+    result, failure = None, None
+    if dist.get_rank() == first:
+        try:
+            result = anchor_scores(tokens, config, progress=progress)
+        except Exception as error:  # the others are waiting
+            failure = error
+    # row 0: scores; row 1: labels, exact in float64; all -1 if scoring failed
+    shared = torch.full((2, len(tokens)), -1.0, dtype=torch.float64, device=tokens.device)
+    if result is not None:
+        shared[0], shared[1] = result.scores, result.labels
+    dist.broadcast(shared, first, group=group)
+    if failure is not None:
+        raise failure
+    if bool((shared == -1).all()):
+        raise RuntimeError(f"the visual tokens could not be scored: see the error of process {first}")
+    return result or AnchorResult(shared[0].float(), shared[1].long())
+
+
+def tensor_parallel_group(model: Any) -> dist.ProcessGroup | None:
+    """The processes among which transformers' `tp_plan` has split a model, or None."""
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None or not dist.is_initialized():
+        return None
+    if mesh.mesh_dim_names is None:  # transformers 4.57
+        return mesh.get_group()
+    return mesh["tp"].get_group() if "tp" in mesh.mesh_dim_names else None
