@@ -88,7 +88,8 @@ def attention_forward(
         (B, M, Hq, D) and None (no attention weights exist).
 
     Raises:
-        ValueError: for attention dropout, soft-capping or a position bias, which the gated kernel does not have.
+        ValueError: for attention dropout or a position bias, which the gated kernel does not have; for soft-capping under a
+            4-D mask; for sequences packed by cu_seq_lens, as continuous batching does.
     """
     gate: LayerGate | None = kwargs.pop(GATE_ARGUMENT, None)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -96,13 +97,20 @@ def attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False, **kwargs
         )
-    for name in ("softcap", "position_bias"):
-        if kwargs.get(name) is not None:
+    dense = attention_mask is not None and attention_mask.ndim == 4
+    for name, has in (("position_bias", False), ("softcap", not dense)):
+        if kwargs.get(name) is not None and not has:
+            under = " under a 4-D mask" if name == "softcap" else ""
             raise ValueError(
-                f"{IMPLEMENTATION} has no {name}, which {type(module).__name__} needs: use another attention"
+                f"{IMPLEMENTATION} has no {name}{under}, which {type(module).__name__} needs: use another attention"
             )
     if dropout:
         raise ValueError(f"{IMPLEMENTATION} has no attention dropout, got {dropout}: call model.eval() or set it to 0")
+    if kwargs.get("cu_seq_lens_q") is not None and not dense:
+        raise ValueError(
+            f"{IMPLEMENTATION} takes no continuous batching (generate_batch, transformers serve) and no packed sequences "
+            f"by cu_seq_lens: use generate(), or tell packed sequences apart by position_ids"
+        )
     if gate is None:
         logger.warning_once(
             f"attn_implementation={IMPLEMENTATION!r} runs ungated: no scores until "
@@ -111,7 +119,7 @@ def attention_forward(
         gate = LayerGate()
 
     batch, n_queries = query.shape[0], query.shape[2]
-    if attention_mask is not None and attention_mask.ndim == 4:
+    if dense:
         gamma_k, gamma_v = gate.factors(batch, key.shape[2], query.device)
         out = _dense_attention(query, key, value, attention_mask, scaling, gamma_k, gamma_v)
     else:
@@ -128,6 +136,7 @@ def attention_forward(
             causal=n_queries > 1 or sliding_window is not None,
             key_padding_mask=attention_mask,
             window=sliding_window,
+            softcap=kwargs.get("softcap"),
             gate_form=gate.gate_form,
         )
     return out.transpose(1, 2).contiguous(), None

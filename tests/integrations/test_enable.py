@@ -127,6 +127,38 @@ def test_continuous_batching_is_refused(model: Any) -> None:
         model.generate_batch([[1, 2, 3]])
 
 
+@pytest.mark.skipif(not tiny.V5, reason="transformers 4.57 has another interface")
+@pytest.mark.parametrize("whole", [False, True], ids=["language-model", "whole-model"])
+def test_continuous_batching_without_enable_says_so(model: Any, whole: bool) -> None:
+    name = "videoanchor_triton"
+    model.set_attn_implementation(name if whole else {"text_config": name})
+    options = hf.GenerationConfig(max_new_tokens=2)
+    if whole:
+        with pytest.raises(ValueError, match="not supported for continuous batching"):
+            model.generate_batch([[1, 2, 3]], generation_config=options)
+    else:
+        (result,) = model.generate_batch([[1, 2, 3]], generation_config=options).values()
+        assert result.generated_tokens == []
+        assert "takes no continuous batching" in result.error
+
+
+def test_softcap_of_the_layer_is_used() -> None:
+    torch.manual_seed(0)
+    query, key = 3 * torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16)
+    gate = attention.LayerGate(gamma_k=1 + torch.rand(1, 5))
+    module = torch.nn.Module()
+    out, _ = attention.attention_forward(
+        module, query, key, key, None, scaling=1.0, is_causal=True, softcap=2.0, videoanchor_gate=gate
+    )
+    logits = 2 * torch.tanh(query @ key.transpose(2, 3) / 2) + gate.factors(1, 5, query.device)[0].log()
+    logits = logits.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), float("-inf"))
+    torch.testing.assert_close(out, (logits.softmax(-1) @ key).transpose(1, 2), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="softcap under a 4-D mask"):
+        attention.attention_forward(
+            module, query, key, key, torch.ones(1, 1, 5, 5).bool(), is_causal=True, softcap=2.0, videoanchor_gate=gate
+        )
+
+
 def test_attention_dropout_is_refused() -> None:
     model = tiny.build("internvl", attention_dropout=0.5).train()
     with va.enable(model, CONFIG), pytest.raises(ValueError, match="dropout"):
