@@ -62,9 +62,9 @@ def operations_of(step: Callable[[], Any]) -> Operations:
 def kernels_as_on_a_gpu() -> Iterator[None]:
     """Our kernels, in the interpreter on the CPU, without the checks of values that only the CPU gets."""
     from videoanchor_triton.integrations import attention
-    from videoanchor_triton.kernels import validation
+    from videoanchor_triton.kernels import api, validation
 
-    attend = partial(attention.anchored_attention, backend="triton")
+    attend = partial(api.anchored_attention, backend="triton")
     with (
         patch.object(attention, "anchored_attention", attend),
         patch.object(validation, "values_are_free", lambda *_: False),
@@ -74,7 +74,7 @@ def kernels_as_on_a_gpu() -> Iterator[None]:
 
 def decoder(layers: int, hidden: int, heads: int, kv_heads: int, dtype: torch.dtype, device: torch.device) -> Any:
     """A multimodal model with a Qwen2 decoder of this shape, its vision tower as small as can be, random weights."""
-    import transformers as hf
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
 
     text = {
         "model_type": "qwen2",
@@ -94,11 +94,11 @@ def decoder(layers: int, hidden: int, heads: int, kv_heads: int, dtype: torch.dt
         "image_size": [16, 16],
         "patch_size": [4, 4],
     }
-    config = hf.InternVLConfig(text_config=text, vision_config=vision, image_token_id=1000, image_seq_length=4)
+    config = InternVLConfig(text_config=text, vision_config=vision, image_token_id=1000, image_seq_length=4)
     with torch.device(device):
         torch.manual_seed(0)
-        model = hf.InternVLForConditionalGeneration(config).to(dtype)
-    return model.eval()
+        model: Any = InternVLForConditionalGeneration(config)
+    return model.to(dtype).eval()
 
 
 @contextmanager
@@ -139,7 +139,7 @@ def on_the_gpu(step: Callable[[], Any]) -> dict[str, float]:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
             step()
             torch.cuda.synchronize()
-        names = Counter(event.name for event in seen.events())
+        names = Counter(event.name for event in seen.events() or ())
         launches = sum(count for name, count in names.items() if "LaunchKernel" in name)
         # one wait is the synchronisation above
         waits = sum(count for name, count in names.items() if name.startswith("cudaStreamSynchronize"))

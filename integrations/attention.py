@@ -88,8 +88,8 @@ def attention_forward(
         (B, M, Hq, D) and None (no attention weights exist).
 
     Raises:
-        ValueError: for attention dropout or a position bias, which the gated kernel does not have; for soft-capping under a
-            4-D mask; for sequences packed by cu_seq_lens, as continuous batching does.
+        ValueError: for attention dropout or a position bias, which the gated kernel does not have; for soft-capping
+            under a 4-D mask; for sequences packed by cu_seq_lens, as continuous batching does.
     """
     gate: LayerGate | None = kwargs.pop(GATE_ARGUMENT, None)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -97,8 +97,8 @@ def attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False, **kwargs
         )
-    dense = attention_mask is not None and attention_mask.ndim == 4
-    for name, has in (("position_bias", False), ("softcap", not dense)):
+    dense = attention_mask if attention_mask is not None and attention_mask.ndim == 4 else None
+    for name, has in (("position_bias", False), ("softcap", dense is None)):
         if kwargs.get(name) is not None and not has:
             under = " under a 4-D mask" if name == "softcap" else ""
             raise ValueError(
@@ -106,10 +106,10 @@ def attention_forward(
             )
     if dropout:
         raise ValueError(f"{IMPLEMENTATION} has no attention dropout, got {dropout}: call model.eval() or set it to 0")
-    if kwargs.get("cu_seq_lens_q") is not None and not dense:
+    if kwargs.get("cu_seq_lens_q") is not None and dense is None:
         raise ValueError(
-            f"{IMPLEMENTATION} takes no continuous batching (generate_batch, transformers serve) and no packed sequences "
-            f"by cu_seq_lens: use generate(), or tell packed sequences apart by position_ids"
+            f"{IMPLEMENTATION} takes no continuous batching (generate_batch, transformers serve) and no sequences "
+            f"packed by cu_seq_lens: use generate(), or tell packed sequences apart by position_ids"
         )
     if gate is None:
         logger.warning_once(
@@ -119,9 +119,9 @@ def attention_forward(
         gate = LayerGate()
 
     batch, n_queries = query.shape[0], query.shape[2]
-    if dense:
+    if dense is not None:
         gamma_k, gamma_v = gate.factors(batch, key.shape[2], query.device)
-        out = _dense_attention(query, key, value, attention_mask, scaling, gamma_k, gamma_v)
+        out = _dense_attention(query, key, value, dense, scaling, gamma_k, gamma_v)
     else:
         if attention_mask is not None and attention_mask.shape[1] < key.shape[2]:  # the unfilled end of a static cache
             key, value = (x[:, :, : attention_mask.shape[1]] for x in (key, value))
@@ -133,7 +133,7 @@ def attention_forward(
             gamma_k=gamma_k,
             gamma_v=gamma_v,
             scale=scaling,
-            causal=n_queries > 1 or sliding_window is not None,
+            causal=causal and (n_queries > 1 or sliding_window is not None),
             key_padding_mask=attention_mask,
             window=sliding_window,
             softcap=kwargs.get("softcap"),

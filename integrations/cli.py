@@ -1,4 +1,7 @@
-"""The command line: `videoanchor demo | run | info`. Exit codes: 0 done, 2 wrong input, 1 failure, 130 interrupted."""
+"""The command line: `videoanchor demo | run | convert | info`.
+
+Exit codes: 0 done, 2 wrong input, 1 failure, 130 interrupted.
+"""
 
 import argparse
 import json
@@ -6,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -119,8 +123,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(command=_run)
 
+    convert = commands.add_parser(
+        "convert",
+        help="a checkpoint that needs its own code (InternVL2, LLaVA-Video) in transformers' format",
+        description="Writes a checkpoint in the format of its own repository again in transformers' format, for "
+        "`videoanchor run --model`. Converts InternVL2, 2.5 and 3 (internvl_chat; decoders InternLM2, Llama, Qwen2, "
+        "Qwen3) and LLaVA-Video (llava_qwen). Reads safetensors and runs no code of the checkpoint. Needs as much disk "
+        "as the weights take and memory for one shard.",
+        epilog="Download first: hf download OpenGVLab/InternVL2-8B --local-dir InternVL2-8B",
+    )
+    convert.add_argument("source", type=Path, metavar="SOURCE", help="folder of the checkpoint as it was downloaded")
+    convert.add_argument("--out", required=True, type=Path, metavar="DIR", help="a folder that does not exist yet")
+    convert.add_argument("--json", action="store_true", help="print the report as JSON")
+    convert.set_defaults(command=_convert)
+
     info = commands.add_parser("info", help="versions, device and what each attention backend can do here")
     info.add_argument("--json", action="store_true")
+    info.add_argument(
+        "--backbones", action="store_true", help="instead: the models of the installed transformers that can be gated"
+    )
     info.set_defaults(command=_info)
     return parser
 
@@ -285,8 +306,37 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(args: argparse.Namespace) -> int:
+    from .output import check_folder
+
+    check_folder(args.out)
+    _prepare_libraries()
+    from .convert import convert_checkpoint
+
+    progress = ProgressLine(not args.json)
+    try:
+        converted = convert_checkpoint(args.source, args.out, progress=progress)
+    finally:
+        progress.close()
+    if args.json:
+        print(json.dumps(asdict(converted), indent=2, default=str))
+        return 0
+    print(f"read      {args.source}: {converted.source}")
+    print(
+        f"wrote     {converted.out}: {converted.architecture}, {converted.n_tensors} tensors in "
+        f"{converted.n_shards} {'file' if converted.n_shards == 1 else 'files'}, {converted.n_bytes / 2**30:.1f} GiB"
+    )
+    for note in converted.notes:
+        print(f"note      {note}")
+    print("Next (InternVL2-8B has --preset internvl2-8b in place of the alphas):")
+    print(f"videoanchor run --model {converted.out} --video FILE --question '...' --alpha-k A --alpha-v A --out DIR")
+    return 0
+
+
 def _info(args: argparse.Namespace) -> int:
     _prepare_libraries()
+    if args.backbones:
+        return _info_backbones(args.json)
     import torch
 
     from ..kernels.api import available_backends
@@ -315,6 +365,32 @@ def _info(args: argparse.Namespace) -> int:
         print(f"\n{entry['device']} ({entry['name']})")
         for backend, what in entry["backends"].items():
             print(f"  {backend:10s} {what}")
+    return 0
+
+
+def _info_backbones(as_json: bool) -> int:
+    import transformers
+
+    from .backbones import installed_backbones
+
+    found = installed_backbones()
+    if as_json:
+        report = {"transformers": transformers.__version__, "backbones": [asdict(backbone) for backbone in found]}
+        print(json.dumps(report, indent=2))
+        return 0
+    name_width, class_width = (max(len(getattr(one, key)) for one in found) for key in ("name", "model"))
+    print(f"{'name':{name_width}s}  tested  {'class':{class_width}s}  visual token ids")
+    for one in found:
+        ids = ", ".join(f"{modality} {token}" for modality, token in one.token_ids.items()) or "the checkpoint's"
+        shown = "yes" if one.tested else "no"
+        print(f"{one.name:{name_width}s}  {shown:6s}  {one.model:{class_width}s}  {ids}")
+    print(
+        f"\ntransformers {transformers.__version__}. Tested: tokens and logits equal to a dense gate's on a tiny "
+        f"random model. Token ids are the default config's; a checkpoint's own count."
+    )
+    for one in found:
+        if one.tested_as is not None and one.tested_as.note:
+            print(f"{one.name}: {one.tested_as.note}.")
     return 0
 
 

@@ -96,8 +96,8 @@ def plan(config: dict[str, Any], tokenizer: SourceTokenizer) -> Plan:
         new_config["video_newline_token_index"] = ids[NEWLINE]
         notes = (
             "the original puts a newline after each row of each frame, transformers' processor one after the whole "
-            "video: pass the processor's output through videoanchor_triton.integrations.convert_llava."
-            "insert_grid_newlines for the original's prompt",
+            "video: `videoanchor run` does as the original; in code of your own pass the processor's output through "
+            "videoanchor_triton.integrations.convert_llava.insert_grid_newlines",
         )
     half = [0.5, 0.5, 0.5]
     pixels = {
@@ -186,8 +186,8 @@ def insert_grid_newlines(input_ids: torch.Tensor, config: Any) -> torch.Tensor:
     """Puts `<video_newline>` after each row of each video frame, as LLaVA-Video has its prompts.
 
     The newline after the last row is the one that the model adds itself. A run of frames * rows * columns + 1 video
-    tokens, as the processor writes it, becomes frames * rows * (columns + 1) tokens. These newlines are text to the
-    gate: their score is 0, while the original has them among its visual tokens.
+    tokens, as the processor writes it, becomes frames * rows * (columns + 1) tokens. As in the authors' code they are
+    visual tokens to the gate.
 
     Args:
         input_ids: (batch, n) int64, without padding; rows must hold equally many newlines.

@@ -23,6 +23,7 @@ from ..anchor.config import VideoAnchorConfig
 from ..anchor.scores import AnchorResult
 from ..anchor.timing import Progress
 from .attention import GATE_ARGUMENT, IMPLEMENTATION, LayerGate
+from .backbones import visual_token_ids
 from .cache_scores import CacheScores, cached_scores, keep_scores
 from .scoring import Known, score_rows, tensor_parallel_group
 
@@ -38,19 +39,13 @@ def find_multimodal_model(model: nn.Module) -> PreTrainedModel:
     for module in model.modules():
         if not (isinstance(module, PreTrainedModel) and hasattr(module, "get_placeholder_mask")):
             continue
-        if "language_model" in module._modules and visual_token_ids(module):
+        if "language_model" in module._modules and visual_token_ids(module.config):
             return module
     raise ValueError(
         f"{type(model).__name__} has no visual tokens that VideoAnchor could score: expected a transformers model with "
         "get_placeholder_mask, a language_model and an image or video token, such as "
         "Qwen2_5_VLForConditionalGeneration, InternVLForConditionalGeneration or LlavaOnevisionForConditionalGeneration"
     )
-
-
-def visual_token_ids(model: PreTrainedModel) -> dict[str, int]:
-    """Placeholder token ids by modality: {"image": id, "video": id}, as far as the model has them."""
-    ids = {modality: getattr(model.config, f"{modality}_token_id", None) for modality in ("image", "video")}
-    return {modality: int(token) for modality, token in ids.items() if token is not None}
 
 
 def enable(model: nn.Module, config: VideoAnchorConfig) -> "Handle":
@@ -124,6 +119,11 @@ class Handle:
                 )
             previous = {key: text.config._attn_implementation}
             model.set_attn_implementation({key: IMPLEMENTATION})
+            if text.config._attn_implementation != IMPLEMENTATION:
+                raise ValueError(
+                    f"{type(text).__name__} did not take the attention {IMPLEMENTATION!r}: load the model with "
+                    f"attn_implementation={{{key!r}: {IMPLEMENTATION!r}}}"
+                )
             self._previous_implementation = previous
         self._hooks = [
             base.register_forward_pre_hook(self._before_merge, with_kwargs=True),
@@ -237,20 +237,21 @@ class Handle:
         n_positions = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
         ids = input_ids[:, past:] if n_positions == input_ids.shape[1] else input_ids  # else only new ones were given
         visual = self._visual_positions(self._tokens_of(encoded), ids, None)
-        weight: Tensor = self._base.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
-        merged = torch.empty(int(visual.sum()), weight.shape[1], dtype=weight.dtype, device=ids.device)
+        merged: Tensor = self._base.get_input_embeddings()(ids[visual]).detach().clone()
         for modality, output in encoded.items():
             features = torch.cat([part.flatten(0, -2) for part in output["pooler_output"]])
-            merged[ids[visual] == visual_token_ids(self._base)[modality]] = features.to(merged)
+            merged[ids[visual] == visual_token_ids(self._base.config)[modality]] = features.to(merged)
         rows = merged.split(visual.sum(1).tolist())
         return past, self._score(rows, visual)
 
     def _tokens_of(self, modalities: Collection[str]) -> list[int]:
-        """The placeholder tokens that receive features of these modalities and are scored."""
-        ids = visual_token_ids(self._base)
-        if self.config.arithmetic == "authors" and "video" in modalities and "video" in ids:
-            return [ids["video"]]  # their code scores the video only where a prompt has both
-        return [token for modality, token in ids.items() if modality in modalities]
+        """The tokens that are scored where features of these modalities are given."""
+        scored = {*modalities}
+        if "video" in scored:
+            scored.add("newline")
+            if self.config.arithmetic == "authors":
+                scored.discard("image")  # their code scores the video only where a prompt has both
+        return [token for name, token in visual_token_ids(self._base.config).items() if name in scored]
 
     def _visual_positions(self, tokens: list[int], input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         """(B, M) True at placeholders, known by id or by embedding."""
@@ -267,10 +268,19 @@ class Handle:
             return
         input_ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         encoded = kwargs.get("mm_encoder_outputs") or {}
-        pixels = {"image": kwargs.get("pixel_values"), "video": kwargs.get("pixel_values_videos")}
+        pixels = {
+            "image": kwargs.get("pixel_values", kwargs.get("pixel_values_images")),
+            "video": kwargs.get("pixel_values_videos"),
+        }
         modalities = [name for name in pixels if pixels[name] is not None or encoded.get(name) is not None]
         if modalities:
-            self._call.visual = self._visual_positions(self._tokens_of(modalities), input_ids, embeds)
+            visual = self._visual_positions(self._tokens_of(modalities), input_ids, embeds)
+            if not visual.any():
+                raise ValueError(
+                    f"got features of {' and '.join(modalities)}, and no token of theirs in the prompt: expected one "
+                    f"of {self._tokens_of(modalities)}, by which VideoAnchor knows what is visual"
+                )
+            self._call.visual = visual
         elif input_ids is None and cached_scores(kwargs.get("past_key_values")) is None:
             raise ValueError(
                 "inputs_embeds without pixels: VideoAnchor cannot know which positions are visual. Give the scores: "

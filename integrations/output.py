@@ -86,7 +86,13 @@ def write_run(
             "visual": result.n_visual_tokens,
             "generated": result.n_generated_tokens,
         },
-        "grid": {"t": result.grid.t, "h": result.grid.h, "w": result.grid.w, "n_extra": result.grid.n_extra},
+        "grid": {
+            "t": result.grid.t,
+            "h": result.grid.h,
+            "w": result.grid.w,
+            "n_extra": result.grid.n_extra,
+            "row_newlines": result.grid.row_newlines,
+        },
         "frames": {"timestamps": clip.timestamps.tolist(), "indices": clip.indices.tolist()},
         "ssc": {
             "algorithm": anchor.algorithm,

@@ -23,7 +23,9 @@ from ..anchor.problem import NonFiniteTokensError
 from ..anchor.scores import AnchorResult
 from ..anchor.timing import Progress
 from .attention import IMPLEMENTATION
-from .enable import enable, find_multimodal_model, visual_token_ids
+from .backbones import visual_token_ids
+from .convert_llava import insert_grid_newlines
+from .enable import enable, find_multimodal_model
 from .errors import InputError
 from .token_grid import TokenGrid
 from .video import VideoClip
@@ -114,7 +116,10 @@ def prepare(model: PreTrainedModel, processor: Any, clip: VideoClip, question: s
     except (ValueError, ImportError) as error:
         raise InputError(f"{type(processor).__name__} cannot take this video: {_first_line(error)}") from error
     base = find_multimodal_model(model)
-    tokens = torch.tensor(list(visual_token_ids(base).values()))
+    if "newline" in visual_token_ids(base.config):
+        inputs["input_ids"] = insert_grid_newlines(inputs["input_ids"], base.config)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    tokens = torch.tensor(list(visual_token_ids(base.config).values()))
     n_visual = int(torch.isin(inputs["input_ids"], tokens).sum())
     if not n_visual:
         raise InputError(
@@ -227,6 +232,9 @@ def _token_grid(inputs: Any, n_visual: int, n_frames: int, base: PreTrainedModel
         t, h, w = (int(n) for n in inputs["video_grid_thw"][0])
         merge = base.config.vision_config.spatial_merge_size
         grid = TokenGrid(t, h // merge, w // merge)
+    elif "newline" in visual_token_ids(base.config):
+        side = math.isqrt(n_visual // n_frames)  # side * (side + 1) tokens for each frame
+        grid = TokenGrid(n_frames, side, side, row_newlines=True)
     else:  # a square of tokens for each frame
         side = math.isqrt(n_visual // n_frames)
         grid = TokenGrid(n_frames, side, side, n_visual - n_frames * side * side)

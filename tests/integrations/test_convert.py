@@ -10,12 +10,14 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file
+from transformers.generation import utils as generation
 
-import videoanchor_triton
+import videoanchor_triton as va
 from videoanchor_triton.integrations import cli, convert_llava, pipeline
 from videoanchor_triton.integrations.convert import convert_checkpoint
 from videoanchor_triton.integrations.convert_llava import insert_grid_newlines
 from videoanchor_triton.integrations.errors import InputError
+from videoanchor_triton.integrations.token_grid import TokenGrid
 from videoanchor_triton.integrations.video import write_video
 
 SIZE = original.IMAGE
@@ -290,8 +292,41 @@ def test_run_asks_a_converted_model(kind: str, tmp_path: Path) -> None:
     options = ["--question", "word5", "--alpha-k", "2", "--alpha-v", "1", "--max-frames", "4"]
     assert cli.main([*map(str, arguments), *options, "--n-clusters", "3", "--max-new-tokens", "2"]) == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    side, n_extra = (2, 0) if kind == "internvl" else (3, 1)
-    assert result["grid"] == {"t": 4, "h": side, "w": side, "n_extra": n_extra}
+    side, newlines = (2, False) if kind == "internvl" else (3, True)
+    assert result["grid"] == {"t": 4, "h": side, "w": side, "n_extra": 0, "row_newlines": newlines}
+    assert result["tokens"]["visual"] == 4 * side * (side + newlines)
+
+
+@pytest.mark.parametrize("chunk", [None, 5], ids=["whole", "chunked"])
+def test_newlines_of_llava_video_are_scored(chunk: int | None, tmp_path: Path) -> None:
+    """As the authors have them: visual tokens, by the embedding of the newline."""
+    if chunk is not None and not hasattr(generation, "_slice_mm_encoder_output"):
+        pytest.skip("transformers 4.57 cannot prefill a video in chunks")
+    llava(tmp_path / "source", original.llava_config())
+    convert_checkpoint(tmp_path / "source", tmp_path / "out")
+    model = load(tmp_path / "out")
+    ids = torch.tensor([[3, 4, *[model.config.video_token_index] * (2 * 9 + 1), 5]])
+    ids = insert_grid_newlines(ids, model.config)
+    seen: list[torch.Tensor] = []
+
+    def scorer(tokens: torch.Tensor) -> torch.Tensor:
+        seen.append(tokens)
+        return torch.rand(len(tokens))
+
+    with va.enable(model, va.VideoAnchorConfig(alpha_k=1.0, alpha_v=1.0, scorer=scorer)):
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values_videos=pixels(2, 20)[None],
+            max_new_tokens=2,
+            prefill_chunk_size=chunk,
+        )
+    (tokens,) = seen
+    assert len(tokens) == 2 * 3 * 4
+    newline = model.get_input_embeddings().weight[model.config.video_newline_token_index]
+    assert [i for i, token in enumerate(tokens) if torch.equal(token, newline)] == list(range(3, 24, 4))
+    arranged = TokenGrid(2, 3, 3, row_newlines=True).arrange(np.arange(24))
+    assert arranged[1].tolist() == [[12, 13, 14], [16, 17, 18], [20, 21, 22]]
 
 
 @pytest.mark.parametrize("kind", ["internvl", "llava"])
@@ -324,8 +359,8 @@ def test_the_gate_changes_a_converted_model(tmp_path: Path) -> None:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels(3)}
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
     plain = model.generate(**batch, **options, output_logits=True)
-    config = videoanchor_triton.VideoAnchorConfig(alpha_k=4.0, alpha_v=3.0, n_clusters=3)
-    with videoanchor_triton.enable(model, config) as handle:
+    config = va.VideoAnchorConfig(alpha_k=4.0, alpha_v=3.0, n_clusters=3)
+    with va.enable(model, config) as handle:
         gated = model.generate(**batch, **options, output_logits=True)
         scored = handle.last[0]
     assert scored is not None

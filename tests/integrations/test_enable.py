@@ -145,18 +145,38 @@ def test_continuous_batching_without_enable_says_so(model: Any, whole: bool) -> 
 def test_softcap_of_the_layer_is_used() -> None:
     torch.manual_seed(0)
     query, key = 3 * torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16)
-    gate = attention.LayerGate(gamma_k=1 + torch.rand(1, 5))
+    gamma_k = 1 + torch.rand(1, 5)
+    gate = attention.LayerGate(gamma_k=gamma_k)
     module = torch.nn.Module()
     out, _ = attention.attention_forward(
         module, query, key, key, None, scaling=1.0, is_causal=True, softcap=2.0, videoanchor_gate=gate
     )
-    logits = 2 * torch.tanh(query @ key.transpose(2, 3) / 2) + gate.factors(1, 5, query.device)[0].log()
+    logits = 2 * torch.tanh(query @ key.transpose(2, 3) / 2) + gamma_k.log()
     logits = logits.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), float("-inf"))
     torch.testing.assert_close(out, (logits.softmax(-1) @ key).transpose(1, 2), atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="softcap under a 4-D mask"):
         attention.attention_forward(
             module, query, key, key, torch.ones(1, 1, 5, 5).bool(), is_causal=True, softcap=2.0, videoanchor_gate=gate
         )
+
+
+def test_layers_that_are_not_causal_stay_so() -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 5, 16)
+    gamma_k = 1 + torch.rand(1, 5)
+    gate = attention.LayerGate(gamma_k=gamma_k)
+    out, _ = attention.attention_forward(
+        torch.nn.Module(), query, key, key, None, scaling=0.5, is_causal=False, videoanchor_gate=gate
+    )
+    expected = (query @ key.transpose(2, 3) / 2 + gamma_k.log()).softmax(-1) @ key
+    torch.testing.assert_close(out, expected.transpose(1, 2), atol=1e-5, rtol=0)
+
+
+def test_features_without_a_place_are_refused(model: Any) -> None:
+    batch = tiny.inputs("qwen2_5_vl", [[3, "V", 5]])
+    batch["input_ids"][batch["input_ids"] == tiny.VIDEO] = 7
+    with va.enable(model, CONFIG), pytest.raises(ValueError, match="no token of theirs in the prompt"):
+        model(**batch)
 
 
 def test_attention_dropout_is_refused() -> None:

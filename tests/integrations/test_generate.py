@@ -10,9 +10,9 @@ import tiny_models as tiny
 import torch
 import torch.nn.functional as F
 from dense_eager import ALPHA_K, ALPHA_Q, ALPHA_V, GENERATE, generate_dense, merged_scores, pseudo_scores
+from largest_square import LargestSquare
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache
 
 import videoanchor_triton as va
@@ -304,21 +304,6 @@ def test_sliding_window_layers() -> None:
     with va.enable(model, config()):
         out = model.generate(**batch, **GENERATE)
     assert_same(out, expected)
-
-
-class LargestSquare(TorchDispatchMode):
-    """Every tensor made whose last two sizes both reach n."""
-
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.n, self.found = n, set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor) and tensor.ndim >= 2 and min(tensor.shape[-2:]) >= self.n:
-                self.found.add((str(function), tuple(tensor.shape)))
-        return out
 
 
 @pytest.mark.parametrize("prompts", ["batch-1", "left-padded"])

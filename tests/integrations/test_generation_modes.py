@@ -130,7 +130,7 @@ def test_several_return_sequences(backbone: tuple[str, Any]) -> None:
         pytest.skip("beams of InternVL and Qwen3-VL are broken in transformers 4.57, ungated too")
     batch = tiny.inputs(name, TWO)
     scores = merged_scores(model, batch).repeat_interleave(3, 0)
-    options = {"num_beams": 3, "num_return_sequences": 2}
+    options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2}
     expected = generate_dense(model, batch, scores, **options)
     config, scorer = counting_config()
     with va.enable(model, config):
@@ -251,15 +251,14 @@ def test_given_scores_are_used_instead_of_scoring(backbone: tuple[str, Any]) -> 
 )
 def test_given_scores_that_are_none(scores: Tensor, said: str) -> None:
     with va.enable(build("internvl"), CONFIG) as handle, pytest.raises(ValueError, match=said):
-        with handle.use_scores(scores):
-            pass
+        handle.use_scores(scores).__enter__()
 
 
 def test_given_scores_of_another_batch() -> None:
     model = build("internvl")
-    with va.enable(model, CONFIG) as handle, handle.use_scores(torch.zeros(3, 9)):
-        with pytest.raises(ValueError, match="3 rows for a batch of 2"):
-            model.generate(**tiny.inputs("internvl", TWO), **GENERATE)
+    wrong = pytest.raises(ValueError, match="3 rows for a batch of 2")
+    with va.enable(model, CONFIG) as handle, handle.use_scores(torch.zeros(3, 9)), wrong:
+        model.generate(**tiny.inputs("internvl", TWO), **GENERATE)
 
 
 @pytest.mark.parametrize("name", ["internvl", "llava_onevision"])

@@ -82,7 +82,7 @@ def test_run_on_another_backbone(name: str, dtype: str, tmp_path: Path) -> None:
     assert cli.main([*map(str, arguments), *options, *shape]) == 0
     result = json.loads((out / "result.json").read_text())
     n_extra = 1 if name == "llava_onevision" else 0
-    assert result["grid"] == {"t": 6, "h": 2, "w": 2, "n_extra": n_extra}
+    assert result["grid"] == {"t": 6, "h": 2, "w": 2, "n_extra": n_extra, "row_newlines": False}
     assert result["tokens"]["visual"] == 24 + n_extra
     assert load_file(out / "anchors.safetensors")["scores"].shape == (24 + n_extra,)
     assert (out / "anchors.png").stat().st_size > 10_000
