@@ -29,6 +29,16 @@ SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 2324
 SHARED_LIMIT["gfx942"] = 65536
 FORMS = {"ungated": NO_GATE, "log-bias": LOG_BIAS, "post-exp": POST_EXP}
 HOPPER_FORMS = {f"hopper {form}": form for form in FORMS}
+VARIANTS = (
+    "post-exp varlen",
+    "post-exp varlen window softcap",
+    "log-bias varlen",
+    "log-bias padded",
+    "log-bias window",
+    "log-bias window softcap",
+    "log-bias varlen window softcap",
+    "log-bias padded window softcap",
+)
 BACKWARD = {"dq": backward.d_queries_kernel, "dk-dv": backward.d_keys_kernel}
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 CASES = [
@@ -37,6 +47,9 @@ CASES = [
     for head_dim in HEAD_DIMS
     for kernel in (*FORMS, *HOPPER_FORMS, "decode", "page-16", "page-64", *BACKWARD)
     if kernel not in HOPPER_FORMS or (target == "sm_90" and head_dim in HOPPER_TILES)
+]
+CASES += [
+    (kernel, target, head_dim, "bf16") for target in TARGETS for head_dim in (64, 128, 256) for kernel in VARIANTS
 ]
 TENSOR_CORE = re.compile(r"(H|UTCH?|Q|I)G?MMA|UTC\w*MMA|v_mfma|v_wmma")
 LOCAL_MEMORY = re.compile(r"LDL|STL")
@@ -127,7 +140,8 @@ def compile_prefill(
     tma: bool | None = None,
 ) -> Report:
     """Compile prefill in a form of FORMS; `dtype` is "bf16", "fp16" or "fp32"; `tile` and `tma` replace the tables'."""
-    tile = tile or prefill_tile(target, head_dim, ELEMENT[dtype])
+    variant = {"padded": padded, "varlen": varlen, "window": window, "softcap": softcap}
+    tile = tile or prefill_tile(target, head_dim, ELEMENT[dtype], **variant)
     d0, d1 = split_head_dim(target, head_dim)
     constants = {
         "D0": d0,
@@ -149,7 +163,9 @@ def compile_prefill(
         described = f"tensordesc<{dtype}[1, 1, {tile.keys}, {part}]>" if tma and part else None
         dtypes |= dict.fromkeys((f"k_desc{i}", f"v_desc{i}"), described)
     compiled = compile_kernel(prefill.prefill_kernel, target, dtypes, constants, tile)
-    return report(gate, target, head_dim, dtype, compiled)
+    return report(
+        " ".join([gate, *(name for name, asked in variant.items() if asked)]), target, head_dim, dtype, compiled
+    )
 
 
 def compile_decode(
@@ -309,10 +325,12 @@ def instructions(assembly: str, dialect: Dialect) -> tuple[list[str], list[list[
 def compile_case(case: tuple[str, str, int, str]) -> Report:
     """Compile one case (kernel, target, head dim, dtype) of the kinds that CASES names."""
     kernel, target, head_dim, dtype = case
-    if kernel in FORMS:
-        return compile_prefill(target, head_dim, dtype, kernel)
     if kernel in HOPPER_FORMS:
         return compile_hopper(head_dim, dtype, HOPPER_FORMS[kernel])
+    form, *features = kernel.split()
+    if form in FORMS:
+        asked: dict[str, Any] = dict.fromkeys(features, True)
+        return compile_prefill(target, head_dim, dtype, form, **asked)
     if kernel in BACKWARD:
         return compile_backward(kernel, target, head_dim, dtype)
     page = int(kernel.removeprefix("page-")) if kernel.startswith("page-") else None
@@ -326,10 +344,10 @@ def compile_all(cases: Iterable[tuple[str, str, int, str]] = CASES) -> Iterator[
 
 def main() -> None:
     """Print the table of all cases."""
-    print("kernel          target   head_dim  dtype  registers  spills  shared  tensor-core  loop")
+    print("kernel                          target   head_dim  dtype  registers  spills  shared  tensor-core  loop")
     for used in compile_all():
         print(
-            f"{used.kernel:15} {used.target:8} {used.head_dim:8}  {used.dtype:5} {used.registers:10} {used.spills:7} "
+            f"{used.kernel:31} {used.target:8} {used.head_dim:8}  {used.dtype:5} {used.registers:10} {used.spills:7} "
             f"{used.shared:7} {used.tensor_core:12} {sum(used.loop.values()):5}"
         )
 

@@ -30,12 +30,16 @@ def load_tile(
     BN: tl.constexpr,
     D: tl.constexpr,
     MASKED: tl.constexpr,
+    CLEARED: tl.constexpr,
 ):
     # [BN, D] of the sequence that begins at row i_row
     if descriptor is None:
         b_tile = load_rows(p_rows + i_d, i_n, stride_n, m_keys[:, None], BN, D, MASKED)
     else:
         b_tile = descriptor.load([i_b, i_h, i_row + i_n, i_d]).reshape([BN, D])
+        if CLEARED:
+            # a packed sequence's neighbour follows it, and may hold NaN
+            b_tile = tl.where(m_keys[:, None], b_tile, 0.0)
     return b_tile
 
 
@@ -69,21 +73,23 @@ def attend_tiles(
     BN: tl.constexpr,
     GATE: tl.constexpr,
     PADDED: tl.constexpr,
+    VARLEN: tl.constexpr,
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    CLEARED: tl.constexpr = VARLEN and MASKED
     for i_n in tl.range(i_start, i_end, BN, num_stages=STAGES):
         i_n = tl.multiple_of(i_n, BN)
         o_n = i_n + tl.arange(0, BN)
         m_keys = o_n < Nk
         # [BM, BN] = [BM, D0] [D0, BN] + [BM, D1] [D1, BN]
-        b_k0 = load_tile(p_k, k_tiles[0], i_row, i_n, stride_kn, m_keys, i_b, i_kv, 0, BN, D0, MASKED)
+        b_k0 = load_tile(p_k, k_tiles[0], i_row, i_n, stride_kn, m_keys, i_b, i_kv, 0, BN, D0, MASKED, False)
         b_s = tl.dot(b_q0, b_k0.T, input_precision="ieee")
         if D1 > 0:
-            b_k1 = load_tile(p_k, k_tiles[1], i_row, i_n, stride_kn, m_keys, i_b, i_kv, D0, BN, D1, MASKED)
+            b_k1 = load_tile(p_k, k_tiles[1], i_row, i_n, stride_kn, m_keys, i_b, i_kv, D0, BN, D1, MASKED, False)
             b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision="ieee")
         if GATE != 0:
             # [BN]
@@ -113,10 +119,10 @@ def attend_tiles(
         b_sum = b_sum * b_decay + tl.sum(b_p * b_gate[None, :] if GATE == 2 else b_p, 1)
         b_p = b_p.to(p_v.dtype.element_ty)
         # [BM, D0] += [BM, BN] [BN, D0]
-        b_v0 = load_tile(p_v, v_tiles[0], i_row, i_n, stride_vn, m_keys, i_b, i_kv, 0, BN, D0, MASKED)
+        b_v0 = load_tile(p_v, v_tiles[0], i_row, i_n, stride_vn, m_keys, i_b, i_kv, 0, BN, D0, MASKED, CLEARED)
         b_acc0 = tl.dot(b_p, b_v0, b_acc0 * b_decay[:, None], input_precision="ieee")
         if D1 > 0:
-            b_v1 = load_tile(p_v, v_tiles[1], i_row, i_n, stride_vn, m_keys, i_b, i_kv, D0, BN, D1, MASKED)
+            b_v1 = load_tile(p_v, v_tiles[1], i_row, i_n, stride_vn, m_keys, i_b, i_kv, D0, BN, D1, MASKED, CLEARED)
             b_acc1 = tl.dot(b_p, b_v1, b_acc1 * b_decay[:, None], input_precision="ieee")
         b_max = b_max_new
     return b_acc0, b_acc1, b_sum, b_max
@@ -240,25 +246,23 @@ def prefill_kernel(
         i_end = tl.minimum(Nk, tl.maximum(position + BM, 0))
     k_tiles = (k_desc0, k_desc1)
     v_tiles = (v_desc0, v_desc1)
-    # the rows beyond a packed sequence are its neighbour's and may hold NaN: partly visible tiles go by pointers
-    v_edge_tiles = (None, None) if VARLEN else v_tiles
     if WINDOW:
         i_start = tl.maximum(position - window + 1, 0) // BN * BN
         i_inner = tl.cdiv(tl.maximum(position + BM - window, 0), BN) * BN
         b_acc0, b_acc1, b_sum, b_max = attend_tiles(
-            b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, k_tiles, v_edge_tiles, p_gate, i_b, i_kv, i_row,
+            b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, k_tiles, v_tiles, p_gate, i_b, i_kv, i_row,
             i_start, tl.minimum(i_inner, i_end), Nk, o_m + Nk - Nq, window, scale_log2, cap_log2, stride_kn, stride_vn,
-            D0, D1, BN, GATE, PADDED, True, CAUSAL, WINDOW, SOFTCAP, STAGES,
+            D0, D1, BN, GATE, PADDED, VARLEN, True, CAUSAL, WINDOW, SOFTCAP, STAGES,
         )  # fmt: skip
     b_acc0, b_acc1, b_sum, b_max = attend_tiles(
         b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, k_tiles, v_tiles, p_gate, i_b, i_kv, i_row,
         i_inner, i_edge, Nk, o_m + Nk - Nq, window, scale_log2, cap_log2, stride_kn, stride_vn,
-        D0, D1, BN, GATE, PADDED, False, CAUSAL, WINDOW, SOFTCAP, STAGES,
+        D0, D1, BN, GATE, PADDED, VARLEN, False, CAUSAL, WINDOW, SOFTCAP, STAGES,
     )  # fmt: skip
     b_acc0, b_acc1, b_sum, b_max = attend_tiles(
-        b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, k_tiles, v_edge_tiles, p_gate, i_b, i_kv, i_row,
+        b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, k_tiles, v_tiles, p_gate, i_b, i_kv, i_row,
         tl.maximum(i_inner, i_edge), i_end, Nk, o_m + Nk - Nq, window, scale_log2, cap_log2, stride_kn, stride_vn,
-        D0, D1, BN, GATE, PADDED, True, CAUSAL, WINDOW, SOFTCAP, STAGES,
+        D0, D1, BN, GATE, PADDED, VARLEN, True, CAUSAL, WINDOW, SOFTCAP, STAGES,
     )  # fmt: skip
 
     # a row without a visible key has sum 0 and max -inf: output 0, lse -inf
@@ -312,7 +316,15 @@ def prefill(
     batch, query_heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
     cu_q, cu_k, longest = (None, None, queries) if cu_seqlens is None else cu_seqlens
-    tile = tile or prefill_tile(target, head_dim, q.element_size())
+    tile = tile or prefill_tile(
+        target,
+        head_dim,
+        q.element_size(),
+        padded=key_padding_mask is not None,
+        varlen=cu_q is not None,
+        window=window is not None,
+        softcap=softcap is not None,
+    )
     form, v, gate = prescale(v, gamma_k, gamma_v, key_padding_mask, post_exp, tile.keys)
     # fp32 tiles spill with descriptors
     tma = target in TMA_TARGETS and q.element_size() < 4 if tma is None else tma

@@ -1,5 +1,6 @@
 """Tile sizes by target, head dim and element size. A table: nothing autotunes."""
 
+from collections.abc import Set
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -22,19 +23,27 @@ class Tile(NamedTuple):
 
 
 # 16-bit elements, by the largest head dim that the row serves
-AMPERE = {128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)}
+AMPERE = {16: Tile(128, 64, 4, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)}
 HOPPER = {128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)}
 CDNA = {128: Tile(128, 64, 4, 1), 256: Tile(64, 32, 4, 1)}
 PREFILL = {
     "sm_80": AMPERE,
     "sm_86": AMPERE,
     "sm_89": AMPERE,
-    "sm_90": HOPPER,
+    "sm_90": HOPPER | {16: Tile(64, 128, 4, 2)},
     "sm_100": HOPPER,
     "sm_120": {96: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
     "gfx942": CDNA,
     INTERPRETER: {256: Tile(32, 32, 4, 1)},
 }
+# for 16-bit variants that spill with the tiles above: target, features, head dims, tile; the first row that fits serves
+PREFILL_SMALLER: tuple[tuple[str, Set[str], tuple[int, ...], Tile], ...] = (
+    ("sm_80", {"window"}, (128,), Tile(128, 32, 8, 2)),
+    ("sm_90", {"varlen"}, (256,), Tile(64, 64, 8, 2)),
+    ("sm_100", {"padded"}, (16, 32, 64, 80, 96, 128), Tile(128, 64, 8, 2)),
+    ("sm_100", {"window"}, (80, 96), Tile(128, 64, 8, 3)),
+    ("sm_100", {"varlen", "window", "softcap"}, (128,), Tile(128, 64, 8, 3)),
+)
 # fp32 products run outside the tensor cores, unrolled: larger tiles spill
 PREFILL_FP32 = {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 8, 1), 256: Tile(16, 32, 8, 1)}
 DECODE_WIDE = {128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 4, 3)}
@@ -96,8 +105,23 @@ def _row(table: dict[int, Row], head_dim: int) -> Row:
     return table[min(size for size in table if size >= head_dim)]
 
 
-def prefill_tile(target: str, head_dim: int, element_size: int) -> Tile:
-    """The tile of prefill for a target of `PREFILL`."""
+def prefill_tile(
+    target: str,
+    head_dim: int,
+    element_size: int,
+    *,
+    padded: bool = False,
+    varlen: bool = False,
+    window: bool = False,
+    softcap: bool = False,
+) -> Tile:
+    """The tile of prefill for a target of `PREFILL`, and for what the call has."""
+    call = {"padded": padded, "varlen": varlen, "window": window, "softcap": softcap}
+    features = {name for name, asked in call.items() if asked}
+    if element_size < 4:
+        for heavy_target, heavy, head_dims, tile in PREFILL_SMALLER:
+            if target == heavy_target and head_dim in head_dims and features >= heavy:
+                return tile
     return _row(PREFILL[target] if _tabled(target, element_size) else PREFILL_FP32, head_dim)
 
 

@@ -10,16 +10,21 @@ from typing import Any
 
 import pytest
 
-from videoanchor_triton.kernels.tiles import PREFILL
+from videoanchor_triton.kernels.tiles import HEAD_DIMS, PREFILL
 
 TARGETS = [target for target in PREFILL if target != "interpreter"]
-HEAD_DIMS = (64, 80, 96, 128, 256)
 CASES = [
     *((kernel, target, d, "bf16") for target in TARGETS for d in HEAD_DIMS for kernel in ("ungated", "post-exp")),
     *((kernel, target, 128, "bf16") for target in TARGETS for kernel in ("log-bias", "decode")),
     *((kernel, target, 128, "bf16") for target in ("sm_80", "sm_90") for kernel in ("page-16", "page-64")),
     *((kernel, target, 128, "bf16") for target in TARGETS for kernel in ("dq", "dk-dv")),
     *((kernel, "sm_90", d, "bf16") for d in (64, 256) for kernel in ("dq", "dk-dv")),
+    *(("log-bias padded window softcap", target, 128, "bf16") for target in TARGETS if target != "sm_90"),
+    ("post-exp varlen window softcap", "sm_90", 128, "bf16"),
+    ("log-bias varlen", "sm_90", 256, "bf16"),
+    ("log-bias varlen window softcap", "sm_100", 128, "bf16"),
+    ("log-bias padded", "sm_100", 64, "bf16"),
+    ("log-bias window", "sm_80", 128, "bf16"),
     ("log-bias", "sm_89", 256, "fp16"),
     ("decode", "sm_90", 80, "fp16"),
     ("log-bias", "sm_90", 64, "fp32"),

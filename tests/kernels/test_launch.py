@@ -12,6 +12,7 @@ from videoanchor_triton.kernels.dispatch import triton_target
 from videoanchor_triton.kernels.gates import choose_gate_form
 from videoanchor_triton.kernels.ops import varlen_op
 from videoanchor_triton.kernels.prefill import prefill
+from videoanchor_triton.kernels.tiles import PREFILL_SMALLER, Tile, prefill_tile
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -116,22 +117,60 @@ def test_descriptors_load_what_pointers_do(problem: Problem, post_exp: bool, dev
         assert_as_exact_as_eager(each, tensors, options)
 
 
-@pytest.mark.parametrize("causal", [False, True], ids=["not-causal", "causal"])
-def test_descriptors_keep_the_nan_of_a_packed_neighbour_out(causal: bool, device: torch.device) -> None:
-    q, k, v = torch.randn(3, 1, 1, 80, 16, device=device)
+@pytest.mark.parametrize(
+    ("causal", "window", "head_dim"),
+    [(False, None, 16), (True, None, 16), (True, 7, 80)],
+    ids=["not-causal", "causal", "window-D80"],
+)
+def test_descriptors_keep_the_nan_of_a_packed_neighbour_out(
+    causal: bool, window: int | None, head_dim: int, device: torch.device
+) -> None:
+    q, k, v = torch.randn(3, 1, 1, 80, head_dim, device=device)
     offsets = torch.tensor([0, 20, 37, 80], dtype=torch.int32, device=device)
     target, _ = triton_target(device)
     assert target is not None
     found = []
     for tma in (False, True):
         out, lse = torch.empty_like(q), torch.empty(1, 1, 80, device=device)
-        choices = 0.25, causal, None, None, False, target
+        choices = 0.25, causal, window, None, False, target
         prefill(q, k, v, None, None, None, out, lse, *choices, cu_seqlens=(offsets, offsets, 43), tma=tma)
         found.append((out, lse))
         k[:, :, 20:37] = v[:, :, 20:37] = float("nan")
     for clean, poisoned in zip(*found, strict=True):
         for rows in (slice(0, 20), slice(37, 80)):
             assert torch.equal(clean[:, :, rows], poisoned[:, :, rows])
+
+
+@pytest.mark.parametrize("feature", ["padded", "varlen", "window", "softcap"])
+def test_the_tile_is_that_of_the_call(feature: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def recorded(*_: Any, **features: bool) -> Tile:
+        asked.append([name for name, used in features.items() if used])
+        return Tile(16, 32, 4, 1)
+
+    monkeypatch.setattr("videoanchor_triton.kernels.prefill.prefill_tile", recorded)
+    q = torch.randn(1, 1, 33, 16, device=device)
+    offsets = torch.tensor([0, 33], dtype=torch.int32, device=device)
+    mask = torch.ones(1, 33, dtype=torch.bool, device=device) if feature == "padded" else None
+    window, softcap = 9 if feature == "window" else None, 2.0 if feature == "softcap" else None
+    packed = (offsets, offsets, 33) if feature == "varlen" else None
+    target, _ = triton_target(device)
+    assert target is not None
+    out, lse = torch.empty_like(q), torch.empty(1, 1, 33, device=device)
+    prefill(q, q, q, None, None, mask, out, lse, 0.25, True, window, softcap, False, target, packed)
+    assert asked == [[feature]]
+
+
+def test_smaller_tiles_are_for_16_bit_elements_and_the_features_named() -> None:
+    assert prefill_tile("sm_100", 128, 2, padded=True, window=True).keys == 64
+    assert prefill_tile("sm_100", 128, 2, varlen=True, window=True) == prefill_tile("sm_100", 128, 2)
+    assert prefill_tile("sm_100", 128, 4, padded=True) == prefill_tile("sm_100", 128, 4)
+    for target, features, head_dims, tile in PREFILL_SMALLER:
+        for head_dim in head_dims:
+            usual = prefill_tile(target, head_dim, 2)
+            assert tile.queries * tile.keys < usual.queries * usual.keys
+            assert prefill_tile(target, head_dim, 2, **dict.fromkeys(features, True)) == tile
 
 
 def test_rows_beyond_the_longest_named_length_are_nan(device: torch.device) -> None:
