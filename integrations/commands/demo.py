@@ -1,0 +1,69 @@
+"""`videoanchor demo`: the whole pipeline on what is made on the spot."""
+
+import argparse
+import os
+from pathlib import Path
+
+from .run import answer, report
+from .shared import Commands, ProgressLine, check_extras, prepare_libraries
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    demo = commands.add_parser(
+        "demo",
+        help="the whole pipeline on a clip and a tiny random model made on the spot; downloads nothing",
+        description="Makes a clip with known camera motion and a tiny random Qwen2.5-VL, runs `videoanchor run` on "
+        "them, and compares its attention calls with a dense fp64 reference.",
+    )
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: %(default)s")
+    demo.set_defaults(command=_demo)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from ..output import check_folder
+
+    check_extras()
+    check_folder(args.out)
+    import torch
+
+    if not torch.cuda.is_available():  # before Triton is imported: its kernels run in Triton's interpreter here
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    prepare_libraries()
+    from ...anchor.config import VideoAnchorConfig
+    from .. import demo
+
+    progress = ProgressLine(True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.video, args.model = args.out / "clip.mp4", args.out / "checkpoint"
+    cameras = demo.make_clip(args.video)
+    demo.write_cameras(args.out / "cameras.json", cameras)
+    demo.make_checkpoint(args.model)
+    args.question, args.fps, args.max_frames = demo.QUESTION, None, 12
+    args.device, args.dtype, args.max_new_tokens = "auto", "auto", 12
+    with demo.record_attention() as calls:
+        clip, result, record = answer(args, VideoAnchorConfig.preset("internvl2-8b"), progress)
+    report(result, record, args.out)
+    print("kernels   largest |output - dense fp64 reference| over attention calls of this run")
+    interpreted = not torch.cuda.is_available()
+    for backend in ("sdpa", "triton"):
+        # The interpreter is slow: one prefill, and one decoding step of every layer.
+        n_layers = sum(call.q.shape[2] > 1 for call in calls)
+        some = calls if backend == "sdpa" or not interpreted else [calls[0], *calls[-n_layers:]]
+        try:
+            error, largest = demo.compare_with_reference(some, backend, progress)
+        except ValueError as problem:
+            shown = str(problem)
+        else:
+            where = ", in Triton's interpreter" if backend == "triton" and interpreted else ""
+            shown = f"{error:.1e}  ({len(some)} calls, largest |output| {largest:.1f}{where})"
+        progress.close()
+        print(f"          {backend:7s} {shown}")
+    agree, chance, n_pairs = demo.agreement(result.anchor.labels.cpu().numpy(), cameras[clip.indices], result.grid)
+    print(
+        f"camera    {100 * agree:.0f}% of {n_pairs} token pairs that show the same place in neighbouring steps share a "
+        f"subspace ({100 * chance:.0f}% would by chance)"
+    )
+    print("The weights are random, so the answer is noise and the times are not a model's. On a checkpoint of yours:")
+    print("videoanchor run --model NAME_OR_PATH --video FILE --question '...' --alpha-k A --alpha-v A --out DIR")
+    return 0

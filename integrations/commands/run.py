@@ -1,0 +1,104 @@
+"""`videoanchor run`: one video, one question, one checkpoint."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .shared import (
+    Commands,
+    ProgressLine,
+    add_config_options,
+    add_model_options,
+    check_extras,
+    config_of,
+    prepare_libraries,
+)
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    run = commands.add_parser(
+        "run",
+        help="one video, one question, one checkpoint",
+        description="Asks a checkpoint about a video with the gate on. Writes result.json, anchors.safetensors "
+        "(scores, labels, grid, timestamps) and anchors.png to --out.",
+    )
+    add_model_options(run)
+    run.add_argument("--video", required=True, type=Path, metavar="FILE")
+    run.add_argument("--question", required=True)
+    run.add_argument("--out", required=True, type=Path, metavar="DIR")
+    run.add_argument(
+        "--fps", type=float, metavar="N", help="frames per second of video; default: --max-frames over all of it"
+    )
+    run.add_argument("--max-frames", type=int, default=32, metavar="N", help="default: %(default)s")
+    run.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    run.add_argument("--json", action="store_true", help="print result.json instead of the report")
+    add_config_options(run)
+    run.set_defaults(command=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from ..output import check_folder
+
+    check_extras()
+    config = config_of(args)
+    if args.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens: expected 1 or more, got {args.max_new_tokens}")
+    check_folder(args.out)
+    _, result, record = answer(args, config, ProgressLine(not args.json))
+    if args.json:
+        print(json.dumps(record, indent=2, ensure_ascii=False))
+    else:
+        report(result, record, args.out)
+    return 0
+
+
+def answer(args: argparse.Namespace, config: Any, progress: ProgressLine) -> Any:
+    """Decodes, loads, asks and writes; what `run` and `demo` share. Returns the clip, the result and what
+    `result.json` holds."""
+    from ..video import read_video
+
+    start = time.perf_counter()
+    clip = read_video(args.video, fps=args.fps, max_frames=args.max_frames, progress=progress)
+    decoded = time.perf_counter()
+    progress.say(f"{args.video}: {len(clip.frames)} of {clip.n_source_frames} frames, {clip.duration:.1f} s")
+    prepare_libraries()
+    from .. import output, pipeline
+
+    model, processor = pipeline.load(args.model, args.device, args.dtype)
+    loaded = time.perf_counter()
+    progress.say(f"{args.model}: {type(model).__name__} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
+    result = pipeline.answer(
+        model, processor, clip, args.question, config, max_new_tokens=args.max_new_tokens, progress=progress
+    )
+    progress.close()
+    about = {
+        "model": str(args.model),
+        "video": str(args.video),
+        "question": args.question,
+        "seconds": {"decode_video": decoded - start, "load_model": loaded - decoded},
+    }
+    return clip, result, output.write_run(args.out, result, clip, config, about)
+
+
+def report(result: Any, record: dict[str, Any], out: Path) -> None:
+    seconds = record["seconds"]
+    scores, sizes = result.anchor.scores, result.anchor.labels.bincount()
+    grid = result.grid
+    print(f"answer    {result.answer}")
+    print(
+        f"tokens    {result.n_prompt_tokens} in the prompt, {result.n_visual_tokens} visual ({grid.t} x {grid.h} x "
+        f"{grid.w}{f' + {grid.n_extra}' if grid.n_extra else ''}), {result.n_generated_tokens} generated"
+    )
+    print(
+        f"scores    min {float(scores.min()):.3f}, median {float(scores.median()):.3f}, max {float(scores.max()):.3f}; "
+        f"{int((sizes > 0).sum())} subspaces of {int(sizes[sizes > 0].min())} to {int(sizes.max())} tokens; "
+        f"{result.anchor.n_iter} iterations"
+    )
+    stages = ("decode_video", "load_model", "vision", "ssc", "prefill", "decode_per_token", "generate")
+    print("seconds   " + ", ".join(f"{stage.replace('_', ' ')} {seconds[stage]:.3f}" for stage in stages))
+    for name in ("result.json", "anchors.safetensors", "anchors.png"):
+        print(f"wrote     {out / name}")

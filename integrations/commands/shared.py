@@ -1,0 +1,128 @@
+"""What the commands share: the progress line, the options of models, gate and scores, and what has to be there."""
+
+import argparse
+import sys
+import time
+from importlib.util import find_spec
+from typing import Any
+
+from ..errors import InputError
+
+Commands = Any
+"""What `add_subparsers` returns."""
+
+
+class ProgressLine:
+    """One line on standard error that is written over, with the stage and how far it is; silent where nobody
+    watches."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled and sys.stderr.isatty()
+        self._last = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._enabled and now - self._last > 0.1:
+            self._last = now
+            share = f" {done}/{total} ({100 * done // total}%)" if total else f" {done}"
+            print(f"\r\033[K  {stage}{share}", end="", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A message that stays."""
+        self.close()
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._enabled:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --device, --dtype."""
+    parser.add_argument(
+        "--model", required=True, metavar="NAME_OR_PATH", help="a transformers checkpoint: folder or hub name"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16; default: the checkpoint's")
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """The settings of `VideoAnchorConfig`, in two groups; `config_of` reads them."""
+    gate = parser.add_argument_group(
+        "gate", "published for one model only: --preset internvl2-8b; else give both alphas"
+    )
+    gate.add_argument("--preset", metavar="NAME", help="published settings of a model")
+    gate.add_argument("--alpha-k", type=float, metavar="A", help="strength on keys: gamma_k = 1 + A * score")
+    gate.add_argument("--alpha-v", type=float, metavar="A", help="strength on values: gamma_v = 1 + A * score")
+    gate.add_argument("--alpha-q", type=float, metavar="A", help="on queries; cancels in the softmax")
+    gate.add_argument(
+        "--decode", choices=("persist", "prefill"), help="gate also while decoding (paper, default) or not"
+    )
+    scores = parser.add_argument_group("scores")
+    scores.add_argument("--scorer", choices=("ssc", "kmeans", "uniform"), help="default: ssc")
+    scores.add_argument(
+        "--n-clusters", type=_count_or_auto, metavar="N", help='subspaces, or "auto"; default: 24 (published)'
+    )
+    scores.add_argument("--pca-rank", type=int, metavar="R", help="default: 64")
+    scores.add_argument("--random-state", type=int, metavar="SEED", help="default: 0")
+    scores.add_argument(
+        "--algorithm",
+        choices=("auto", "dense", "blocked", "working-set", "authors"),
+        help="of the self-expression; default: auto, by the number of tokens",
+    )
+    scores.add_argument("--tol", type=float, metavar="T", help="relative duality gap of every token; default: 0.001")
+    scores.add_argument(
+        "--memory-budget", type=_bytes, metavar="GIB", help="of the self-expression; default: half of what is free"
+    )
+
+
+def _count_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _bytes(gib: str) -> int:
+    return int(float(gib) * 2**30)
+
+
+_CONFIG_OPTIONS = (
+    *("alpha_k", "alpha_v", "alpha_q", "decode"),
+    *("scorer", "n_clusters", "pca_rank", "random_state", "algorithm", "tol", "memory_budget"),
+)
+
+
+def config_of(args: argparse.Namespace) -> Any:
+    """The `VideoAnchorConfig` that the options of `add_config_options` ask for.
+
+    Raises:
+        InputError: the strengths are not given, or a setting is out of its range.
+    """
+    from ...anchor.config import VideoAnchorConfig
+
+    given = {name: getattr(args, name) for name in _CONFIG_OPTIONS if getattr(args, name) is not None}
+    if args.preset is None and not {"alpha_k", "alpha_v"} <= given.keys():
+        raise InputError(
+            "the strength of the gate is not known for this model: give --alpha-k and --alpha-v, or --preset "
+            "internvl2-8b (4.0, 9.5, 2.5 for Q, K, V: the only published values)"
+        )
+    try:
+        return VideoAnchorConfig(**given) if args.preset is None else VideoAnchorConfig.preset(args.preset, **given)
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error)) from error
+
+
+def check_extras() -> None:
+    """Refuses before any work is done where the packages of the extras are missing."""
+    missing = [name for name in ("av", "torchvision", "PIL", "accelerate", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"missing {', '.join(missing)}: pip install 'videoanchor-triton[video,viz]'")
+
+
+def prepare_libraries() -> None:
+    """Imports what the pipeline needs, quietly."""
+    from ..torchvision_compat import make_torchvision_importable
+
+    make_torchvision_importable()
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
