@@ -12,6 +12,7 @@ from .shared import (
     ProgressLine,
     add_config_options,
     add_model_options,
+    add_video_options,
     check_extras,
     config_of,
     prepare_libraries,
@@ -30,10 +31,7 @@ def add(commands: Commands) -> None:
     run.add_argument("--video", required=True, type=Path, metavar="FILE")
     run.add_argument("--question", required=True)
     run.add_argument("--out", required=True, type=Path, metavar="DIR")
-    run.add_argument(
-        "--fps", type=float, metavar="N", help="frames per second of video; default: --max-frames over all of it"
-    )
-    run.add_argument("--max-frames", type=int, default=32, metavar="N", help="default: %(default)s")
+    add_video_options(run)
     run.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     run.add_argument("--json", action="store_true", help="print result.json instead of the report")
     add_config_options(run)

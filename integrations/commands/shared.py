@@ -46,6 +46,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16; default: the checkpoint's")
 
 
+def add_video_options(parser: argparse.ArgumentParser) -> None:
+    """--fps, --max-frames."""
+    parser.add_argument(
+        "--fps", type=float, metavar="N", help="frames per second of video; default: --max-frames over all of it"
+    )
+    parser.add_argument("--max-frames", type=int, default=32, metavar="N", help="default: %(default)s")
+
+
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """The settings of `VideoAnchorConfig`, in two groups; `config_of` reads them."""
     gate = parser.add_argument_group(

@@ -236,7 +236,7 @@ def test_a_failure_while_writing_leaves_what_stood_there(
 def test_missing_extras_are_named_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "matplotlib" else name)
+    monkeypatch.setattr(shared, "find_spec", lambda name: None if name == "matplotlib" else name)
     run = ("run", "--model", "m", "--video", "v.mp4", "--question", "?", "--out", tmp_path / "out")
     assert cli.main([*map(str, run), *GATE]) == 2
     line = capsys.readouterr().err
