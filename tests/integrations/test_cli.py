@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from videoanchor_triton.anchor import memory
 from videoanchor_triton.integrations import cli, contact_sheet
+from videoanchor_triton.integrations.commands import shared
 from videoanchor_triton.integrations.video import write_video
 
 ROOT = Path(__file__).resolve().parents[2]
