@@ -24,13 +24,13 @@ lint: $(INSTALLED)  ## style and types
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,video,viz]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,video,viz,batch,ray]"
 	touch $@
 
 .venv-4.57/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-4.57
 	sed -e 's/^transformers==.*/transformers==4.57.1/' -e '/^tokenizers==/d' -e '/^kernels==/d' constraints.txt > .venv-4.57/constraints.txt
-	.venv-4.57/bin/python -m pip install --quiet --constraint .venv-4.57/constraints.txt --editable ".[dev,video,viz]"
+	.venv-4.57/bin/python -m pip install --quiet --constraint .venv-4.57/constraints.txt --editable ".[dev,video,viz,batch,ray]"
 	touch $@
 
 clean:
