@@ -25,7 +25,9 @@ def config(scorer: Any) -> va.VideoAnchorConfig:
 
 def main(name: str, checkpoint: str, out: Path) -> None:
     torch.set_num_threads(1)
-    model = type(tiny.build(name)).from_pretrained(checkpoint, tp_plan="auto", dtype=torch.float32)
+    model = type(tiny.build(name)).from_pretrained(
+        checkpoint, tp_plan="auto", dtype=torch.float32, attn_implementation={"text_config": "videoanchor_triton"}
+    )
     batch = tiny.inputs(name, PROMPTS)
     rank = dist.get_rank()
     calls = 0
