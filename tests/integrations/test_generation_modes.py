@@ -147,8 +147,10 @@ def test_without_a_cache(backbone: tuple[str, Any]) -> None:
     config, scorer = counting_config()
     with va.enable(model, config):
         out = model.generate(**batch, **GENERATE, use_cache=False)
+        assert scorer.calls == 1
+        model(**batch, use_cache=False)
+        assert scorer.calls == 2, "nothing is kept when generate() is over"
     assert_same(out, expected)
-    assert scorer.calls == 1
 
 
 class _NoStream:
@@ -374,6 +376,33 @@ def test_two_threads_on_one_model() -> None:
             thread.join()
     for index in range(2):
         assert_same(outputs[index], expected[index])
+
+
+def test_two_threads_in_one_forward_each() -> None:
+    """Each thread's visual positions are its own, also while both are between the prompt and the decoder."""
+    model = build("internvl")
+    batches = [tiny.inputs("internvl", [[3, 4, "V", 5, 6]], seed=5), tiny.inputs("internvl", [["V", 9, 7]], seed=6)]
+    both_seeing = threading.Barrier(2, timeout=60)
+    outputs: dict[int, Tensor] = {}
+
+    def run(index: int) -> None:
+        with torch.no_grad():
+            outputs[index] = model(**batches[index], use_cache=False).logits
+
+    with va.enable(model, CONFIG):
+        for index in range(2):
+            run(index)
+        expected = dict(outputs)
+        hook = model.base_model.vision_tower.register_forward_pre_hook(lambda *_: both_seeing.wait() and None)
+        threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+        outputs.clear()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        hook.remove()
+    for index in range(2):
+        torch.testing.assert_close(outputs[index], expected[index])
 
 
 def test_interrupt_leaves_nothing_stale() -> None:

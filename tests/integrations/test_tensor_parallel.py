@@ -25,12 +25,13 @@ def test_two_processes(name: str, tmp_path: Path) -> None:
     expected = generate_dense(model, batch, scores)
     assert GENERATE["do_sample"] is False
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program.__file__]
+    paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     finished = subprocess.run(
         [*command, name, str(tmp_path / "model"), str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
