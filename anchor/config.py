@@ -15,6 +15,7 @@ Scorer = Literal["ssc", "kmeans", "uniform"]
 ScoreFunction = Callable[[Tensor], Tensor]
 Decode = Literal["persist", "prefill"]
 Arithmetic = Literal["exact", "authors"]
+Score = Literal["published", "size", "row_sum", "cross_frame"]
 
 # VideoAnchor, arXiv 2509.25151: the only published values of alpha_q, alpha_k, alpha_v.
 PUBLISHED_ALPHAS = {"internvl2-8b": {"alpha_q": 4.0, "alpha_k": 9.5, "alpha_v": 2.5}}
@@ -37,6 +38,9 @@ class VideoAnchorConfig:
             code).
         scorer: "ssc" (the paper), "kmeans" and "uniform" (ablations, see `anchor_scores`), or a function from tokens
             (N, D) to scores (N,) in [0, 1].
+        score: what scorer="ssc" makes of self-expression and clusters, see `anchor_scores`. "published" (the paper);
+            "size" and "row_sum", its two factors alone (the paper's ablations); "cross_frame" (this package's own),
+            which needs to know the frame of each token.
         arithmetic: "exact" computes scores and factors in float32; "authors" rounds them as the authors' code does, see
             `reproduce`.
         assign_labels: how eigenvectors become labels, "discretize" (the authors'), "cluster_qr" or "kmeans".
@@ -54,6 +58,7 @@ class VideoAnchorConfig:
     pca_rank: int | None = 64
     decode: Decode = "persist"
     scorer: Scorer | ScoreFunction = "ssc"
+    score: Score = "published"
     arithmetic: Arithmetic = "exact"
     assign_labels: AssignLabels = "discretize"
     random_state: int = 0
@@ -78,10 +83,15 @@ class VideoAnchorConfig:
         check_choice("decode", self.decode, get_args(Decode))
         check_choice("arithmetic", self.arithmetic, get_args(Arithmetic))
         check_choice("assign_labels", self.assign_labels, get_args(AssignLabels))
+        check_choice("score", self.score, get_args(Score))
         if not callable(self.scorer):
             check_choice("scorer", self.scorer, get_args(Scorer), " or a function from tokens (N, D) to scores (N,)")
         if self.scorer == "kmeans" and self.n_clusters == "auto":
             raise ValueError('n_clusters="auto" needs the affinity of scorer="ssc"; give scorer="kmeans" a number')
+        if self.score != "published" and self.scorer != "ssc":
+            raise ValueError(f'score={self.score!r} needs scorer="ssc", got scorer={self.scorer!r}: leave score out')
+        if self.arithmetic == "authors" and self.score != "published":
+            raise ValueError(f'arithmetic="authors" needs score="published", got score={self.score!r}')
         if self.arithmetic == "authors" and self.algorithm != "authors":
             raise ValueError('arithmetic="authors" needs algorithm="authors": use reproduce()')
         if self.arithmetic == "authors" and self.n_clusters == "auto":

@@ -9,16 +9,18 @@ from torch import Tensor
 
 from .affinity import affinity_matrix
 from .authors import authors_labels, authors_score
-from .config import ScoreFunction, VideoAnchorConfig
+from .config import Score, ScoreFunction, VideoAnchorConfig
+from .cross_frame import check_frames, cross_frame_score
 from .memory import plan_block
 from .options import Algorithm
 from .problem import DLPackArray, as_tokens, token_features
-from .solver import self_expression
+from .solver import SelfExpression, self_expression
 from .spectral import spectral_labels
 from .timing import Progress, throttled, timed
 
 # Differences of the unscaled score below this part of its largest value are float32 roundoff.
 ROUNDOFF = 1e-6
+NO_FRAMES = 'score="cross_frame" needs frames, an (N,) tensor with the frame of each token, got None'
 
 
 @dataclass
@@ -87,12 +89,48 @@ def shared_expression_score(coef_row_sums: Tensor, labels: Tensor, n_clusters: i
     return torch.where(constant, 0.0, (unscaled - lowest) / spread).float()
 
 
+def expression_score(
+    solution: SelfExpression, labels: Tensor, score: Score = "published", frames: Tensor | None = None
+) -> Tensor:
+    """One of the scores of `VideoAnchorConfig.score`, see `anchor_scores`.
+
+    Args:
+        solution: self-expression of N >= 1 tokens.
+        labels: (N,) integers >= 0, the cluster of each token.
+        score: "size" and "row_sum" are `shared_expression_score` with constant r_i, or pi_i.
+        frames: (N,) integers, the frame of each token, for "cross_frame".
+
+    Returns:
+        (N,) float32 scores in [0, 1], on the device of the solution.
+
+    Raises:
+        ValueError: score="cross_frame" without frames, or see `shared_expression_score` and `cross_frame_score`.
+    """
+    if score == "cross_frame":
+        if frames is None:
+            raise ValueError(NO_FRAMES)
+        return cross_frame_score(solution, labels, frames)
+    row_sums = solution.row_sums()
+    if score == "size":
+        row_sums = torch.ones_like(row_sums)
+    elif score == "row_sum":
+        labels = torch.zeros_like(labels)
+    return shared_expression_score(row_sums, labels, int(labels.amax()) + 1)
+
+
 def anchor_scores(
-    X: Tensor | np.ndarray | DLPackArray, config: VideoAnchorConfig, *, progress: Progress | None = None
+    X: Tensor | np.ndarray | DLPackArray,
+    config: VideoAnchorConfig,
+    *,
+    frames: Tensor | None = None,
+    progress: Progress | None = None,
 ) -> AnchorResult:
     """Score visual tokens by `config.scorer`.
 
-    - "ssc": PCA, sparse self-expression, spectral clustering, `shared_expression_score` (the paper).
+    - "ssc": PCA, sparse self-expression, spectral clustering (the paper), and of these, by `config.score`,
+      "published": `shared_expression_score`, s_hat_i = pi_i r_i (the paper);
+      "size": the same with s_hat_i = pi_i, and "row_sum": with s_hat_i = r_i (the paper's ablations);
+      "cross_frame": `cross_frame_score` (this package's own; benchmarks/results/cross-frame compares them).
     - "kmeans": k-means on the same PCA; in the score, the row sum r_i is replaced by the closeness to the cluster's
       centre, 1 - d_i / max_j d_j with d the Euclidean distance (the paper gives no form; this one is ours).
     - "uniform": every score is 1, one cluster.
@@ -105,10 +143,12 @@ def anchor_scores(
         X: (N, D) floating-point tensor, numpy or CuPy array, one token a row, as they stand in the decoder's input;
             computed on its own device.
         config: settings.
+        frames: (N,) tensor of integers, the frame of each token; config.score="cross_frame" needs it, nothing else
+            uses it.
         progress: called as progress(stage, done, total) at most four times a second, and once at the end.
 
     Raises:
-        TypeError, ValueError: X, or what a scoring function returned, is not as described.
+        TypeError, ValueError: X, frames, or what a scoring function returned, is not as described.
         MemoryError: the solver does not fit into config.memory_budget or the device; use fewer tokens.
 
     Warns:
@@ -116,10 +156,14 @@ def anchor_scores(
     """
     tokens = as_tokens(X)
     report = throttled(progress)
+    if frames is not None:
+        frames = check_frames(frames, len(tokens))
+    elif config.score == "cross_frame":
+        raise ValueError(NO_FRAMES)
     if len(tokens) == 0:
         result = _one_cluster(torch.zeros(0, device=tokens.device))
     elif config.scorer == "ssc":
-        result = _subspace_scores(tokens, config, report)
+        result = _subspace_scores(tokens, config, frames, report)
     elif config.scorer == "kmeans":
         result = _kmeans_scores(tokens, config, report)
     elif config.scorer == "uniform":
@@ -131,7 +175,9 @@ def anchor_scores(
     return result
 
 
-def _subspace_scores(tokens: Tensor, config: VideoAnchorConfig, report: Progress) -> AnchorResult:
+def _subspace_scores(
+    tokens: Tensor, config: VideoAnchorConfig, frames: Tensor | None, report: Progress
+) -> AnchorResult:
     seconds: dict[str, float] = {}
     n_tokens, n_features = tokens.shape
     rank = min(config.pca_rank or n_features, n_features)
@@ -159,7 +205,7 @@ def _subspace_scores(tokens: Tensor, config: VideoAnchorConfig, report: Progress
         if authors:
             scores = authors_score(solution.to_dense(), labels)
         else:
-            scores = shared_expression_score(solution.row_sums(), labels, int(labels.amax()) + 1)
+            scores = expression_score(solution, labels, config.score, frames)
     return AnchorResult(
         scores,
         labels,

@@ -68,7 +68,8 @@ class AnchorStream:
     threads. An update that fails leaves the stream as it was.
 
     Args:
-        config: settings; the scorer must be "ssc".
+        config: settings; the scorer must be "ssc" and the score "published". The others would need their own rule for
+            keeping early scores valid: the cross-frame score of a token changes with every frame that follows.
         max_atoms: bound on the dictionary, above the number of clusters.
 
     Attributes:
@@ -80,12 +81,15 @@ class AnchorStream:
             chunk.
 
     Raises:
-        TypeError, ValueError: the scorer is not "ssc", or max_atoms is no integer or too small.
+        TypeError, ValueError: the scorer is not "ssc", the score not "published", or max_atoms is no integer or too
+            small.
     """
 
     def __init__(self, config: VideoAnchorConfig, *, max_atoms: int = 2048) -> None:
         if config.scorer != "ssc":
             raise ValueError(f'config.scorer must be "ssc" for a stream, got {config.scorer!r}; use anchor_scores')
+        if config.score != "published":
+            raise ValueError(f'config.score must be "published" for a stream, got {config.score!r}; use anchor_scores')
         # Under "auto", tokens without affinity are one more.
         n_clusters = MAX_AUTO_CLUSTERS + 1 if config.n_clusters == "auto" else config.n_clusters
         check_integer("max_atoms", max_atoms, low=n_clusters + 1)

@@ -7,10 +7,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import convert, demo, info, run
+from .commands import convert, demo, info, run, viz
 from .errors import InputError
 
-COMMANDS = (demo, run, convert, info)
+COMMANDS = (demo, run, viz, convert, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,31 +6,16 @@ import numpy as np
 
 from .token_grid import TokenGrid
 from .video import VideoClip
+from .viz_layout import first_frames
+from .viz_palette import ALPHA, COLOURS, OTHER, SCORE_MAP, backdrop, size_ranks, subspace_names
 
 MAX_COLUMNS = 8
-N_COLOURED = 12
-# Paul Tol's "muted" and "light" qualitative schemes, chosen to stay apart under the common colour-vision deficiencies.
-_COLOURS = [
-    "#CC6677",
-    "#332288",
-    "#DDCC77",
-    "#117733",
-    "#88CCEE",
-    "#882255",
-    "#44AA99",
-    "#999933",
-    "#AA4499",
-    "#EE8866",
-    "#77AADD",
-    "#EEDD88",
-]
-_OTHER = "#8A8A8A"
 
 
 def draw(
     path: str | Path, clip: VideoClip, grid: TokenGrid, scores: np.ndarray, labels: np.ndarray, title: str
 ) -> None:
-    """Writes the contact sheet as PNG.
+    """Writes the contact sheet, in the format of the suffix of `path`.
 
     Args:
         path: file to write.
@@ -45,41 +30,37 @@ def draw(
     from matplotlib.patches import Patch
 
     steps = np.unique(np.linspace(0, grid.t - 1, min(grid.t, MAX_COLUMNS)).round().astype(int))
-    frame_of_step = np.minimum(steps * len(clip.frames) // grid.t, len(clip.frames) - 1)
-    score_grid = grid.arrange(scores)
-    order = np.argsort(-np.bincount(labels), kind="stable")
-    rank = np.empty(len(order), dtype=int)
-    rank[order] = np.arange(len(order))
-    n_coloured = min(N_COLOURED, int((np.bincount(labels) > 0).sum()))
-    label_grid = grid.arrange(np.minimum(rank[labels], N_COLOURED))
+    frame_of_step = first_frames(grid, len(clip.frames))[steps]
+    score_grid, rank_grid = grid.arrange(scores), grid.arrange(size_ranks(labels))
+    names = subspace_names(labels)
 
     height, width = clip.frames.shape[1:3]
     cell = 1.75
     rows = ("frame", "score", "subspace")
     # no pyplot: a caller's notebook keeps its backend
-    figure = Figure((cell * len(steps) + 1.9, 3 * cell * height / width + 1.25), layout="constrained")
+    figure = Figure((max(cell * len(steps) + 1.9, 6.4), 3 * cell * height / width + 1.25), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(3, len(steps), squeeze=False)
-    palette = ListedColormap([*_COLOURS, _OTHER])
+    palette = ListedColormap([*COLOURS, OTHER])
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     heat = None
     for column, (step, frame) in enumerate(zip(steps, frame_of_step, strict=True)):
         picture = clip.frames[frame]
-        grey = np.repeat(picture.mean(-1, keepdims=True) / 255.0, 3, -1)
+        grey = np.repeat(backdrop(picture) / 255, 3, -1)
         axes[0, column].imshow(picture)
         axes[0, column].set_title(f"{clip.timestamps[frame]:.2f} s", fontsize=9)
         axes[1, column].imshow(grey)
         heat = axes[1, column].imshow(
-            score_grid[step], extent=extent, cmap="viridis", vmin=0, vmax=1, alpha=0.65, interpolation="nearest"
+            score_grid[step], extent=extent, cmap=SCORE_MAP, vmin=0, vmax=1, alpha=ALPHA, interpolation="nearest"
         )
         axes[2, column].imshow(grey)
         axes[2, column].imshow(
-            label_grid[step],
+            rank_grid[step],
             extent=extent,
             cmap=palette,
             vmin=-0.5,
-            vmax=N_COLOURED + 0.5,
-            alpha=0.65,
+            vmax=len(COLOURS) + 0.5,
+            alpha=ALPHA,
             interpolation="nearest",
         )
     for row, name in enumerate(rows):
@@ -90,9 +71,7 @@ def draw(
     assert heat is not None
     bar = figure.colorbar(heat, ax=axes.ravel().tolist(), pad=0.01, fraction=0.05, shrink=0.3, aspect=10)
     bar.set_label("score", fontsize=9)
-    handles = [Patch(color=_COLOURS[i], label=f"{i + 1}") for i in range(n_coloured)]
-    if len(order) > N_COLOURED:
-        handles.append(Patch(color=_OTHER, label="rest"))
+    handles = [Patch(color=colour, label=name) for name, colour in names]
     figure.legend(
         handles=handles,
         loc="outside lower center",
@@ -105,4 +84,4 @@ def draw(
         columnspacing=1.0,
     )
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=200)

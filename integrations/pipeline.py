@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    Cache,
     PreTrainedModel,
 )
 
@@ -25,8 +27,9 @@ from ..anchor.timing import Progress
 from .attention import IMPLEMENTATION
 from .backbones import visual_token_ids
 from .convert_llava import insert_grid_newlines
-from .enable import enable, find_multimodal_model
+from .enable import Handle, enable, find_multimodal_model
 from .errors import InputError
+from .score_cache import CachedScorer
 from .token_grid import TokenGrid
 from .video import VideoClip
 
@@ -174,17 +177,85 @@ def answer(
         InputError: when the video does not fit the model, its context or the memory.
     """
     inputs, grid = prepare(model, processor, clip, question)
+    check_fits(model, inputs["input_ids"].shape[1], max_new_tokens, clip, grid, config)
+    return generate(model, processor, inputs, clip, grid, config, max_new_tokens=max_new_tokens, progress=progress)
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """The first positions of a prompt, its video among them.
+
+    Args:
+        cache: their keys and values, and the scores; continuing it changes it.
+        anchor: scores and labels of the visual tokens.
+        seconds: by stage, see `RunResult`.
+    """
+
+    cache: Cache
+    anchor: AnchorResult
+    seconds: dict[str, float]
+
+
+def generate(
+    model: PreTrainedModel,
+    processor: Any,
+    inputs: dict[str, Any],
+    clip: VideoClip,
+    grid: TokenGrid,
+    config: VideoAnchorConfig,
+    *,
+    max_new_tokens: int,
+    prefix: Prefix | None = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Answers what `prepare` has made, with the gate on, by greedy decoding.
+
+    Args:
+        prefix: of this prompt; its cache is continued, and `inputs` need no pixels.
+
+    Raises:
+        InputError: when the video does not fit the memory, or cannot be scored.
+    """
     n_prompt = inputs["input_ids"].shape[1]
-    check_fits(model, n_prompt, max_new_tokens, clip, grid, config)
     cuda = model.device.type == "cuda"
     gpus = range(torch.cuda.device_count()) if cuda else ()
     for gpu in gpus:
         torch.cuda.reset_peak_memory_stats(gpu)
+    past = {} if prefix is None else {"past_key_values": prefix.cache}
+    with gated(model, config, clip, grid, progress) as handle, stage_times(model, progress) as times:
+        output = model.generate(**inputs, **past, max_new_tokens=max_new_tokens, do_sample=False)  # pyright: ignore
+        anchor = scored(handle) if prefix is None else prefix.anchor
+    generated = output[0, n_prompt:]
+    return RunResult(
+        answer=processor.batch_decode(generated[None], skip_special_tokens=True)[0].strip(),
+        n_prompt_tokens=n_prompt,
+        n_visual_tokens=grid.n_tokens,
+        n_generated_tokens=len(generated),
+        grid=grid,
+        anchor=anchor,
+        seconds=times.summary(0.0 if prefix is not None else sum(anchor.seconds.values())),
+        device=torch.cuda.get_device_name(model.device) if cuda else "cpu",
+        peak_memory_bytes=sum(map(torch.cuda.max_memory_allocated, gpus)) if cuda else None,
+    )
+
+
+@contextmanager
+def gated(
+    model: PreTrainedModel,
+    config: VideoAnchorConfig,
+    clip: VideoClip,
+    grid: TokenGrid,
+    progress: Progress | None = None,
+) -> Iterator[Handle]:
+    """`enable` in inference mode.
+
+    Raises:
+        InputError: when the video does not fit the memory, or cannot be scored.
+    """
     try:
-        with enable(model, config) as handle, torch.inference_mode(), _stage_times(model, progress) as times:
+        with enable(model, config) as handle, torch.inference_mode():
             handle.progress = progress
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # pyright: ignore
-            result = handle.last[0]
+            yield handle
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise InputError(
             f"not enough memory for {grid.n_tokens} visual tokens (--max-frames below {len(clip.frames)}): "
@@ -194,19 +265,14 @@ def answer(
         raise InputError(
             f"visual tokens cannot be scored in {model.dtype}: {_first_line(error)}; try --dtype bfloat16 or float32"
         ) from error
+
+
+def scored(handle: Handle) -> AnchorResult:
+    """The scores of the video that `handle` has seen last."""
+    scorer = handle.config.scorer
+    result = scorer.last if isinstance(scorer, CachedScorer) else handle.last[0]
     assert result is not None  # check_fits and prepare let no prompt without visual tokens pass
-    generated = output[0, n_prompt:]
-    return RunResult(
-        answer=processor.batch_decode(generated[None], skip_special_tokens=True)[0].strip(),
-        n_prompt_tokens=n_prompt,
-        n_visual_tokens=grid.n_tokens,
-        n_generated_tokens=len(generated),
-        grid=grid,
-        anchor=result,
-        seconds=times.summary(sum(result.seconds.values())),
-        device=torch.cuda.get_device_name(model.device) if cuda else "cpu",
-        peak_memory_bytes=sum(map(torch.cuda.max_memory_allocated, gpus)) if cuda else None,
-    )
+    return result
 
 
 def _first_line(error: BaseException) -> str:
@@ -274,7 +340,7 @@ class _StageTimes:
 
 
 @contextmanager
-def _stage_times(model: PreTrainedModel, progress: Progress | None):
+def stage_times(model: PreTrainedModel, progress: Progress | None):
     """Times the vision tower and each pass of the language model (its layers only: the scores come before them)."""
     base = find_multimodal_model(model)
     tower: nn.Module = getattr(base, "visual", None) or base.vision_tower  # pyright: ignore[reportAssignmentType]

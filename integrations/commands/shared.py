@@ -69,6 +69,12 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     scores = parser.add_argument_group("scores")
     scores.add_argument("--scorer", choices=("ssc", "kmeans", "uniform"), help="default: ssc")
     scores.add_argument(
+        "--score",
+        choices=("published", "size", "row_sum", "cross_frame"),
+        help="of scorer ssc: the paper's (default), its size of the subspace or row sum alone, or the share of a token "
+        "that other frames express",
+    )
+    scores.add_argument(
         "--n-clusters", type=_count_or_auto, metavar="N", help='subspaces, or "auto"; default: 24 (published)'
     )
     scores.add_argument("--pca-rank", type=int, metavar="R", help="default: 64")
@@ -94,7 +100,7 @@ def _bytes(gib: str) -> int:
 
 _CONFIG_OPTIONS = (
     *("alpha_k", "alpha_v", "alpha_q", "decode"),
-    *("scorer", "n_clusters", "pca_rank", "random_state", "algorithm", "tol", "memory_budget"),
+    *("scorer", "score", "n_clusters", "pca_rank", "random_state", "algorithm", "tol", "memory_budget"),
 )
 
 

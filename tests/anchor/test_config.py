@@ -51,6 +51,19 @@ def test_preset_invents_nothing():
         ({"algorithm": "fast"}, ValueError, "algorithm must be one of 'auto', 'dense', 'blocked'"),
         ({"memory_budget": 0}, ValueError, "memory_budget must be >= 1"),
         ({"scorer": "kmeans", "n_clusters": "auto"}, ValueError, 'n_clusters="auto" needs the affinity'),
+        (
+            {"score": "both"},
+            ValueError,
+            "score must be one of 'published', 'size', 'row_sum', 'cross_frame', got 'both'",
+        ),
+        ({"score": "size", "scorer": "kmeans"}, ValueError, "score='size' needs scorer=\"ssc\", got scorer='kmeans'"),
+        ({"score": "cross_frame", "scorer": "uniform"}, ValueError, "got scorer='uniform': leave score out"),
+        ({"score": "row_sum", "scorer": norm_scorer}, ValueError, "score='row_sum' needs scorer=\"ssc\""),
+        (
+            {"score": "size", "algorithm": "authors", "arithmetic": "authors"},
+            ValueError,
+            'arithmetic="authors" needs score="published", got score=\'size\'',
+        ),
         ({"rho": 0.0}, ValueError, "rho must be finite and > 0"),
         ({"max_iter": 0}, ValueError, "max_iter must be >= 1"),
     ],
@@ -59,6 +72,12 @@ def test_preset_invents_nothing():
 def test_settings_are_checked(settings, error, message):
     with pytest.raises(error, match=message):
         VideoAnchorConfig(**{"alpha_k": 1.0, "alpha_v": 1.0, **settings})
+
+
+def test_what_is_not_the_paper_is_not_reproduced():
+    assert VideoAnchorConfig(alpha_k=1, alpha_v=1).reproduce().score == "published"
+    with pytest.raises(ValueError, match="needs score=\"published\", got score='cross_frame'"):
+        VideoAnchorConfig(alpha_k=1, alpha_v=1, score="cross_frame").reproduce()
 
 
 def test_solver_options_are_passed_on():
@@ -80,7 +99,7 @@ def test_solver_options_are_passed_on():
 
 
 def test_to_dict_is_ready_for_json():
-    config = VideoAnchorConfig(alpha_k=np.float32(9.5), alpha_v=2.5, n_clusters=np.int64(8))  # pyright: ignore[reportArgumentType]
+    config = VideoAnchorConfig(alpha_k=np.float32(9.5), alpha_v=2.5, n_clusters=np.int64(8), score="cross_frame")  # pyright: ignore[reportArgumentType]
     values = json.loads(json.dumps(config.to_dict()))
     assert VideoAnchorConfig(**values) == config
     custom = VideoAnchorConfig(alpha_k=1, alpha_v=1, scorer=norm_scorer)

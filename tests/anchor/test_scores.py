@@ -76,6 +76,17 @@ def test_scores_are_those_of_the_parts(device):
     assert all(seconds >= 0 for seconds in result.seconds.values())
 
 
+@pytest.mark.parametrize("score", ["size", "row_sum"])
+def test_each_factor_of_the_score_alone(score):
+    tokens = vit_like()
+    result, published = anchor_scores(tokens, config(score=score)), anchor_scores(tokens, config())
+    row_sums = self_expression(token_features(tokens, 16), config().solver_options()).row_sums().numpy()
+    unscaled = np.bincount(result.labels)[result.labels] if score == "size" else row_sums
+    expected = (unscaled - unscaled.min()) / (unscaled.max() - unscaled.min())
+    np.testing.assert_allclose(result.scores, expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(result.labels, published.labels)
+
+
 @pytest.mark.parametrize("assign_labels", ["discretize", "cluster_qr"])
 def test_finds_planted_subspaces(assign_labels):
     tokens, truth = planted_subspaces(noise=0.02)

@@ -385,6 +385,9 @@ def test_two_threads_in_one_forward_each() -> None:
     both_seeing = threading.Barrier(2, timeout=60)
     outputs: dict[int, Tensor] = {}
 
+    def meet(*_args: Any) -> None:
+        both_seeing.wait()
+
     def run(index: int) -> None:
         with torch.no_grad():
             outputs[index] = model(**batches[index], use_cache=False).logits
@@ -393,7 +396,7 @@ def test_two_threads_in_one_forward_each() -> None:
         for index in range(2):
             run(index)
         expected = dict(outputs)
-        hook = model.base_model.vision_tower.register_forward_pre_hook(lambda *_: both_seeing.wait() and None)
+        hook = model.base_model.vision_tower.register_forward_pre_hook(meet)
         threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
         outputs.clear()
         for thread in threads:
