@@ -7,6 +7,7 @@ happens to them.
 """
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from ..anchor.timing import Progress
 from .attention import GATE_ARGUMENT, IMPLEMENTATION, LayerGate
 from .backbones import visual_token_ids
 from .cache_scores import CacheScores, cached_scores, keep_scores
+from .frames import frames_of_rows
 from .scoring import Known, score_rows, tensor_parallel_group
 
 _HANDLE_ATTRIBUTE = "_videoanchor_handle"
@@ -78,6 +80,8 @@ class _CallState(threading.local):
 
     Attributes:
         visual: (B, M) positions of this call that receive visual features.
+        video: (B, M) those of videos, where the score looks at frames.
+        steps: the frames of each video that was encoded last, where the score looks at frames.
         planned: the first cache position and the (B, M) scores of a prompt that is prefilled in chunks.
         given: (B, T) scores by cache position, from the caller.
         known: while generate() runs, rows that have been scored.
@@ -85,6 +89,8 @@ class _CallState(threading.local):
     """
 
     visual: Tensor | None = None
+    video: Tensor | None = None
+    steps: list[int] | None = None
     planned: tuple[int, Tensor] | None = None
     given: Tensor | None = None
     known: Known | None = None
@@ -136,6 +142,8 @@ class Handle:
             _wrap(model, "generate_batch", _refuse_continuous_batching),
             _wrap(model, "_prefill", self._around_prefill),
         ]
+        if config.score == "cross_frame":
+            self._restore.append(_wrap(base, "get_video_features", self._around_video_features))
         setattr(base, _HANDLE_ATTRIBUTE, self)
 
     def disable(self) -> None:
@@ -208,7 +216,7 @@ class Handle:
         try:
             return generate(*args, **kwargs)
         finally:
-            self._call.known = None
+            self._call.known = self._call.steps = None
 
     def _around_prefill(
         self,
@@ -242,7 +250,24 @@ class Handle:
             features = torch.cat([part.flatten(0, -2) for part in output["pooler_output"]])
             merged[ids[visual] == visual_token_ids(self._base.config)[modality]] = features.to(merged)
         rows = merged.split(visual.sum(1).tolist())
-        return past, self._score(rows, visual)
+        return past, self._score(rows, visual, self._of_videos(ids, None))
+
+    def _around_video_features(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(encode).bind(*args, **kwargs).arguments
+        grid: Tensor | None = given.get("video_grid_thw")
+        pixels = next(iter(given.values()))
+        if grid is not None:
+            self._call.steps = grid[:, 0].tolist()
+        elif pixels.ndim == 5:  # (videos, frames, channels, height, width)
+            self._call.steps = [pixels.shape[1]] * pixels.shape[0]
+        return encode(*args, **kwargs)
+
+    def _of_videos(self, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor | None:
+        """(B, M) True at the tokens of videos, where the score looks at frames."""
+        if self.config.score != "cross_frame":
+            return None
+        tokens = [token for name, token in visual_token_ids(self._base.config).items() if name != "image"]
+        return self._visual_positions(tokens, input_ids, embeds)
 
     def _tokens_of(self, modalities: Collection[str]) -> list[int]:
         """The tokens that are scored where features of these modalities are given."""
@@ -280,7 +305,7 @@ class Handle:
                     f"got features of {' and '.join(modalities)}, and no token of theirs in the prompt: expected one "
                     f"of {self._tokens_of(modalities)}, by which VideoAnchor knows what is visual"
                 )
-            self._call.visual = visual
+            self._call.visual, self._call.video = visual, self._of_videos(input_ids, embeds)
         elif input_ids is None and cached_scores(kwargs.get("past_key_values")) is None:
             raise ValueError(
                 "inputs_embeds without pixels: VideoAnchor cannot know which positions are visual. Give the scores: "
@@ -314,7 +339,7 @@ class Handle:
         elif visual is not None and past is not None and embeds is not None:
             visual = visual.to(embeds.device)
             if self._call.planned is None:
-                new = self._score([embeds[row, visual[row]] for row in range(batch)], visual)
+                new = self._score([embeds[row, visual[row]] for row in range(batch)], visual, self._call.video)
             else:
                 first, planned = self._call.planned
                 new = planned[:, past - first : past - first + n_queries].to(embeds.device)
@@ -346,10 +371,11 @@ class Handle:
         if cache is not None and kwargs.get("past_key_values") is None:
             keep_scores(cache, self._call.without_cache)
 
-    def _score(self, rows: Sequence[Tensor], visual: Tensor) -> Tensor:
+    def _score(self, rows: Sequence[Tensor], visual: Tensor, video: Tensor | None) -> Tensor:
         """(B, M) scores of the visual tokens of each row, 0 where `visual` (B, M) is False."""
         known: Known = [] if self._call.known is None else self._call.known
-        results = score_rows(rows, self.config, known, progress=self.progress, group=self._group)
+        frames = None if video is None else frames_of_rows(visual, video, self._call.steps)
+        results = score_rows(rows, self.config, known, frames=frames, progress=self.progress, group=self._group)
         scores = torch.zeros(visual.shape, dtype=torch.float32, device=visual.device)
         for row, result in enumerate(results):
             if result is not None:

@@ -11,8 +11,8 @@ from ..anchor.config import VideoAnchorConfig
 from ..anchor.scores import AnchorResult, anchor_scores
 from ..anchor.timing import Progress
 
-Known = list[tuple[Tensor, AnchorResult]]
-"""Rows that have been scored, and their results."""
+Known = list[tuple[Tensor, Tensor | None, AnchorResult]]
+"""Rows that have been scored, their frames, and their results."""
 
 
 def score_rows(
@@ -20,6 +20,7 @@ def score_rows(
     config: VideoAnchorConfig,
     known: Known,
     *,
+    frames: Sequence[Tensor] | None = None,
     progress: Progress | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> list[AnchorResult | None]:
@@ -28,6 +29,7 @@ def score_rows(
     Args:
         rows: for each row of the batch its visual tokens (n, D); rows without any give None.
         config: settings.
+        frames: for each row the frame of each token, (n,) integers, for `score="cross_frame"`.
         known: rows that need no scoring again; those scored here are added. Equal rows share one result.
         progress: see `anchor_scores`.
         group: the processes that hold a part of the model each and see the same rows. The first one scores, the others
@@ -37,30 +39,36 @@ def score_rows(
         RuntimeError: scoring failed on the first process of the group; it raises the cause.
     """
     results: list[AnchorResult | None] = []
-    for tokens in rows:
-        tokens = tokens.detach()
-        found = next((result for seen, result in known if _equal(seen, tokens)), None)
+    for row, tokens in enumerate(rows):
+        tokens, frame = tokens.detach(), None if frames is None else frames[row]
+        found = next((result for seen, at, result in known if _equal(seen, tokens) and _equal(at, frame)), None)
         if found is None and len(tokens):
-            found = _score(tokens, config, progress, group)
-            known.append((tokens, found))
+            found = _score(tokens, frame, config, progress, group)
+            known.append((tokens, frame, found))
         results.append(found)
     return results
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
     return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
 
 
 def _score(
-    tokens: Tensor, config: VideoAnchorConfig, progress: Progress | None, group: dist.ProcessGroup | None
+    tokens: Tensor,
+    frames: Tensor | None,
+    config: VideoAnchorConfig,
+    progress: Progress | None,
+    group: dist.ProcessGroup | None,
 ) -> AnchorResult:
     if group is None or dist.get_world_size(group) == 1:
-        return anchor_scores(tokens, config, progress=progress)
+        return anchor_scores(tokens, config, frames=frames, progress=progress)
     first = dist.get_global_rank(group, 0)
     result, failure = None, None
     if dist.get_rank() == first:
         try:
-            result = anchor_scores(tokens, config, progress=progress)
+            result = anchor_scores(tokens, config, frames=frames, progress=progress)
         except Exception as error:  # the others are waiting
             failure = error
     # row 0: scores; row 1: labels, exact in float64; all -1 if scoring failed

@@ -1,11 +1,15 @@
+import argparse
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from videoanchor_triton.anchor.config import VideoAnchorConfig
+from videoanchor_triton.anchor.config import Score, VideoAnchorConfig
 from videoanchor_triton.anchor.solver import SolverOptions
+from videoanchor_triton.integrations.commands.shared import add_config_options, config_of
+from videoanchor_triton.integrations.errors import InputError
 
 
 def norm_scorer(tokens: torch.Tensor) -> torch.Tensor:
@@ -109,3 +113,16 @@ def test_to_dict_is_ready_for_json():
 def test_to_dict_names_a_scorer_object_by_its_class():
     scorer = torch.nn.Flatten()
     assert VideoAnchorConfig(alpha_k=1, alpha_v=1, scorer=scorer).to_dict()["scorer"].endswith("flatten.Flatten")
+
+
+def parsed(*options: str) -> VideoAnchorConfig:
+    parser = argparse.ArgumentParser()
+    add_config_options(parser)
+    return config_of(parser.parse_args(["--alpha-k", "1", "--alpha-v", "1", *options]))
+
+
+def test_score_is_an_option_of_the_command_line():
+    assert parsed().score == "published"
+    assert [parsed("--score", score).score for score in get_args(Score)] == [*get_args(Score)]
+    with pytest.raises(InputError, match="score='size' needs scorer=\"ssc\""):
+        parsed("--score", "size", "--scorer", "kmeans")

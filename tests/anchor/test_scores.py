@@ -78,7 +78,7 @@ def test_scores_are_those_of_the_parts(device):
 
 @pytest.mark.parametrize("score", ["size", "row_sum"])
 def test_each_factor_of_the_score_alone(score):
-    tokens = vit_like()
+    tokens = vit_like(4, 15)
     result, published = anchor_scores(tokens, config(score=score)), anchor_scores(tokens, config())
     row_sums = self_expression(token_features(tokens, 16), config().solver_options()).row_sums().numpy()
     unscaled = np.bincount(result.labels)[result.labels] if score == "size" else row_sums
