@@ -1,6 +1,7 @@
 """`anchors.png`: frames with the scores and with the subspaces laid over them."""
 
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 
@@ -22,7 +23,7 @@ def draw(
         clip: the sampled frames.
         grid: where the visual tokens lie.
         scores: (N,) in [0, 1]; labels: (N,) subspace of each token.
-        title: one line above the frames.
+        title: above the frames.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import ListedColormap
@@ -35,10 +36,11 @@ def draw(
     names = subspace_names(labels)
 
     height, width = clip.frames.shape[1:3]
-    cell = 1.75
+    cell, row_height = 1.75, max(1.75 * height / width, 0.55)
     rows = ("frame", "score", "subspace")
     # no pyplot: a caller's notebook keeps its backend
-    figure = Figure((max(cell * len(steps) + 1.9, 6.4), 3 * cell * height / width + 1.25), layout="constrained")
+    figure_width = cell * len(steps) + 1.9
+    figure = Figure((figure_width, 3 * row_height + 1.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(3, len(steps), squeeze=False)
     palette = ListedColormap([*COLOURS, OTHER])
@@ -75,7 +77,7 @@ def draw(
     figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=len(handles),
+        ncols=min(len(handles), int(figure_width / 0.5)),
         fontsize=8,
         frameon=False,
         title="subspaces by size, the largest first",
@@ -83,5 +85,5 @@ def draw(
         handlelength=1.0,
         columnspacing=1.0,
     )
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(fill(title, int(11 * figure_width)), fontsize=11)
     figure.savefig(path, dpi=200)

@@ -1,0 +1,60 @@
+"""Colours of the pictures: which colour a subspace has in every frame, and the colour map of the scores."""
+
+import numpy as np
+
+SCORE_MAP = "viridis"
+COLOURS = (
+    "#00B4FF",
+    "#E17800",
+    "#5A0F69",
+    "#C3F04B",
+    "#C31E0F",
+    "#4B3CC3",
+    "#FFD2FF",
+    "#00FFB4",
+    "#C34BB4",
+    "#78000F",
+    "#C3965A",
+    "#781E4B",
+)
+"""Chosen by a search for colours that stay apart, and from `OTHER`, by 20 and more in CIELAB for normal sight and under
+full protanopia, deuteranopia and tritanopia (Machado et al. 2009)."""
+OTHER = "#8A8A8A"
+"""The colour of all smaller subspaces."""
+ALPHA = 0.62
+"""Weight of a colour over the picture."""
+CONTRAST = 0.7
+"""Contrast that is left of the picture under the colours, so that a colour looks alike in light and in shade."""
+
+
+def size_ranks(labels: np.ndarray) -> np.ndarray:
+    """(N,) int64 rank of each token's subspace by its number of tokens, 0 for the largest; ties by label. Subspaces
+    from `len(COLOURS)` on share the last rank, that of `OTHER`."""
+    sizes = np.bincount(labels)
+    ranks = np.empty(len(sizes), dtype=np.int64)
+    ranks[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
+    return np.minimum(ranks[labels], len(COLOURS))
+
+
+def subspace_names(labels: np.ndarray) -> list[tuple[str, str]]:
+    """What a legend lists: (name, colour) of each rank that occurs, "1" for the largest subspace, "rest" last."""
+    used = np.unique(size_ranks(labels))
+    return [(str(rank + 1), COLOURS[rank]) if rank < len(COLOURS) else ("rest", OTHER) for rank in used]
+
+
+def score_colours(scores: np.ndarray) -> np.ndarray:
+    """(...) in [0, 1] -> (..., 3) float64 RGB in [0, 255]."""
+    from matplotlib import colormaps
+
+    return colormaps[SCORE_MAP](scores)[..., :3] * 255
+
+
+def rank_colours(ranks: np.ndarray) -> np.ndarray:
+    """(...) of `size_ranks` -> (..., 3) float64 RGB in [0, 255]."""
+    table = [[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in (*COLOURS, OTHER)]
+    return np.array(table, dtype=np.float64)[ranks]
+
+
+def backdrop(frame: np.ndarray) -> np.ndarray:
+    """(H, W, 3) RGB in [0, 255] -> (H, W, 1) float64 grey in [0, 255], of less contrast, to paint on."""
+    return 127.5 + CONTRAST * (frame.mean(-1, keepdims=True) - 127.5)
