@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= out/demo
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-lmms lint clean
 
 demo: $(INSTALLED)  ## the whole pipeline on a clip and a model made on the spot; pictures in $(OUT)
 	$(BIN)/videoanchor demo --out $(OUT)
@@ -15,6 +15,9 @@ test: $(INSTALLED)  ## the suite, two files at a time
 
 test-all: test .venv-4.57/.installed  ## the suite, then the integrations on the oldest supported transformers
 	.venv-4.57/bin/python -m pytest tests/integrations
+
+test-lmms: .venv-lmms/.installed  ## the lmms-eval plug-in, beside lmms-eval
+	.venv-lmms/bin/python -m pytest tests/lmms_eval
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .
@@ -33,5 +36,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	.venv-4.57/bin/python -m pip install --quiet --constraint .venv-4.57/constraints.txt --editable ".[dev,video,viz,batch,ray]"
 	touch $@
 
+.venv-lmms/.installed: pyproject.toml constraints.txt  # lmms-eval asks for an older PyAV
+	$(PYTHON) -m venv .venv-lmms
+	sed -e '/^av==/d' constraints.txt > .venv-lmms/constraints.txt
+	.venv-lmms/bin/python -m pip install --quiet --constraint .venv-lmms/constraints.txt --editable ".[dev,video,viz]" lmms-eval==0.7.3 decord
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-4.57 out build src/*.egg-info
+	rm -rf $(VENV) .venv-4.57 .venv-lmms out build src/*.egg-info
