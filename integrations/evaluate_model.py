@@ -1,0 +1,72 @@
+"""A checkpoint that answers the questions of an evaluation."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..anchor.config import VideoAnchorConfig
+from ..anchor.timing import Progress
+from . import pipeline
+from .evaluate import Question, Setting
+from .score_cache import CachedScorer, ScoreCache
+from .video import VideoClip
+
+SCORES_BYTES = 2**30
+"""The most that scores may take on disk."""
+
+
+class Asker:
+    """Asks a checkpoint; a video that is asked about again is not decoded again, its tokens are not scored again.
+
+    Args:
+        model, processor: of `pipeline.load`.
+        read: the clip of a file, with at most so many frames.
+        scores: folder where scores are kept; alphas do not change them.
+        max_new_tokens: the longest reply.
+        progress: see `pipeline.answer`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        read: Callable[[Path, int], VideoClip],
+        scores: Path,
+        max_new_tokens: int,
+        progress: Progress | None = None,
+    ) -> None:
+        self.model, self.processor = model, processor
+        self._read, self._max_new_tokens, self._progress = read, max_new_tokens, progress
+        self._cache = ScoreCache(scores, SCORES_BYTES)
+        self._clip: tuple[tuple[Path, int], VideoClip] | None = None
+
+    def __call__(self, question: Question, setting: Setting) -> str:
+        """The reply.
+
+        Raises:
+            InputError: see `read_video` and `pipeline.answer`.
+        """
+        return pipeline.answer(
+            self.model,
+            self.processor,
+            self.clip(question.video, setting.max_frames),
+            question.prompt(),
+            self.scored(setting.config),
+            max_new_tokens=self._max_new_tokens,
+            progress=self._progress,
+        ).answer
+
+    def clip(self, video: Path, max_frames: int) -> VideoClip:
+        """The frames of a video; the last ones are kept."""
+        if self._clip is None or self._clip[0] != (video, max_frames):
+            self._clip = (video, max_frames), self._read(video, max_frames)
+        return self._clip[1]
+
+    def scored(self, config: VideoAnchorConfig) -> VideoAnchorConfig:
+        """`config`, its scores from the cache where they are there."""
+        if config.scorer == "uniform" or config.score == "cross_frame":
+            return config
+        return CachedScorer(self._cache, replace(config, alpha_q=0.0), self._progress).config()
