@@ -1,0 +1,184 @@
+"""Scores of visual tokens on disk, found again by the content of the tokens, the settings and this package's version.
+
+An entry is one safetensors file of O(N) numbers; the N x N coefficients are never kept.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from dataclasses import fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..anchor.config import VideoAnchorConfig
+from ..anchor.scores import AnchorResult, anchor_scores
+from ..anchor.timing import Progress
+
+_NOT_OF_THE_SCORES = {"alpha_k", "alpha_v", "alpha_q", "decode"}
+_ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors(\.\w+\.tmp)?")
+_TENSORS = ("scores", "labels", "duality_gap")
+_REPORT = ("n_iter", "residual", "converged", "algorithm")
+
+logger = logging.getLogger(__name__)
+
+
+class ScoreCache:
+    """Results of `anchor_scores` in a folder, the least recently used removed when they take more than `max_bytes`.
+
+    Several processes may use one folder at the same time. An entry that cannot be read, or whose content is not what
+    was written, is computed again. Where nothing can be written, scores are computed and not kept.
+
+    Args:
+        folder: made when the first entry is written.
+        max_bytes: of all entries together; 0 keeps none.
+
+    Raises:
+        ValueError: max_bytes is negative.
+    """
+
+    def __init__(self, folder: str | Path, max_bytes: int) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes: expected 0 or more, got {max_bytes}")
+        self.folder, self.max_bytes = Path(folder), max_bytes
+        self.hits = self.misses = 0
+
+    def anchor_scores(
+        self,
+        tokens: Tensor,
+        config: VideoAnchorConfig,
+        *,
+        frames: Tensor | None = None,
+        progress: Progress | None = None,
+    ) -> AnchorResult:
+        """`anchor_scores`, from the folder where it is there; its `seconds` are then empty.
+
+        Args:
+            tokens, config, frames, progress: see `anchor_scores`.
+
+        Raises:
+            ValueError: config.scorer is a function, whose results no setting tells apart; and what `anchor_scores`
+                raises.
+        """
+        if callable(config.scorer):
+            raise ValueError(f"config.scorer: expected a named scorer to cache, got the function {config.scorer!r}")
+        path = self.folder / f"{cache_key(tokens, config, frames)}.safetensors"
+        result = self._read(path, tokens)
+        if result is not None:
+            self.hits += 1
+            return result
+        self.misses += 1
+        options = {} if frames is None else {"frames": frames}
+        result = anchor_scores(tokens, config, progress=progress, **options)
+        try:
+            self._write(path, result)
+        except OSError as error:
+            logger.warning("scores are not kept in %s: %s", self.folder, error)
+        return result
+
+    def _read(self, path: Path, tokens: Tensor) -> AnchorResult | None:
+        try:
+            with safe_open(path, framework="pt") as entry:
+                metadata: dict[str, str] = entry.metadata() or {}
+                tensors: dict[str, Tensor] = {name: entry.get_tensor(name) for name in entry.keys()}  # noqa: SIM118
+            report = json.loads(metadata["report"])
+            if metadata["checksum"] != _checksum(tensors) or len(tensors["scores"]) != len(tokens):
+                raise ValueError("the content is not what was written")
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            logger.warning("cached scores are computed again: %s: %s", path, error)
+            return None
+        return AnchorResult(**{name: tensor.to(tokens.device) for name, tensor in tensors.items()}, **report)
+
+    def _write(self, path: Path, result: AnchorResult) -> None:
+        values = {name: getattr(result, name) for name in _TENSORS}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in values.items() if value is not None}
+        report = {name: getattr(result, name) for name in _REPORT}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=self.folder)
+        os.close(handle)
+        try:
+            save_file(tensors, scratch, metadata={"report": json.dumps(report), "checksum": _checksum(tensors)})
+            os.replace(scratch, path)
+        except BaseException as error:
+            Path(scratch).unlink(missing_ok=True)
+            if isinstance(error, SafetensorError):  # how safetensors reports a full disk
+                raise OSError(str(error)) from error
+            raise
+        self._evict()
+
+    def _evict(self) -> None:
+        entries: list[tuple[int, int, Path]] = []
+        for path in self.folder.iterdir():
+            if _ENTRY.fullmatch(path.name):
+                try:
+                    found = path.stat()
+                except FileNotFoundError:  # another process was faster
+                    continue
+                entries.append((found.st_mtime_ns, found.st_size, path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total <= self.max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+class CachedScorer:
+    """A `scorer` for `VideoAnchorConfig` that answers from a `ScoreCache`.
+
+    Attributes:
+        last: the whole result of the last call; the gate itself needs the scores only.
+    """
+
+    def __init__(self, cache: ScoreCache, config: VideoAnchorConfig, progress: Progress | None = None) -> None:
+        self._cache, self._config, self._progress = cache, config, progress
+        self.last: AnchorResult | None = None
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Scores (N,) of tokens (N, D)."""
+        self.last = self._cache.anchor_scores(tokens, self._config, progress=self._progress)
+        return self.last.scores
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CachedScorer":
+        return self  # a copied key-value cache copies its config
+
+    def config(self) -> VideoAnchorConfig:
+        """The settings it was made with, scored by itself."""
+        return replace(self._config, scorer=self, score="published")
+
+
+def cache_key(tokens: Tensor, config: VideoAnchorConfig, frames: Tensor | None = None) -> str:
+    """64 hexadecimal digits that differ where tokens, their precision, their frames, a setting of the scores or this
+    package's version differ."""
+    settings: dict[str, Any] = {
+        field.name: getattr(config, field.name) for field in fields(config) if field.name not in _NOT_OF_THE_SCORES
+    }
+    digest = hashlib.sha256(json.dumps([version("videoanchor-triton"), settings], sort_keys=True, default=str).encode())
+    for tensor in (tokens, frames):
+        if tensor is not None:
+            _add(digest, tensor)
+    return digest.hexdigest()
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        _add(digest, tensors[name])
+    return digest.hexdigest()
+
+
+def _add(digest: Any, tensor: Tensor) -> None:
+    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

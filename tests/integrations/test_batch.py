@@ -1,0 +1,332 @@
+"""`videoanchor batch` as a user runs it: resumed, interrupted, killed, with failures."""
+
+import csv
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_pipeline import save_checkpoint
+
+from videoanchor_triton.integrations import cli, pipeline, shared_prefill
+from videoanchor_triton.integrations.commands import batch as batch_command
+from videoanchor_triton.integrations.video import write_video
+
+GATE = ("--alpha-k", "2", "--alpha-v", "1", "--scorer", "kmeans", "--n-clusters", "3", "--pca-rank", "8")
+SIZE = ("--max-frames", "4", "--max-new-tokens", "3")
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, two clips and five questions, one of them about a file that is missing."""
+    folder = tmp_path_factory.mktemp("job")
+    save_checkpoint("internvl", folder / "checkpoint")
+    generator = np.random.default_rng(0)
+    (folder / "clips").mkdir()
+    for name in ("a", "b"):
+        frames = generator.integers(0, 255, (8, 32, 48, 3), dtype=np.uint8)
+        write_video(folder / "clips" / f"{name}.mp4", frames, fps=4)
+    rows = [
+        {"id": "1", "video": "clips/a.mp4", "question": "word5 word6", "answer": "left"},
+        {"id": "2", "video": "clips/b.mp4", "question": "word7", "answer": 3},
+        {"id": "3", "video": "clips/gone.mp4", "question": "word7", "answer": None},
+        {"id": "4", "video": "clips/a.mp4", "question": "word8 word9 word10"},
+        {"id": "5", "video": "clips/a.mp4", "question": "word7"},
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def arguments(job: Path, out: Path, *options: object) -> list[str]:
+    command = ("batch", job / "questions.jsonl", "--model", job / "checkpoint", "--out", out)
+    return [*map(str, (*command, *GATE, *SIZE, *options))]
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished")
+    assert cli.main(arguments(job, out)) == 1
+    return out
+
+
+def answers(out: Path) -> dict[str, str]:
+    return {record["input"]["id"]: record["answer"] for record in results(out)}
+
+
+def no_model(*_: object) -> Any:
+    raise AssertionError("the model is loaded")
+
+
+def test_a_row_each(job: Path, finished: Path) -> None:
+    records = results(finished)
+    assert [record["input"]["id"] for record in records] == ["1", "4", "5", "2", "3"], "by video"
+    assert [record["status"] for record in records] == ["done"] * 4 + ["failed"]
+    assert len({record["key"] for record in records}) == 5
+    first, failure = records[0], records[-1]
+    assert first["video"] == str(job / "clips" / "a.mp4")
+    assert first["input"] == {"id": "1", "answer": "left"}
+    assert first["tokens"]["generated"] == 3
+    assert first["tokens"]["visual"] == 16
+    for stage in ("decode_video", "vision", "ssc", "prefill", "decode"):
+        assert first["seconds"][stage] > 0
+    assert records[1]["seconds"]["decode_video"] == records[1]["seconds"]["vision"] == 0
+    assert "no video file at" in failure["reason"]
+    assert failure["answer"] is None
+    settings = json.loads((finished / f"settings-{first['settings']}.json").read_text())["settings"]
+    assert settings["config"]["alpha_k"] == 2
+    assert {path.name for path in finished.iterdir()} == {
+        "results.jsonl",
+        "results.lock",
+        "results.csv",
+        "results.parquet",
+        "scores",
+        f"settings-{first['settings']}.json",
+    }
+    assert len(list((finished / "scores").iterdir())) == 2, "an entry a video"
+
+
+def test_tables(finished: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    with (finished / "results.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["input_id"] for row in rows] == ["1", "4", "5", "2", "3"]
+    table = parquet.read_table(finished / "results.parquet").to_pylist()
+    assert [row["answer"] for row in table] == [record["answer"] for record in results(finished)]
+    assert table[0]["seconds_prefill"] > 0
+
+
+def test_answers_are_those_of_run(
+    job: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for line in (job / "questions.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["id"] == "3":
+            continue
+        question = ("--video", job / row["video"], "--question", row["question"], "--out", tmp_path / row["id"])
+        run = ("run", "--model", job / "checkpoint", *question, *GATE, *SIZE, "--json")
+        assert cli.main([*map(str, run)]) == 0
+        assert json.loads(capsys.readouterr().out)["answer"] == answers(finished)[row["id"]]
+
+
+def test_a_second_run_has_nothing_to_do(
+    job: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "results.jsonl").read_bytes()
+    monkeypatch.setattr(pipeline, "load", no_model)
+    assert cli.main(arguments(job, finished, "--json")) == 1
+    assert (finished / "results.jsonl").read_bytes() == before
+    out, err = capsys.readouterr()
+    summary = json.loads(out)
+    assert (summary["rows"], summary["done"], summary["failed"]) == (5, 4, 1)
+    assert summary["answered_by_this_run"] == 0
+    assert err == ""
+
+
+def count_questions(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None] = lambda _: None) -> list[str]:
+    asked: list[str] = []
+    answer = shared_prefill.SharedPrefill.answer
+
+    def counted(self: Any, question: str) -> Any:
+        asked.append(question)
+        before(len(asked))
+        return answer(self, question)
+
+    monkeypatch.setattr(shared_prefill.SharedPrefill, "answer", counted)
+    return asked
+
+
+def test_retry_failed(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(n: int) -> None:
+        if n == 2:
+            raise RuntimeError("something odd")
+
+    with monkeypatch.context() as patch:
+        asked = count_questions(patch, broken)
+        assert cli.main(arguments(job, tmp_path)) == 1
+    assert {
+        record["input"]["id"]: record["reason"] for record in results(tmp_path) if record["status"] == "failed"
+    } == {
+        "4": "RuntimeError: something odd",
+        "3": f"no video file at {job / 'clips' / 'gone.mp4'}: check the path",
+    }
+    asked = count_questions(monkeypatch)
+    (job / "clips" / "gone.mp4").symlink_to(job / "clips" / "b.mp4")
+    try:
+        assert cli.main(arguments(job, tmp_path, "--retry-failed")) == 0
+    finally:
+        (job / "clips" / "gone.mp4").unlink()
+    assert asked == ["word7", "word8 word9 word10"], "in the order of the input"
+    records = results(tmp_path)
+    assert Counter(record["input"]["id"] for record in records) == Counter("12345"), "a line a row"
+    assert {record["status"] for record in records} == {"done"}
+
+
+def test_ctrl_c(
+    job: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(n: int) -> None:
+        if n == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        count_questions(patch, interrupt)
+        assert cli.main(arguments(job, tmp_path)) == 130
+    assert "2 more rows are done; the same command goes on" in capsys.readouterr().err
+    assert list(answers(tmp_path)) == ["1", "4"]
+    asked = count_questions(monkeypatch)
+    assert cli.main(arguments(job, tmp_path)) == 1
+    assert asked == ["word7", "word7"]
+    assert answers(tmp_path) == answers(finished)
+
+
+def test_a_full_disk(
+    job: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, n = os.write, 0
+
+    def full(file: int, data: Any) -> int:
+        nonlocal n
+        n += bytes(data[:6]) == b'{"key"'
+        if n <= 2:
+            return write(file, data)
+        if len(data) > 100:
+            return write(file, data[: len(data) - 100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        assert cli.main(arguments(job, tmp_path)) == 1
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert list(answers(tmp_path)) == ["1", "4"]
+    assert cli.main(arguments(job, tmp_path)) == 1
+    assert answers(tmp_path) == answers(finished)
+
+
+def test_no_permission(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def denied(path: Any, *_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", denied)
+    monkeypatch.setattr(pipeline, "load", no_model)
+    assert cli.main(arguments(job, tmp_path / "out")) == 1
+    assert "Permission denied" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+from videoanchor_triton.integrations import batch_results, cli
+write, lines = os.write, 0
+def torn(file, data):
+    global lines
+    lines += bytes(data[:6]) == b'{"key"'
+    if lines < 3:
+        return write(file, data)
+    write(file, data[:50])
+    os.kill(os.getpid(), signal.SIGKILL)
+batch_results.os.write = torn
+cli.main(sys.argv[1:])
+"""
+
+
+def test_kill_9(job: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-c", KILLED, *arguments(job, tmp_path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert (tmp_path / "results.jsonl").read_bytes().count(b"\n") == 2
+    asked = count_questions(monkeypatch)
+    assert cli.main(arguments(job, tmp_path)) == 1
+    assert asked == ["word7", "word7"]
+    assert answers(tmp_path) == answers(finished)
+    assert Counter(record["input"]["id"] for record in results(tmp_path)) == Counter("12345")
+
+
+def test_other_settings_are_other_rows(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They share the scores of the videos."""
+    options = ("--question", "word5", "--tables", "csv")
+    folder = ("batch", job / "clips", "--model", job / "checkpoint", "--out", tmp_path, *GATE, *SIZE, *options)
+    assert cli.main([*map(str, folder)]) == 0
+    assert cli.main([*map(str, folder), "--alpha-k", "8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.split("\n", 4)[-1])["rows"] == 2
+    records = results(tmp_path)
+    assert [record["ssc"]["cached"] for record in records] == [False, False, True, True]
+    assert len({record["settings"] for record in records}) == 2
+    assert [record["input"]["id"] for record in records] == ["a.mp4", "b.mp4"] * 2
+    assert not (tmp_path / "results.parquet").exists()
+
+
+def test_fit(job: Path, tmp_path: Path) -> None:
+    """A question that leaves no room for all frames fails alone; with --fit its video gets fewer frames."""
+    rows = [{"video": "clips/a.mp4", "question": question} for question in ("word5", "word5 " * 1005)]
+    (job / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["batch", str(job / "long.jsonl"), *arguments(job, tmp_path)[2:], "--tables"]
+    assert cli.main(command) == 1
+    short, long = results(tmp_path)
+    assert short["frames"] == 4
+    assert "the model's context holds" in long["reason"]
+    n_frames = int(long["reason"].rsplit("--max-frames ", 1)[1])
+    assert 1 <= n_frames < 4
+    assert cli.main([*command, "--fit"]) == 0
+    assert [record["frames"] for record in results(tmp_path)[2:]] == [n_frames] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param(("--max-new-tokens", "0"), "--max-new-tokens", id="no-new-tokens"),
+        pytest.param(("--cache-size", "-1"), "--cache-size", id="cache-size"),
+        pytest.param(("--cache-size", "nan"), "--cache-size", id="cache-size-nan"),
+        pytest.param(("--actors", "2"), "--engine ray", id="actors-without-ray"),
+        pytest.param(("--engine", "ray", "--actors", "0"), "--actors", id="no-actors"),
+        pytest.param(("--question", "?"), "its own column", id="question-twice"),
+        pytest.param(("--alpha-k", "-1"), "alpha_k", id="alpha"),
+        pytest.param(("--model", "no/where/at/all"), "cannot be", id="model"),
+    ],
+)
+def test_wrong_input(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+) -> None:
+    assert cli.main(arguments(job, tmp_path / "out", *options)) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out" / "results.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("package", "options", "message"),
+    [
+        ("pyarrow", (), "missing pyarrow: pip install 'videoanchor-triton[batch]', or leave Parquet out: --tables csv"),
+        ("ray", ("--engine", "ray"), "missing ray: pip install 'videoanchor-triton[ray]'"),
+    ],
+)
+def test_missing_extras_are_named_before_any_work(
+    job: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    package: str,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.setattr(batch_command, "find_spec", lambda name: None if name == package else name)
+    assert cli.main(arguments(job, tmp_path / "out", *options)) == 2
+    assert capsys.readouterr().err == f"videoanchor batch: {message}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["batch", "--help"])
+    assert stop.value.code == 0
+    assert "questions.jsonl" in capsys.readouterr().out

@@ -1,0 +1,110 @@
+"""What a batch reads: JSONL, CSV, folders; and what it refuses, with the line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from videoanchor_triton.integrations.batch_rows import BatchRow, by_video, read_rows, without_repeats
+from videoanchor_triton.integrations.errors import InputError
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    source = tmp_path / "in" / "questions.JSONL"
+    lines = [
+        '\ufeff{"video": "a.mp4", "question": "Où?", "id": 7, "choices": ["x", "y"]}',
+        "",
+        '{"video": "/else/b.mp4", "question": "Why?\\nTell."}',
+    ]
+    source.write_text("\r\n".join(lines), encoding="utf-8")
+    assert read_rows(source) == [
+        BatchRow(1, tmp_path / "in" / "a.mp4", "Où?", {"id": 7, "choices": ["x", "y"]}),
+        BatchRow(3, Path("/else/b.mp4"), "Why?\nTell.", {}),
+    ]
+
+
+def test_csv(tmp_path: Path) -> None:
+    source = tmp_path / "q.csv"
+    source.write_text('\ufeffid,question,video\n1,"What, where?\nSay.",a.mp4\n\n2,"Say ""no""",sub/b.mp4\n', "utf-8")
+    assert read_rows(source) == [
+        BatchRow(3, tmp_path / "a.mp4", "What, where?\nSay.", {"id": "1"}),
+        BatchRow(5, tmp_path / "sub" / "b.mp4", 'Say "no"', {"id": "2"}),
+    ]
+
+
+def test_folder(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("b.MKV", "a.mp4", "sub/c.webm", "notes.txt"):
+        (tmp_path / name).touch()
+    rows = read_rows(tmp_path, ["One?", "Two?"])
+    assert [(row.number, row.video.name, row.question) for row in rows] == [
+        (1, "a.mp4", "One?"),
+        (2, "a.mp4", "Two?"),
+        (3, "b.MKV", "One?"),
+        (4, "b.MKV", "Two?"),
+        (5, "c.webm", "One?"),
+        (6, "c.webm", "Two?"),
+    ]
+    assert rows[4].columns == {"id": "sub/c.webm"}
+
+
+GOOD = b'{"video": "a.mp4", "question": "?"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        pytest.param("q.jsonl", GOOD + b'{"video": "a.mp4", "ques', "line 2: not JSON", id="torn"),
+        pytest.param("q.jsonl", GOOD + b"\n[1]\n", "line 3: expected an object", id="list"),
+        pytest.param("q.jsonl", b'{"question": "?"}\n', "line 1: video: expected text, got None", id="no-video"),
+        pytest.param("q.jsonl", GOOD + b'{"video": "a", "question": " "}', "line 2: question", id="empty-question"),
+        pytest.param("q.jsonl", b'{"video": 3, "question": "?"}', "line 1: video: expected text, got 3", id="number"),
+        pytest.param("q.jsonl", b'{"video": "a\\u0000", "question": "?"}', "line 1: video", id="nul"),
+        pytest.param("q.jsonl", b'{"video": "a", "question": "\\ud800"}', "line 1: cannot be written", id="surrogate"),
+        pytest.param("q.jsonl", b'{"video": "a", "question": "?", "x": NaN}', "line 1: cannot be written", id="nan"),
+        pytest.param("q.jsonl", b"[" * 100_000, "line 1: not JSON", id="deep"),
+        pytest.param("q.jsonl", GOOD + b'{"video": "\xff"}', "line 2 of the input is not UTF-8", id="latin-1"),
+        pytest.param("q.jsonl", b"x\n" * 7, "line 5: not JSON .*; and 2 more", id="many"),
+        pytest.param("q.jsonl", b"\n", "holds no row", id="blank"),
+        pytest.param("q.csv", b"", "CSV: expected different columns", id="csv-empty"),
+        pytest.param("q.csv", b"video,question\n", "holds no row", id="csv-header-only"),
+        pytest.param("q.csv", b"video,prompt\na,b\n", "video and question among them", id="csv-columns"),
+        pytest.param("q.csv", b"video,question,video\na,b,c\n", "different columns", id="csv-same-columns"),
+        pytest.param("q.csv", b"video,question\na,b\na\n", "line 3: expected 2 fields, got 1", id="csv-short"),
+        pytest.param("q.csv", b'video,question\na,"b\n', "CSV line 2", id="csv-open-quote"),
+        pytest.param("q.txt", GOOD, "expected a .jsonl file, a .csv file or a folder", id="suffix"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_wrong_sources(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no input at"):
+        read_rows(tmp_path / "missing.jsonl")
+    with pytest.raises(InputError, match="holds no video"):
+        read_rows(tmp_path, ["?"])
+    with pytest.raises(InputError, match="--question"):
+        read_rows(tmp_path)
+    (tmp_path / "q.jsonl").write_bytes(GOOD)
+    with pytest.raises(InputError, match="its own column"):
+        read_rows(tmp_path / "q.jsonl", ["?"])
+
+
+def test_repeats_and_groups(tmp_path: Path) -> None:
+    pairs = [("a", "1"), ("b", "1"), ("a", "2"), ("a", "1"), ("b", "1")]
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({"video": v, "question": q}) for v, q in pairs))
+    rows, repeats = without_repeats(read_rows(tmp_path / "q.jsonl"))
+    assert repeats == [(4, 1), (5, 2)]
+    assert [[row.number for row in group] for group in by_video(rows)] == [[1, 3], [2]]
+
+
+def test_a_key_is_video_question_and_settings() -> None:
+    row = BatchRow(1, Path("/v/a"), "b")
+    assert row.key("h") == BatchRow(9, Path("/v/a"), "b", {"id": 1}).key("h")
+    others = [BatchRow(1, Path("/v/b"), "b").key("h"), BatchRow(1, Path("/v/a"), "c").key("h"), row.key("i")]
+    assert len({row.key("h"), *others}) == 4
+    assert BatchRow(1, Path("/v"), '", "x').key("h") != BatchRow(1, Path('/v", "'), "x").key("h")
