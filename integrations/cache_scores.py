@@ -22,6 +22,9 @@ class CacheScores:
         self.scores = scores
         self._gate: tuple[VideoAnchorConfig, LayerGate] | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CacheScores":
+        return CacheScores(self.scores.clone())
+
     def gate(self, config: VideoAnchorConfig) -> LayerGate:
         """The factors 1 + alpha * score (arXiv 2509.25151), computed once for each config."""
         if self._gate is None or self._gate[0] is not config:

@@ -7,10 +7,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import convert, demo, info, run, viz
+from .commands import batch, convert, demo, eval, info, run, tune, viz
 from .errors import InputError
 
-COMMANDS = (demo, run, viz, convert, info)
+COMMANDS = (demo, run, batch, eval, tune, viz, convert, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

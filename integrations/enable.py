@@ -21,13 +21,13 @@ from transformers import Cache, PreTrainedModel
 from transformers.generation import utils as generation
 
 from ..anchor.config import VideoAnchorConfig
-from ..anchor.scores import AnchorResult
+from ..anchor.scores import AnchorResult, anchor_scores
 from ..anchor.timing import Progress
 from .attention import GATE_ARGUMENT, IMPLEMENTATION, LayerGate
 from .backbones import visual_token_ids
 from .cache_scores import CacheScores, cached_scores, keep_scores
 from .frames import frames_of_rows
-from .scoring import Known, score_rows, tensor_parallel_group
+from .scoring import AnchorScores, Known, score_rows, tensor_parallel_group
 
 _HANDLE_ATTRIBUTE = "_videoanchor_handle"
 
@@ -105,12 +105,14 @@ class Handle:
             with the same visual tokens (beams) share one result.
         config: the config it was made with.
         progress: None, or a function that is called with (stage, done, total) while tokens are scored.
+        anchor_scores: what scores a row of tokens; the `anchor_scores` of a `ScoreCache` keeps results on disk.
     """
 
     def __init__(self, model: PreTrainedModel, base: PreTrainedModel, config: VideoAnchorConfig) -> None:
         self.config = config
         self.last: list[AnchorResult | None] = []
         self.progress: Progress | None = None
+        self.anchor_scores: AnchorScores = anchor_scores
         self._base, self._model = base, model
         self._call = _CallState()
         self._group = tensor_parallel_group(model)
@@ -375,7 +377,9 @@ class Handle:
         """(B, M) scores of the visual tokens of each row, 0 where `visual` (B, M) is False."""
         known: Known = [] if self._call.known is None else self._call.known
         frames = None if video is None else frames_of_rows(visual, video, self._call.steps)
-        results = score_rows(rows, self.config, known, frames=frames, progress=self.progress, group=self._group)
+        results = score_rows(
+            rows, self.config, known, frames=frames, score=self.anchor_scores, progress=self.progress, group=self._group
+        )
         scores = torch.zeros(visual.shape, dtype=torch.float32, device=visual.device)
         for row, result in enumerate(results):
             if result is not None:

@@ -1,17 +1,15 @@
 """A checkpoint that answers the questions of an evaluation."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..anchor.config import VideoAnchorConfig
 from ..anchor.timing import Progress
 from . import pipeline
 from .evaluate import Question, Setting
-from .score_cache import CachedScorer, ScoreCache
+from .score_cache import ScoreCache
 from .video import VideoClip
 
 SCORES_BYTES = 2**30
@@ -40,7 +38,7 @@ class Asker:
     ) -> None:
         self.model, self.processor = model, processor
         self._read, self._max_new_tokens, self._progress = read, max_new_tokens, progress
-        self._cache = ScoreCache(scores, SCORES_BYTES)
+        self.scores = ScoreCache(scores, SCORES_BYTES)
         self._clip: tuple[tuple[Path, int], VideoClip] | None = None
 
     def __call__(self, question: Question, setting: Setting) -> str:
@@ -54,8 +52,9 @@ class Asker:
             self.processor,
             self.clip(question.video, setting.max_frames),
             question.prompt(),
-            self.scored(setting.config),
+            setting.config,
             max_new_tokens=self._max_new_tokens,
+            scores=None if setting.config.scorer == "uniform" else self.scores,  # nothing to keep
             progress=self._progress,
         ).answer
 
@@ -64,9 +63,3 @@ class Asker:
         if self._clip is None or self._clip[0] != (video, max_frames):
             self._clip = (video, max_frames), self._read(video, max_frames)
         return self._clip[1]
-
-    def scored(self, config: VideoAnchorConfig) -> VideoAnchorConfig:
-        """`config`, its scores from the cache where they are there."""
-        if config.scorer == "uniform" or config.score == "cross_frame":
-            return config
-        return CachedScorer(self._cache, replace(config, alpha_q=0.0), self._progress).config()

@@ -29,7 +29,7 @@ from .backbones import visual_token_ids
 from .convert_llava import insert_grid_newlines
 from .enable import Handle, enable, find_multimodal_model
 from .errors import InputError
-from .score_cache import CachedScorer
+from .score_cache import ScoreCache
 from .token_grid import TokenGrid
 from .video import VideoClip
 
@@ -169,16 +169,21 @@ def answer(
     config: VideoAnchorConfig,
     *,
     max_new_tokens: int = 128,
+    scores: ScoreCache | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
     """Asks `question` about `clip` with the gate on, by greedy decoding.
+
+    Args:
+        scores: where scores are kept; None computes them anew.
 
     Raises:
         InputError: when the video does not fit the model, its context or the memory.
     """
     inputs, grid = prepare(model, processor, clip, question)
     check_fits(model, inputs["input_ids"].shape[1], max_new_tokens, clip, grid, config)
-    return generate(model, processor, inputs, clip, grid, config, max_new_tokens=max_new_tokens, progress=progress)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "scores": scores, "progress": progress}
+    return generate(model, processor, inputs, clip, grid, config, **options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,11 +211,13 @@ def generate(
     *,
     max_new_tokens: int,
     prefix: Prefix | None = None,
+    scores: ScoreCache | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
     """Answers what `prepare` has made, with the gate on, by greedy decoding.
 
     Args:
+        scores: where scores are kept; None computes them anew.
         prefix: of this prompt; its cache is continued, and `inputs` need no pixels.
 
     Raises:
@@ -222,7 +229,7 @@ def generate(
     for gpu in gpus:
         torch.cuda.reset_peak_memory_stats(gpu)
     past = {} if prefix is None else {"past_key_values": prefix.cache}
-    with gated(model, config, clip, grid, progress) as handle, stage_times(model, progress) as times:
+    with gated(model, config, clip, grid, scores, progress) as handle, stage_times(model, progress) as times:
         output = model.generate(**inputs, **past, max_new_tokens=max_new_tokens, do_sample=False)  # pyright: ignore
         anchor = scored(handle) if prefix is None else prefix.anchor
     generated = output[0, n_prompt:]
@@ -245,6 +252,7 @@ def gated(
     config: VideoAnchorConfig,
     clip: VideoClip,
     grid: TokenGrid,
+    scores: ScoreCache | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Handle]:
     """`enable` in inference mode.
@@ -255,6 +263,8 @@ def gated(
     try:
         with enable(model, config) as handle, torch.inference_mode():
             handle.progress = progress
+            if scores is not None:
+                handle.anchor_scores = scores.anchor_scores
             yield handle
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise InputError(
@@ -269,8 +279,7 @@ def gated(
 
 def scored(handle: Handle) -> AnchorResult:
     """The scores of the video that `handle` has seen last."""
-    scorer = handle.config.scorer
-    result = scorer.last if isinstance(scorer, CachedScorer) else handle.last[0]
+    result = handle.last[0]
     assert result is not None  # check_fits and prepare let no prompt without visual tokens pass
     return result
 

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import tempfile
-from dataclasses import fields, replace
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,7 @@ class ScoreCache:
             self.hits += 1
             return result
         self.misses += 1
-        options = {} if frames is None else {"frames": frames}
-        result = anchor_scores(tokens, config, progress=progress, **options)
+        result = anchor_scores(tokens, config, frames=frames, progress=progress)
         try:
             self._write(path, result)
         except OSError as error:
@@ -132,30 +131,6 @@ class ScoreCache:
                 break
             path.unlink(missing_ok=True)
             total -= size
-
-
-class CachedScorer:
-    """A `scorer` for `VideoAnchorConfig` that answers from a `ScoreCache`.
-
-    Attributes:
-        last: the whole result of the last call; the gate itself needs the scores only.
-    """
-
-    def __init__(self, cache: ScoreCache, config: VideoAnchorConfig, progress: Progress | None = None) -> None:
-        self._cache, self._config, self._progress = cache, config, progress
-        self.last: AnchorResult | None = None
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Scores (N,) of tokens (N, D)."""
-        self.last = self._cache.anchor_scores(tokens, self._config, progress=self._progress)
-        return self.last.scores
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "CachedScorer":
-        return self  # a copied key-value cache copies its config
-
-    def config(self) -> VideoAnchorConfig:
-        """The settings it was made with, scored by itself."""
-        return replace(self._config, scorer=self, score="published")
 
 
 def cache_key(tokens: Tensor, config: VideoAnchorConfig, frames: Tensor | None = None) -> str:

@@ -1,6 +1,6 @@
 """The scores of the rows of a batch: equal rows once, and on one process of a tensor-parallel group."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from ..anchor.config import VideoAnchorConfig
 from ..anchor.scores import AnchorResult, anchor_scores
 from ..anchor.timing import Progress
 
+AnchorScores = Callable[..., AnchorResult]
+"""What scores the tokens of a row, by the signature of `anchor_scores`."""
 Known = list[tuple[Tensor, Tensor | None, AnchorResult]]
 """Rows that have been scored, their frames, and their results."""
 
@@ -21,6 +23,7 @@ def score_rows(
     known: Known,
     *,
     frames: Sequence[Tensor] | None = None,
+    score: AnchorScores = anchor_scores,
     progress: Progress | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> list[AnchorResult | None]:
@@ -31,6 +34,7 @@ def score_rows(
         config: settings.
         frames: for each row the frame of each token, (n,) integers, for `score="cross_frame"`.
         known: rows that need no scoring again; those scored here are added. Equal rows share one result.
+        score: what scores a row.
         progress: see `anchor_scores`.
         group: the processes that hold a part of the model each and see the same rows. The first one scores, the others
             receive its scores and labels; its report of the solver stays with it.
@@ -43,7 +47,7 @@ def score_rows(
         tokens, frame = tokens.detach(), None if frames is None else frames[row]
         found = next((result for seen, at, result in known if _equal(seen, tokens) and _equal(at, frame)), None)
         if found is None and len(tokens):
-            found = _score(tokens, frame, config, progress, group)
+            found = _score(score, tokens, frame, config, progress, group)
             known.append((tokens, frame, found))
         results.append(found)
     return results
@@ -56,6 +60,7 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _score(
+    score: AnchorScores,
     tokens: Tensor,
     frames: Tensor | None,
     config: VideoAnchorConfig,
@@ -63,12 +68,12 @@ def _score(
     group: dist.ProcessGroup | None,
 ) -> AnchorResult:
     if group is None or dist.get_world_size(group) == 1:
-        return anchor_scores(tokens, config, frames=frames, progress=progress)
+        return score(tokens, config, frames=frames, progress=progress)
     first = dist.get_global_rank(group, 0)
     result, failure = None, None
     if dist.get_rank() == first:
         try:
-            result = anchor_scores(tokens, config, frames=frames, progress=progress)
+            result = score(tokens, config, frames=frames, progress=progress)
         except Exception as error:  # the others are waiting
             failure = error
     # row 0: scores; row 1: labels, exact in float64; all -1 if scoring failed

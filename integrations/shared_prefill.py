@@ -14,7 +14,7 @@ from ..anchor.timing import Progress
 from .backbones import visual_token_ids
 from .enable import find_multimodal_model
 from .pipeline import Prefix, RunResult, check_fits, gated, generate, prepare, scored, stage_times
-from .score_cache import CachedScorer, ScoreCache
+from .score_cache import ScoreCache
 from .token_grid import TokenGrid
 from .video import VideoClip
 
@@ -31,7 +31,7 @@ class SharedPrefill:
         model, processor: from `pipeline.load`.
         config, max_new_tokens, progress: see `pipeline.answer`.
         share: False computes every prompt whole.
-        scores: where scores are kept; None computes them anew, and so does score="cross_frame".
+        scores: where scores are kept; None computes them anew.
     """
 
     def __init__(
@@ -47,11 +47,7 @@ class SharedPrefill:
         progress: Progress | None = None,
     ) -> None:
         self._model, self._processor, self._clip = model, processor, clip
-        self._config = config
-        if scores is None or config.score == "cross_frame":  # a scorer is not told the frames
-            self._gate = config
-        else:
-            self._gate = CachedScorer(scores, config, progress).config()
+        self._config, self._scores = config, scores
         self._share, self._max_new_tokens, self._progress = share, max_new_tokens, progress
         self._beginning: Tensor | None = None
         self._prefix: Prefix | Exception | None = None
@@ -65,8 +61,12 @@ class SharedPrefill:
         inputs, grid = prepare(self._model, self._processor, self._clip, question)
         n_prompt = inputs["input_ids"].shape[1]
         check_fits(self._model, n_prompt, self._max_new_tokens, self._clip, grid, self._config)
-        options: dict[str, Any] = {"max_new_tokens": self._max_new_tokens, "progress": self._progress}
-        arguments = self._model, self._processor, inputs, self._clip, grid, self._gate
+        options: dict[str, Any] = {
+            "max_new_tokens": self._max_new_tokens,
+            "scores": self._scores,
+            "progress": self._progress,
+        }
+        arguments = self._model, self._processor, inputs, self._clip, grid, self._config
         if not self._share:
             return generate(*arguments, **options)
         first = self._prefix is None
@@ -98,7 +98,7 @@ class SharedPrefill:
         beginning = {name: value[:, :n_shared] if value.shape == ids.shape else value for name, value in inputs.items()}
         try:
             with (
-                gated(self._model, self._gate, self._clip, grid, self._progress) as handle,
+                gated(self._model, self._config, self._clip, grid, self._scores, self._progress) as handle,
                 stage_times(self._model, self._progress) as times,
             ):
                 output = self._model(**beginning, use_cache=True, logits_to_keep=1)

@@ -17,6 +17,7 @@ from .batch_results import ResultsLog
 from .enable import enable, find_multimodal_model
 from .errors import InputError
 from .evaluate import Question
+from .score_cache import ScoreCache
 from .tune import Point
 from .video import VideoClip
 
@@ -119,6 +120,7 @@ def answer_loss(
     question: Question,
     config: VideoAnchorConfig,
     alphas: Tensor,
+    scores: ScoreCache | None = None,
 ) -> Tensor:
     """-log p(right answer | video, question) with the gate of `alphas`, differentiable by them. Call it and `backward`
     within `recomputed_layers`.
@@ -128,6 +130,7 @@ def answer_loss(
         clip, question: what is asked; the answer is the letter, the number or the text.
         config: of the scores; its own alphas are not used.
         alphas: (2,) float32, alpha_k and alpha_v.
+        scores: where scores are kept; None computes them anew.
 
     Returns:
         scalar float32: summed over the answer's tokens.
@@ -139,7 +142,7 @@ def answer_loss(
     text = f"{question.answer:.15g}" if isinstance(question.answer, float) else question.answer
     answer = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
     pipeline.check_fits(model, inputs["input_ids"].shape[1], answer.shape[1], clip, grid, config)
-    with _differentiable_gate(model, config, alphas):
+    with _differentiable_gate(model, config, alphas, scores):
         output = model(**_continued(inputs, answer), use_cache=False, logits_to_keep=answer.shape[1] + 1)
     logits = output.logits[0, -answer.shape[1] - 1 : -1].float()
     return nn.functional.cross_entropy(logits, answer[0].to(logits.device), reduction="sum")
@@ -158,7 +161,9 @@ def _continued(inputs: dict[str, Any], answer: Tensor) -> dict[str, Any]:
 
 
 @contextmanager
-def _differentiable_gate(model: PreTrainedModel, config: VideoAnchorConfig, alphas: Tensor) -> Iterator[None]:
+def _differentiable_gate(
+    model: PreTrainedModel, config: VideoAnchorConfig, alphas: Tensor, cache: ScoreCache | None
+) -> Iterator[None]:
     """`enable`, with factors 1 + alpha * score of a tensor alpha."""
 
     def differentiable(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -170,7 +175,9 @@ def _differentiable_gate(model: PreTrainedModel, config: VideoAnchorConfig, alph
         gate = LayerGate(1 + alpha_k * scores, 1 + alpha_v * scores, n_positions=gate.n_positions)
         return args, {**kwargs, GATE_ARGUMENT: gate}
 
-    with enable(model, replace(config, alpha_k=1.0, alpha_v=1.0)):
+    with enable(model, replace(config, alpha_k=1.0, alpha_v=1.0)) as handle:
+        if cache is not None:
+            handle.anchor_scores = cache.anchor_scores
         text: nn.Module = find_multimodal_model(model).language_model  # pyright: ignore[reportAssignmentType]
         hook = text.register_forward_pre_hook(differentiable, with_kwargs=True)  # after that of `enable`
         try:

@@ -1,6 +1,6 @@
 """Frames out of a video file, an image or a folder of images, with their exact timestamps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -70,6 +70,7 @@ def read_video(
     fps: float | None = None,
     max_frames: int = 32,
     sampling: Sampling = "uniform",
+    indices: Sequence[int] | None = None,
     timeout: float = DEFAULT_TIMEOUT,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> VideoClip:
@@ -85,12 +86,14 @@ def read_video(
         sampling: "uniform" keeps the middles of equal shares of the duration; "scene" (videos only) at least one frame
             of each scene, and more of long ones, found between keyframes where there are twice as many as frames to
             keep, else between all frames.
+        indices: keep these frames, ascending positions among all frames (or images) in the file, whatever the above
+            say; those of a clip read before give that clip again.
         timeout: seconds without progress after which the process is ended.
         progress: called with a stage ("read", "decode"), how much of it is done, and how much there is (0: not known).
 
     Raises:
         InputError: when the file is missing, is no video, or holds no frame that can be decoded; when the process that
-            reads it crashes or hangs; when an argument is not positive; when the frames would not fit the memory.
+            reads it crashes or hangs; when an argument is out of its range; when the frames would not fit the memory.
     """
     path = Path(path)
     if fps is not None and not (np.isfinite(fps) and fps > 0):
@@ -103,7 +106,8 @@ def read_video(
         raise InputError(f"sampling: expected one of {', '.join(get_args(Sampling))}, got {sampling!r}")
     if not (path.is_file() or path.is_dir()):
         raise InputError(f"no video file at {path}: check the path")
-    request = {"path": str(path), "fps": fps, "max_frames": max_frames, "how": sampling}
+    asked = None if indices is None else [int(index) for index in indices]
+    request = {"path": str(path), "fps": fps, "max_frames": max_frames, "sampling": sampling, "indices": asked}
     frames, n_frames = np.empty((0, 0, 0, 3), np.uint8), 0
     with child(request, timeout) as answers:
         while "clip" not in (answer := answers.line()):

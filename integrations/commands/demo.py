@@ -40,6 +40,7 @@ def _demo(args: argparse.Namespace) -> int:
     demo.write_cameras(args.out / "cameras.json", cameras)
     demo.make_checkpoint(args.model)
     args.question, args.fps, args.max_frames = demo.QUESTION, None, 12
+    args.sampling, args.timeout, args.fit = "uniform", 120.0, False
     args.device, args.dtype, args.max_new_tokens = "auto", "auto", 12
     with demo.record_attention() as calls:
         clip, result, record = answer(args, VideoAnchorConfig.preset("internvl2-8b"), progress)

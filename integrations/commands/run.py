@@ -15,7 +15,10 @@ from .shared import (
     add_video_options,
     check_extras,
     config_of,
+    fit_clip,
+    make_planner,
     prepare_libraries,
+    read_clip,
 )
 
 
@@ -28,7 +31,9 @@ def add(commands: Commands) -> None:
         "(scores, labels, grid, timestamps) and anchors.png to --out.",
     )
     add_model_options(run)
-    run.add_argument("--video", required=True, type=Path, metavar="FILE")
+    run.add_argument(
+        "--video", required=True, type=Path, metavar="PATH", help="a video, an image, or a folder of images (views)"
+    )
     run.add_argument("--question", required=True)
     run.add_argument("--out", required=True, type=Path, metavar="DIR")
     add_video_options(run)
@@ -55,17 +60,19 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def answer(args: argparse.Namespace, config: Any, progress: ProgressLine) -> Any:
-    """Decodes, loads, asks and writes; what `run` and `demo` share. Returns the clip, the result and what
-    `result.json` holds."""
-    from ..video import read_video
+    """Decodes, works out the budget, loads, asks and writes; what `run` and `demo` share.
 
+    Returns:
+        the clip, the result, and what `result.json` holds.
+    """
     start = time.perf_counter()
-    clip = read_video(args.video, fps=args.fps, max_frames=args.max_frames, progress=progress)
+    clip = read_clip(args, args.video, progress)
     decoded = time.perf_counter()
-    progress.say(f"{args.video}: {len(clip.frames)} of {clip.n_source_frames} frames, {clip.duration:.1f} s")
     prepare_libraries()
     from .. import output, pipeline
 
+    clip, budget = fit_clip(args, args.video, clip, args.question, make_planner(args, config), progress)
+    planned = time.perf_counter()
     model, processor = pipeline.load(args.model, args.device, args.dtype)
     loaded = time.perf_counter()
     progress.say(f"{args.model}: {type(model).__name__} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
@@ -77,7 +84,9 @@ def answer(args: argparse.Namespace, config: Any, progress: ProgressLine) -> Any
         "model": str(args.model),
         "video": str(args.video),
         "question": args.question,
-        "seconds": {"decode_video": decoded - start, "load_model": loaded - decoded},
+        "notes": list(clip.notes),
+        "budget": budget.to_dict(),
+        "seconds": {"decode_video": decoded - start, "budget": planned - decoded, "load_model": loaded - planned},
     }
     return clip, result, output.write_run(args.out, result, clip, config, about)
 
@@ -96,7 +105,7 @@ def report(result: Any, record: dict[str, Any], out: Path) -> None:
         f"{int((sizes > 0).sum())} subspaces of {int(sizes[sizes > 0].min())} to {int(sizes.max())} tokens; "
         f"{result.anchor.n_iter} iterations"
     )
-    stages = ("decode_video", "load_model", "vision", "ssc", "prefill", "decode_per_token", "generate")
+    stages = ("decode_video", "budget", "load_model", "vision", "ssc", "prefill", "decode_per_token", "generate")
     print("seconds   " + ", ".join(f"{stage.replace('_', ' ')} {seconds[stage]:.3f}" for stage in stages))
     for name in ("result.json", "anchors.safetensors", "anchors.png"):
         print(f"wrote     {out / name}")

@@ -4,9 +4,14 @@ import argparse
 import sys
 import time
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+
+if TYPE_CHECKING:  # these import torch and transformers
+    from ..budget import Budget, Planner
+    from ..video import VideoClip
 
 Commands = Any
 """What `add_subparsers` returns."""
@@ -47,11 +52,94 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
-    """--fps, --max-frames."""
+    """--fps, --max-frames, --sampling, --timeout, --fit; `read_clip` and `fit_clip` use them."""
     parser.add_argument(
         "--fps", type=float, metavar="N", help="frames per second of video; default: --max-frames over all of it"
     )
     parser.add_argument("--max-frames", type=int, default=32, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--sampling",
+        choices=("uniform", "scene"),
+        default="uniform",
+        help="frames at even distances, or at least one of each scene; default: %(default)s",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="give a video up that cannot be read any further for so long; default: %(default)g",
+    )
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="take as many frames as fit the model's context and the memory, instead of refusing too many",
+    )
+
+
+def read_clip(
+    args: argparse.Namespace, path: Path, progress: ProgressLine, max_frames: int | None = None
+) -> "VideoClip":
+    """The frames that the options of `add_video_options` ask for, and a word about them on standard error.
+
+    Args:
+        path: a video, an image, or a folder of images.
+        max_frames: instead of --max-frames.
+
+    Raises:
+        InputError: see `read_video`.
+    """
+    from ..video import read_video
+
+    clip = read_video(
+        path,
+        fps=args.fps,
+        max_frames=args.max_frames if max_frames is None else max_frames,
+        sampling=args.sampling,
+        timeout=args.timeout,
+        progress=progress,
+    )
+    what = "images" if clip.names else f"frames, {clip.duration:.1f} s"
+    progress.say(f"{path}: {len(clip.frames)} of {clip.n_source_frames} {what}")
+    for note in clip.notes:
+        progress.say(f"{path}: {note}")
+    return clip
+
+
+def make_planner(args: argparse.Namespace, config: Any) -> "Planner":
+    """Of the token budget, by the options of `add_model_options` and --max-new-tokens; make it before the model is
+    loaded.
+
+    Raises:
+        InputError: see `Planner`.
+    """
+    from ..budget import Planner
+
+    return Planner(str(args.model), config, max_new_tokens=args.max_new_tokens, device=args.device, dtype=args.dtype)
+
+
+def fit_clip(
+    args: argparse.Namespace, path: Path, clip: "VideoClip", question: str, planner: "Planner", progress: ProgressLine
+) -> "tuple[VideoClip, Budget]":
+    """Prints the budget of `clip`; where it does not fit, with --fit, reads `path` again with as many frames as do.
+
+    Returns:
+        the clip to ask about, and its budget.
+
+    Raises:
+        InputError: it does not fit, with what would.
+    """
+    budget = planner.budget(clip, question)
+    while budget.problem is not None:
+        n = planner.largest(clip, question) if args.fit else 0
+        if n == 0:
+            raise InputError(f"{budget.problem}: {planner.advice(clip, question)}")
+        progress.say(f"--fit chose --max-frames {n}: {budget.problem}")
+        clip = read_clip(args, path, progress, max_frames=n)
+        budget = planner.budget(clip, question)
+    for line in budget.lines():
+        progress.say(line)
+    return clip, budget
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +154,11 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     gate.add_argument(
         "--decode", choices=("persist", "prefill"), help="gate also while decoding (paper, default) or not"
     )
+    add_score_options(parser)
+
+
+def add_score_options(parser: argparse.ArgumentParser) -> None:
+    """The settings of the scores alone."""
     scores = parser.add_argument_group("scores")
     scores.add_argument("--scorer", choices=("ssc", "kmeans", "uniform"), help="default: ssc")
     scores.add_argument(

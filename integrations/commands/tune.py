@@ -171,12 +171,11 @@ class _Tuner:
         from ..tune_report import draw_descent
 
         model, setting = self.asker.model, self.setting
-        config = self.asker.scored(setting.config)
 
         def loss(alphas: Any, number: int) -> Any:
             question = self.questions[number]
             clip = self.asker.clip(question.video, setting.max_frames)
-            return answer_loss(model, self.asker.processor, clip, question, config, alphas)
+            return answer_loss(model, self.asker.processor, clip, question, setting.config, alphas, self.asker.scores)
 
         options = {"n_steps": args.steps, "batch": args.batch, "rate": args.rate, "start": args.start}
         options = {name: value for name, value in options.items() if value is not None}

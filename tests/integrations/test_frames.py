@@ -9,7 +9,6 @@ from dense_eager import GENERATE
 from torch import Tensor
 
 import videoanchor_triton as va
-from videoanchor_triton.integrations import scoring
 from videoanchor_triton.integrations.frames import frames_of_rows
 
 
@@ -50,7 +49,7 @@ def test_runs_that_fit_no_video_are_refused() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("name", tiny.BACKBONES)
-def test_frames_reach_the_score(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_reach_the_score(name: str, options: dict[str, Any]) -> None:
     if options and not tiny.V5 and name in ("internvl", "qwen3_vl"):
         pytest.skip("beams of InternVL and Qwen3-VL are broken in transformers 4.57, ungated too")
     model = tiny.build(name)
@@ -62,9 +61,9 @@ def test_frames_reach_the_score(name: str, options: dict[str, Any], monkeypatch:
         seen.append(frames.tolist())
         return va.anchor_scores(tokens, config, frames=frames, progress=progress)
 
-    monkeypatch.setattr(scoring, "anchor_scores", spy)
     config = va.VideoAnchorConfig(alpha_k=1.0, alpha_v=1.0, n_clusters=3, pca_rank=6, score="cross_frame")
     with va.enable(model, config) as handle:
+        handle.anchor_scores = spy
         model.generate(**batch, **GENERATE, **options)
     one = [frame for frame in range(tiny.FRAMES) for _ in range(4)]
     newline = [tiny.FRAMES - 1] if name == "llava_onevision" else []

@@ -1,6 +1,5 @@
 """Scores on disk: the same numbers again, or computed anew, never others."""
 
-import copy
 import errno
 import os
 from dataclasses import replace
@@ -15,7 +14,7 @@ from torch import Tensor
 import videoanchor_triton as va
 from videoanchor_triton.anchor.scores import AnchorResult, anchor_scores
 from videoanchor_triton.integrations import score_cache
-from videoanchor_triton.integrations.score_cache import CachedScorer, ScoreCache, cache_key
+from videoanchor_triton.integrations.score_cache import ScoreCache, cache_key
 
 CONFIG = va.VideoAnchorConfig(alpha_k=2, alpha_v=1, n_clusters=3, pca_rank=5, scorer="kmeans")
 PLENTY = 2**30
@@ -207,15 +206,3 @@ def test_a_scoring_function_is_refused(tmp_path: Path) -> None:
     config = va.VideoAnchorConfig(alpha_k=1, alpha_v=1, scorer=lambda x: x[:, 0])
     with pytest.raises(ValueError, match="named scorer"):
         ScoreCache(tmp_path, PLENTY).anchor_scores(tokens(), config)
-
-
-def test_as_a_scorer(tmp_path: Path, computed: list[int]) -> None:
-    config = replace(CONFIG, scorer="ssc", score="size")
-    expected = anchor_scores(tokens(), config)
-    scorer = CachedScorer(ScoreCache(tmp_path, PLENTY), config)
-    for _ in range(2):
-        assert torch.equal(anchor_scores(tokens(), scorer.config()).scores, expected.scores)
-    assert scorer.last is not None
-    assert_same(scorer.last, expected)
-    assert computed == [33]
-    assert copy.deepcopy(scorer.config()).scorer is scorer, "a copied key-value cache keeps its scorer"

@@ -1,5 +1,6 @@
 """Frames and timestamps out of files that were written for the test, and files that are none."""
 
+import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -129,7 +130,8 @@ def _no_frames(path: Path) -> None:
     ("make", "message"),
     [
         pytest.param(lambda _path: None, "no video file at", id="missing"),
-        pytest.param(lambda path: path.mkdir(), "no video file at", id="folder"),
+        pytest.param(lambda path: path.mkdir(), "holds no image", id="empty-folder"),
+        pytest.param(os.mkfifo, "no video file at", id="pipe"),
         pytest.param(lambda path: path.write_bytes(b""), "cannot be read as a video", id="empty"),
         pytest.param(lambda path: path.write_text("not a video" * 100), "cannot be read as a video", id="text"),
         pytest.param(_audio_only, "no video stream", id="audio-only"),
@@ -143,7 +145,24 @@ def test_what_is_no_video(tmp_path: Path, make: Callable[[Path], object], messag
         read_video(path)
 
 
-@pytest.mark.parametrize("options", [{"fps": 0.0}, {"fps": float("nan")}, {"fps": -1.0}, {"max_frames": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fps": 0.0},
+        {"fps": float("nan")},
+        {"fps": -1.0},
+        {"max_frames": 0},
+        {"timeout": 0.0},
+        {"timeout": float("inf")},
+        {"sampling": "random"},
+        {"indices": []},
+        {"indices": [3, 3]},
+        {"indices": [5, 2]},
+        {"indices": [-1]},
+        {"indices": [40]},
+    ],
+    ids=str,
+)
 def test_sampling_arguments(clip: Path, options: dict[str, float]) -> None:
     with pytest.raises(InputError, match=next(iter(options))):
         read_video(clip, **options)  # pyright: ignore[reportArgumentType]

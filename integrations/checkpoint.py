@@ -1,0 +1,113 @@
+"""What a checkpoint tells before its weights are loaded: config, processor, size, and where it would run."""
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+from safetensors import SafetensorError, safe_open
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoProcessor, PretrainedConfig
+from transformers.utils.hub import cached_file
+
+from .errors import InputError
+
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64, "F4": 4}
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+
+
+def check_dtype(dtype: str) -> None:
+    """
+    Raises:
+        InputError: `dtype` is neither "auto" nor the name of a floating-point torch dtype.
+    """
+    known = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
+        raise InputError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
+
+
+def devices_of(device: str) -> list[torch.device]:
+    """The devices that `device` ("auto", "cpu", "cuda" or "cuda:N") stands for; "auto" is all GPUs, or else the CPU.
+
+    Raises:
+        InputError: a GPU is asked for and there is none.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {device}: no CUDA device here; use --device cpu")
+    if device != "auto":
+        return [torch.device(device)]
+    return [torch.device("cuda", n) for n in range(torch.cuda.device_count())] or [torch.device("cpu")]
+
+
+def read_config(name_or_path: str) -> PretrainedConfig:
+    """The config of a video language model.
+
+    Raises:
+        InputError: it cannot be read, or is of a model without visual tokens.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise InputError(f"model {name_or_path} cannot be loaded: {first_line(error)}") from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise InputError(
+            f"model {name_or_path} ({config.model_type}) has no visual tokens: give a checkpoint that takes video, "
+            "in transformers' own format, such as Qwen2.5-VL, InternVL (-hf) or LLaVA-OneVision (-hf)"
+        )
+    return config
+
+
+def read_processor(name_or_path: str) -> Any:
+    """The processor of a video language model.
+
+    Raises:
+        InputError: it cannot be read, or has no chat template.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(name_or_path)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise InputError(f"model {name_or_path} cannot be loaded: {first_line(error)}") from error
+    if not hasattr(processor, "apply_chat_template"):
+        raise InputError(f"model {name_or_path} has no multimodal processor: expected one with a chat template")
+    return processor
+
+
+def weight_bytes(name_or_path: str, config: PretrainedConfig, dtype: str = "auto") -> int | None:
+    """Bytes that the weights take once loaded, from the headers of the safetensors files; None where they cannot be
+    read (another format, a name on the hub without a network).
+
+    Args:
+        dtype: of the loaded weights; "auto" is the config's, or else that of the file. Integers keep theirs.
+    """
+    try:
+        counts = _parameter_counts(name_or_path)
+    except (OSError, SafetensorError, HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError):
+        return None
+    asked = getattr(torch, dtype) if dtype != "auto" else getattr(config, "dtype", None)
+    bits = {**_BITS, **{name: 8 * (asked or stored).itemsize for name, stored in _FLOATS.items()}}
+    return sum(count * bits.get(stored, 8) for stored, count in counts.items()) // 8  # 8 bits: the kinds of float8
+
+
+def _parameter_counts(name_or_path: str) -> dict[str, int]:
+    """Parameters by safetensors' name of their dtype."""
+    index = cached_file(name_or_path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values())) if index else ["model.safetensors"]
+    if Path(name_or_path).is_dir():
+        files: list[Any] = [Path(name_or_path) / name for name in names]
+    else:
+        files = [try_to_load_from_cache(name_or_path, name) for name in names]
+        if not all(isinstance(file, str) for file in files):
+            return {str(key): n for key, n in get_safetensors_metadata(name_or_path).parameter_count.items()}
+    counts: dict[str, int] = {}
+    for file in files:
+        with safe_open(file, framework="np") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - no mapping
+                tensor = tensors.get_slice(key)
+                counts[tensor.get_dtype()] = counts.get(tensor.get_dtype(), 0) + prod(tensor.get_shape())
+    return counts

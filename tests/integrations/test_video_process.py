@@ -1,0 +1,189 @@
+"""The process that reads a video hangs, crashes, is interrupted, or loses its parent: nobody else is hurt."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from videoanchor_triton.integrations import cli, video_process
+from videoanchor_triton.integrations.errors import InputError
+from videoanchor_triton.integrations.video import read_video, write_video
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("video") / "clip.mp4"
+    write_video(path, np.random.default_rng(0).integers(0, 255, (60, 240, 320, 3), dtype=np.uint8), fps=8)
+    return path
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen]:
+    """The processes that are started."""
+    started: list[subprocess.Popen] = []
+
+    class Recorded(subprocess.Popen):
+        def __init__(self, *args: object, **options: object) -> None:
+            super().__init__(*args, **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            started.append(self)
+
+    monkeypatch.setattr("videoanchor_triton.integrations.video_process.subprocess.Popen", Recorded)
+    return started
+
+
+def on_first_frame(action: Callable[[], None]) -> Callable[[str, int, int], None]:
+    done: list[int] = []
+
+    def progress(stage: str, n: int, _total: int) -> None:
+        if stage == "decode" and n == 1 and not done:
+            done.append(n)
+            action()
+
+    return progress
+
+
+def test_a_decoder_that_hangs_is_ended(clip: Path, children: list[subprocess.Popen]) -> None:
+    stop = on_first_frame(lambda: os.kill(children[0].pid, signal.SIGSTOP))
+    with pytest.raises(InputError, match=r"clip\.mp4: .* no progress for 2 s .*--timeout"):
+        read_video(clip, max_frames=60, timeout=2, progress=stop)
+    assert children[0].returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("sent", [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL])
+def test_a_decoder_that_crashes_is_wrong_input(
+    sent: signal.Signals, clip: Path, children: list[subprocess.Popen]
+) -> None:
+    crash = on_first_frame(lambda: os.kill(children[0].pid, sent))
+    with pytest.raises(InputError, match=rf"clip\.mp4: the process that reads it died \({sent.name}"):
+        read_video(clip, max_frames=60, progress=crash)
+
+
+def test_a_bug_in_the_decoder_names_itself(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_process, "_MODULE", "videoanchor_triton.integrations.no_such_module")
+    with pytest.raises(InputError, match=r"clip\.mp4: .*\(exit code 1, .*No module named"):
+        read_video(clip)
+
+
+def test_an_interruption_ends_the_child(clip: Path, children: list[subprocess.Popen]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read_video(clip, max_frames=60, progress=on_first_frame(interrupt))
+    assert children[0].returncode == -signal.SIGKILL
+
+
+def test_ctrl_c_does_not_reach_the_child(clip: Path, children: list[subprocess.Popen]) -> None:
+    read_video(clip, max_frames=1, progress=on_first_frame(lambda: groups.append(os.getpgid(children[0].pid))))
+    assert groups
+    assert os.getpgid(0) not in groups
+
+
+groups: list[int] = []
+
+
+def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
+    """The parent is killed while the child hangs in a library and writes nothing that could fail."""
+    hang = """
+        import pathlib, time
+        import PIL.Image
+        def hanging(path):
+            pathlib.Path(path).with_name("hangs").touch()
+            time.sleep(600)
+        PIL.Image.open = hanging
+    """
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(hang))
+    (tmp_path / "view.png").touch()
+    program = f"""
+        import subprocess
+        from videoanchor_triton.integrations import video, video_process
+        class Shown(subprocess.Popen):
+            def __init__(self, *args, **options):
+                super().__init__(*args, **options)
+                print(self.pid, flush=True)
+        video_process.subprocess.Popen = Shown
+        video.read_video({str(tmp_path / "view.png")!r})
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path), *sys.path)))}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        while not (tmp_path / "hangs").exists():  # the test's own time limit ends this
+            time.sleep(0.02)
+        parent.kill()
+    while _runs(child):
+        time.sleep(0.02)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_nothing_is_left_behind(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, children: list[subprocess.Popen]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    read_video(clip, progress=on_first_frame(lambda: seen.extend(tmp_path.iterdir())))
+    assert seen == []
+    assert list(tmp_path.iterdir()) == []
+    assert len(children) == 1
+    assert len(os.listdir("/proc/self/fd")) == _open_files_after_another(clip)
+
+
+seen: list[Path] = []
+
+
+def _open_files_after_another(clip: Path) -> int:
+    read_video(clip, max_frames=1)
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_what_a_library_prints_does_not_mix_with_the_frames(clip: Path, tmp_path: Path) -> None:
+    """Each interpreter, this one's child among them, says something at its start."""
+    (tmp_path / "sitecustomize.py").write_text("import os\nos.write(1, b'noise\\n')\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    program = (
+        f"from videoanchor_triton.integrations.video import read_video; print(read_video({str(clip)!r}).frames.shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout == "noise\n(32, 240, 320, 3)\n"
+
+
+def test_the_command_line_says_it_in_one_line(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(video_process, "_MODULE", "videoanchor_triton.integrations.no_such_module")
+    run = (
+        "run",
+        "--model",
+        "m",
+        "--video",
+        clip,
+        "--question",
+        "?",
+        "--out",
+        "out",
+        "--alpha-k",
+        "1",
+        "--alpha-v",
+        "1",
+    )
+    assert cli.main(list(map(str, run))) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert json.dumps(str(clip))[1:-1] in lines[0]
