@@ -108,7 +108,7 @@ class VideoAnchorConfig:
         if name.lower() not in PUBLISHED_ALPHAS:
             raise ValueError(
                 f"no values are published for {name!r}, only for {', '.join(PUBLISHED_ALPHAS)}; give alpha_k and "
-                "alpha_v yourself: VideoAnchorConfig(alpha_k=..., alpha_v=...)"
+                "alpha_v yourself, VideoAnchorConfig(alpha_k=..., alpha_v=...), or find them with `videoanchor tune`"
             )
         return cls(**{**PUBLISHED_ALPHAS[name.lower()], **overrides})
 

@@ -1,6 +1,5 @@
 """One video and one question through one checkpoint: the main job of the command line, as functions."""
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
     AutoModelForImageTextToText,
-    AutoProcessor,
     Cache,
     PreTrainedModel,
 )
@@ -25,10 +21,10 @@ from ..anchor.problem import NonFiniteTokensError
 from ..anchor.scores import AnchorResult
 from ..anchor.timing import Progress
 from .attention import IMPLEMENTATION
-from .backbones import visual_token_ids
-from .convert_llava import insert_grid_newlines
+from .checkpoint import check_dtype, devices_of, first_line, read_config, read_processor
 from .enable import Handle, enable, find_multimodal_model
 from .errors import InputError
+from .prompt import build_inputs
 from .score_cache import ScoreCache
 from .token_grid import TokenGrid
 from .video import VideoClip
@@ -70,33 +66,21 @@ def load(name_or_path: str, device: str = "auto", dtype: str = "auto") -> tuple[
     Raises:
         InputError: when the checkpoint cannot be loaded, or has no visual tokens.
     """
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise InputError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device {device}: no CUDA device here; use --device cpu")
+    check_dtype(dtype)
+    devices_of(device)
     device_map = device if device != "auto" else ("auto" if torch.cuda.is_available() else "cpu")
+    read_config(name_or_path)  # refuses what takes no video
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
-        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            raise InputError(
-                f"model {name_or_path} ({config.model_type}) has no visual tokens: give a checkpoint that takes video, "
-                "in transformers' own format, such as Qwen2.5-VL, InternVL (-hf) or LLaVA-OneVision (-hf)"
-            )
         model = AutoModelForImageTextToText.from_pretrained(
             name_or_path,
             dtype=dtype,
             device_map=device_map,
             attn_implementation={"text_config": IMPLEMENTATION},
         )
-        processor = AutoProcessor.from_pretrained(name_or_path)
         find_multimodal_model(model)
-    except InputError:
-        raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"model {name_or_path} cannot be loaded: {_first_line(error)}") from error
-    if not hasattr(processor, "apply_chat_template"):
-        raise InputError(f"model {name_or_path} has no multimodal processor: expected one with a chat template")
-    return model.eval(), processor
+        raise InputError(f"model {name_or_path} cannot be loaded: {first_line(error)}") from error
+    return model.eval(), read_processor(name_or_path)
 
 
 def prepare(model: PreTrainedModel, processor: Any, clip: VideoClip, question: str) -> tuple[dict[str, Any], TokenGrid]:
@@ -105,30 +89,7 @@ def prepare(model: PreTrainedModel, processor: Any, clip: VideoClip, question: s
     Raises:
         InputError: when the processor cannot place the video in the prompt.
     """
-    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
-    try:
-        prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        inputs = processor(
-            text=[prompt],
-            videos=[torch.from_numpy(clip.frames).permute(0, 3, 1, 2)],
-            video_metadata=[_metadata(clip)],
-            do_sample_frames=False,
-            fps=clip.sampled_fps,
-            return_tensors="pt",
-        )
-    except (ValueError, ImportError) as error:
-        raise InputError(f"{type(processor).__name__} cannot take this video: {_first_line(error)}") from error
-    base = find_multimodal_model(model)
-    if "newline" in visual_token_ids(base.config):
-        inputs["input_ids"] = insert_grid_newlines(inputs["input_ids"], base.config)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    tokens = torch.tensor(list(visual_token_ids(base.config).values()))
-    n_visual = int(torch.isin(inputs["input_ids"], tokens).sum())
-    if not n_visual:
-        raise InputError(
-            f"the prompt of {type(processor).__name__} holds no visual token: its chat template takes no video"
-        )
-    grid = _token_grid(inputs, n_visual, len(clip.frames), base)
+    inputs, grid = build_inputs(processor, find_multimodal_model(model).config, clip, question)
     return dict(inputs.to(model.device)), grid
 
 
@@ -269,11 +230,11 @@ def gated(
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise InputError(
             f"not enough memory for {grid.n_tokens} visual tokens (--max-frames below {len(clip.frames)}): "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     except (NonFiniteTokensError, FloatingPointError) as error:
         raise InputError(
-            f"visual tokens cannot be scored in {model.dtype}: {_first_line(error)}; try --dtype bfloat16 or float32"
+            f"visual tokens cannot be scored in {model.dtype}: {first_line(error)}; try --dtype bfloat16 or float32"
         ) from error
 
 
@@ -282,43 +243,6 @@ def scored(handle: Handle) -> AnchorResult:
     result = handle.last[0]
     assert result is not None  # check_fits and prepare let no prompt without visual tokens pass
     return result
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
-
-
-def _metadata(clip: VideoClip) -> Any:
-    from transformers.video_utils import VideoMetadata
-
-    return VideoMetadata(
-        total_num_frames=clip.n_source_frames,
-        fps=clip.source_fps,
-        width=clip.frames.shape[2],
-        height=clip.frames.shape[1],
-        duration=clip.duration,
-        video_backend="pyav",
-        frames_indices=clip.indices.tolist(),
-    )
-
-
-def _token_grid(inputs: Any, n_visual: int, n_frames: int, base: PreTrainedModel) -> TokenGrid:
-    if "video_grid_thw" in inputs:
-        t, h, w = (int(n) for n in inputs["video_grid_thw"][0])
-        merge = base.config.vision_config.spatial_merge_size
-        grid = TokenGrid(t, h // merge, w // merge)
-    elif "newline" in visual_token_ids(base.config):
-        side = math.isqrt(n_visual // n_frames)  # side * (side + 1) tokens for each frame
-        grid = TokenGrid(n_frames, side, side, row_newlines=True)
-    else:  # a square of tokens for each frame
-        side = math.isqrt(n_visual // n_frames)
-        grid = TokenGrid(n_frames, side, side, n_visual - n_frames * side * side)
-    if grid.n_tokens != n_visual or grid.n_extra >= grid.h * grid.w:
-        raise InputError(
-            f"cannot lay {n_visual} visual tokens on {n_frames} frames: {type(base).__name__} places them in a way "
-            f"that this package does not know"
-        )
-    return grid
 
 
 @dataclass

@@ -208,8 +208,8 @@ def config_of(args: argparse.Namespace) -> Any:
     given = {name: getattr(args, name) for name in _CONFIG_OPTIONS if getattr(args, name) is not None}
     if args.preset is None and not {"alpha_k", "alpha_v"} <= given.keys():
         raise InputError(
-            "the strength of the gate is not known for this model: give --alpha-k and --alpha-v, or --preset "
-            "internvl2-8b (4.0, 9.5, 2.5 for Q, K, V: the only published values)"
+            "the strength of the gate is not known for this model: give --alpha-k and --alpha-v, which "
+            "`videoanchor tune` finds, or --preset internvl2-8b (4.0, 9.5, 2.5 for Q, K, V: the only published values)"
         )
     try:
         return VideoAnchorConfig(**given) if args.preset is None else VideoAnchorConfig.preset(args.preset, **given)

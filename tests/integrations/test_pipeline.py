@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from safetensors.numpy import load_file
 
-from videoanchor_triton.integrations import cli, pipeline
+from videoanchor_triton.integrations import cli, pipeline, prompt
 from videoanchor_triton.integrations.errors import InputError
 from videoanchor_triton.integrations.token_grid import TokenGrid
 from videoanchor_triton.integrations.video import read_video, write_video
@@ -102,6 +102,6 @@ def test_the_processor_gets_the_frames_of_the_clip(tmp_path: Path) -> None:
 
 
 def test_an_unknown_layout_is_refused() -> None:
-    base = tiny.build("internvl").base_model
+    config = tiny.build("internvl").base_model.config
     with pytest.raises(InputError, match="cannot lay 25 visual tokens on 3 frames"):
-        pipeline._token_grid({"input_ids": torch.zeros(1, 25)}, 25, 3, base)
+        prompt.token_grid({"input_ids": torch.zeros(1, 25)}, 25, 3, config)
