@@ -1,4 +1,4 @@
-"""The command line: `videoanchor demo | run | batch | viz | eval | tune | convert | info`, each in a module of `commands`.
+"""The command line, `videoanchor COMMAND`: a module of `commands` for each.
 
 Exit codes: 0 done, 2 wrong input, 1 failure, 130 interrupted.
 """
