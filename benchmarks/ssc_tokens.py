@@ -93,7 +93,7 @@ def vit_like(n_tokens: int, n_features: int = 512, seed: int = 0) -> Tokens:
 
 def digits(n_tokens: int, seed: int = 0) -> Tokens:
     """The first n of scikit-learn's digits in random order: 64 pixels, ten classes."""
-    X, classes = load_digits(return_X_y=True)
+    X, classes = (np.asarray(part) for part in load_digits(return_X_y=True))
     chosen = np.random.default_rng(seed).permutation(len(X))[:n_tokens]
     return Tokens(X[chosen].astype(np.float64), classes[chosen], n_clusters=10, pca_rank=32)
 

@@ -19,6 +19,7 @@ def authors_pipeline(tokens: Tensor, rank: int, n_clusters: int, seed: int) -> t
     """Scores and labels by the published steps: PCA, ADMM on N x N matrices, spectral clustering, bfloat16."""
     Y = PCA(rank, svd_solver="full").fit_transform(tokens.double().numpy()).T
     weights = textbook_weights(Y, 800.0, 800.0)
+    C = np.zeros((Y.shape[1],) * 2)
     for A, C in textbook_iterates(Y, *weights, RHO, True, 10_000, 1.0):
         if np.linalg.norm(A - C, ord=np.inf) < THRESHOLD:
             break
