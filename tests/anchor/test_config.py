@@ -71,7 +71,6 @@ def test_preset_invents_nothing():
         ({"rho": 0.0}, ValueError, "rho must be finite and > 0"),
         ({"max_iter": 0}, ValueError, "max_iter must be >= 1"),
     ],
-    ids=str,
 )
 def test_settings_are_checked(settings, error, message):
     with pytest.raises(error, match=message):
