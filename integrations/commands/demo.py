@@ -1,8 +1,10 @@
 """`videoanchor demo`: the whole pipeline on what is made on the spot."""
 
 import argparse
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from .run import answer, report
 from .shared import Commands, ProgressLine, check_extras, prepare_libraries
@@ -17,6 +19,7 @@ def add(commands: Commands) -> None:
         "them, and compares its attention calls with a dense fp64 reference.",
     )
     demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: %(default)s")
+    demo.add_argument("--json", action="store_true", help="print the report as JSON, and no progress")
     demo.set_defaults(command=_demo)
 
 
@@ -33,7 +36,7 @@ def _demo(args: argparse.Namespace) -> int:
     from ...anchor.config import VideoAnchorConfig
     from .. import demo
 
-    progress = ProgressLine(True)
+    progress = ProgressLine(not args.json)
     args.out.mkdir(parents=True, exist_ok=True)
     args.video, args.model = args.out / "clip.mp4", args.out / "checkpoint"
     cameras = demo.make_clip(args.video)
@@ -44,8 +47,7 @@ def _demo(args: argparse.Namespace) -> int:
     args.device, args.dtype, args.max_new_tokens = "auto", "auto", 12
     with demo.record_attention() as calls:
         clip, result, record = answer(args, VideoAnchorConfig.preset("internvl2-8b"), progress)
-    report(result, record, args.out)
-    print("kernels   largest |output - dense fp64 reference| over attention calls of this run")
+    kernels: dict[str, dict[str, Any]] = {}
     interpreted = not torch.cuda.is_available()
     for backend in ("sdpa", "triton"):
         # The interpreter is slow: one prefill, and one decoding step of every layer.
@@ -54,13 +56,23 @@ def _demo(args: argparse.Namespace) -> int:
         try:
             error, largest = demo.compare_with_reference(some, backend, progress)
         except ValueError as problem:
-            shown = str(problem)
+            kernels[backend] = {"refused": str(problem)}
         else:
-            where = ", in Triton's interpreter" if backend == "triton" and interpreted else ""
-            shown = f"{error:.1e}  ({len(some)} calls, largest |output| {largest:.1f}{where})"
+            kernels[backend] = {"error": error, "calls": len(some), "largest": largest}
         progress.close()
-        print(f"          {backend:7s} {shown}")
     agree, chance, n_pairs = demo.agreement(result.anchor.labels.cpu().numpy(), cameras[clip.indices], result.grid)
+    camera = {"agree": agree, "chance": chance, "pairs": n_pairs}
+    if args.json:
+        print(json.dumps({**record, "kernels": kernels, "camera": camera}, indent=2, ensure_ascii=False))
+        return 0
+    report(result, record, args.out)
+    print("kernels   largest |output - dense fp64 reference| over attention calls of this run")
+    for backend, found in kernels.items():
+        where = ", in Triton's interpreter" if backend == "triton" and interpreted else ""
+        shown = found.get("refused") or (
+            f"{found['error']:.1e}  ({found['calls']} calls, largest |output| {found['largest']:.1f}{where})"
+        )
+        print(f"          {backend:7s} {shown}")
     print(
         f"camera    {100 * agree:.0f}% of {n_pairs} token pairs that show the same place in neighbouring steps share a "
         f"subspace ({100 * chance:.0f}% would by chance)"

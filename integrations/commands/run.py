@@ -81,8 +81,8 @@ def answer(args: argparse.Namespace, config: Any, progress: ProgressLine) -> Any
     )
     progress.close()
     about = {
-        "model": str(args.model),
-        "video": str(args.video),
+        "model": str(Path(args.model).absolute()) if Path(args.model).exists() else str(args.model),
+        "video": str(args.video.absolute()),
         "question": args.question,
         "notes": list(clip.notes),
         "budget": budget.to_dict(),

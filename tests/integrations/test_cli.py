@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 
 from videoanchor_triton.anchor import memory
 from videoanchor_triton.integrations import cli, contact_sheet
+from videoanchor_triton.integrations import demo as demo_of_the_package
 from videoanchor_triton.integrations.commands import shared
 from videoanchor_triton.integrations.video import write_video
 
@@ -78,6 +80,21 @@ def test_demo_result_file(demo: tuple[Path, str]) -> None:
     assert tensors["grid"].tolist() == [grid["t"], grid["h"], grid["w"]]
     np.testing.assert_allclose(tensors["timestamps"], result["frames"]["timestamps"])
     np.testing.assert_allclose(tensors["timestamps"], tensors["frame_indices"] / 8, atol=1e-6)
+
+
+def test_demo_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(calls: list[Any], backend: str, _progress: Any) -> Any:
+        if backend == "triton":
+            raise ValueError("no GPU")
+        return 1e-6, float(len(calls))
+
+    monkeypatch.setattr(demo_of_the_package, "compare_with_reference", refused)
+    assert cli.main(["demo", "--out", str(tmp_path / "out"), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["video"] == str(tmp_path / "out" / "clip.mp4")
+    assert shown["kernels"]["triton"] == {"refused": "no GPU"}
+    assert shown["kernels"]["sdpa"]["error"] == 1e-6
+    assert 0 <= shown["camera"]["agree"] <= 1
 
 
 def test_demo_picture(demo: tuple[Path, str]) -> None:
