@@ -10,7 +10,7 @@ from videoanchor_triton.integrations.torchvision_compat import make_torchvision_
 make_torchvision_importable()
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _no_interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("videoanchor_triton.kernels.dispatch._interpreted", lambda: False)
