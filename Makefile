@@ -14,7 +14,7 @@ test: $(INSTALLED)  ## the suite, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: test .venv-4.57/.installed  ## the suite, then the integrations on the oldest supported transformers
-	.venv-4.57/bin/python -m pytest tests/integrations
+	.venv-4.57/bin/python -m pytest -n 2 --dist loadfile tests/integrations
 
 test-lmms: .venv-lmms/.installed  ## the lmms-eval plug-in, beside lmms-eval
 	.venv-lmms/bin/python -m pytest tests/lmms_eval
