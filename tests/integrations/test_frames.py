@@ -50,8 +50,8 @@ def test_runs_that_fit_no_video_are_refused() -> None:
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("name", tiny.BACKBONES)
 def test_frames_reach_the_score(name: str, options: dict[str, Any]) -> None:
-    if options and not tiny.V5 and name in ("internvl", "qwen3_vl"):
-        pytest.skip("beams of InternVL and Qwen3-VL are broken in transformers 4.57, ungated too")
+    if options and not tiny.V5 and name in ("internvl", "qwen3_vl", "llava_onevision"):
+        pytest.skip("transformers 4.57 breaks such beams, or gives them other prompts' videos, ungated too")
     model = tiny.build(name)
     model.set_attn_implementation("sdpa")
     batch = tiny.inputs(name, [[3, 4, "V", 5], [7, "V", 8, "V", 9]])
