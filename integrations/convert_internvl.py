@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .convert_plan import Plan, Rule, require, text_config
+from .convert_plan import Plan, Rule, pixel_settings, require, text_config
 from .convert_tokenizer import SourceTokenizer, tokenizer_files
 from .errors import InputError
 
@@ -79,18 +79,7 @@ def plan(config: dict[str, Any], tokenizer: SourceTokenizer) -> Plan:
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": tied,
     }
-    pixels = {
-        "do_resize": True,
-        "size": {"height": vision["image_size"], "width": vision["image_size"]},
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": _MEAN,
-        "image_std": _STD,
-        "do_convert_rgb": True,
-        "processor_class": "InternVLProcessor",
-    }
+    pixels = pixel_settings(vision["image_size"], _MEAN, _STD, "InternVLProcessor")
     tiles = {
         "crop_to_patches": bool(config.get("dynamic_image_size")),
         "min_patches": config.get("min_dynamic_patch", 1),

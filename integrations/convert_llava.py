@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .convert_plan import Patch, Plan, Rule, require, text_config
+from .convert_plan import Patch, Plan, Rule, pixel_settings, require, text_config
 from .convert_tokenizer import SourceTokenizer, tokenizer_files
 from .errors import InputError
 
@@ -99,19 +99,7 @@ def plan(config: dict[str, Any], tokenizer: SourceTokenizer) -> Plan:
             "video: `videoanchor run` does as the original; in code of your own pass the processor's output through "
             "videoanchor_triton.integrations.convert_llava.insert_grid_newlines",
         )
-    half = [0.5, 0.5, 0.5]
-    pixels = {
-        "do_resize": True,
-        "size": {"height": vision["image_size"], "width": vision["image_size"]},
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": half,
-        "image_std": half,
-        "do_convert_rgb": True,
-        "processor_class": "LlavaOnevisionProcessor",
-    }
+    pixels = pixel_settings(vision["image_size"], [0.5] * 3, [0.5] * 3, "LlavaOnevisionProcessor")
     files = {
         "config.json": new_config,
         "generation_config.json": {"eos_token_id": end, "pad_token_id": end},

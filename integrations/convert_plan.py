@@ -74,6 +74,22 @@ class Plan:
         return {} if self.patches is None else self.patches(read)
 
 
+def pixel_settings(size: int, mean: list[float], std: list[float], processor: str) -> dict[str, Any]:
+    """What image and video processors do to pixels, ready for JSON: to `size` x `size`, bicubic, normalised."""
+    return {
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+        "do_convert_rgb": True,
+        "processor_class": processor,
+    }
+
+
 def text_config(model_type: str, original: dict[str, Any]) -> dict[str, Any]:
     """The entries of a decoder's config that transformers' Llama, Qwen2 and Qwen3 take."""
     config = {key: original[key] for key in _TEXT_KEYS if original.get(key) is not None}
