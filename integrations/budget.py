@@ -10,8 +10,8 @@ from ..anchor import memory
 from ..anchor.config import VideoAnchorConfig
 from .checkpoint import check_dtype, devices_of, read_config, read_processor, weight_bytes
 from .prompt import build_inputs
-from .sampling import uniform
-from .video import VideoClip
+from .video.reader import VideoClip
+from .video.sampling import uniform
 
 _GIB = 2**30
 

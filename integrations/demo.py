@@ -17,7 +17,7 @@ from ..kernels.api import anchored_attention
 from ..kernels.reference import reference_attention
 from . import attention
 from .token_grid import TokenGrid
-from .video import write_video
+from .video.reader import write_video
 
 _V5 = int(hf.__version__.split(".")[0]) >= 5
 FRAME_HEIGHT, FRAME_WIDTH = 252, 336

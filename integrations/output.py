@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..anchor.config import VideoAnchorConfig
-from . import contact_sheet
 from .errors import InputError
 from .token_grid import TokenGrid
-from .video import VideoClip
+from .video.reader import VideoClip
+from .viz import contact_sheet
 
 if TYPE_CHECKING:  # these import transformers, and the folder is checked before that
     from ..anchor.scores import AnchorResult

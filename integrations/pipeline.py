@@ -27,7 +27,7 @@ from .errors import InputError
 from .prompt import build_inputs
 from .score_cache import ScoreCache
 from .token_grid import TokenGrid
-from .video import VideoClip
+from .video.reader import VideoClip
 
 
 @dataclass(frozen=True, eq=False)

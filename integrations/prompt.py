@@ -9,10 +9,10 @@ from transformers import PretrainedConfig
 
 from .backbones import visual_token_ids
 from .checkpoint import first_line
-from .convert_llava import insert_grid_newlines
+from .convert.llava import insert_grid_newlines
 from .errors import InputError
 from .token_grid import TokenGrid
-from .video import VideoClip
+from .video.reader import VideoClip
 
 
 def build_inputs(processor: Any, config: PretrainedConfig, clip: VideoClip, question: str) -> tuple[Any, TokenGrid]:

@@ -75,10 +75,10 @@ def add(commands: Commands) -> None:
 
 
 def _batch(args: argparse.Namespace) -> int:
-    from ..batch import run_batch
-    from ..batch_progress import BatchProgress
-    from ..batch_results import ResultsLog, write_tables, write_whole
-    from ..batch_rows import read_rows, without_repeats
+    from ..batch.job import run_batch
+    from ..batch.progress import BatchProgress
+    from ..batch.results import ResultsLog, write_tables, write_whole
+    from ..batch.rows import read_rows, without_repeats
     from ..output import check_folder, versions
 
     _check(args)
@@ -129,7 +129,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _job(args: argparse.Namespace) -> Any:
-    from ..batch_worker import BatchJob
+    from ..batch.worker import BatchJob
 
     return BatchJob(
         model=args.model,
@@ -146,11 +146,11 @@ def _job(args: argparse.Namespace) -> Any:
 
 
 def _engine(args: argparse.Namespace, progress: Any) -> Any:
-    from ..batch import local_engine
+    from ..batch.job import local_engine
 
     if args.engine == "local":
         return partial(local_engine, progress=progress.stage)
-    from ..ray_engine import ray_engine
+    from ..batch.ray_engine import ray_engine
 
     return partial(ray_engine, n_actors=args.actors, gpus_per_actor=args.gpus_per_actor)
 

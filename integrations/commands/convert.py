@@ -30,7 +30,7 @@ def _convert(args: argparse.Namespace) -> int:
 
     check_folder(args.out)
     prepare_libraries()
-    from ..convert import convert_checkpoint
+    from ..convert.conversion import convert_checkpoint
 
     progress = ProgressLine(not args.json)
     try:

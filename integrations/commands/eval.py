@@ -71,15 +71,15 @@ def _eval(args: argparse.Namespace) -> int:
     check_extras()
     config = config_of(args)
     check_folder(args.out)
-    from .. import evaluate as ev
+    from ..evaluation import evaluate as ev
 
     setting = ev.Setting("gate", config, args.max_frames, run_facts(args))
     if not setting.gated:
         raise InputError("--alpha-k 0 --alpha-v 0 is the baseline itself: give a strength above 0")
     settings = ev.ablations(setting, args.ablate)
     questions = ev.read_questions(args.questions)
-    from .. import evaluate_report as report
-    from ..batch_results import ResultsLog
+    from ..batch.results import ResultsLog
+    from ..evaluation import report as report
 
     progress = ProgressLine(not args.json)
     with ResultsLog(args.out / "replies.jsonl") as log:
@@ -126,7 +126,7 @@ def load_asker(args: argparse.Namespace, config: Any, questions: Sequence[Any], 
     """The checkpoint, ready to be asked; every clip leaves room for the longest of the questions."""
     prepare_libraries()
     from .. import pipeline
-    from ..evaluate_model import Asker
+    from ..evaluation.answerer import Asker
 
     planner = make_planner(args, config)
     longest = max((question.prompt() for question in questions), key=len)

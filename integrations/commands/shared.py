@@ -11,7 +11,7 @@ from ..errors import InputError
 
 if TYPE_CHECKING:  # these import torch and transformers
     from ..budget import Budget, Planner
-    from ..video import VideoClip
+    from ..video.reader import VideoClip
 
 Commands = Any
 """What `add_subparsers` returns."""
@@ -89,7 +89,7 @@ def read_clip(
     Raises:
         InputError: see `read_video`.
     """
-    from ..video import read_video
+    from ..video.reader import read_video
 
     clip = read_video(
         path,

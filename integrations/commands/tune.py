@@ -66,10 +66,10 @@ def _tune(args: argparse.Namespace) -> int:
     config = config_of(args)
     run = run_facts(args)
     check_folder(args.out)
-    from .. import evaluate as ev
-    from .. import tune_report as report
-    from ..batch_results import ResultsLog
-    from ..tune import conclusion, split
+    from ..batch.results import ResultsLog
+    from ..evaluation import evaluate as ev
+    from ..evaluation import tune_report as report
+    from ..evaluation.tune import conclusion, split
 
     questions = ev.read_questions(args.questions)
     order, held = split([question.type for question in questions], args.held_out, args.seed)
@@ -128,7 +128,7 @@ class _Tuner:
 
     def scores(self, points: Any, numbers: Any) -> Any:
         """(points, numbers) scores."""
-        from ..evaluate import evaluate
+        from ..evaluation.evaluate import evaluate
 
         settings = [self._at(point) for point in points]
         some = [self.questions[number] for number in numbers]
@@ -146,7 +146,7 @@ class _Tuner:
         """The point against no gate on the questions held out; None for no gate itself."""
         import numpy as np
 
-        from ..paired import compare
+        from ..evaluation.paired import compare
 
         if not any(point):
             return None
@@ -157,8 +157,8 @@ class _Tuner:
         return compare(after[known], before[known])
 
     def by_grid(self, args: argparse.Namespace, order: list[int]) -> Any:
-        from ..tune import coordinate_search
-        from ..tune_report import draw_search
+        from ..evaluation.tune import coordinate_search
+        from ..evaluation.tune_report import draw_search
 
         grids = (args.grid_k or _numbers(GRID), args.grid_v or _numbers(GRID))
         point, trials = coordinate_search(self.scores, *grids, order)
@@ -166,9 +166,9 @@ class _Tuner:
         return point, rows, lambda path, difference, said: draw_search(path, trials, difference, said)
 
     def by_gradient(self, args: argparse.Namespace, order: list[int]) -> Any:
-        from ..evaluate import digest
-        from ..tune_gradient import answer_loss, learn, recomputed_layers
-        from ..tune_report import draw_descent
+        from ..evaluation.evaluate import digest
+        from ..evaluation.tune_gradient import answer_loss, learn, recomputed_layers
+        from ..evaluation.tune_report import draw_descent
 
         model, setting = self.asker.model, self.setting
 

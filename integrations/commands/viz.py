@@ -60,11 +60,11 @@ def _viz(args: argparse.Namespace) -> int:
     if args.all_frames and "overlay" not in parts:
         raise InputError("--all-frames is about the overlay: add it to --what")
     out = args.out or args.run / "viz"
-    from ..viz_run import read_run
+    from ..viz.finished_run import read_run
 
     run = read_run(args.run)
     check_folder(out)
-    from ..viz import Gallery
+    from ..viz.render import Gallery
 
     progress = ProgressLine(not args.json)
     gallery = Gallery(run, out, args.video, args.format, progress)

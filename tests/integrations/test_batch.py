@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from test_pipeline import save_checkpoint
 
-from videoanchor_triton.integrations import cli, pipeline, shared_prefill
+from videoanchor_triton.integrations import cli, pipeline
+from videoanchor_triton.integrations.batch import shared_prefill
 from videoanchor_triton.integrations.commands import batch as batch_command
-from videoanchor_triton.integrations.video import write_video
+from videoanchor_triton.integrations.video.reader import write_video
 
 GATE = ("--alpha-k", "2", "--alpha-v", "1", "--scorer", "kmeans", "--n-clusters", "3", "--pca-rank", "8")
 SIZE = ("--max-frames", "4", "--max-new-tokens", "3")
@@ -227,7 +228,8 @@ def test_no_permission(
 
 KILLED = """
 import os, signal, sys
-from videoanchor_triton.integrations import batch_results, cli
+from videoanchor_triton.integrations.batch import results
+from videoanchor_triton.integrations import cli
 write, lines = os.write, 0
 def torn(file, data):
     global lines
@@ -236,7 +238,7 @@ def torn(file, data):
         return write(file, data)
     write(file, data[:50])
     os.kill(os.getpid(), signal.SIGKILL)
-batch_results.os.write = torn
+results.os.write = torn
 cli.main(sys.argv[1:])
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from videoanchor_triton.integrations.batch_results import ResultsLog, write_tables
+from videoanchor_triton.integrations.batch.results import ResultsLog, write_tables
 from videoanchor_triton.integrations.errors import InputError
 
 
@@ -98,8 +98,8 @@ def test_a_full_disk_leaves_what_was_finished(tmp_path: Path, monkeypatch: pytes
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from videoanchor_triton.integrations import batch_results
-write, log, lines = os.write, batch_results.ResultsLog(Path(sys.argv[1])), 0
+from videoanchor_triton.integrations.batch import results
+write, log, lines = os.write, results.ResultsLog(Path(sys.argv[1])), 0
 def torn(file, data):
     global lines
     lines += 1
@@ -107,7 +107,7 @@ def torn(file, data):
         return write(file, data)
     write(file, data[:30])
     os.kill(os.getpid(), signal.SIGKILL)
-batch_results.os.write = torn
+results.os.write = torn
 for key in "abcdef":
     log.append({"key": key, "status": "done", "answer": "x" * 100})
 """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from videoanchor_triton.integrations.batch_rows import BatchRow, by_video, read_rows, without_repeats
+from videoanchor_triton.integrations.batch.rows import BatchRow, by_video, read_rows, without_repeats
 from videoanchor_triton.integrations.errors import InputError
 
 

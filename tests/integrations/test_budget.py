@@ -17,8 +17,8 @@ from videoanchor_triton.integrations import cli, demo, pipeline
 from videoanchor_triton.integrations.budget import Planner
 from videoanchor_triton.integrations.checkpoint import weight_bytes
 from videoanchor_triton.integrations.errors import InputError
-from videoanchor_triton.integrations.sampling import uniform
-from videoanchor_triton.integrations.video import VideoClip, write_video
+from videoanchor_triton.integrations.video.reader import VideoClip, write_video
+from videoanchor_triton.integrations.video.sampling import uniform
 
 GATE = VideoAnchorConfig(alpha_k=1, alpha_v=1, pca_rank=16)
 GIB = 2**30

@@ -13,10 +13,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from videoanchor_triton.anchor import memory
-from videoanchor_triton.integrations import cli, contact_sheet
+from videoanchor_triton.integrations import cli
 from videoanchor_triton.integrations import demo as demo_of_the_package
 from videoanchor_triton.integrations.commands import shared
-from videoanchor_triton.integrations.video import write_video
+from videoanchor_triton.integrations.video.reader import write_video
+from videoanchor_triton.integrations.viz import contact_sheet
 
 ROOT = Path(__file__).resolve().parents[2]
 

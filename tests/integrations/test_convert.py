@@ -13,19 +13,19 @@ from safetensors.torch import load_file
 from transformers.generation import utils as generation
 
 import videoanchor_triton as va
-from videoanchor_triton.integrations import cli, convert_llava, pipeline
-from videoanchor_triton.integrations.convert import convert_checkpoint
-from videoanchor_triton.integrations.convert_llava import insert_grid_newlines
+from videoanchor_triton.integrations import cli, pipeline
+from videoanchor_triton.integrations.convert.conversion import convert_checkpoint
+from videoanchor_triton.integrations.convert.llava import VISION_TOWERS, insert_grid_newlines
 from videoanchor_triton.integrations.errors import InputError
 from videoanchor_triton.integrations.token_grid import TokenGrid
-from videoanchor_triton.integrations.video import write_video
+from videoanchor_triton.integrations.video.reader import write_video
 
 SIZE = original.IMAGE
 
 
 @pytest.fixture(autouse=True)
 def _tiny_tower(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(convert_llava.VISION_TOWERS, "tiny", original.TOWER)
+    monkeypatch.setitem(VISION_TOWERS, "tiny", original.TOWER)
 
 
 def internvl(folder: Path, config: dict[str, Any] | None = None, n_shards: int = 1) -> Any:
@@ -221,7 +221,7 @@ def test_internlm2_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("trim", [True, False])
 def test_sentencepiece_models_tokenise_alike(dummy_prefix: bool, trim: bool, tmp_path: Path) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
-    from videoanchor_triton.integrations import convert_tokenizer
+    from videoanchor_triton.integrations.convert import tokenizer
 
     corpus = Path(original.__file__).read_text().splitlines()
     sentencepiece.SentencePieceTrainer.train(
@@ -238,7 +238,7 @@ def test_sentencepiece_models_tokenise_alike(dummy_prefix: bool, trim: bool, tmp
     )
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "bpe.model"))
     data = (tmp_path / "bpe.model").read_bytes()
-    converted = convert_tokenizer._sentencepiece(data, {"add_bos_token": False}, {})
+    converted = tokenizer._sentencepiece(data, {"add_bos_token": False}, {})
     texts = [line for line in corpus if line.strip()]
     plain = not dummy_prefix and not trim
     for text in [*texts, "  two  spaces ", "你好 é🙂\n x", "\nline\n", " ", *(["a[UNUSED_1] b"] if plain else [])]:

@@ -10,10 +10,11 @@ import pytest
 
 from videoanchor_triton.anchor.config import VideoAnchorConfig
 from videoanchor_triton.anchor.scores import anchor_scores
-from videoanchor_triton.integrations import cli, demo, evaluate_model, pipeline, score_cache
-from videoanchor_triton.integrations.batch_results import ResultsLog
+from videoanchor_triton.integrations import cli, demo, pipeline, score_cache
+from videoanchor_triton.integrations.batch.results import ResultsLog
 from videoanchor_triton.integrations.errors import InputError
-from videoanchor_triton.integrations.evaluate import (
+from videoanchor_triton.integrations.evaluation import answerer
+from videoanchor_triton.integrations.evaluation.evaluate import (
     Question,
     Setting,
     ablations,
@@ -21,8 +22,8 @@ from videoanchor_triton.integrations.evaluate import (
     forget_failures,
     read_questions,
 )
-from videoanchor_triton.integrations.evaluate_report import ALL, MEAN_OF_TYPES, lines, markdown
-from videoanchor_triton.integrations.video import read_video, write_video
+from videoanchor_triton.integrations.evaluation.report import ALL, MEAN_OF_TYPES, lines, markdown
+from videoanchor_triton.integrations.video.reader import read_video, write_video
 
 GATE = VideoAnchorConfig(alpha_k=4.0, alpha_v=2.0, alpha_q=1.0)
 ROW = {"video": "a.mp4", "question": "Which is nearer?", "options": ["sofa", "lamp", "bed"], "answer": "B"}
@@ -293,9 +294,7 @@ def test_eval_as_a_user_runs_it(
 
 def test_the_baseline_is_the_model_without_a_gate(clips: Path, tmp_path: Path) -> None:
     model, processor = pipeline.load(str(clips / "checkpoint"), "cpu")
-    asker = evaluate_model.Asker(
-        model, processor, lambda video, n: read_video(video, max_frames=n), tmp_path / "scores", 6
-    )
+    asker = answerer.Asker(model, processor, lambda video, n: read_video(video, max_frames=n), tmp_path / "scores", 6)
     asked = read_questions(clips / "questions.jsonl")[0]
     setting = Setting("gate", VideoAnchorConfig(alpha_k=9.0, alpha_v=9.0, n_clusters=3), 2)
     inputs, _ = pipeline.prepare(model, processor, asker.clip(asked.video, 2), asked.prompt())

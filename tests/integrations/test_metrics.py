@@ -3,8 +3,14 @@
 import numpy as np
 import pytest
 
-from videoanchor_triton.integrations.metrics import choice_letter, exact_match, mean_relative_accuracy, number_in, score
-from videoanchor_triton.integrations.paired import compare, interval
+from videoanchor_triton.integrations.evaluation.metrics import (
+    choice_letter,
+    exact_match,
+    mean_relative_accuracy,
+    number_in,
+    score,
+)
+from videoanchor_triton.integrations.evaluation.paired import compare, interval
 
 COLOURS = ("red", "blue", "green", "dark blue")
 DIRECTIONS = ("front-left", "left", "right", "back")

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from videoanchor_triton.integrations import cli, pipeline, prompt
 from videoanchor_triton.integrations.errors import InputError
 from videoanchor_triton.integrations.token_grid import TokenGrid
-from videoanchor_triton.integrations.video import read_video, write_video
+from videoanchor_triton.integrations.video.reader import read_video, write_video
 
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"

@@ -14,18 +14,18 @@ import pytest
 from test_pipeline import save_checkpoint
 
 from videoanchor_triton.integrations import cli
-from videoanchor_triton.integrations.batch import run_batch
-from videoanchor_triton.integrations.batch_progress import STAGES, BatchProgress
-from videoanchor_triton.integrations.batch_results import Record, ResultsLog
-from videoanchor_triton.integrations.batch_rows import BatchRow
-from videoanchor_triton.integrations.batch_worker import BatchJob, failed
+from videoanchor_triton.integrations.batch.job import run_batch
+from videoanchor_triton.integrations.batch.progress import STAGES, BatchProgress
+from videoanchor_triton.integrations.batch.results import Record, ResultsLog
+from videoanchor_triton.integrations.batch.rows import BatchRow
+from videoanchor_triton.integrations.batch.worker import BatchJob, failed
 from videoanchor_triton.integrations.errors import InputError
-from videoanchor_triton.integrations.video import write_video
+from videoanchor_triton.integrations.video.reader import write_video
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
 
-from videoanchor_triton.integrations.ray_engine import MAX_DEATHS, ray_engine  # noqa: E402
+from videoanchor_triton.integrations.batch.ray_engine import MAX_DEATHS, ray_engine  # noqa: E402
 
 NUMBERS = {
     "tokens": {"generated": 2},

@@ -12,14 +12,14 @@ from test_evaluate import clips, n_scored, run  # noqa: F401
 
 from videoanchor_triton.anchor.config import VideoAnchorConfig
 from videoanchor_triton.integrations import pipeline
-from videoanchor_triton.integrations.batch_results import ResultsLog
+from videoanchor_triton.integrations.batch.results import ResultsLog
 from videoanchor_triton.integrations.errors import InputError
-from videoanchor_triton.integrations.evaluate import read_questions
-from videoanchor_triton.integrations.paired import compare
-from videoanchor_triton.integrations.tune import Point, Trial, conclusion, coordinate_search, split
-from videoanchor_triton.integrations.tune_gradient import answer_loss, learn, recomputed_layers
-from videoanchor_triton.integrations.tune_report import draw_search
-from videoanchor_triton.integrations.video import read_video
+from videoanchor_triton.integrations.evaluation.evaluate import read_questions
+from videoanchor_triton.integrations.evaluation.paired import compare
+from videoanchor_triton.integrations.evaluation.tune import Point, Trial, conclusion, coordinate_search, split
+from videoanchor_triton.integrations.evaluation.tune_gradient import answer_loss, learn, recomputed_layers
+from videoanchor_triton.integrations.evaluation.tune_report import draw_search
+from videoanchor_triton.integrations.video.reader import read_video
 
 GRID = (0, 0.5, 1, 2, 4, 8)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from videoanchor_triton.integrations.errors import InputError
-from videoanchor_triton.integrations.video import read_video, write_video
+from videoanchor_triton.integrations.video.reader import read_video, write_video
 
 
 def grey_frames(n: int, height: int = 48, width: int = 64) -> np.ndarray:

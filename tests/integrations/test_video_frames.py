@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 
-from videoanchor_triton.integrations import sampling
-from videoanchor_triton.integrations.decoding import apply_display_matrix
 from videoanchor_triton.integrations.errors import InputError
-from videoanchor_triton.integrations.video import read_video
+from videoanchor_triton.integrations.video import sampling
+from videoanchor_triton.integrations.video.decoding import apply_display_matrix
+from videoanchor_triton.integrations.video.reader import read_video
 
 
 def write(path: Path, frames: np.ndarray, codec: str = "libx264", **options: str) -> Path:

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from videoanchor_triton.integrations import cli, video_process
+from videoanchor_triton.integrations import cli
 from videoanchor_triton.integrations.errors import InputError
-from videoanchor_triton.integrations.video import read_video, write_video
+from videoanchor_triton.integrations.video import process
+from videoanchor_triton.integrations.video.reader import read_video, write_video
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen]:
             super().__init__(*args, **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
             started.append(self)
 
-    monkeypatch.setattr("videoanchor_triton.integrations.video_process.subprocess.Popen", Recorded)
+    monkeypatch.setattr("videoanchor_triton.integrations.video.process.subprocess.Popen", Recorded)
     return started
 
 
@@ -68,7 +69,7 @@ def test_a_decoder_that_crashes_is_wrong_input(
 
 
 def test_a_bug_in_the_decoder_names_itself(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video_process, "_MODULE", "videoanchor_triton.integrations.no_such_module")
+    monkeypatch.setattr(process, "_MODULE", "videoanchor_triton.integrations.no_such_module")
     with pytest.raises(InputError, match=r"clip\.mp4: .*\(exit code 1, .*No module named"):
         read_video(clip)
 
@@ -105,13 +106,13 @@ def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
     (tmp_path / "view.png").touch()
     program = f"""
         import subprocess
-        from videoanchor_triton.integrations import video, video_process
+        from videoanchor_triton.integrations.video import reader, process
         class Shown(subprocess.Popen):
             def __init__(self, *args, **options):
                 super().__init__(*args, **options)
                 print(self.pid, flush=True)
-        video_process.subprocess.Popen = Shown
-        video.read_video({str(tmp_path / "view.png")!r})
+        process.subprocess.Popen = Shown
+        reader.read_video({str(tmp_path / "view.png")!r})
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path), *sys.path)))}
     command = [sys.executable, "-c", textwrap.dedent(program)]
@@ -157,7 +158,7 @@ def test_what_a_library_prints_does_not_mix_with_the_frames(clip: Path, tmp_path
     (tmp_path / "sitecustomize.py").write_text("import os\nos.write(1, b'noise\\n')\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     program = (
-        f"from videoanchor_triton.integrations.video import read_video; print(read_video({str(clip)!r}).frames.shape)"
+        f"from videoanchor_triton.integrations.video.reader import read_video; print(read_video({str(clip)!r}).frames.shape)"
     )
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout == "noise\n(32, 240, 320, 3)\n"
@@ -167,7 +168,7 @@ def test_the_command_line_says_it_in_one_line(
     clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(video_process, "_MODULE", "videoanchor_triton.integrations.no_such_module")
+    monkeypatch.setattr(process, "_MODULE", "videoanchor_triton.integrations.no_such_module")
     run = (
         "run",
         "--model",

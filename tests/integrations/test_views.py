@@ -7,7 +7,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from videoanchor_triton.integrations.errors import InputError
-from videoanchor_triton.integrations.video import read_video, write_video
+from videoanchor_triton.integrations.video.reader import read_video, write_video
 
 
 def save(path: Path, value: int, height: int = 30, width: int = 41) -> None:

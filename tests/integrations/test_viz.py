@@ -21,7 +21,7 @@ from videoanchor_triton.anchor.config import VideoAnchorConfig
 from videoanchor_triton.anchor.problem import token_features
 from videoanchor_triton.anchor.solver import self_expression
 from videoanchor_triton.integrations import cli, demo, pipeline
-from videoanchor_triton.integrations.video import VideoClip, read_video, write_video
+from videoanchor_triton.integrations.video.reader import VideoClip, read_video, write_video
 
 N_FRAMES, N_SAMPLED = 10, 5
 QUESTION = "Which roof is left?"
@@ -153,7 +153,7 @@ def _expected_colours(run_folder: Path, kind: str) -> np.ndarray:
     """(t, h, w, 3) as the palette says, with the labels in order of their size."""
     from matplotlib import colormaps
 
-    from videoanchor_triton.integrations.viz_palette import COLOURS
+    from videoanchor_triton.integrations.viz.palette import COLOURS
 
     tensors = load_file(run_folder / "anchors.safetensors")
     shape = tuple(tensors["grid"])
@@ -335,7 +335,7 @@ def test_what_was_finished_stays(run_folder: Path, tmp_path: Path, monkeypatch: 
         path.write_text("half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("videoanchor_triton.integrations.viz_overlay.write_video", stopped)
+    monkeypatch.setattr("videoanchor_triton.integrations.viz.overlay.write_video", stopped)
     (tmp_path / "overlay_scores.mp4").write_text("from before")
     assert cli.main(["viz", str(run_folder), "--what", "sheet,overlay", "--out", str(tmp_path)]) == 130
     assert {path.name for path in tmp_path.iterdir()} == {"anchors.png", "overlay_scores.mp4"}

@@ -12,17 +12,23 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import nn
 
-from videoanchor_triton.integrations import attention, contact_sheet, viz_affinity, viz_attention, viz_table
+from videoanchor_triton.integrations import attention
 from videoanchor_triton.integrations.errors import InputError
 from videoanchor_triton.integrations.token_grid import TokenGrid
-from videoanchor_triton.integrations.video import VideoClip
-from videoanchor_triton.integrations.viz_affinity import FrameAffinity, frame_affinity
-from videoanchor_triton.integrations.viz_attention import SharesRecord, VisualShare, record_visual_share, visual_share
-from videoanchor_triton.integrations.viz_layout import first_frames, frames_per_step, token_places
-from videoanchor_triton.integrations.viz_overlay import MIN_WIDTH, Painter, write_video
-from videoanchor_triton.integrations.viz_palette import COLOURS, OTHER, rank_colours, size_ranks, subspace_names
-from videoanchor_triton.integrations.viz_run import FinishedRun
-from videoanchor_triton.integrations.viz_video import read_clip, source_frames
+from videoanchor_triton.integrations.video.reader import VideoClip
+from videoanchor_triton.integrations.viz import affinity, attention_share, contact_sheet, table
+from videoanchor_triton.integrations.viz.affinity import FrameAffinity, frame_affinity
+from videoanchor_triton.integrations.viz.attention_share import (
+    SharesRecord,
+    VisualShare,
+    record_visual_share,
+    visual_share,
+)
+from videoanchor_triton.integrations.viz.finished_run import FinishedRun
+from videoanchor_triton.integrations.viz.frames import read_clip, source_frames
+from videoanchor_triton.integrations.viz.layout import first_frames, frames_per_step, token_places
+from videoanchor_triton.integrations.viz.overlay import MIN_WIDTH, Painter, write_video
+from videoanchor_triton.integrations.viz.palette import COLOURS, OTHER, rank_colours, size_ranks, subspace_names
 
 GRIDS = [
     pytest.param(TokenGrid(3, 5, 7), id="plain"),
@@ -66,7 +72,7 @@ def test_first_frames_of_steps_of_one_or_two_frames(n_frames: int, t: int) -> No
 def test_table_leaves_cells_empty_where_a_token_has_no_place(tmp_path: Path) -> None:
     grid = TokenGrid(2, 2, 2, n_extra=1, row_newlines=True)
     run = finished(grid, 3)
-    viz_table.write(tmp_path / "tokens.csv", run)
+    table.write(tmp_path / "tokens.csv", run)
     lines = (tmp_path / "tokens.csv").read_text().splitlines()
     assert lines[0] == "token,step,frame,time_s,row,column,score,subspace"
     cells = [line.split(",") for line in lines[1:]]
@@ -287,8 +293,8 @@ def test_affinity_has_no_overlap(t: int, last: float, figures: list[Figure], tmp
     share = np.random.default_rng(0).random((t, t)) ** 8
     run = finished(TokenGrid(t, 1, 1), t, video=LONG)
     seconds = np.linspace(0, last, t)
-    viz_affinity.draw(tmp_path / "a.pdf", FrameAffinity(share / share.sum(), 0.0), seconds, run.video_name)
-    viz_affinity.draw(tmp_path / "b.png", FrameAffinity(share * 0, 0.0), seconds, run.video_name)
+    affinity.draw(tmp_path / "a.pdf", FrameAffinity(share / share.sum(), 0.0), seconds, run.video_name)
+    affinity.draw(tmp_path / "b.png", FrameAffinity(share * 0, 0.0), seconds, run.video_name)
     for figure in figures:
         check_texts(figure)
 
@@ -299,7 +305,7 @@ def test_attention_has_no_overlap(n_layers: int, scale: float, figures: list[Fig
     rng = np.random.default_rng(0)
     layers = [VisualShare(n, rng.random(8) * scale, rng.random(8) * scale) for n in range(n_layers)]
     name = finished(TokenGrid(1, 1, 1), 1, video=LONG).video_name
-    viz_attention.draw(tmp_path / "a.png", SharesRecord(layers, 123, 4567, 4000), name)
+    attention_share.draw(tmp_path / "a.png", SharesRecord(layers, 123, 4567, 4000), name)
     check_texts(figures[0])
 
 

@@ -19,7 +19,7 @@ from videoanchor_triton.integrations import demo
 from videoanchor_triton.integrations.lmms_eval_plugin.frames import sample_evenly, set_frame_sampling
 from videoanchor_triton.integrations.lmms_eval_plugin.settings import split_settings
 from videoanchor_triton.integrations.lmms_eval_plugin.tasks_folder import TASKS_FOLDER
-from videoanchor_triton.integrations.video import write_video
+from videoanchor_triton.integrations.video.reader import write_video
 
 try:
     metadata.version("lmms-eval")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from videoanchor_triton.integrations.metrics import choice_letter
+from videoanchor_triton.integrations.evaluation.metrics import choice_letter
 
 LETTERS = ("A", "B", "C")
 CATEGORIES = (

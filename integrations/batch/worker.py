@@ -1,0 +1,193 @@
+"""What answers the questions of a batch: a model, and one video after another."""
+
+import hashlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from .results import Record
+from .rows import BatchRow
+
+if TYPE_CHECKING:  # these import torch, and the input is read before that
+    from ...anchor.config import VideoAnchorConfig
+    from ...anchor.timing import Progress
+    from ..pipeline import RunResult
+    from ..video.reader import VideoClip
+
+
+@dataclass(frozen=True)
+class BatchJob:
+    """What is the same for all rows of a batch. It can be sent to another process.
+
+    Args:
+        model, device, dtype: see `pipeline.load`.
+        config: scores and gate.
+        video: how videos are sampled, the keywords of `read_video`.
+        fit: take as many frames as fit, instead of failing.
+        max_new_tokens: of an answer.
+        score_folder, score_bytes: see `ScoreCache`.
+        share_prefill: see `SharedPrefill`.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    config: "VideoAnchorConfig"
+    video: dict[str, Any]
+    fit: bool
+    max_new_tokens: int
+    score_folder: Path
+    score_bytes: int
+    share_prefill: bool = True
+
+    def settings(self) -> dict[str, Any]:
+        """What an answer depends on, ready for JSON."""
+        folder = Path(self.model)
+        return {
+            "model": str(folder.absolute()) if folder.is_dir() else self.model,
+            "dtype": self.dtype,
+            "config": self.config.to_dict(),
+            "video": {name: value for name, value in self.video.items() if name != "timeout"},
+            "fit": self.fit,
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+    def settings_hash(self) -> str:
+        """16 hexadecimal digits of `settings`."""
+        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class BatchWorker:
+    """A model that answers rows.
+
+    Raises:
+        InputError: the checkpoint cannot be loaded.
+    """
+
+    def __init__(self, job: BatchJob, progress: "Progress | None" = None) -> None:
+        from ..commands.shared import prepare_libraries
+
+        prepare_libraries()
+        from ..budget import Planner
+        from ..pipeline import load
+        from ..score_cache import ScoreCache
+
+        self._job, self._progress, self._settings_hash = job, progress, job.settings_hash()
+        self._scores = ScoreCache(job.score_folder, job.score_bytes)
+        self._planner = Planner(
+            job.model, job.config, max_new_tokens=job.max_new_tokens, device=job.device, dtype=job.dtype
+        )
+        self._model, self._processor = load(job.model, job.device, job.dtype)
+
+    def answer(self, rows: Sequence[BatchRow]) -> Iterator[Record]:
+        """Results of the rows of one video, each as it is there. What goes wrong with a row becomes its result."""
+        from .shared_prefill import SharedPrefill
+
+        job = self._job
+        start = time.perf_counter()
+        try:
+            clip, too_long = self._read(rows)
+        except Exception as error:
+            yield from (failed(row, self._settings_hash, error) for row in rows)
+            return
+        decoded = time.perf_counter() - start
+        video = SharedPrefill(
+            self._model,
+            self._processor,
+            clip,
+            job.config,
+            share=job.share_prefill and len(rows) > 1,
+            max_new_tokens=job.max_new_tokens,
+            scores=self._scores,
+            progress=self._progress,
+        )
+        for row in rows:
+            hits = self._scores.hits
+            try:
+                if row.number in too_long:
+                    raise InputError(too_long[row.number])
+                result = video.answer(row.question)
+            except Exception as error:
+                yield failed(row, self._settings_hash, error)
+            else:
+                yield self._done(row, clip, result, decoded, self._scores.hits > hits)
+                decoded = 0.0
+
+    def _read(self, rows: Sequence[BatchRow]) -> "tuple[VideoClip, dict[int, str]]":
+        """The clip, and the numbers of the rows whose question does not fit beside it, with what would."""
+        from ..video.reader import read_video
+
+        path, options = rows[0].video, self._job.video
+        clip = read_video(path, **options, progress=self._progress)
+        too_long: dict[int, str] = {}
+        for row in sorted(rows, key=lambda row: -len(row.question)):
+            problem = self._planner.budget(clip, row.question).problem
+            while problem is not None and self._job.fit and (n := self._planner.largest(clip, row.question)):
+                clip = read_video(path, **{**options, "max_frames": n}, progress=self._progress)
+                problem = self._planner.budget(clip, row.question).problem
+            if problem is None:
+                break  # shorter questions fit as well
+            too_long[row.number] = f"{problem}: {self._planner.advice(clip, row.question)}"
+        return clip, too_long
+
+    def _done(
+        self, row: BatchRow, clip: "VideoClip", result: "RunResult", decoded: float, cached_scores: bool
+    ) -> Record:
+        anchor = result.anchor
+        return {
+            **_about(row, self._settings_hash),
+            "status": "done",
+            "answer": result.answer,
+            "reason": None,
+            "tokens": {
+                "prompt": result.n_prompt_tokens,
+                "visual": result.n_visual_tokens,
+                "generated": result.n_generated_tokens,
+            },
+            "frames": len(clip.frames),
+            "notes": list(clip.notes),
+            "ssc": {
+                "algorithm": anchor.algorithm,
+                "n_iter": anchor.n_iter,
+                "residual": anchor.residual,
+                "converged": anchor.converged,
+                "cached": cached_scores,
+            },
+            "seconds": {"decode_video": decoded, **result.seconds},
+            "peak_memory_bytes": result.peak_memory_bytes,
+            "peak_host_memory_bytes": _peak_host_memory(),
+            "device": result.device,
+            "version": version("videoanchor-triton"),
+        }
+
+
+def failed(row: BatchRow, settings_hash: str, error: BaseException | str) -> Record:
+    """The result of a row that could not be answered."""
+    if isinstance(error, BaseException):
+        text = str(error).strip() or type(error).__name__
+        error = text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+    return {**_about(row, settings_hash), "status": "failed", "answer": None, "reason": error}
+
+
+def _about(row: BatchRow, settings_hash: str) -> Record:
+    return {
+        "key": row.key(settings_hash),
+        "video": str(row.video),
+        "question": row.question,
+        "settings": settings_hash,
+        "line": row.number,
+        "input": row.columns,
+    }
+
+
+def _peak_host_memory() -> int:
+    """Bytes that this process has held at most."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,90 @@
+"""How much the tokens of one frame express those of another: W's mass between the frames."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from ..token_grid import TokenGrid
+from .layout import token_places
+
+MAX_TICKS = 12
+
+
+@dataclass(frozen=True, eq=False)
+class FrameAffinity:
+    """W's affinity between the steps of the grid.
+
+    Args:
+        share: (t, t) float64, share[i, j] of the mass of |W| lies on coefficients W[a, b] by which a token a of step i
+            expresses a token b of step j; sums to 1 (0 if W is 0).
+        outside: share of all of |W| that joins a token without a place in time (one after the grid) and is left out.
+    """
+
+    share: np.ndarray
+    outside: float
+
+    @property
+    def between(self) -> float:
+        """Share of the mass that joins different steps."""
+        return float(self.share.sum() - np.trace(self.share))
+
+
+def frame_affinity(indices: Tensor, values: Tensor, grid: TokenGrid) -> FrameAffinity:
+    """Adds up sparse coefficients by step; never (N, N).
+
+    Args:
+        indices: (N, k) int64 and values: (N, k), as `SelfExpression` has them: token j is expressed by the tokens
+            indices[j] with these weights.
+        grid: where the N tokens lie.
+
+    Raises:
+        ValueError: when the coefficients are not of `grid.n_tokens` tokens.
+    """
+    if len(indices) != grid.n_tokens or indices.shape != values.shape:
+        raise ValueError(
+            f"indices, values: expected ({grid.n_tokens}, k) for {grid}, got {tuple(indices.shape)} and "
+            f"{tuple(values.shape)}"
+        )
+    step = token_places(grid)[:, 0]
+    by = step[indices.cpu().numpy()]
+    expressed = np.broadcast_to(step[:, None], by.shape)
+    mass = np.abs(values.detach().cpu().double().numpy())
+    placed = (by >= 0) & (expressed >= 0)
+    share = np.bincount(by[placed] * grid.t + expressed[placed], mass[placed], grid.t**2).reshape(grid.t, grid.t)
+    inside, outside = float(share.sum()), float(mass[~placed].sum())
+    return FrameAffinity(share / (inside or 1.0), outside / (inside + outside or 1.0))
+
+
+def draw(path: Path, affinity: FrameAffinity, seconds: np.ndarray, video_name: str) -> None:
+    """Draws the matrix. `seconds` (t,) is the time of each step; the suffix of `path` is the format."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    percent = 100 * affinity.share
+    norm = PowerNorm(0.5, vmin=0, vmax=float(percent.max()) or 1.0)
+    figure = Figure((5.2, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    picture = axis.imshow(percent, cmap="viridis", norm=norm, interpolation="nearest")
+    ticks = np.arange(0, len(seconds), -(-len(seconds) // MAX_TICKS))
+    names = [f"{seconds[tick]:.{0 if seconds[-1] >= 100 else 2}f}" for tick in ticks]
+    axis.set_xticks(ticks, names, fontsize=8, rotation=90 if len(ticks) > 6 else 0)
+    axis.set_yticks(ticks, names, fontsize=8)
+    axis.set_xlabel("time of the expressed tokens (s)")
+    axis.set_ylabel("time of the tokens that express them (s)")
+    axis.set_title(f"{video_name}\n{100 * affinity.between:.0f}% of |W| joins different time steps", fontsize=10)
+    figure.colorbar(picture, ax=axis, label="share of |W| (%)", format="%.3g")
+    figure.savefig(path, dpi=300)
+
+
+def write(path: Path, affinity: FrameAffinity, seconds: np.ndarray) -> None:
+    """The matrix as CSV: a row for each pair of steps, with their times in seconds and the share."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("step", "time_s", "expressed_step", "expressed_time_s", "share"))
+        for (i, j), share in np.ndenumerate(affinity.share):
+            writer.writerow((i, f"{seconds[i]:.6f}", j, f"{seconds[j]:.6f}", repr(float(share))))

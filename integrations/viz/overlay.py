@@ -1,0 +1,141 @@
+"""Frames with the scores and with the subspaces painted over them, as a video and as single pictures."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from .finished_run import FinishedRun
+from .layout import frames_per_step
+from .palette import ALPHA, COLOURS, backdrop, rank_colours, score_colours, size_ranks, subspace_names
+
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont
+
+Kind = Literal["scores", "subspaces"]
+MIN_WIDTH = 480
+SLIDES_PER_SECOND = 4
+_TICKS = 90_000  # of the video's clock, a second
+
+
+@dataclass(frozen=True, eq=False)
+class Painter:
+    """Paints frames of one run.
+
+    Args:
+        kind: "scores" or "subspaces".
+        colours: (t, h, w, 3) float64 RGB in [0, 255] of each token.
+        frames_per_step: sampled frames that one step covers.
+        timestamps: (T,) float64 seconds of the sampled frames.
+        names: (name, colour) of the subspaces, for the legend.
+    """
+
+    kind: Kind
+    colours: np.ndarray
+    frames_per_step: int
+    timestamps: np.ndarray
+    names: list[tuple[str, str]]
+
+    @classmethod
+    def of(cls, run: FinishedRun, kind: Kind) -> "Painter":
+        if kind == "scores":
+            colours = score_colours(run.grid.arrange(run.scores))
+        else:
+            colours = rank_colours(run.grid.arrange(size_ranks(run.labels)))
+        per_step = frames_per_step(run.grid, len(run.indices))
+        return cls(kind, colours, per_step, run.timestamps, subspace_names(run.labels))
+
+    def step_at(self, seconds: float) -> int:
+        """The step of the sampled frame that is nearest in time, the earlier of two."""
+        nearest = int(np.abs(self.timestamps - seconds).argmin())
+        return min(nearest // self.frames_per_step, len(self.colours) - 1)
+
+    def paint(self, frame: np.ndarray, seconds: float) -> np.ndarray:
+        """The frame in grey with the colours of its tokens over it, and a line with the time and the legend below.
+
+        Args:
+            frame: (H, W, 3) uint8 RGB.
+            seconds: its time.
+
+        Returns:
+            (H', W', 3) uint8: the frame, enlarged by a whole number to at least `MIN_WIDTH` pixels, its right and
+            bottom edge repeated where that makes a side even, and the line.
+        """
+        times = -(-MIN_WIDTH // frame.shape[1])
+        frame = frame.repeat(times, 0).repeat(times, 1)
+        height, width = frame.shape[:2]
+        colours = self.colours[self.step_at(seconds)]
+        rows = np.arange(height) * colours.shape[0] // height
+        columns = np.arange(width) * colours.shape[1] // width
+        painted = (ALPHA * colours[rows][:, columns] + (1 - ALPHA) * backdrop(frame)).round().astype(np.uint8)
+        painted = np.pad(painted, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        return np.concatenate([painted, self._legend(painted.shape[1], seconds)])
+
+    def _legend(self, width: int, seconds: float) -> np.ndarray:
+        from PIL import Image, ImageColor, ImageDraw
+
+        height = width // 48 * 2 + 4
+        line = Image.new("RGB", (width, height), "white")
+        draw = ImageDraw.Draw(line)
+        font = _font(height * 0.6)
+        middle, gap = height / 2, height // 4
+        draw.text((gap, middle), f"{seconds:.2f} s", fill="black", font=font, anchor="lm")
+        right = width - gap
+        if self.kind == "scores":
+            draw.text((right, middle), "1", fill="black", font=font, anchor="rm")
+            bar = height * 5
+            right -= int(font.getlength("1")) + gap + bar
+            ramp = score_colours(np.linspace(0, 1, bar)).round().astype(np.uint8)
+            line.paste(Image.fromarray(np.repeat(ramp[None], height - 2 * gap, 0)), (right, gap))
+            draw.text((right - gap, middle), "score 0", fill="black", font=font, anchor="rm")
+            return np.asarray(line)
+        # a box for each subspace with its number, 13 of them in four fifths of the width
+        box = width * 4 // 5 // (len(COLOURS) + 1)
+        font = _font(min(height * 0.6, box * 0.38))
+        for name, colour in reversed(self.names):
+            draw.rectangle((right - box + 2, gap // 2, right - 1, height - 1 - gap // 2), fill=colour)
+            dark = ImageColor.getrgb(colour)[:3] @ np.array([0.2126, 0.7152, 0.0722]) < 110
+            draw.text((right - box / 2, middle), name, fill="white" if dark else "black", font=font, anchor="mm")
+            right -= box
+        return np.asarray(line)
+
+
+def _font(size: float) -> "FreeTypeFont":
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
+
+
+def write_video(path: Path, painter: Painter, frames: Iterable[tuple[float, np.ndarray]], *, slides: bool) -> int:
+    """Writes painted frames as H.264 in MP4, one at a time.
+
+    Args:
+        frames: (seconds, (H, W, 3) uint8 RGB) in order of time.
+        slides: show each for a quarter of a second, else at its own time.
+
+    Returns:
+        the number of frames.
+    """
+    import av
+
+    n = 0
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=30, options={"crf": "16"})
+        stream.pix_fmt = "yuv420p"  # pyright: ignore[reportAttributeAccessIssue]
+        stream.codec_context.time_base = Fraction(1, _TICKS)
+        start = 0.0
+        for n, (seconds, frame) in enumerate(frames, 1):
+            picture = painter.paint(frame, seconds)
+            if n == 1:
+                stream.height, stream.width = picture.shape[:2]  # pyright: ignore[reportAttributeAccessIssue]
+                start = seconds
+            image = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            image.pts = round(_TICKS * ((n - 1) / SLIDES_PER_SECOND if slides else seconds - start))
+            image.time_base = Fraction(1, _TICKS)
+            container.mux(stream.encode(image))  # pyright: ignore
+        container.mux(stream.encode(None))  # pyright: ignore
+    return n
