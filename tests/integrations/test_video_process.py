@@ -158,7 +158,8 @@ def test_what_a_library_prints_does_not_mix_with_the_frames(clip: Path, tmp_path
     (tmp_path / "sitecustomize.py").write_text("import os\nos.write(1, b'noise\\n')\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     program = (
-        f"from videoanchor_triton.integrations.video.reader import read_video; print(read_video({str(clip)!r}).frames.shape)"
+        "from videoanchor_triton.integrations.video.reader import read_video; "
+        f"print(read_video({str(clip)!r}).frames.shape)"
     )
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout == "noise\n(32, 240, 320, 3)\n"
