@@ -180,11 +180,24 @@ class Admm:
             kept = coefficients.gather(1, found.indices[part])
             coefficients.zero_().scatter_(1, found.indices[part], kept)
             found.gap[part] = self.relative_gap(rows[part], coefficients)
-            sums = kept.sum(1, keepdim=True)
-            found.values[part] = torch.where(sums > 0, kept / sums, kept) if self.dictionary.affine else kept
+            found.values[part] = self.of_unit_sum(kept)
         return found
 
-    def relative_gap(self, rows: slice | Tensor, coefficients: Tensor) -> Tensor:
+    def of_unit_sum(self, coefficients: Tensor) -> Tensor:
+        """Coefficients (b, k), divided by their sum if affine; unchanged where that is not positive."""
+        if not self.dictionary.affine:
+            return coefficients
+        sums = coefficients.sum(1, keepdim=True)
+        return torch.where(sums > 0, coefficients / sums, coefficients)
+
+    def largest_slope(self, rows: slice | Tensor) -> Tensor:
+        """(b,) float64 |F' nu + mu|_inf of some rows over all atoms but the token itself, see `relative_gap`."""
+        slopes = _product(self.step[rows], self.dictionary.of_tokens(rows).factor)
+        if self.own is not None:
+            slopes.scatter_(1, self.own[rows], 0.0)
+        return slopes.abs_().amax(1).double() * self.dictionary.rho
+
+    def relative_gap(self, rows: slice | Tensor, coefficients: Tensor, largest_slope: Tensor | None = None) -> Tensor:
         """How far coefficients of some rows can lie above the optimum, relative to their objective.
 
         In weighted features, with t the token, F the atoms, and bound = lambda_e / sqrt(lambda_z):
@@ -198,15 +211,13 @@ class Admm:
         Args:
             rows: (b,) indices or a slice.
             coefficients: (b, K).
+            largest_slope: (b,) float64 |F' nu + mu|_inf over more atoms than these, whose coefficients are 0.
 
         Returns:
             (b,) float64 (primal - dual) / primal; infinite where the sum of affine coefficients is not positive.
         """
         dictionary, rank, bound = self.dictionary.of_tokens(rows), self.dictionary.rank, self.error_bound
-        slopes = _product(self.step[rows], dictionary.factor)
-        if self.own is not None:
-            slopes.scatter_(1, self.own[rows], 0.0)
-        largest = slopes.abs_().amax(1).double() * dictionary.rho
+        largest = self.largest_slope(rows) if largest_slope is None else largest_slope
         dual_point = self.step[rows].double() * dictionary.rho
         nu, mu = dual_point[:, :rank], dual_point[:, rank:].sum(1) * dictionary.rho**0.5
         if rank:
@@ -227,7 +238,7 @@ class Admm:
 
 @dataclass(frozen=True)
 class Rows:
-    """Sparse coefficients of b tokens, one a row.
+    """Sparse coefficients of b tokens, one a row, the largest first.
 
     Attributes:
         indices: (b, k) int64 atoms.

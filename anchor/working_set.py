@@ -13,7 +13,7 @@ from .options import SolverOptions
 from .problem import Problem
 
 SEED_ITERATIONS = 120  # over all atoms, to find the first candidates
-ROUNDS = 8  # sets of candidates that are tried before a token goes back to all atoms
+ROUNDS = 50  # sets of candidates that are tried before a token goes back to all atoms, which costs far more
 INNER_TOLERANCE = 0.8  # times tol: the gap over all atoms is wider than the one over the candidates
 
 
@@ -39,6 +39,18 @@ class _Pool:
         self.admm.keep(rows)
         for name in ("token", "candidates", "n_iter", "rounds"):
             setattr(self, name, getattr(self, name)[rows])
+
+    def solution(self, everything: Dictionary, rows: Tensor) -> Rows:
+        """What some rows (b,) have come to, with the gap over all atoms: those that are no candidates have weight 0."""
+        admm = self.admm
+        slopes = (_step_over_all_atoms(everything, admm, rows) @ everything.factor).scatter_(
+            1, self.token[rows, None], 0.0
+        )
+        coefficients = admm.coefficients(rows)
+        gap = admm.relative_gap(rows, coefficients, slopes.abs_().amax(1).double() * everything.rho)
+        order = coefficients.abs().argsort(dim=1, descending=True)
+        values = admm.of_unit_sum(coefficients).gather(1, order)
+        return Rows(self.candidates[rows].gather(1, order), values, gap, self.n_iter[rows])
 
     def join(self, other: "_Pool") -> None:
         self.admm.join(other.admm)
@@ -93,15 +105,14 @@ def solve_working_sets(
         staying[rows] = False
         if staying.all():
             continue
-        whole, token = _over_all_atoms(everything, pool, rows), pool.token[rows]
-        solved = whole.largest(torch.arange(len(rows), device=device), k)
-        solved.n_iter.copy_(pool.n_iter[rows])
+        solved, token = pool.solution(everything, rows), pool.token[rows]
         accepted = solved.gap <= options.tol
         found[token[accepted]] = solved[accepted]
         done(int(accepted.sum()))
         again = ~accepted & (pool.rounds[rows] < ROUNDS)
         missed[token[~accepted & ~again]] = True
-        changed = _over_candidates(tokens, whole, token, again.nonzero()[:, 0], k, options)
+        whole = _over_all_atoms(everything, pool, rows[again])
+        changed = _over_candidates(tokens, whole, token[again], k, options)
         changed.n_iter.copy_(pool.n_iter[rows[again]])
         changed.rounds.copy_(pool.rounds[rows[again]] + 1)
         pool.keep(staying.nonzero()[:, 0])
@@ -118,13 +129,12 @@ def _first_candidates(
     whole = Admm(everything, targets, own, error_bound=problem.error_bound, relaxation=options.relaxation)
     for _ in range(SEED_ITERATIONS):
         whole.advance()
-    return _over_candidates(tokens, whole, own, torch.arange(len(own), device=own.device), k, options)
+    return _over_candidates(tokens, whole, own, k, options)
 
 
-def _over_candidates(tokens: Tensor, whole: Admm, token: Tensor, rows: Tensor, k: int, options: SolverOptions) -> _Pool:
-    """Go on with some rows of these tokens, over the k atoms of largest state only, the token itself excepted."""
-    own, rank = token[rows], tokens.shape[1]
-    size = whole.state[rows].abs_().scatter_(1, own[:, None], -1.0)
+def _over_candidates(tokens: Tensor, whole: Admm, own: Tensor, k: int, options: SolverOptions) -> _Pool:
+    """Go on with these tokens over the k atoms of largest state only, the token itself excepted."""
+    size = whole.state.abs().scatter_(1, own[:, None], -1.0)
     candidates = size.topk(k, sorted=False).indices
     dictionary = Dictionary.of(
         tokens[candidates].mT,
@@ -132,18 +142,18 @@ def _over_candidates(tokens: Tensor, whole: Admm, token: Tensor, rows: Tensor, k
         rho=options.penalty(k),
         dtype=whole.state.dtype,
     )
-    ratio = whole.dictionary.rho / dictionary.rho
-    state = whole.state[rows[:, None], candidates]
-    coefficients = (state + whole.reflected[rows[:, None], candidates]) / 2
+    ratio, rank = whole.dictionary.rho / dictionary.rho, dictionary.rank
+    state = whole.state.gather(1, candidates)
+    coefficients = (state + whole.reflected.gather(1, candidates)) / 2
     admm = Admm(
         dictionary,
-        whole.target[rows, :rank],
+        whole.target[:, :rank],
         None,
         error_bound=whole.error_bound,
         relaxation=whole.relaxation,
         start=coefficients + ratio * (state - coefficients),
     )
-    admm.offset = whole.offset[rows]
+    admm.offset = whole.offset.clone()
     admm.offset[:, rank:] *= ratio**0.5
     return _Pool(admm, own, candidates, torch.full_like(own, SEED_ITERATIONS), torch.ones_like(own))
 
@@ -152,8 +162,7 @@ def _over_all_atoms(everything: Dictionary, pool: _Pool, rows: Tensor) -> Admm:
     """Some rows over all atoms: an atom that is no candidate has coefficient 0, and so the state slope / rho."""
     admm, rank = pool.admm, everything.rank
     ratio = admm.dictionary.rho / everything.rho
-    step, offset = ratio * admm.step[rows], admm.offset[rows]
-    step[:, rank:] *= ratio**0.5
+    step, offset = _step_over_all_atoms(everything, admm, rows), admm.offset[rows]
     offset[:, rank:] *= ratio**0.5
     coefficients = admm.coefficients(rows)
     candidates_state = coefficients + ratio * (admm.state[rows] - coefficients)
@@ -167,3 +176,11 @@ def _over_all_atoms(everything: Dictionary, pool: _Pool, rows: Tensor) -> Admm:
     )
     whole.step, whole.offset = step, offset
     return whole
+
+
+def _step_over_all_atoms(everything: Dictionary, admm: Admm, rows: Tensor) -> Tensor:
+    """The step of some rows in the units of the dictionary of all atoms, which has another penalty."""
+    ratio = admm.dictionary.rho / everything.rho
+    step = ratio * admm.step[rows]
+    step[:, everything.rank :] *= ratio**0.5
+    return step

@@ -79,9 +79,9 @@ class Calls:
         self.sets = self.fallen = 0
         over_candidates, solve_block = working_set._over_candidates, blocked.solve_block
 
-        def count_sets(tokens: Any, whole: Any, token: Any, rows: torch.Tensor, *rest: Any) -> Any:
-            self.sets += len(rows)
-            return over_candidates(tokens, whole, token, rows, *rest)
+        def count_sets(tokens: Any, whole: Any, own: torch.Tensor, *rest: Any) -> Any:
+            self.sets += len(own)
+            return over_candidates(tokens, whole, own, *rest)
 
         def count_fallen(problem: Any, dictionary: Any, targets: torch.Tensor, *rest: Any, **named: Any) -> Any:
             self.fallen += len(targets)
