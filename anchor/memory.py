@@ -48,9 +48,10 @@ def solver_memory_bytes(n_tokens: int, rank: int, dtype: torch.dtype, block: int
 
 
 def working_set_memory_bytes(n_tokens: int, rank: int, dtype: torch.dtype, block: int) -> int:
-    """`solver_memory_bytes`, and the candidates' atoms of up to 3/2 block tokens, gathered in float64."""
-    atoms = 3 * block // 2 * candidate_atoms(rank, n_tokens) * (rank + 1)
-    return solver_memory_bytes(n_tokens, rank, dtype, block) + atoms * (4 * dtype.itemsize + 3 * 8)
+    """`solver_memory_bytes`, and the candidates' atoms: of up to 3/2 block tokens that are iterated, and of up to
+    block more that are gathered, in float64 too."""
+    atoms = block * candidate_atoms(rank, n_tokens) * (rank + 1)
+    return solver_memory_bytes(n_tokens, rank, dtype, block) + atoms * (3 * dtype.itemsize + 2 * 8)
 
 
 def plan_block(
