@@ -1,5 +1,6 @@
 """The scores of the rows of a batch: equal rows once, and on one process of a tensor-parallel group."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ AnchorScores = Callable[..., AnchorResult]
 """What scores the tokens of a row, by the signature of `anchor_scores`."""
 Known = list[tuple[Tensor, Tensor | None, AnchorResult]]
 """Rows that have been scored, their frames, and their results."""
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By the bytes of an element, integers of that size."""
 
 
 def score_rows(
@@ -43,14 +46,27 @@ def score_rows(
         RuntimeError: scoring failed on the first process of the group; it raises the cause.
     """
     results: list[AnchorResult | None] = []
-    for row, tokens in enumerate(rows):
-        tokens, frame = tokens.detach(), None if frames is None else frames[row]
-        found = next((result for seen, at, result in known if _equal(seen, tokens) and _equal(at, frame)), None)
+    rows = [tokens.detach() for tokens in rows]
+    keys = _keys([*(seen for seen, _, _ in known), *rows])
+    alike: defaultdict[int, Known] = defaultdict(list)
+    for key, entry in zip(keys, known, strict=False):
+        alike[key].append(entry)
+    for row, (key, tokens) in enumerate(zip(keys[len(known) :], rows, strict=True)):
+        frame = None if frames is None else frames[row]
+        found = next((result for seen, at, result in alike[key] if _equal(seen, tokens) and _equal(at, frame)), None)
         if found is None and len(tokens):
             found = _score(score, tokens, frame, config, progress, group)
             known.append((tokens, frame, found))
+            alike[key].append(known[-1])
         results.append(found)
     return results
+
+
+def _keys(rows: Sequence[Tensor]) -> list[int]:
+    """A number for each row, the same for rows of the same bits: only such rows need to be compared. A sum of integers,
+    which no order of addition changes; it waits for the device once for all rows."""
+    sums = [row.view(_BITS[row.element_size()]).sum(dtype=torch.int64).to(rows[0].device) for row in rows]
+    return torch.stack(sums).tolist() if sums else []
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

@@ -38,8 +38,8 @@ def add(commands: Commands) -> None:
         help="questions with known answers, with the gate and without",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Asks every question of a JSONL file with the gate on and with alpha = 0 through the same code,\n"
-        "and compares the two with paired bootstrap intervals. Writes replies.jsonl (each reply as it comes: a rerun\n"
-        "goes on where it stopped), eval.md, eval.csv, eval.json and eval.png to --out.",
+        "and compares the two, with intervals by a paired bootstrap over videos. Writes replies.jsonl (each reply as\n"
+        "it comes: a rerun goes on where it stopped), eval.md, eval.csv, eval.json and eval.png to --out.",
         epilog=f"{QUESTIONS_HELP}\n"
         "ablations, one thing changed at a time (NAME alone takes the values shown):\n"
         "  scorer=ssc,kmeans,uniform   score=published,size,row_sum   clusters=8,16,24,32   terms=K,V,KV\n"
@@ -97,6 +97,7 @@ def _eval(args: argparse.Namespace) -> int:
     record = {
         "questions": str(args.questions),
         "n_questions": len(questions),
+        "n_videos": len({*ev.videos_of(questions)}),
         "n_failed": n_failed,
         "settings": {one.name: {"max_frames": one.max_frames, **one.config.to_dict()} for one in distinct},
         "results": [line.to_dict() for line in table],

@@ -18,7 +18,7 @@ def add(commands: Commands) -> None:
         help="find alpha_k and alpha_v for a model from questions with known answers",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Searches the strengths of the gate on one part of the questions and judges what it finds,\n"
-        "against alpha = 0, on the part held out: without an interval above 0 there it says that no gain is shown.\n"
+        "against alpha = 0, on the videos held out: without an interval above 0 there it says that no gain is shown.\n"
         "Writes replies.jsonl (each reply as it comes: a rerun goes on where it stopped), tune.md, tune.csv,\n"
         "tune.json and tune.png to --out.",
         epilog=f"{QUESTIONS_HELP}\n"
@@ -36,7 +36,11 @@ def add(commands: Commands) -> None:
         "default: %(default)s",
     )
     search.add_argument(
-        "--held-out", type=float, default=0.3, metavar="SHARE", help="of each type; default: %(default)s"
+        "--held-out",
+        type=float,
+        default=0.3,
+        metavar="SHARE",
+        help="in whole videos, of each type; default: %(default)s",
     )
     search.add_argument("--seed", type=int, default=0, metavar="N", help="of the split; default: %(default)s")
     grid = parser.add_argument_group("--method grid")
@@ -72,7 +76,7 @@ def _tune(args: argparse.Namespace) -> int:
     from ..evaluation.tune import conclusion, split
 
     questions = ev.read_questions(args.questions)
-    order, held = split([question.type for question in questions], args.held_out, args.seed)
+    order, held = split([question.type for question in questions], ev.videos_of(questions), args.held_out, args.seed)
     progress = ProgressLine(not args.json)
     with ResultsLog(args.out / "replies.jsonl") as log:
         ev.forget_failures(log)
@@ -146,6 +150,7 @@ class _Tuner:
         """The point against no gate on the questions held out; None for no gate itself."""
         import numpy as np
 
+        from ..evaluation.evaluate import videos_of
         from ..evaluation.paired import compare
 
         if not any(point):
@@ -154,7 +159,8 @@ class _Tuner:
         known = ~np.isnan(after) & ~np.isnan(before)
         if not known.any():
             raise InputError(f"no question held out was answered: see {self.log.path}")
-        return compare(after[known], before[known])
+        some = [self.questions[number] for number, answered in zip(held, known, strict=True) if answered]
+        return compare(after[known], before[known], videos_of(some))
 
     def by_grid(self, args: argparse.Namespace, order: list[int]) -> Any:
         from ..evaluation.tune import coordinate_search

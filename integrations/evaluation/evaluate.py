@@ -239,6 +239,12 @@ def evaluate(
     return scores
 
 
+def videos_of(questions: Sequence[Question]) -> np.ndarray:
+    """(N,) the video of each question, by its real path: one name for one video however rows spell it."""
+    real = {video: str(video.resolve()) for video in {question.video for question in questions}}
+    return np.array([real[question.video] for question in questions])
+
+
 def forget_failures(log: ResultsLog) -> None:
     """Has the questions without a reply asked again."""
     log.drop([key for key, record in log.records.items() if "error" in record])

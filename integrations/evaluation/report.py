@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from .evaluate import Question, Setting
+from .evaluate import Question, Setting, videos_of
 from .paired import Difference, compare
 
 ALL, MEAN_OF_TYPES = "all questions", "mean of types"
 BLUE, GREY, DARK = "#0072B2", "#BBBBBB", "#333333"  # of Okabe and Ito's palette: apart in print and for all eyes
 NOTE = (
     "Score: accuracy of multiple choice, mean relative accuracy of numbers (VSI-Bench), exact match of text. Interval: "
-    "95%, bootstrap over questions, each paired with the same question without the gate. A gain is one whose interval "
-    "leaves out 0 with 6 or more questions changed; with many rows, one in twenty intervals leaves out 0 by chance."
+    "95%, bootstrap over videos with all their questions, each paired with the same question without the gate; of few "
+    "videos it is too narrow. A gain is one whose interval leaves out 0 with 6 or more videos changed, the questions "
+    "of one taken together; with many rows, one in twenty intervals leaves out 0 by chance."
 )
 
 
@@ -54,15 +55,15 @@ def lines(
         scores: (N,) of each setting, and of its baseline; NaN for failures, which leave the question out of this pair.
     """
     table = []
+    videos, types = videos_of(questions), np.array([question.type for question in questions])
     for (setting, baseline), (after, before) in zip(pairs, scores, strict=True):
         known = ~np.isnan(after) & ~np.isnan(before)
-        types = np.array([question.type for question in questions])
         groups: list[tuple[str, np.ndarray, np.ndarray | None]] = [(ALL, known, None)]
         if len({*types[known]}) > 1:
             groups.append((MEAN_OF_TYPES, known, types[known]))
             groups += [(kind, known & (types == kind), None) for kind in np.unique(types[known])]
         table += [
-            Line(setting.name, baseline.name, name, compare(after[chosen], before[chosen], within))
+            Line(setting.name, baseline.name, name, compare(after[chosen], before[chosen], videos[chosen], within))
             for name, chosen, within in groups
             if chosen.any()
         ]
@@ -72,14 +73,16 @@ def lines(
 def markdown(table: Sequence[Line]) -> str:
     """The table for people; scores in percent."""
     rows = [
-        "| setting | questions | n | without gate | with gate | difference | 95% interval | changed | |",
-        "|:--|:--|--:|--:|--:|--:|:-:|--:|:--|",
+        "| setting | questions | n | videos | without gate | with gate | difference | 95% interval | changed | "
+        "videos changed | |",
+        "|:--|:--|--:|--:|--:|--:|--:|:-:|--:|--:|:--|",
     ]
     for line in table:
         d = line.difference
         rows.append(
-            f"| {line.setting} | {line.type} | {d.n} | {100 * d.baseline:.1f} | {100 * d.mean:.1f} | "
-            f"{100 * d.difference:+.1f} | {100 * d.low:+.1f} to {100 * d.high:+.1f} | {d.n_changed} | {d.verdict} |"
+            f"| {line.setting} | {line.type} | {d.n} | {d.n_videos} | {100 * d.baseline:.1f} | {100 * d.mean:.1f} | "
+            f"{100 * d.difference:+.1f} | {100 * d.low:+.1f} to {100 * d.high:+.1f} | {d.n_changed} | "
+            f"{d.n_videos_changed} | {d.verdict} |"
         )
     return "\n".join(rows) + f"\n\n{NOTE}\n"
 
@@ -136,7 +139,8 @@ def draw(path: Path, table: Sequence[Line]) -> None:
         for offset, value in ((-0.19, d.baseline), (0.19, d.mean)):
             bars.text(100 * value + 1, place + offset, f"{100 * value:.1f}", va="center", fontsize=8, color=DARK)
     bars.set(xlim=(0, 112), xlabel="score (%)", xticks=range(0, 101, 20))
-    bars.set_yticks(y, [f"{label[:40]} (n = {d.n})" for label, d in zip(labels, found, strict=True)])
+    named = [f"{label[:40]}\nn = {d.n}, {d.n_videos} videos" for label, d in zip(labels, found, strict=True)]
+    bars.set_yticks(y, named, fontsize=9)
     bars.invert_yaxis()
     changes.axvline(0, color=DARK, linewidth=0.8)
     draw_differences(changes, y, found)

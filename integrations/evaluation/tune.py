@@ -1,6 +1,7 @@
 """The strengths of the gate for a model: coordinate search with successive halving, judged on questions held out."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -49,16 +50,21 @@ class Trial:
         return asdict(self)
 
 
-def split(types: list[str], held_out: float, seed: int) -> tuple[list[int], list[int]]:
-    """Questions to search on and questions to judge on, in random order, each with its share of every type.
+def split(
+    types: Sequence[str], videos: Sequence[str] | np.ndarray, held_out: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Questions to search on and questions to judge on, no video in both: what suits a video by chance must not be
+    judged on it again.
+
+    Videos are held out in random order, each that brings the number of questions of every type closer to its share.
 
     Args:
-        types: (N,) the type of each question; types of a single question count as one type.
-        held_out: share to judge on, between 0 and 1; of each type at least one question if it has two.
+        types, videos: (N,) of each question; types of a single question count as one type.
+        held_out: share to judge on, between 0 and 1.
         seed: of the order.
 
     Returns:
-        the numbers to search on, with the types mixed evenly from the start, and those held out.
+        the numbers to search on, in random order with the types mixed evenly from the start, and those held out.
 
     Raises:
         InputError: a part would be empty, or `held_out` is no share.
@@ -66,19 +72,29 @@ def split(types: list[str], held_out: float, seed: int) -> tuple[list[int], list
     if not 0 < held_out < 1:
         raise InputError(f"--held-out: expected a share between 0 and 1, got {held_out}")
     rng = np.random.default_rng(seed)
-    types = [kind if types.count(kind) > 1 else "" for kind in types]
+    often = Counter(types)
+    kinds = np.array([kind if often[kind] > 1 else "" for kind in types])
+    video = np.unique(videos, return_inverse=True)[1]
+    names, kind = np.unique(kinds, return_inverse=True)
+    counts = np.zeros((video.max() + 1, len(names)))
+    np.add.at(counts, (video, kind), 1)
+    wanted, chosen = held_out * counts.sum(0), np.zeros(len(counts), dtype=bool)
+    for one in rng.permutation(len(counts)):
+        if ((wanted - counts[one]) ** 2).sum() < (wanted**2).sum():
+            wanted -= counts[one]
+            chosen[one] = True
+    held = chosen[video]
+    if held.all() or not held.any():
+        raise InputError(
+            f"{len(types)} questions about {len(counts)} videos cannot be split with --held-out {held_out}, in whole "
+            "videos: give questions about more videos"
+        )
     search: list[tuple[float, int]] = []
-    held: list[int] = []
-    for kind in sorted({*types}):
-        members = rng.permutation([number for number, other in enumerate(types) if other == kind])
-        count = min(max(round(held_out * len(members)), 1), len(members) - 1)
-        held += members[:count].tolist()
-        rest = members[count:].tolist()
-        places = (np.arange(len(rest)) + rng.random()) / len(rest)
-        search += zip(places.tolist(), rest, strict=True)
-    if not search or not held:
-        raise InputError(f"{len(types)} questions cannot be split with --held-out {held_out}: give more questions")
-    return [number for _, number in sorted(search)], held
+    for name in names:
+        rest = rng.permutation(np.flatnonzero((kinds == name) & ~held))
+        places = (np.arange(len(rest)) + rng.random()) / max(len(rest), 1)
+        search += zip(places.tolist(), rest.tolist(), strict=True)
+    return [number for _, number in sorted(search)], np.flatnonzero(held).tolist()
 
 
 def coordinate_search(
@@ -159,7 +175,8 @@ def conclusion(point: Point, held_out: Difference | None) -> str:
         return "No gain shown: the search itself prefers no gate (alpha_k = alpha_v = 0)."
     numbers = (
         f"{100 * held_out.difference:+.1f} points, 95% interval {100 * held_out.low:+.1f} to "
-        f"{100 * held_out.high:+.1f}, on {held_out.n} questions held out, {held_out.n_changed} of which changed"
+        f"{100 * held_out.high:+.1f}, on {held_out.n} questions about {held_out.n_videos} videos held out, "
+        f"{held_out.n_videos_changed} of which changed"
     )
     said = {"gain": "Gain shown", "loss": "Loss shown", "no gain shown": "No gain shown"}[held_out.verdict]
     return f"{said} for {strengths}: {numbers}."

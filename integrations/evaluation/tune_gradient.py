@@ -14,6 +14,7 @@ from ...anchor.config import VideoAnchorConfig
 from .. import pipeline
 from ..attention import GATE_ARGUMENT, LayerGate
 from ..batch.results import ResultsLog
+from ..budget import check_fits
 from ..enable import enable, find_multimodal_model
 from ..errors import InputError
 from ..score_cache import ScoreCache
@@ -136,12 +137,12 @@ def answer_loss(
         scalar float32: summed over the answer's tokens.
 
     Raises:
-        InputError: see `pipeline.prepare` and `pipeline.check_fits`.
+        InputError: see `pipeline.prepare` and `budget.check_fits`.
     """
     inputs, grid = pipeline.prepare(model, processor, clip, question.prompt())
     text = f"{question.answer:.15g}" if isinstance(question.answer, float) else question.answer
     answer = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
-    pipeline.check_fits(model, inputs["input_ids"].shape[1], answer.shape[1], clip, grid, config)
+    check_fits(model, inputs["input_ids"].shape[1], answer.shape[1], clip, grid, config)
     with _differentiable_gate(model, config, alphas, scores):
         output = model(**_continued(inputs, answer), use_cache=False, logits_to_keep=answer.shape[1] + 1)
     logits = output.logits[0, -answer.shape[1] - 1 : -1].float()

@@ -28,7 +28,7 @@ def split_settings(arguments: Mapping[str, Any]) -> tuple[VideoAnchorConfig, dic
     given |= {name: None for name, value in given.items() if str(value).lower() == "none"}
     if preset is None and not {"alpha_k", "alpha_v"} <= given.keys():
         raise ValueError(
-            "model_args: the strength of the gate is not known for this model: give alpha_k and alpha_v (0 and 0 for "
+            "the strength of the gate is not known for this model: give alpha_k and alpha_v (0 and 0 for "
             "the baseline), or preset=internvl2-8b"
         )
     if not isinstance(reproduce, bool):

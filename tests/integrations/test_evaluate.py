@@ -22,6 +22,7 @@ from videoanchor_triton.integrations.evaluation.evaluate import (
     forget_failures,
     read_questions,
 )
+from videoanchor_triton.integrations.evaluation.paired import compare
 from videoanchor_triton.integrations.evaluation.report import ALL, MEAN_OF_TYPES, lines, markdown
 from videoanchor_triton.integrations.video.reader import read_video, write_video
 
@@ -213,7 +214,29 @@ def test_table_by_type() -> None:
     table = lines(questions, [(setting, setting.baseline())], [(after, before)])
     found = {line.type: (line.difference.n, line.difference.difference) for line in table}
     assert found == {ALL: (12, 0.25), MEAN_OF_TYPES: (12, 0.5), "far": (9, 0.0), "near": (3, 1.0)}
-    assert "| gate | near | 3 | 0.0 | 100.0 | +100.0 | +100.0 to +100.0 | 3 | no gain shown |" in markdown(table)
+    assert "| gate | near | 3 | 1 | 0.0 | 100.0 | +100.0 | +100.0 to +100.0 | 3 | 1 | no gain shown |" in markdown(
+        table
+    )
+
+
+def test_table_draws_whole_videos(tmp_path: Path) -> None:
+    """Ten videos, eight questions each, all or none of which change: 80 questions are as good as ten. A video is one
+    however rows spell its path."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    spellings = ("folder", "link", "folder/../folder")
+    videos = [str(tmp_path / spellings[n % 3] / f"{n // 8}.mp4") for n in range(80)]
+    questions = [question(n, "ab"[n % 2], video=video) for n, video in enumerate(videos)]
+    setting = Setting("gate", GATE, 8)
+    after, before = (np.arange(80) // 8 < 7).astype(float), (np.arange(80) // 8 >= 7).astype(float)
+    table = lines(questions, [(setting, setting.baseline())], [(after, before)])
+    assert [line.difference.n_videos for line in table] == [10] * 4
+    few = compare(after[::8], before[::8], np.arange(10))
+    for line in table:
+        found = line.difference
+        assert (found.low, found.high, found.n_videos_changed) == (few.low, few.high, 10)
+        assert found.verdict == "no gain shown"
+    assert compare(after, before, np.arange(80)).verdict == "gain"  # what asking a video eight times pretends
 
 
 @pytest.fixture(scope="module")
@@ -275,8 +298,9 @@ def test_eval_as_a_user_runs_it(
     }
     with (out / "eval.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert [(row["setting"], row["type"], row["n"]) for row in table] == [
-        (setting, kind, n)
+    assert record["n_videos"] == 2
+    assert [(row["setting"], row["type"], row["n"], row["n_videos"]) for row in table] == [
+        (setting, kind, n, "2")
         for setting in ("gate", "terms K")
         for kind, n in ((ALL, "4"), (MEAN_OF_TYPES, "4"), ("count", "2"), ("left", "2"))
     ]
@@ -288,7 +312,7 @@ def test_eval_as_a_user_runs_it(
     assert run("eval", clips, out, *STRENGTHS, "--ablate", "terms=K,V") == 0
     assert n_scored == [16, 2]  # four questions in one new setting, scores from the disk
     shown = capsys.readouterr().out
-    assert "| terms V | all questions | 4 |" in shown
+    assert "| terms V | all questions | 4 | 2 |" in shown
     assert str(out / "eval.png") in shown
 
 

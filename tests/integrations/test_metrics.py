@@ -1,6 +1,5 @@
-"""Scores of answers against values computed by hand, and what the bootstrap promises."""
+"""Scores of answers against values computed by hand."""
 
-import numpy as np
 import pytest
 
 from videoanchor_triton.integrations.evaluation.metrics import (
@@ -10,7 +9,6 @@ from videoanchor_triton.integrations.evaluation.metrics import (
     number_in,
     score,
 )
-from videoanchor_triton.integrations.evaluation.paired import compare, interval
 
 COLOURS = ("red", "blue", "green", "dark blue")
 DIRECTIONS = ("front-left", "left", "right", "back")
@@ -187,59 +185,3 @@ def test_score_by_metric() -> None:
     assert score("twenty or so", 20, "mra") == 1
     assert score("no idea", 20, "mra") == 0
     assert score("yes", "Yes", "exact") == 1
-
-
-def test_interval_of_a_known_distribution() -> None:
-    """Means of 100 draws of +1, 0, -1: the normal interval by the central limit theorem."""
-    values = np.repeat([1.0, 0.0, -1.0], [40, 40, 20])
-    low, high = interval([values])
-    half = 1.96 * values.std() / 10
-    assert (low, high) == pytest.approx((0.2 - half, 0.2 + half), abs=0.012)
-    assert interval([values]) == (low, high)
-    assert interval([np.full(7, 0.25)]) == (0.25, 0.25)
-
-
-def test_groups_count_alike() -> None:
-    """A group of 90 questions without a change and one of 10 with gains: half of the gain, not a tenth."""
-    scores, baseline = np.r_[np.zeros(90), np.ones(10)], np.zeros(100)
-    groups = np.r_[np.zeros(90), np.ones(10)]
-    assert compare(scores, baseline).difference == pytest.approx(0.1)
-    assert compare(scores, baseline, groups).difference == 0.5
-    assert compare(scores, baseline, groups).low == 0.5
-
-
-def test_the_interval_covers_the_truth() -> None:
-    """Of 400 seeded studies of 60 questions, about 95% cover the true difference of 0.1."""
-    rng = np.random.default_rng(0)
-    covered = 0
-    for seed in range(400):
-        baseline, scores = rng.random((2, 60)) < np.array([[0.4], [0.5]])
-        found = compare(scores, baseline, seed=seed)
-        covered += found.low <= 0.1 <= found.high
-    assert 0.92 <= covered / 400 <= 0.98
-
-
-def test_pairing_narrows_the_interval() -> None:
-    """Questions differ much, the runs little: shuffling one run's rows widens the interval."""
-    rng = np.random.default_rng(1)
-    baseline = rng.random(200)
-    scores = baseline + 0.05 + 0.01 * rng.standard_normal(200)
-    paired, unpaired = compare(scores, baseline), compare(rng.permutation(scores), baseline)
-    assert paired.high - paired.low < 0.2 * (unpaired.high - unpaired.low)
-    assert (paired.verdict, unpaired.verdict) == ("gain", "no gain shown")
-
-
-def test_verdicts() -> None:
-    zero = np.zeros(100)
-    for n_better, verdict in ((0, "no gain shown"), (2, "no gain shown"), (5, "no gain shown"), (8, "gain")):
-        scores = np.r_[np.ones(n_better), np.zeros(100 - n_better)]
-        assert compare(scores, zero).verdict == verdict
-        assert compare(zero, scores).verdict == ("loss" if verdict == "gain" else verdict)
-    assert compare(np.ones(3), np.zeros(3)).verdict == "no gain shown"  # three questions show nothing
-
-
-def test_compare_refuses_what_is_not_paired() -> None:
-    with pytest.raises(ValueError, match="same"):
-        compare(np.zeros(3), np.zeros(4))
-    with pytest.raises(ValueError, match="n >= 1"):
-        compare(np.zeros(0), np.zeros(0))

@@ -48,10 +48,10 @@ def planted(point: Point) -> float:
 
 
 def tune(evaluate, n_questions: int = 200, seed: int = 0):
-    order, held = split(["a", "b"] * (n_questions // 2), 0.3, seed)
+    order, held = split(["a", "b"] * (n_questions // 2), np.arange(n_questions), 0.3, seed)
     point, trials = coordinate_search(evaluate, GRID, GRID, order)
     after, before = evaluate([point, (0.0, 0.0)], held)
-    return point, trials, compare(after, before) if any(point) else None
+    return point, trials, compare(after, before, np.array(held)) if any(point) else None
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -121,19 +121,37 @@ def test_failures_are_left_out_of_all_points_of_a_rung() -> None:
 
 def test_split_takes_its_share_of_every_type() -> None:
     types = ["a"] * 50 + ["b"] * 10 + ["c"] * 2 + ["d"]
-    order, held = split(types, 0.3, 7)
+    videos = np.arange(63)
+    order, held = split(types, videos, 0.3, 7)
     assert sorted(order + held) == list(range(63))
     assert {kind: [types[n] for n in held].count(kind) for kind in "abc"} == {"a": 15, "b": 3, "c": 1}
-    assert split(types, 0.3, 7) == (order, held)
-    assert split(types, 0.3, 8) != (order, held)
+    assert split(types, videos, 0.3, 7) == (order, held)
+    assert split(types, videos, 0.3, 8) != (order, held)
     assert 3 <= [types[n] for n in order[:24]].count("b") <= 5  # mixed evenly from the start
-    order, held = split([str(n) for n in range(10)], 0.3, 0)  # types of a single question each
+    order, held = split([str(n) for n in range(10)], videos[:10], 0.3, 0)  # types of a single question each
     assert (len(order), len(held)) == (7, 3)
     for share in (0, 1, float("nan")):
         with pytest.raises(InputError, match="--held-out"):
-            split(types, share, 0)
-    with pytest.raises(InputError, match="more questions"):
-        split(["a"], 0.3, 0)
+            split(types, videos, share, 0)
+    with pytest.raises(InputError, match="more videos"):
+        split(["a"], videos[:1], 0.3, 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_video_is_in_both_parts(seed: int) -> None:
+    """40 videos of 1 to 20 questions of three types, rows in any order: about the share of each type is held out."""
+    rng = np.random.default_rng(seed)
+    videos = rng.permutation(np.repeat(np.arange(40), rng.integers(1, 21, 40)))
+    types = rng.choice(["a", "b", "c"], len(videos), p=[0.6, 0.3, 0.1]).tolist()
+    order, held = split(types, videos, 0.3, seed)
+    assert sorted(order + held) == list(range(len(videos)))
+    assert not {*videos[order]} & {*videos[held]}
+    for kind in "abc":
+        assert [types[n] for n in held].count(kind) / types.count(kind) == pytest.approx(0.3, abs=0.1)
+    one_large = np.r_[np.zeros(50), np.arange(1, 51)]
+    assert {len(split(["a"] * 100, one_large, 0.1, other)[1]) for other in range(20)} == {10}  # of the small ones
+    with pytest.raises(InputError, match="9 questions about 1 videos"):
+        split(["a"] * 9, np.zeros(9), 0.3, seed)
 
 
 @pytest.mark.parametrize("grid", [(), (-1, 2), (float("nan"),), (float("inf"), 1)])
@@ -243,7 +261,10 @@ def test_tune_as_a_user_runs_it(
     assert shown.startswith("**No gain shown")
     assert record["conclusion"] in shown
     assert columns <= record["search"][0].keys()
-    assert len(record["held_out_ids"]) == 2
+    assert len(record["held_out_ids"]) == 2  # both about one of the two videos
+    if record["held_out"] is not None:  # the search may prefer no gate
+        assert (record["held_out"]["n"], record["held_out"]["n_videos"]) == (2, 1)
+        assert "on 2 questions about 1 videos held out" in shown
     assert {path.name for path in out.iterdir()} >= {"tune.md", "tune.csv", "tune.json", "tune.png", "replies.jsonl"}
     assert n_scored[1] <= 2  # each clip once, whatever the strengths
     asked = n_scored[0]

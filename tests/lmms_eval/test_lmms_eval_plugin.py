@@ -118,7 +118,7 @@ def answers(model: Any, tasks: Path) -> list[str]:
 
 
 def save_other_checkpoint(name: str, folder: Path) -> None:
-    from test_pipeline import save_checkpoint
+    from tiny_models_checkpoint import save_checkpoint
 
     save_checkpoint(name, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -177,15 +177,20 @@ def test_models_are_found_by_entry_point(name: str) -> None:
     assert not get_model(name).is_simple
 
 
+def run_command_line(model: str, arguments: str, tasks: Path, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """`python -m lmms_eval`, with the results in `folder / "out"`."""
+    command = [sys.executable, "-c", START, "--model", model, "--model_args", arguments, "--device", "cpu"]
+    command += ["--tasks", "three_clips", "--include_path", str(tasks)]
+    command += ["--output_path", str(folder / "out"), "--log_samples"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=folder, env=environment | offline)
+
+
 @needs_lmms_eval
 def test_command_line_to_results_file(checkpoint: Path, tasks: Path, tmp_path: Path) -> None:
     arguments = f"pretrained={checkpoint},{SMALL},alpha_k=9,alpha_v=2,n_clusters=3,tol=0.1"
-    command = [sys.executable, "-c", START, "--model", MODELS[0], "--model_args", arguments, "--device", "cpu"]
-    command += ["--tasks", "three_clips", "--include_path", str(tasks)]
-    command += ["--output_path", str(tmp_path / "out"), "--log_samples"]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path, env=environment | offline)
+    done = run_command_line(MODELS[0], arguments, tasks, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     (written,) = (tmp_path / "out").rglob("*_results.json")
     results = json.loads(written.read_text())
@@ -195,6 +200,40 @@ def test_command_line_to_results_file(checkpoint: Path, tasks: Path, tmp_path: P
     assert results["config"]["model_args"] == arguments
     (samples,) = (tmp_path / "out").rglob("*_samples_three_clips.jsonl")
     assert len(samples.read_text().splitlines()) == 3
+
+
+@needs_lmms_eval
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("pretrained=there_is_none,alpha_k=1,alpha_v=1,scorer=best", 2, "--model_args: scorer"),
+        ("pretrained=there_is_none,device_map=cpu,alpha_k=1,alpha_v=1", 1, "the model cannot be loaded"),
+    ],
+    ids=["setting", "checkpoint"],
+)
+def test_command_line_fails(arguments: str, code: int, message: str, tasks: Path, tmp_path: Path) -> None:
+    done = run_command_line(MODELS[0], arguments, tasks, tmp_path)
+    assert (done.returncode, message in done.stderr) == (code, True), done.stderr[-3000:]
+    assert not list((tmp_path / "out").rglob("*_results.json"))
+
+
+@needs_lmms_eval
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ("alpha_k=1", "the strength of the gate is not known"),
+        ("alpha_k=1,alpha_v=2,n_cluster=8", "unknown n_cluster: expected "),
+        ("alpha_k=-1,alpha_v=2", "alpha_k"),
+    ],
+    ids=["missing", "misspelt", "out-of-range"],
+)
+def test_wrong_settings_exit_with_2(name: str, wrong: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is loaded; also what lmms-eval's own class would pass over."""
+    with pytest.raises(SystemExit) as ended:
+        load_model(name, f"pretrained=there_is_none,device_map=cpu,{wrong}")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"--model_args: {named}")
 
 
 @needs_lmms_eval
