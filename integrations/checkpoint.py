@@ -45,6 +45,31 @@ def devices_of(device: str) -> list[torch.device]:
     return [torch.device("cuda", n) for n in range(torch.cuda.device_count())] or [torch.device("cpu")]
 
 
+def check_splits(name_or_path: str, n: int, device: str = "auto") -> None:
+    """Refuses a model that transformers cannot split among `n` processes, each with a GPU of its own or all on the CPU.
+
+    Raises:
+        InputError: there are fewer GPUs, one GPU is asked for, or the model has no plan or heads that `n` does not
+            divide.
+    """
+    if device.startswith("cuda:"):
+        raise InputError(f"device {device} and tensor parallel {n}: choose the GPUs by CUDA_VISIBLE_DEVICES instead")
+    n_gpus = torch.cuda.device_count()
+    if devices_of(device)[0].type == "cuda" and n > n_gpus:
+        raise InputError(f"tensor parallel {n}: each process needs a GPU of its own, and {n_gpus} are visible")
+    config = read_config(name_or_path)
+    text: Any = config.get_text_config()
+    if not getattr(text, "base_model_tp_plan", None):
+        raise InputError(
+            f"model {name_or_path} ({config.model_type}) cannot be split: transformers has no tensor-parallel plan for "
+            f"{text.model_type}"
+        )
+    for heads in ("num_attention_heads", "num_key_value_heads"):
+        count = getattr(text, heads, None)
+        if count is not None and count % n:
+            raise InputError(f"tensor parallel {n}: expected a divisor of {heads} {count} of {name_or_path}")
+
+
 def read_config(name_or_path: str) -> PretrainedConfig:
     """The config of a video language model.
 

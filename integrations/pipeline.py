@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -14,14 +14,15 @@ from transformers import (
     Cache,
     PreTrainedModel,
 )
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from ..anchor.config import VideoAnchorConfig
-from ..anchor.memory import plan_block
 from ..anchor.problem import NonFiniteTokensError
 from ..anchor.scores import AnchorResult
 from ..anchor.timing import Progress
 from .attention import IMPLEMENTATION
-from .checkpoint import check_dtype, devices_of, first_line, read_config, read_processor
+from .budget import check_fits
+from .checkpoint import check_dtype, check_splits, devices_of, first_line, read_config, read_processor
 from .enable import Handle, enable, find_multimodal_model
 from .errors import InputError
 from .prompt import build_inputs
@@ -55,32 +56,47 @@ class RunResult:
     peak_memory_bytes: int | None
 
 
-def load(name_or_path: str, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, Any]:
+def load(
+    name_or_path: str, device: str = "auto", dtype: str = "auto", tensor_parallel: int = 1
+) -> tuple[PreTrainedModel, Any]:
     """Loads a checkpoint and its processor, with the language model's attention set to `videoanchor_triton`.
 
     Args:
         name_or_path: a folder or a name on the Hugging Face hub.
         device: "auto" (spread over the GPUs there are, else CPU), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (the checkpoint's), or a torch dtype's name.
+        tensor_parallel: 1, or the processes that torchrun has started and that all call this: each gets its part of the
+            language model, on a GPU of its own, and the other weights whole.
 
     Raises:
-        InputError: when the checkpoint cannot be loaded, or has no visual tokens.
+        InputError: when the checkpoint cannot be loaded or split, or has no visual tokens.
     """
     check_dtype(dtype)
     devices_of(device)
-    device_map = device if device != "auto" else ("auto" if torch.cuda.is_available() else "cpu")
     read_config(name_or_path)  # refuses what takes no video
+    if tensor_parallel > 1:
+        check_splits(name_or_path, tensor_parallel, device)
+        placement = _split(tensor_parallel)
+    else:
+        placement = {"device_map": device if device != "auto" else ("auto" if torch.cuda.is_available() else "cpu")}
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             name_or_path,
             dtype=dtype,
-            device_map=device_map,
+            **placement,
             attn_implementation={"text_config": IMPLEMENTATION},
         )
         find_multimodal_model(model)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model {name_or_path} cannot be loaded: {first_line(error)}") from error
     return model.eval(), read_processor(name_or_path)
+
+
+def _split(n: int) -> dict[str, Any]:
+    """How `from_pretrained` is asked for a part of a model: by `tp_plan` before transformers 5."""
+    if "tp_size" not in {one.name for one in fields(DistributedConfig)}:
+        return {"tp_plan": "auto"}
+    return {"distributed_config": DistributedConfig(tp_size=n, tp_plan="auto")}  # pyright: ignore[reportCallIssue]
 
 
 def prepare(model: PreTrainedModel, processor: Any, clip: VideoClip, question: str) -> tuple[dict[str, Any], TokenGrid]:
@@ -91,35 +107,6 @@ def prepare(model: PreTrainedModel, processor: Any, clip: VideoClip, question: s
     """
     inputs, grid = build_inputs(processor, find_multimodal_model(model).config, clip, question)
     return dict(inputs.to(model.device)), grid
-
-
-def check_fits(
-    model: PreTrainedModel,
-    n_prompt: int,
-    max_new_tokens: int,
-    clip: VideoClip,
-    grid: TokenGrid,
-    config: VideoAnchorConfig,
-) -> None:
-    """Refuses a prompt past the model's context, or more visual tokens than the scores have memory for.
-
-    Raises:
-        InputError: with the number of frames that would fit.
-    """
-    n_frames = len(clip.frames)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    needed = n_prompt + max_new_tokens
-    if limit is not None and needed > limit:
-        frames = int(n_frames * (limit - max_new_tokens - n_prompt + grid.n_tokens) / grid.n_tokens)
-        advice = f"try --max-frames {frames}" if frames > 0 else f"lower --max-new-tokens {max_new_tokens}"
-        raise InputError(f"{n_frames} frames need {needed} tokens and the model's context holds {limit}: {advice}")
-    if config.scorer == "ssc":
-        n_features = model.config.get_text_config().hidden_size
-        rank = min(n_features if config.pca_rank is None else config.pca_rank, n_features, grid.n_tokens)
-        try:
-            plan_block(grid.n_tokens, rank, torch.float32, model.device, config.algorithm, config.memory_budget)
-        except MemoryError as error:
-            raise InputError(f"{error} (--max-frames below {n_frames})") from error
 
 
 def answer(
@@ -186,7 +173,7 @@ def generate(
     """
     n_prompt = inputs["input_ids"].shape[1]
     cuda = model.device.type == "cuda"
-    gpus = range(torch.cuda.device_count()) if cuda else ()
+    gpus = _gpus(model)
     for gpu in gpus:
         torch.cuda.reset_peak_memory_stats(gpu)
     past = {} if prefix is None else {"past_key_values": prefix.cache}
@@ -245,18 +232,22 @@ def scored(handle: Handle) -> AnchorResult:
     return result
 
 
+def _gpus(model: PreTrainedModel) -> list[torch.device]:
+    """Those that hold it."""
+    return sorted({parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}, key=str)
+
+
 @dataclass
 class _StageTimes:
-    device: torch.device
+    gpus: list[torch.device]
     vision: float = 0.0
     steps: list[float] = field(default_factory=list)
     _start: float = 0.0
     total: float = 0.0
 
     def now(self) -> float:
-        if self.device.type == "cuda":
-            for gpu in range(torch.cuda.device_count()):  # the model may be spread over them
-                torch.cuda.synchronize(gpu)
+        for gpu in self.gpus:
+            torch.cuda.synchronize(gpu)
         return time.perf_counter()
 
     def summary(self, ssc: float) -> dict[str, float]:
@@ -277,7 +268,7 @@ def stage_times(model: PreTrainedModel, progress: Progress | None):
     """Times the vision tower and each pass of the language model (its layers only: the scores come before them)."""
     base = find_multimodal_model(model)
     tower: nn.Module = getattr(base, "visual", None) or base.vision_tower  # pyright: ignore[reportAssignmentType]
-    times = _StageTimes(model.device)
+    times = _StageTimes(_gpus(model))
 
     def start(*_: Any) -> None:
         times._start = times.now()

@@ -1,10 +1,13 @@
-"""The questions of a batch: read from JSONL, CSV or a folder of videos, all of them before any work."""
+"""The questions of a batch: read from JSONL, CSV or a folder of videos, all of them before any work; and which
+results are theirs."""
 
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,9 @@ VIDEO_SUFFIXES = frozenset(
     {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".ogv", ".3gp"}
 )
 _NAMED = 5
+_END = 2**20
+_IMAGE_END = 2**14
+"""Bytes of each end of a file that a fingerprint reads; of an image in a folder fewer, as there may be many."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +31,19 @@ class BatchRow:
         video: absolute path.
         question: not empty.
         columns: what else the input says about it ("id" and any others), carried through to the results.
+        fingerprint: of the video's content, see `fingerprint`; None where it is not there.
     """
 
     number: int
     video: Path
     question: str
     columns: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str | None = None
 
     def key(self, settings_hash: str) -> str:
-        """What tells a result apart: 32 hexadecimal digits of the video's path, the question and the settings."""
-        parts = json.dumps([str(self.video), self.question, settings_hash])
+        """What tells a result apart: 32 hexadecimal digits of the video's path and content, the question and the
+        settings."""
+        parts = json.dumps([str(self.video), self.fingerprint, self.question, settings_hash])
         return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
@@ -75,6 +84,67 @@ def without_repeats(rows: Sequence[BatchRow]) -> tuple[list[BatchRow], list[tupl
         if kept is not row:
             repeats.append((row.number, kept.number))
     return list(first.values()), repeats
+
+
+def fingerprint(video: Path) -> str | None:
+    """32 hexadecimal digits that differ where the size, the first or the last MiB of a file do; of a folder of views
+    the names and sizes of its images, or the first or last 16 KiB of one. None for what is not there or cannot be read.
+
+    Nothing else is read: a change in the middle of a file that keeps its size is not seen.
+    """
+    try:
+        if video.is_dir():
+            from ..video.views import images_of
+
+            parts = [(image.name, *_size_and_ends(image, _IMAGE_END)) for image in images_of(video)[0]]
+        elif video.is_file():
+            parts = [_size_and_ends(video, _END)]
+        else:
+            return None
+    except OSError:
+        return None
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _size_and_ends(path: Path, n_bytes: int) -> tuple[int, str]:
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(n_bytes))
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - n_bytes, 0))
+        digest.update(file.read(n_bytes))
+    return size, digest.hexdigest()
+
+
+def with_fingerprints(
+    rows: Sequence[BatchRow], records: Mapping[str, dict[str, Any]], settings_hash: str
+) -> tuple[list[BatchRow], dict[str, str]]:
+    """The rows with the fingerprints of their videos, each read once; and what their results replace.
+
+    A video that is not there (any more) gets the fingerprint of the result it has: that stays its result.
+
+    Args:
+        rows: without repeats.
+        records: results by key.
+
+    Returns:
+        the rows; and of each result of one of them (by path, question and settings) that was made from other content
+        its key, with the key of the row.
+    """
+    fingerprints = {video: fingerprint(video) for video in dict.fromkeys(row.video for row in rows)}
+    results: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for record in records.values():
+        if record["settings"] == settings_hash:
+            results[record["video"], record["question"]].append(record)
+    current, replaced = [], {}
+    for row in rows:
+        earlier = results[str(row.video), row.question]
+        content = fingerprints[row.video]
+        if content is None and earlier:
+            content = earlier[-1].get("fingerprint")
+        current.append(replace(row, fingerprint=content))
+        key = current[-1].key(settings_hash)
+        replaced |= {record["key"]: key for record in earlier if record["key"] != key}
+    return current, replaced
 
 
 def by_video(rows: Iterable[BatchRow]) -> list[list[BatchRow]]:

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # these import torch, and the input is read before that
     from ...anchor.timing import Progress
     from ..pipeline import RunResult
     from ..video.reader import VideoClip
+    from .tensor_parallel_process import Leader
 
 
 @dataclass(frozen=True)
@@ -63,33 +64,54 @@ class BatchJob:
         """16 hexadecimal digits of `settings`."""
         return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
 
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps({**vars(self), "config": self.config.to_dict(), "score_folder": str(self.score_folder)})
+
+    @classmethod
+    def from_json(cls, text: str) -> "BatchJob":
+        """What `to_json` has written."""
+        from ...anchor.config import VideoAnchorConfig
+
+        values = json.loads(text)
+        values["config"] = VideoAnchorConfig(**values["config"])
+        return cls(**{**values, "score_folder": Path(values["score_folder"])})
+
 
 class BatchWorker:
     """A model that answers rows.
+
+    Args:
+        leader: where the model is split among processes and this is the first of them.
 
     Raises:
         InputError: the checkpoint cannot be loaded.
     """
 
-    def __init__(self, job: BatchJob, progress: "Progress | None" = None) -> None:
+    def __init__(self, job: BatchJob, progress: "Progress | None" = None, leader: "Leader | None" = None) -> None:
         from ..commands.shared import prepare_libraries
 
         prepare_libraries()
+        from .. import pipeline
         from ..budget import Planner
-        from ..pipeline import load
         from ..score_cache import ScoreCache
+        from .shared_prefill import SharedPrefill
 
         self._job, self._progress, self._settings_hash = job, progress, job.settings_hash()
         self._scores = ScoreCache(job.score_folder, job.score_bytes)
         self._planner = Planner(
-            job.model, job.config, max_new_tokens=job.max_new_tokens, device=job.device, dtype=job.dtype
+            job.model,
+            job.config,
+            max_new_tokens=job.max_new_tokens,
+            device=job.device,
+            dtype=job.dtype,
+            tensor_parallel=1 if leader is None else leader.size,
         )
-        self._model, self._processor = load(job.model, job.device, job.dtype)
+        self._open_video = SharedPrefill if leader is None else leader.video
+        self._model, self._processor = (leader or pipeline).load(job.model, job.device, job.dtype)
 
     def answer(self, rows: Sequence[BatchRow]) -> Iterator[Record]:
         """Results of the rows of one video, each as it is there. What goes wrong with a row becomes its result."""
-        from .shared_prefill import SharedPrefill
-
         job = self._job
         start = time.perf_counter()
         try:
@@ -98,7 +120,7 @@ class BatchWorker:
             yield from (failed(row, self._settings_hash, error) for row in rows)
             return
         decoded = time.perf_counter() - start
-        video = SharedPrefill(
+        video = self._open_video(
             self._model,
             self._processor,
             clip,
@@ -176,10 +198,21 @@ def failed(row: BatchRow, settings_hash: str, error: BaseException | str) -> Rec
     return {**_about(row, settings_hash), "status": "failed", "answer": None, "reason": error}
 
 
+def dump_rows(rows: Sequence[BatchRow]) -> str:
+    """One line of JSON."""
+    return json.dumps([{**asdict(row), "video": str(row.video)} for row in rows])
+
+
+def load_rows(text: str) -> list[BatchRow]:
+    """What `dump_rows` has written."""
+    return [BatchRow(**{**row, "video": Path(row["video"])}) for row in json.loads(text)]
+
+
 def _about(row: BatchRow, settings_hash: str) -> Record:
     return {
         "key": row.key(settings_hash),
         "video": str(row.video),
+        "fingerprint": row.fingerprint,
         "question": row.question,
         "settings": settings_hash,
         "line": row.number,

@@ -7,10 +7,22 @@ from contextlib import redirect_stdout
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .shared import Commands, add_config_options, add_model_options, add_video_options, check_extras, config_of
+from .shared import (
+    Commands,
+    add_config_options,
+    add_model_options,
+    add_tensor_parallel_option,
+    add_video_options,
+    check_extras,
+    check_tensor_parallel,
+    config_of,
+)
+
+if TYPE_CHECKING:
+    from ..batch.results import ResultsLog
 
 _EPILOG = """\
 examples:
@@ -20,10 +32,14 @@ examples:
 A line of questions.jsonl: {"id": "a1", "video": "clips/a.mp4", "question": "What is left of the door?"}
 Paths start at the file's folder. A CSV has the same columns. Other columns are carried to the results as input.NAME.
 
---out gets results.jsonl (a line a row, written as each finishes), results.csv, results.parquet (when the run ends) and
-scores/ (the scores of the videos, used again by later runs). The same command goes on where a run stopped, however it
-stopped. A row is known by video path, question and settings: change a setting and its rows are answered anew, beside
-the others. Exit code 1: some rows failed; their reason is in the results, --retry-failed tries them again.
+--out gets results.jsonl (a line a row, written as each finishes), results.csv, results.parquet (when the run ends or
+is interrupted) and scores/ (the scores of the videos, used again by later runs). The same command goes on where a run
+stopped, however it stopped.
+
+A row is known by its video (the path, and the content by size and the MiB at either end), question and settings.
+Change a setting, and its rows are answered anew, beside the others. Replace a video, or bring one that was missing, and
+its rows are answered anew; the new results take the place of the old ones. Take a video away, and its results stay.
+Exit code 1: some rows failed; their reason is in the results, --retry-failed tries them again.
 """
 
 
@@ -68,8 +84,14 @@ def add(commands: Commands) -> None:
         help="local: one model in this process (default). ray: Ray Data, an actor a GPU, on this machine or the "
         "cluster that RAY_ADDRESS names; INPUT's videos, the checkpoint and OUT must be reachable from all of it",
     )
-    engine.add_argument("--actors", type=int, metavar="N", help="with ray; default: one a GPU")
-    engine.add_argument("--gpus-per-actor", type=float, metavar="N", help="with ray; default: 1, or 0 without a GPU")
+    add_tensor_parallel_option(engine)
+    engine.add_argument("--actors", type=int, metavar="N", help="with ray; default: as many as there are GPUs for")
+    engine.add_argument(
+        "--gpus-per-actor",
+        type=float,
+        metavar="N",
+        help="with ray; default: those of --tensor-parallel, or 0 without a GPU",
+    )
     add_config_options(batch)
     batch.set_defaults(command=_batch)
 
@@ -77,8 +99,8 @@ def add(commands: Commands) -> None:
 def _batch(args: argparse.Namespace) -> int:
     from ..batch.job import run_batch
     from ..batch.progress import BatchProgress
-    from ..batch.results import ResultsLog, write_tables, write_whole
-    from ..batch.rows import read_rows, without_repeats
+    from ..batch.results import ResultsLog, write_whole
+    from ..batch.rows import read_rows, with_fingerprints, without_repeats
     from ..output import check_folder, versions
 
     _check(args)
@@ -92,18 +114,33 @@ def _batch(args: argparse.Namespace) -> int:
         settings = {"settings": job.settings(), "versions": versions()}
         path = args.out / f"settings-{job.settings_hash()}.json"
         write_whole(path, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
+        rows, replaced = with_fingerprints(rows, log.records, job.settings_hash())
+        n_outdated = sum(key not in log.records for key in replaced.values())
+        if n_outdated:
+            print(f"{n_outdated} results are of videos that have changed: answered anew", file=sys.stderr)
         try:
             with redirect_stdout(sys.stderr):  # Ray prints what happens to its actors
                 run_batch(job, rows, log, _engine(args, progress), progress, retry_failed=args.retry_failed)
         except KeyboardInterrupt:
             progress.close()
             print(f"{args.out}: {progress.n_done} more rows are done; the same command goes on", file=sys.stderr)
+            _conclude(args, log, replaced)
             raise
         finally:
             progress.close()
-        tables = write_tables(log.records.values(), args.out, args.tables)
+        tables = _conclude(args, log, replaced)
         results = [log.records[row.key(job.settings_hash())] for row in rows]
     return _report(args, results, [log.path, *tables], progress)
+
+
+def _conclude(args: argparse.Namespace, log: "ResultsLog", replaced: dict[str, str]) -> list[Path]:
+    """Removes results that have been replaced, as far as the new ones are there, and writes the tables."""
+    from ..batch.results import write_tables
+
+    old = {key for key, new in replaced.items() if new in log.records}
+    if old:
+        log.drop(old)
+    return write_tables(log.records.values(), args.out, args.tables) if log.records else []
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -126,6 +163,12 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--actors: expected 1 or more, got {args.actors}")
     if args.gpus_per_actor is not None and not args.gpus_per_actor >= 0:
         raise InputError(f"--gpus-per-actor: expected 0 or more, got {args.gpus_per_actor}")
+    if args.tensor_parallel > 1 and args.gpus_per_actor not in (None, 0, args.tensor_parallel):
+        raise InputError(
+            f"--gpus-per-actor {args.gpus_per_actor:g} and --tensor-parallel {args.tensor_parallel}: each process "
+            "of an actor takes a GPU; leave --gpus-per-actor out"
+        )
+    check_tensor_parallel(args, here=args.engine == "local")
 
 
 def _job(args: argparse.Namespace) -> Any:
@@ -147,12 +190,16 @@ def _job(args: argparse.Namespace) -> Any:
 
 def _engine(args: argparse.Namespace, progress: Any) -> Any:
     from ..batch.job import local_engine
+    from ..batch.tensor_parallel import tensor_parallel_engine
 
-    if args.engine == "local":
-        return partial(local_engine, progress=progress.stage)
-    from ..batch.ray_engine import ray_engine
+    if args.engine == "ray":
+        from ..batch.ray_engine import ray_engine
 
-    return partial(ray_engine, n_actors=args.actors, gpus_per_actor=args.gpus_per_actor)
+        options = {"gpus_per_actor": args.gpus_per_actor, "tensor_parallel": args.tensor_parallel}
+        return partial(ray_engine, n_actors=args.actors, **options)
+    if args.tensor_parallel > 1:
+        return partial(tensor_parallel_engine, size=args.tensor_parallel, progress=progress.stage)
+    return partial(local_engine, progress=progress.stage)
 
 
 def _report(args: argparse.Namespace, results: list[dict[str, Any]], written: list[Path], progress: Any) -> int:

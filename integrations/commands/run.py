@@ -4,7 +4,7 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .shared import (
@@ -12,14 +12,19 @@ from .shared import (
     ProgressLine,
     add_config_options,
     add_model_options,
+    add_tensor_parallel_option,
     add_video_options,
     check_extras,
+    check_tensor_parallel,
     config_of,
     fit_clip,
     make_planner,
     prepare_libraries,
     read_clip,
 )
+
+if TYPE_CHECKING:  # it imports torch
+    from ..batch.tensor_parallel_process import Leader
 
 
 def add(commands: Commands) -> None:
@@ -31,6 +36,7 @@ def add(commands: Commands) -> None:
         "(scores, labels, grid, timestamps) and anchors.png to --out.",
     )
     add_model_options(run)
+    add_tensor_parallel_option(run)
     run.add_argument(
         "--video", required=True, type=Path, metavar="PATH", help="a video, an image, or a folder of images (views)"
     )
@@ -51,7 +57,12 @@ def _run(args: argparse.Namespace) -> int:
     if args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens: expected 1 or more, got {args.max_new_tokens}")
     check_folder(args.out)
-    _, result, record = answer(args, config, ProgressLine(not args.json))
+    check_tensor_parallel(args)
+    if args.tensor_parallel > 1 and args.leader is None:
+        from ..batch.tensor_parallel import run_split
+
+        return run_split(args.argv, args.tensor_parallel, args.device)
+    _, result, record = answer(args, config, ProgressLine(not args.json), args.leader)
     if args.json:
         print(json.dumps(record, indent=2, ensure_ascii=False))
     else:
@@ -59,8 +70,11 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def answer(args: argparse.Namespace, config: Any, progress: ProgressLine) -> Any:
+def answer(args: argparse.Namespace, config: Any, progress: ProgressLine, leader: "Leader | None" = None) -> Any:
     """Decodes, works out the budget, loads, asks and writes; what `run` and `demo` share.
+
+    Args:
+        leader: where the model is split among processes and this is the first of them.
 
     Returns:
         the clip, the result, and what `result.json` holds.
@@ -71,12 +85,13 @@ def answer(args: argparse.Namespace, config: Any, progress: ProgressLine) -> Any
     prepare_libraries()
     from .. import output, pipeline
 
-    clip, budget = fit_clip(args, args.video, clip, args.question, make_planner(args, config), progress)
+    planner = make_planner(args, config, 1 if leader is None else leader.size)
+    clip, budget = fit_clip(args, args.video, clip, args.question, planner, progress)
     planned = time.perf_counter()
-    model, processor = pipeline.load(args.model, args.device, args.dtype)
+    model, processor = (leader or pipeline).load(args.model, args.device, args.dtype)
     loaded = time.perf_counter()
     progress.say(f"{args.model}: {type(model).__name__} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
-    result = pipeline.answer(
+    result = (leader or pipeline).answer(
         model, processor, clip, args.question, config, max_new_tokens=args.max_new_tokens, progress=progress
     )
     progress.close()

@@ -51,6 +51,32 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16; default: the checkpoint's")
 
 
+def add_tensor_parallel_option(parser: argparse.ArgumentParser) -> None:
+    """--tensor-parallel; `check_tensor_parallel` refuses it."""
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="split the language model among N processes, each with a GPU of its own; default: %(default)s",
+    )
+
+
+def check_tensor_parallel(args: argparse.Namespace, here: bool = True) -> None:
+    """Refuses what cannot be split, before any process is started.
+
+    Args:
+        here: the processes will run on this machine.
+    """
+    if args.tensor_parallel < 1:
+        raise InputError(f"--tensor-parallel: expected 1 or more, got {args.tensor_parallel}")
+    if args.tensor_parallel > 1 and here:
+        prepare_libraries()
+        from ..checkpoint import check_splits
+
+        check_splits(args.model, args.tensor_parallel, args.device)
+
+
 def add_video_options(parser: argparse.ArgumentParser) -> None:
     """--fps, --max-frames, --sampling, --timeout, --fit; `read_clip` and `fit_clip` use them."""
     parser.add_argument(
@@ -106,16 +132,26 @@ def read_clip(
     return clip
 
 
-def make_planner(args: argparse.Namespace, config: Any) -> "Planner":
+def make_planner(args: argparse.Namespace, config: Any, tensor_parallel: int = 1) -> "Planner":
     """Of the token budget, by the options of `add_model_options` and --max-new-tokens; make it before the model is
     loaded.
+
+    Args:
+        tensor_parallel: see `Planner`.
 
     Raises:
         InputError: see `Planner`.
     """
     from ..budget import Planner
 
-    return Planner(str(args.model), config, max_new_tokens=args.max_new_tokens, device=args.device, dtype=args.dtype)
+    return Planner(
+        str(args.model),
+        config,
+        max_new_tokens=args.max_new_tokens,
+        device=args.device,
+        dtype=args.dtype,
+        tensor_parallel=tensor_parallel,
+    )
 
 
 def fit_clip(

@@ -2,8 +2,8 @@
 
 It reads one line of JSON, the request, from its standard input, and answers on the pipe whose number is its argument (a
 library may print to standard output) with lines of JSON:
-{"progress": [stage, done, total]}, {"frame": [H, W, count]} followed by H * W * 3 bytes of RGB, and at last
-{"clip": {...}} or {"error": reason}. It ends when its input does, so that it never outlives its parent.
+{"progress": [stage, done, total]}, {"frame": [H, W, count], "seconds": its time} followed by H * W * 3 bytes of RGB,
+and at last {"clip": {...}} or {"error": reason}. It ends when its input does, so that it never outlives its parent.
 """
 
 import json
@@ -40,14 +40,14 @@ class _Answers:
             self._last_report = time.monotonic()
             self.line(progress=[stage, done, total])
 
-    def frame(self, pixels: np.ndarray, count: int) -> None:
+    def frame(self, pixels: np.ndarray, seconds: float, count: int) -> None:
         from .views import letterbox
 
         if self._size is None:
             self._size = pixels.shape[0], pixels.shape[1]
         self.n_scaled += pixels.shape[:2] != self._size
         pixels = np.ascontiguousarray(letterbox(pixels, *self._size))
-        self.line(frame=[*self._size, count])
+        self.line(frame=[*self._size, count], seconds=seconds)
         self._out.write(pixels.data)
         self._out.flush()
 

@@ -19,6 +19,9 @@ from ..errors import InputError
 from . import sampling
 
 Report = Callable[[str, int, int], None]
+"""Called with a stage, how much of it is done, and how much there is."""
+Send = Callable[[np.ndarray, float, int], None]
+"""Called with a kept frame, (H, W, 3) uint8 RGB, its time in seconds, and how many there will be."""
 THUMBNAIL = 32
 """Height and width in pixels of the grey pictures that scene changes are found on."""
 NEAR = 32
@@ -209,13 +212,8 @@ def apply_display_matrix(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return pixels[:: -1 if down < 0 else 1, :: -1 if to_right < 0 else 1]
 
 
-def decode_video(
-    path: Path, choice: sampling.Choice, report: Report, send: Callable[[np.ndarray, int], None]
-) -> dict[str, Any]:
-    """Calls `send` with each kept frame and how many there will be; returns the other fields of `VideoClip`.
-
-    Args:
-        report: called with a stage, how much of it is done, and how much there is.
+def decode_video(path: Path, choice: sampling.Choice, report: Report, send: Send) -> dict[str, Any]:
+    """Calls `send` with each kept frame; returns the other fields of `VideoClip`.
 
     Raises:
         InputError: the file is no video or no frame can be decoded.
@@ -223,9 +221,11 @@ def decode_video(
     try:
         with closing(VideoFile(path, report)) as file:
             table = file.table
+            seconds = table.seconds
+            choice.check_known_times(seconds, path)
             wanted, indices = _choose(file, choice), []
             for index, frame in file.frames(wanted):
-                send(file.picture(frame), len(wanted))
+                send(file.picture(frame), float(seconds[index]), len(wanted))
                 indices.append(index)
     except (av.error.FFmpegError, OSError) as error:
         raise InputError(f"{path} cannot be read as a video ({error}): check the file, or convert it to MP4") from error
@@ -239,7 +239,7 @@ def decode_video(
             f"damaged: {len(wanted) - len(indices)} of {len(wanted)} frames cannot be decoded and are left out"
         )
     return {
-        "timestamps": table.seconds[indices].tolist(),
+        "timestamps": seconds[indices].tolist(),
         "indices": indices,
         "n_source_frames": len(table.times),
         "source_fps": table.fps,

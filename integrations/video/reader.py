@@ -1,16 +1,21 @@
 """Frames out of a video file, an image or a folder of images, with their exact timestamps."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
 from ..errors import InputError
-from .process import child
+from .process import Answers, child
+from .sampling import Choice
 
 Sampling = Literal["uniform", "scene"]
+Progress = Callable[[str, int, int], None]
+"""Called with a stage ("read", "decode"), how much of it is done, and how much there is (0: not known)."""
 DEFAULT_TIMEOUT = 120.0
 _CHECKED_BYTES = 2**30
 """Clips larger than this are compared with the free memory before they are read."""
@@ -71,8 +76,9 @@ def read_video(
     max_frames: int = 32,
     sampling: Sampling = "uniform",
     indices: Sequence[int] | None = None,
+    known_times: Mapping[int, float] | None = None,
     timeout: float = DEFAULT_TIMEOUT,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> VideoClip:
     """Decodes `path`, in a process of its own, and keeps some of its frames.
 
@@ -88,8 +94,10 @@ def read_video(
             keep, else between all frames.
         indices: keep these frames, ascending positions among all frames (or images) in the file, whatever the above
             say; those of a clip read before give that clip again.
+        known_times: seconds of some frames by their position, from when the file was read before: one that shows them
+            at other times is refused as another video.
         timeout: seconds without progress after which the process is ended.
-        progress: called with a stage ("read", "decode"), how much of it is done, and how much there is (0: not known).
+        progress: see `Progress`.
 
     Raises:
         InputError: when the file is missing, is no video, or holds no frame that can be decoded; when the process that
@@ -100,16 +108,11 @@ def read_video(
         raise InputError(f"fps: expected a positive number, got {fps}")
     if max_frames < 1:
         raise InputError(f"max_frames: expected 1 or more, got {max_frames}")
-    if not (np.isfinite(timeout) and timeout > 0):
-        raise InputError(f"timeout: expected a positive number of seconds, got {timeout}")
     if sampling not in get_args(Sampling):
         raise InputError(f"sampling: expected one of {', '.join(get_args(Sampling))}, got {sampling!r}")
-    if not (path.is_file() or path.is_dir()):
-        raise InputError(f"no video file at {path}: check the path")
     asked = None if indices is None else [int(index) for index in indices]
-    request = {"path": str(path), "fps": fps, "max_frames": max_frames, "sampling": sampling, "indices": asked}
     frames, n_frames = np.empty((0, 0, 0, 3), np.uint8), 0
-    with child(request, timeout) as answers:
+    with _child(path, fps, max_frames, sampling, asked, known_times, timeout) as answers:
         while "clip" not in (answer := answers.line()):
             if "frame" in answer:
                 height, width, count = answer["frame"]
@@ -130,6 +133,54 @@ def read_video(
         notes=tuple(clip["notes"]),
         names=tuple(clip.get("names", ())),
     )
+
+
+def stream_video(
+    path: str | Path,
+    *,
+    known_times: Mapping[int, float] | None = None,
+    timeout: float = DEFAULT_TIMEOUT,
+    progress: Progress | None = None,
+) -> Generator[tuple[float, np.ndarray]]:
+    """All frames of a video, or views of a folder, one at a time; decoded as by `read_video`, in a process that is
+    ended when the generator is. Frames that cannot be decoded are left out.
+
+    Args:
+        path, known_times, timeout, progress: see `read_video`.
+
+    Yields:
+        seconds from the start of the video, and (H, W, 3) uint8 RGB, upright, of the first frame's size.
+
+    Raises:
+        InputError: as `read_video` does, when the first frame is asked for or at the frame that cannot be had.
+    """
+    with _child(Path(path), None, sys.maxsize, "uniform", None, known_times, timeout) as answers:
+        while "clip" not in (answer := answers.line()):
+            if "frame" in answer:
+                height, width, _ = answer["frame"]
+                frame = np.empty((height, width, 3), np.uint8)
+                answers.fill(frame)
+                yield answer["seconds"], frame
+            elif progress is not None:
+                progress(*answer["progress"])
+
+
+def _child(
+    path: Path,
+    fps: float | None,
+    max_frames: int,
+    sampling: Sampling,
+    indices: list[int] | None,
+    known_times: Mapping[int, float] | None,
+    timeout: float,
+) -> AbstractContextManager[Answers]:
+    if not (np.isfinite(timeout) and timeout > 0):
+        raise InputError(f"timeout: expected a positive number of seconds, got {timeout}")
+    if not (path.is_file() or path.is_dir()):
+        raise InputError(f"no video file at {path}: check the path")
+    known = [(int(index), float(time)) for index, time in (known_times or {}).items()]
+    choice = Choice(fps, max_frames, sampling, indices, known)
+    return child({"path": str(path), **asdict(choice)}, timeout)
 
 
 def _empty_frames(path: Path, count: int, height: int, width: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Which frames of a video to keep, from the times at which its frames are shown."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -9,6 +10,8 @@ from ..errors import InputError
 SCENE_THRESHOLD = 0.1
 """Mean absolute difference of two grey pictures in [0, 1] from which there is a cut between them: the default of
 FFmpeg's filter `scdet` (10 on its scale of 0 to 100)."""
+SAME_TIME = 1e-3
+"""Seconds by which two times of one frame may differ."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,23 @@ class Choice:
     max_frames: int
     sampling: str
     indices: list[int] | None
+    known_times: list[tuple[int, float]]
 
     def count(self, seconds: np.ndarray) -> int:
         return frame_count(seconds, self.fps, self.max_frames)
+
+    def check_known_times(self, seconds: np.ndarray, path: Path) -> None:
+        """
+        Args:
+            seconds: (N,) float64: when each frame of the file is shown.
+            path: the file.
+
+        Raises:
+            InputError: a frame of `known_times` is not there, or is shown at another time.
+        """
+        for index, time in self.known_times:
+            if not (0 <= index < len(seconds) and abs(seconds[index] - time) <= SAME_TIME):
+                raise InputError(f"{path} has no frame {index} at {time:.3f} s, as it had before: it is another video")
 
 
 def frame_count(seconds: np.ndarray, fps: float | None, max_frames: int) -> int:

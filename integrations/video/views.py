@@ -20,6 +20,14 @@ def is_views(path: Path) -> bool:
     return path.is_dir() or path.suffix.lower() in SUFFIXES
 
 
+def images_of(path: Path) -> tuple[list[Path], int]:
+    """The images of a folder in natural order of their names, or the file `path` itself; and how many files of the
+    folder are no images. Hidden files do not count."""
+    files = [path] if path.is_file() else [f for f in path.iterdir() if f.is_file() and not f.name.startswith(".")]
+    images = sorted((f for f in files if f.suffix.lower() in SUFFIXES), key=lambda f: natural_key(f.name))
+    return images, len(files) - len(images)
+
+
 def natural_key(name: str) -> list[tuple[bool, int, str]]:
     """Sorts view2 before view10."""
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
@@ -29,22 +37,22 @@ def read_views(
     path: Path,
     choice: sampling.Choice,
     report: Callable[[str, int, int], None],
-    send: Callable[[np.ndarray, int], None],
+    send: Callable[[np.ndarray, float, int], None],
 ) -> dict[str, Any]:
-    """Calls `send` with each kept view and how many there will be; returns the other fields of `VideoClip`.
+    """Calls `send` with each kept view, its time and how many there will be; returns the other fields of `VideoClip`.
 
     Views count as one a second. Images of several sizes are scaled into that of the largest, with black bars.
 
     Raises:
         InputError: there is no image, or one cannot be read.
     """
-    files = [path] if path.is_file() else [f for f in path.iterdir() if f.is_file() and not f.name.startswith(".")]
-    names = sorted((f for f in files if f.suffix.lower() in SUFFIXES), key=lambda f: natural_key(f.name))
+    names, n_others = images_of(path)
     if not names:
         raise InputError(f"{path} holds no image ({', '.join(sorted(SUFFIXES))}): give a video, an image or a folder")
     seconds = np.arange(len(names), dtype=np.float64)
     if choice.sampling == "scene":
         raise InputError(f"{path}: scenes are found in videos only: use uniform sampling for images")
+    choice.check_known_times(seconds, path)
     if choice.indices is not None:
         indices = sampling.check_indices(choice.indices, len(names))
     else:
@@ -53,11 +61,11 @@ def read_views(
     width, height = max(sizes, key=lambda size: (size[0] * size[1], size))
     for n, index in enumerate(indices):
         report("read", n, len(indices))
-        send(letterbox(_pixels(names[index]), height, width), len(indices))
+        send(letterbox(_pixels(names[index]), height, width), float(seconds[index]), len(indices))
     others = sum(size != (width, height) for size in sizes)
     notes = [f"{others} of {len(sizes)} images scaled into {width} x {height} pixels with black bars"] if others else []
-    if len(names) < len(files):
-        notes.append(f"{len(files) - len(names)} files that are no images passed over")
+    if n_others:
+        notes.append(f"{n_others} files that are no images passed over")
     return {
         "timestamps": seconds[indices].tolist(),
         "indices": indices.tolist(),

@@ -1,21 +1,14 @@
 """The frames of a finished run, read again from its video."""
 
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import InputError
-from ..video.reader import VideoClip, read_video
+from ..video.reader import DEFAULT_TIMEOUT, Progress, VideoClip, read_video, stream_video
 from .finished_run import FinishedRun
-
-if TYPE_CHECKING:
-    from ..video.decoding import VideoFile
-
-Progress = Callable[[str, int, int], None]
-_ALL_VIEWS = 1_000_000
 
 
 def video_of(run: FinishedRun, asked: Path | None) -> Path:
@@ -31,69 +24,44 @@ def video_of(run: FinishedRun, asked: Path | None) -> Path:
     return path
 
 
-def read_clip(run: FinishedRun, path: Path, progress: Progress) -> VideoClip:
+def read_clip(run: FinishedRun, path: Path, progress: Progress, timeout: float = DEFAULT_TIMEOUT) -> VideoClip:
     """The run's sampled frames.
+
+    Args:
+        path, progress, timeout: see `read_video`.
 
     Raises:
         InputError: when the video cannot be read, or has no frames at the run's times.
     """
-    if _is_views(path):
-        clip = read_video(path, max_frames=_ALL_VIEWS, progress=progress)
-        _check_times(run, path, clip.timestamps)
-        return clip.take(run.indices)
-    with _open(path, progress) as file:
-        _check_times(run, path, file.table.seconds)
-        frames = [frame for _, frame in _pictures(file, run.indices)]
-        if len(frames) < len(run.indices):
-            raise InputError(f"{path}: {len(run.indices) - len(frames)} of the run's frames cannot be decoded any more")
-        return VideoClip(np.stack(frames), run.timestamps, run.indices, len(file.table.times), file.table.fps)
+    with _or_elsewhere():
+        clip = read_video(
+            path, indices=run.indices.tolist(), known_times=_times(run), timeout=timeout, progress=progress
+        )
+        if len(clip.frames) < len(run.indices):
+            lost = len(run.indices) - len(clip.frames)
+            raise InputError(f"{path}: {lost} of the run's frames cannot be decoded any more")
+    return clip
 
 
-def source_frames(path: Path, progress: Progress) -> Iterator[tuple[float, np.ndarray]]:
-    """All frames of a video, or views of a folder, as (seconds, (H, W, 3) uint8 RGB); a video's one at a time.
+def source_frames(
+    run: FinishedRun, path: Path, progress: Progress, timeout: float = DEFAULT_TIMEOUT
+) -> Generator[tuple[float, np.ndarray]]:
+    """All frames of the run's video, or views of its folder, one at a time: see `stream_video`.
 
     Raises:
-        InputError: when it cannot be read.
+        InputError: when the video cannot be read, or has no frames at the run's times.
     """
-    if _is_views(path):
-        clip = read_video(path, max_frames=_ALL_VIEWS, progress=progress)
-        yield from zip(clip.timestamps, clip.frames, strict=True)
-        return
-    with _open(path, progress) as file:
-        for index, frame in _pictures(file, np.arange(len(file.table.times))):
-            yield float(file.table.seconds[index]), frame
+    with _or_elsewhere():
+        yield from stream_video(path, known_times=_times(run), timeout=timeout, progress=progress)
 
 
-def _is_views(path: Path) -> bool:
-    from ..video.views import is_views
-
-    return is_views(path)
+def _times(run: FinishedRun) -> dict[int, float]:
+    return dict(zip(run.indices.tolist(), run.timestamps.tolist(), strict=True))
 
 
-def _open(path: Path, progress: Progress) -> "closing[VideoFile]":
-    import av.error
-
-    from ..video.decoding import VideoFile
-
+@contextmanager
+def _or_elsewhere() -> Iterator[None]:
     try:
-        return closing(VideoFile(path, progress))
-    except (av.error.FFmpegError, OSError) as error:
-        raise InputError(f"{path} cannot be read as a video ({error}): give --video FILE") from error
-
-
-def _pictures(file: "VideoFile", wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Index and pixels; a frame of another size than the first is scaled into it."""
-    from ..video.views import letterbox
-
-    size = None
-    for index, frame in file.frames(wanted):
-        pixels = file.picture(frame)
-        size = size or pixels.shape[:2]
-        yield index, letterbox(pixels, *size)
-
-
-def _check_times(run: FinishedRun, path: Path, seconds: np.ndarray) -> None:
-    if run.indices[-1] >= len(seconds) or np.abs(seconds[run.indices] - run.timestamps).max() > 1e-3:
-        raise InputError(
-            f"{path} has no frames at the times at which the run had them: it is another video; give --video FILE"
-        )
+        yield
+    except InputError as error:
+        raise InputError(f"{error}; where the run's video is elsewhere, give --video FILE") from error

@@ -2,8 +2,8 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,17 +75,17 @@ class Gallery:
     def overlay(self, *, all_frames: bool) -> None:
         """overlay_scores.mp4 and overlay_subspaces.mp4."""
         for kind in ("scores", "subspaces"):
-            frames = (
-                source_frames(self._video, self._progress)
-                if all_frames
-                else zip(self._run.timestamps, self._clip.frames, strict=True)
-            )
-            with self._writing(f"overlay_{kind}.mp4") as path:
-                overlay.write_video(
-                    path, overlay.Painter.of(self._run, kind), self._counted(frames, kind), slides=not all_frames
-                )
+            painter = overlay.Painter.of(self._run, kind)
+            with closing(self._frames(all_frames)) as frames, self._writing(f"overlay_{kind}.mp4") as path:
+                overlay.write_video(path, painter, self._counted(frames, kind), slides=not all_frames)
 
-    def _counted(self, frames: Any, kind: str) -> Iterator[tuple[float, np.ndarray]]:
+    def _frames(self, all_frames: bool) -> Generator[tuple[float, np.ndarray]]:
+        if all_frames:
+            yield from source_frames(self._run, self._video, self._progress)
+        else:
+            yield from zip(self._run.timestamps, self._clip.frames, strict=True)
+
+    def _counted(self, frames: Iterable[tuple[float, np.ndarray]], kind: str) -> Iterator[tuple[float, np.ndarray]]:
         for n, frame in enumerate(frames, 1):
             yield frame
             self._progress(f"overlay of {kind}", n, 0)
@@ -103,7 +103,8 @@ class Gallery:
     def from_model(self, model: str, device: str, dtype: str, *, affinity: bool, attention: bool) -> None:
         """affinity and attention, as figure and CSV each, by one prefill of the run's prompt."""
         from .. import pipeline
-        from . import affinity, attention_share, prefill
+        from . import affinity as step_affinity
+        from . import attention_share, prefill
 
         run, clip, progress = self._run, self._clip, self._progress
         loaded, processor = pipeline.load(model, device, dtype)
@@ -122,12 +123,12 @@ class Gallery:
             }
         if affinity:
             solution = prefill.coefficients(found, progress)
-            result = affinity.frame_affinity(solution.indices, solution.values, run.grid)
+            result = step_affinity.frame_affinity(solution.indices, solution.values, run.grid)
             seconds = run.timestamps[first_frames(run.grid, len(run.timestamps))]
             with self._writing(f"affinity.{self._suffix}") as path:
-                affinity.draw(path, result, seconds, run.video_name)
+                step_affinity.draw(path, result, seconds, run.video_name)
             with self._writing("affinity.csv") as path:
-                affinity.write(path, result, seconds)
+                step_affinity.write(path, result, seconds)
             self.report["affinity"] = {"between_steps": result.between, "outside_grid": result.outside}
             difference = prefill.difference_to_recorded(solution, run)
             if difference is not None:

@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -13,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_pipeline import save_checkpoint
+from tiny_models_checkpoint import save_checkpoint
 
 from videoanchor_triton.integrations import cli, pipeline
+from videoanchor_triton.integrations.batch import results as batch_results
 from videoanchor_triton.integrations.batch import shared_prefill
+from videoanchor_triton.integrations.batch.rows import fingerprint
 from videoanchor_triton.integrations.commands import batch as batch_command
 from videoanchor_triton.integrations.video.reader import write_video
 
@@ -63,6 +66,15 @@ def finished(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def answers(out: Path) -> dict[str, str]:
     return {record["input"]["id"]: record["answer"] for record in results(out)}
+
+
+def table_ids(out: Path) -> list[str]:
+    """Of the rows in the CSV, which are those of the Parquet file."""
+    with (out / "results.csv").open(encoding="utf-8", newline="") as file:
+        ids = [row["input_id"] for row in csv.DictReader(file)]
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert [row["input_id"] for row in parquet.read_table(out / "results.parquet").to_pylist()] == ids
+    return ids
 
 
 def no_model(*_: object) -> Any:
@@ -162,15 +174,67 @@ def test_retry_failed(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "3": f"no video file at {job / 'clips' / 'gone.mp4'}: check the path",
     }
     asked = count_questions(monkeypatch)
-    (job / "clips" / "gone.mp4").symlink_to(job / "clips" / "b.mp4")
-    try:
-        assert cli.main(arguments(job, tmp_path, "--retry-failed")) == 0
-    finally:
-        (job / "clips" / "gone.mp4").unlink()
-    assert asked == ["word7", "word8 word9 word10"], "in the order of the input"
+    assert cli.main(arguments(job, tmp_path, "--retry-failed")) == 1
+    assert asked == ["word8 word9 word10"]
     records = results(tmp_path)
     assert Counter(record["input"]["id"] for record in records) == Counter("12345"), "a line a row"
-    assert {record["status"] for record in records} == {"done"}
+    assert [record["input"]["id"] for record in records if record["status"] == "failed"] == ["3"]
+
+
+def test_a_video_that_changes(
+    job: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A missing one appears, one is replaced, then taken away, at last all of them: a line a row, of what was there."""
+    moved, out = Path(shutil.copytree(job, tmp_path / "job")), tmp_path / "out"
+    clips = moved / "clips"
+
+    def run(status: int) -> list[str]:
+        with monkeypatch.context() as patch:
+            asked = count_questions(patch)
+            assert cli.main(arguments(moved, out)) == status
+        assert Counter(record["input"]["id"] for record in results(out)) == Counter("12345")
+        with (out / "results.csv").open(encoding="utf-8", newline="") as file:
+            assert [row["answer"] for row in csv.DictReader(file)] == [
+                record["answer"] or "" for record in results(out)
+            ]
+        return asked
+
+    run(1)
+    assert answers(out) == answers(finished)
+    capsys.readouterr()
+    shutil.copy(clips / "b.mp4", clips / "gone.mp4")
+    assert run(0) == ["word7"]
+    assert "1 results are of videos that have changed: answered anew" in capsys.readouterr().err
+    assert answers(out)["3"] == answers(out)["2"]
+    shutil.copy(clips / "b.mp4", clips / "a.mp4")
+    assert run(0) == ["word5 word6", "word8 word9 word10", "word7"]
+    assert answers(out)["5"] == answers(out)["2"]
+    first = next(record for record in results(out) if record["input"]["id"] == "1")
+    assert first["fingerprint"] == fingerprint(clips / "a.mp4")
+    shutil.rmtree(clips)
+    assert run(0) == []
+
+
+def test_an_old_result_stays_until_the_new_one_is_there(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted before the second of three questions about a replaced video."""
+
+    def interrupt(n: int) -> None:
+        if n == 2:
+            raise KeyboardInterrupt
+
+    moved, out = Path(shutil.copytree(job, tmp_path / "job")), tmp_path / "out"
+    assert cli.main(arguments(moved, out)) == 1
+    old = answers(out)
+    shutil.copy(moved / "clips" / "b.mp4", moved / "clips" / "a.mp4")
+    with monkeypatch.context() as patch:
+        count_questions(patch, interrupt)
+        assert cli.main(arguments(moved, out)) == 130
+    new = {record["input"]["id"]: record["fingerprint"] for record in results(out)}
+    assert Counter(record["input"]["id"] for record in results(out)) == Counter("12345")
+    assert new["1"] == new["2"] != new["4"] == new["5"]
+    assert {**answers(out), "1": old["1"]} == old
 
 
 def test_ctrl_c(
@@ -185,10 +249,43 @@ def test_ctrl_c(
         assert cli.main(arguments(job, tmp_path)) == 130
     assert "2 more rows are done; the same command goes on" in capsys.readouterr().err
     assert list(answers(tmp_path)) == ["1", "4"]
+    assert table_ids(tmp_path) == ["1", "4"]
     asked = count_questions(monkeypatch)
     assert cli.main(arguments(job, tmp_path)) == 1
     assert asked == ["word7", "word7"]
     assert answers(tmp_path) == answers(finished)
+
+
+@pytest.mark.parametrize("at", ["load", "tables"])
+def test_ctrl_c_before_and_after_all_rows(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at: str
+) -> None:
+    """While the model is loaded there is nothing for a table yet; while the tables are written it stops, again too."""
+
+    def interrupt(*_: object) -> Any:
+        raise KeyboardInterrupt
+
+    target = (pipeline, "load") if at == "load" else (batch_results, "_csv")
+    monkeypatch.setattr(*target, interrupt)
+    for _ in range(2):
+        assert cli.main(arguments(job, tmp_path)) == 130
+        assert capsys.readouterr().err.splitlines()[-1] == "videoanchor batch: interrupted"
+    assert len(results(tmp_path)) == (0 if at == "load" else 5)
+    assert not list(tmp_path.glob("results.csv"))
+
+
+def test_a_second_ctrl_c_stops_at_once(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one comes at the second question, the second while the tables are written."""
+
+    def interrupt(n: object) -> Any:
+        if n != 1:
+            raise KeyboardInterrupt
+
+    count_questions(monkeypatch, interrupt)
+    monkeypatch.setattr(batch_results, "_parquet", lambda *_: interrupt(2))
+    assert cli.main(arguments(job, tmp_path)) == 130
+    assert list(answers(tmp_path)) == ["1"]
+    assert {path.name for path in tmp_path.glob("*results*")} == {"results.jsonl", "results.lock", "results.csv"}
 
 
 def test_a_full_disk(

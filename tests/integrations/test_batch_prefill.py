@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_pipeline import save_checkpoint
+from tiny_models_checkpoint import save_checkpoint
 from torch import Tensor
 
 import videoanchor_triton as va

@@ -1,11 +1,21 @@
-"""What a batch reads: JSONL, CSV, folders; and what it refuses, with the line."""
+"""What a batch reads: JSONL, CSV, folders; what it refuses, with the line; and which results are a row's."""
 
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from videoanchor_triton.integrations.batch.rows import BatchRow, by_video, read_rows, without_repeats
+from videoanchor_triton.integrations.batch import rows as rows_module
+from videoanchor_triton.integrations.batch.rows import (
+    BatchRow,
+    by_video,
+    fingerprint,
+    read_rows,
+    with_fingerprints,
+    without_repeats,
+)
 from videoanchor_triton.integrations.errors import InputError
 
 
@@ -102,9 +112,122 @@ def test_repeats_and_groups(tmp_path: Path) -> None:
     assert [[row.number for row in group] for group in by_video(rows)] == [[1, 3], [2]]
 
 
+def test_a_fingerprint_is_of_size_and_ends(tmp_path: Path) -> None:
+    """Of a file of 3 MiB the MiB in the middle is not read."""
+    content = bytearray(np.random.default_rng(0).bytes(3 * 2**20))
+    path, seen = tmp_path / "a.mp4", set()
+    for place in (None, 0, 2**20 - 1, 2**21, -1):
+        changed = bytearray(content)
+        if place is not None:
+            changed[place] ^= 1
+        path.write_bytes(changed)
+        seen.add(fingerprint(path))
+    for other in (content[:-1], content[: 2**20] + content[2**21 :], b""):
+        path.write_bytes(other)
+        seen.add(fingerprint(path))
+    assert len(seen) == 8
+    assert all(one is not None and len(one) == 32 for one in seen)
+    for place in (2**20, 2**21 - 1):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        (tmp_path / "b.mp4").write_bytes(changed)
+        assert fingerprint(tmp_path / "b.mp4") in seen, "the time and the name of a file do not matter"
+
+
+def test_a_fingerprint_of_a_folder_is_of_its_images(tmp_path: Path) -> None:
+    folder = tmp_path / "views"
+    folder.mkdir()
+    seen = {fingerprint(folder)}
+    (folder / "1.png").write_bytes(b"a" * 2**16)
+    seen.add(fingerprint(folder))
+    (folder / "2.png").write_bytes(b"b")
+    both = fingerprint(folder)
+    (folder / "2.png").rename(folder / "3.png")
+    seen |= {both, fingerprint(folder)}
+    (folder / "3.png").write_bytes(b"c")
+    seen.add(fingerprint(folder))
+    (folder / "1.png").write_bytes(b"a" * (2**16 - 1) + b"b")
+    seen.add(fingerprint(folder))
+    assert len(seen) == 6
+    (folder / "1.png").write_bytes(b"a" * 2**16)
+    (folder / "3.png").rename(folder / "2.png")
+    (folder / "2.png").write_bytes(b"b")
+    (folder / "notes.txt").write_text("no view")
+    (folder / ".hidden.png").write_text("nor this")
+    assert fingerprint(folder) == both
+
+
+def test_no_fingerprint_of_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")  # opening it would wait for a writer
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    for name in ("gone.mp4", "pipe.mp4", "loop.mp4", "x" * 300):
+        assert fingerprint(tmp_path / name) is None
+
+    def denied(path: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "a.mp4").touch()
+    monkeypatch.setattr(Path, "open", denied)
+    assert fingerprint(tmp_path / "a.mp4") is None
+
+
+def results_of(rows: list[BatchRow]) -> dict[str, dict[str, str | None]]:
+    return {
+        row.key("h"): {
+            "key": row.key("h"), "video": str(row.video), "question": row.question, "settings": "h",
+            "fingerprint": row.fingerprint,
+        }
+        for row in rows
+    }  # fmt: skip
+
+
+def test_results_of_other_content_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two questions about each of three videos: one stays, one is replaced, one is taken away."""
+    read: list[str] = []
+    real = rows_module.fingerprint
+
+    def counted(video: Path) -> str | None:
+        read.append(video.name)
+        return real(video)
+
+    monkeypatch.setattr(rows_module, "fingerprint", counted)
+    asked = [BatchRow(0, tmp_path / name, question) for question in ("1", "2") for name in ("a", "b", "c")]
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text(name)
+    before, replaced = with_fingerprints(asked, {}, "h")
+    assert read == ["a", "b", "c"], "each is read once"
+    assert replaced == {}
+    assert len({row.fingerprint for row in before}) == 3
+    results = results_of(before)
+    (tmp_path / "b").write_text("another")
+    (tmp_path / "c").unlink()
+    now, replaced = with_fingerprints(asked, results, "h")
+    assert [row == other for row, other in zip(now, before, strict=True)] == [True, False, True] * 2
+    assert replaced == {before[n].key("h"): now[n].key("h") for n in (1, 4)}
+    assert with_fingerprints(asked, results, "other settings")[1] == {}
+    results |= results_of(now)
+    assert with_fingerprints(asked, results, "h") == (now, replaced), "a run that was killed left both"
+    (tmp_path / "b").unlink()
+    gone, replaced = with_fingerprints(asked, results, "h")
+    assert gone == now, "the last result stays"
+    assert set(replaced) == {before[n].key("h") for n in (1, 4)}
+
+
+def test_a_missing_video_that_appears_is_another_row(tmp_path: Path) -> None:
+    asked = [BatchRow(0, tmp_path / "a", "1")]
+    missing, _ = with_fingerprints(asked, {}, "h")
+    assert missing == asked
+    results = results_of(missing)
+    assert with_fingerprints(asked, results, "h") == (asked, {})
+    (tmp_path / "a").touch()
+    now, replaced = with_fingerprints(asked, results, "h")
+    assert replaced == {missing[0].key("h"): now[0].key("h")}
+
+
 def test_a_key_is_video_question_and_settings() -> None:
     row = BatchRow(1, Path("/v/a"), "b")
     assert row.key("h") == BatchRow(9, Path("/v/a"), "b", {"id": 1}).key("h")
     others = [BatchRow(1, Path("/v/b"), "b").key("h"), BatchRow(1, Path("/v/a"), "c").key("h"), row.key("i")]
-    assert len({row.key("h"), *others}) == 4
+    others.append(BatchRow(1, Path("/v/a"), "b", fingerprint="c").key("h"))
+    assert len({row.key("h"), *others}) == 5
     assert BatchRow(1, Path("/v"), '", "x').key("h") != BatchRow(1, Path('/v", "'), "x").key("h")

@@ -1,6 +1,7 @@
 """Tokens and memory worked out before a model is loaded, against the model, and what is said when they do not fit."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import save_file
-from test_pipeline import save_checkpoint
+from tiny_models_checkpoint import save_checkpoint
 
 from videoanchor_triton.anchor import memory
 from videoanchor_triton.anchor.config import VideoAnchorConfig
 from videoanchor_triton.integrations import cli, demo, pipeline
-from videoanchor_triton.integrations.budget import Planner
+from videoanchor_triton.integrations.budget import Planner, check_fits
 from videoanchor_triton.integrations.checkpoint import weight_bytes
 from videoanchor_triton.integrations.errors import InputError
 from videoanchor_triton.integrations.video.reader import VideoClip, write_video
@@ -22,6 +23,8 @@ from videoanchor_triton.integrations.video.sampling import uniform
 
 GATE = VideoAnchorConfig(alpha_k=1, alpha_v=1, pca_rank=16)
 GIB = 2**30
+LIMIT = memory.solver_memory_bytes(60, 16, torch.float32, 60)  # 20 frames of 3 tokens
+TIGHT = VideoAnchorConfig(alpha_k=1, alpha_v=1, pca_rank=16, algorithm="dense", memory_budget=LIMIT)
 
 
 def made_clip(n: int, height: int = 56, width: int = 84) -> VideoClip:
@@ -34,6 +37,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("checkpoint")
     demo.make_checkpoint(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: str) -> tuple[Any, Any]:
+    return pipeline.load(checkpoint, "cpu")
 
 
 @pytest.fixture
@@ -112,15 +120,13 @@ def test_the_largest_number_of_frames_for_the_memory(checkpoint: str, free: Any)
 def test_scores_past_their_own_budget(checkpoint: str, free: Any) -> None:
     """The solver may use less than what is free."""
     free(100 * GIB)
-    limit = memory.solver_memory_bytes(60, 16, torch.float32, 60)  # 20 frames of 3 tokens
-    tight = VideoAnchorConfig(alpha_k=1, alpha_v=1, pca_rank=16, algorithm="dense", memory_budget=limit)
-    planner = Planner(checkpoint, tight, max_new_tokens=10, device="cpu")
+    planner = Planner(checkpoint, TIGHT, max_new_tokens=10, device="cpu")
     clip = made_clip(40)
     problem = planner.budget(clip, "Why?").problem
     assert problem is not None
     assert "memory_budget" in problem
     assert planner.advice(clip, "Why?") == "try --max-frames 20"
-    uniform_scores = VideoAnchorConfig(alpha_k=1, alpha_v=1, scorer="uniform", memory_budget=limit)
+    uniform_scores = VideoAnchorConfig(alpha_k=1, alpha_v=1, scorer="uniform", memory_budget=LIMIT)
     assert Planner(checkpoint, uniform_scores, max_new_tokens=10, device="cpu").budget(clip, "Why?").problem is None
 
 
@@ -130,6 +136,35 @@ def test_weights_that_do_not_fit(checkpoint: str, free: Any) -> None:
     clip = made_clip(4)
     assert planner.largest(clip, "Why?") == 0
     assert "smaller checkpoint" in planner.advice(clip, "Why?")
+
+
+@pytest.mark.parametrize(
+    ("n_frames", "max_new_tokens", "settings"),
+    [
+        (60, 4096 - 150, GATE),
+        (59, 4096 - 80, GATE),
+        (59, 4096 - 190, GATE),
+        (60, 4096 - 15, GATE),
+        (40, 10, TIGHT),
+    ],
+    ids=["context", "odd", "one-too-many", "not-even-one", "scores"],
+)
+def test_a_loaded_model_refuses_in_the_same_words(
+    checkpoint: str, loaded: tuple[Any, Any], n_frames: int, max_new_tokens: int, settings: VideoAnchorConfig
+) -> None:
+    """`answer` needs no planner, and says what a planner would have said; what it advises is then taken."""
+    clip = made_clip(n_frames)
+    planner = Planner(checkpoint, settings, max_new_tokens=max_new_tokens, device="cpu")
+    expected = f"{planner.budget(clip, 'Why?').problem}: {planner.advice(clip, 'Why?')}"
+    with pytest.raises(InputError) as refused:
+        pipeline.answer(*loaded, clip, "Why?", settings, max_new_tokens=max_new_tokens)
+    assert str(refused.value) == expected
+    best = planner.largest(clip, "Why?")
+    for n in range(max(best, 1), best + 2):
+        fewer = clip.take(uniform(np.arange(float(n_frames)), n))
+        inputs, grid = pipeline.prepare(*loaded, fewer, "Why?")
+        with nullcontext() if n <= best else pytest.raises(InputError):
+            check_fits(loaded[0], inputs["input_ids"].shape[1], max_new_tokens, fewer, grid, settings)
 
 
 def test_memory_that_nobody_knows(checkpoint: str, free: Any) -> None:
@@ -164,7 +199,7 @@ def test_size_of_the_weights(tmp_path: Path) -> None:
         pytest.param({"device": "cuda:7"}, "no CUDA device", id="device"),
     ],
 )
-def test_wrong_arguments(checkpoint: str, options: dict[str, str], message: str) -> None:
+def test_wrong_arguments(checkpoint: str, options: dict[str, Any], message: str) -> None:
     if "device" in options and torch.cuda.is_available():
         pytest.skip("has a GPU")
     with pytest.raises(InputError, match=message):

@@ -2,71 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
-import transformers as hf
 from safetensors.numpy import load_file
+from tiny_models_checkpoint import save_checkpoint
 
 from videoanchor_triton.integrations import cli, pipeline, prompt
 from videoanchor_triton.integrations.errors import InputError
 from videoanchor_triton.integrations.token_grid import TokenGrid
 from videoanchor_triton.integrations.video.reader import read_video, write_video
-
-TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'video' %} <video> {% else %} {{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
-)
-
-
-def _tokenizer() -> Any:
-    """Words and the ids that the tiny models use for visual tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    special = {"<image>": tiny.IMAGE, "<video>": tiny.VIDEO, "<img>": tiny.VISION_START, "</img>": tiny.VISION_END}
-    vocabulary = {"[UNK]": 1, "[PAD]": tiny.PAD, **{f"word{i}": i for i in range(2, 190)}, **special}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        model_input_names=["input_ids", "attention_mask"],
-        extra_special_tokens={
-            "start_image_token": "<img>",
-            "end_image_token": "</img>",
-            "context_image_token": "<image>",
-            "image_token": "<image>",
-            "video_token": "<video>",
-        },
-    )
-
-
-def save_checkpoint(name: str, folder: Path) -> None:
-    model = tiny.build(name)
-    model.save_pretrained(folder)
-    size = {"height": 16, "width": 16}
-    if name == "internvl":
-        processor = hf.InternVLProcessor(
-            image_processor=hf.GotOcr2ImageProcessor(size=size),
-            tokenizer=_tokenizer(),
-            video_processor=hf.InternVLVideoProcessor(size=size),
-            image_seq_length=4,
-            chat_template=TEMPLATE,
-        )
-    else:
-        processor = hf.LlavaOnevisionProcessor(
-            image_processor=hf.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=[[16, 16]]),
-            tokenizer=_tokenizer(),
-            video_processor=hf.LlavaOnevisionVideoProcessor(size=size),
-            num_image_tokens=16,
-            vision_feature_select_strategy="full",
-            chat_template=TEMPLATE,
-        )
-    processor.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_pipeline import save_checkpoint
+from tiny_models_checkpoint import save_checkpoint
 
 from videoanchor_triton.integrations import cli
+from videoanchor_triton.integrations.batch import tensor_parallel
 from videoanchor_triton.integrations.batch.job import run_batch
 from videoanchor_triton.integrations.batch.progress import STAGES, BatchProgress
 from videoanchor_triton.integrations.batch.results import Record, ResultsLog
 from videoanchor_triton.integrations.batch.rows import BatchRow
+from videoanchor_triton.integrations.batch.tensor_parallel import TensorParallelWorker
 from videoanchor_triton.integrations.batch.worker import BatchJob, failed
 from videoanchor_triton.integrations.errors import InputError
 from videoanchor_triton.integrations.video.reader import write_video
@@ -27,6 +29,7 @@ pytest.importorskip("ray.data")
 
 from videoanchor_triton.integrations.batch.ray_engine import MAX_DEATHS, ray_engine  # noqa: E402
 
+TESTS = str(Path(__file__).parent)
 NUMBERS = {
     "tokens": {"generated": 2},
     "seconds": dict.fromkeys(STAGES, 0.5),
@@ -145,6 +148,31 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     )
     for name in ("key", "answer", "tokens", "input"):
         assert [record[name] for record in ours] == [record[name] for record in theirs]
+
+
+def split_worker(job: BatchJob) -> TensorParallelWorker:
+    sys.path.append(TESTS)
+    tensor_parallel._LAUNCH = "tensor_parallel_fake"
+    return TensorParallelWorker(job, 2)
+
+
+def test_an_actor_whose_processes_die(tmp_path: Path) -> None:
+    """The actor lives and starts others."""
+    rows = [BatchRow(n, Path("/a.mp4"), question) for n, question in enumerate(("q0", "dies", "q2"))]
+    job = make_job(tmp_path)
+    records = list(ray_engine(job, [rows], n_actors=1, tensor_parallel=2, make_worker=split_worker))
+    assert [(record["question"], record["status"]) for record in records] == [
+        ("q0", "done"),
+        ("dies", "failed"),
+        ("q2", "done"),
+    ]
+    starts = ["2 processes", "q0", "dies", "2 processes", "q2"]
+    assert (tmp_path / "begun").read_text().splitlines() == starts, "each row once"
+
+
+def test_more_processes_than_a_machine_has_cores(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="2 cores, room for 0 of them, each on one machine with 3 cores"):
+        list(ray_engine(make_job(tmp_path), [], tensor_parallel=3))
 
 
 def test_more_gpus_than_there_are(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from videoanchor_triton.integrations.errors import InputError
-from videoanchor_triton.integrations.video.reader import read_video, write_video
+from videoanchor_triton.integrations.video.reader import read_video, stream_video, write_video
+from videoanchor_triton.integrations.video.sampling import Choice
 
 
 def grey_frames(n: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -143,6 +144,28 @@ def test_what_is_no_video(tmp_path: Path, make: Callable[[Path], object], messag
     make(path)
     with pytest.raises(InputError, match=message):
         read_video(path)
+
+
+def test_known_times(clip: Path) -> None:
+    """A file that shows frames at other times than before, or does not have them, is refused before any is decoded."""
+    assert numbers(read_video(clip, indices=[3, 9], known_times={3: 0.3751, 39: 4.875}).frames) == [3, 9]
+    with pytest.raises(
+        InputError, match=r"clip\.mp4 has no frame 3 at 0\.377 s, as it had before: it is another video"
+    ):
+        read_video(clip, indices=[50], known_times={0: 0.0, 3: 0.377})
+    with pytest.raises(InputError, match="another video"):
+        next(stream_video(clip, known_times={40: 5.0}))
+
+
+@pytest.mark.parametrize("known", [(0, 0.0), (2, 1.0009)], ids=str)
+def test_a_known_time(known: tuple[int, float]) -> None:
+    Choice(None, 1, "uniform", None, [known]).check_known_times(np.array([0.0, 0.1, 1.0]), Path("clip"))
+
+
+@pytest.mark.parametrize("known", [(0, 0.0011), (2, 0.1), (3, 1.5), (-1, 1.0), (1, float("nan"))], ids=str)
+def test_a_time_of_another_video(known: tuple[int, float]) -> None:
+    with pytest.raises(InputError, match="another video"):
+        Choice(None, 1, "uniform", None, [(1, 0.1), known]).check_known_times(np.array([0.0, 0.1, 1.0]), Path("clip"))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Which frames are decoded and how they come out: seeks, scenes, rotation, pixels that are not square."""
 
+import importlib
+import json
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -275,3 +277,31 @@ def test_a_name_like_a_protocol_is_a_file(tmp_path: Path, monkeypatch: pytest.Mo
     write(tmp_path / "movie.mkv", counted(5)).rename(tmp_path / "pipe:0")
     monkeypatch.chdir(tmp_path)
     assert spelled(read_video("pipe:0").frames) == list(range(5))
+
+
+def test_benchmark_times_only_what_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    video_decoding: Any = importlib.import_module("video_decoding")
+    read = video_decoding.by_read_video
+
+    def late(path: Path, indices: list[int]) -> Any:
+        times, frames = read(path, indices)
+        return times + 1e-5, frames
+
+    def darker(path: Path, indices: list[int]) -> Any:
+        times, frames = read(path, indices)
+        return times, frames - np.minimum(frames, 3)
+
+    def without_libraries(_path: Path, _indices: list[int]) -> Any:
+        raise RuntimeError("no FFmpeg\nat all")
+
+    wrong = {"late": late, "darker": darker, "without": without_libraries}
+    right = {name: video_decoding.CONTENDERS[name] for name in ("read_video", "VideoFile")}
+    monkeypatch.setattr(video_decoding, "CONTENDERS", right | wrong)
+    assert video_decoding.main(["--quick", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "video-decoding.json").read_text())["rows"]
+    reasons = [(row["contender"], row["reason"]) for row in rows if row["keyframe_seconds"] == 2]
+    expected = ["", "", "other times", "other pixels", "RuntimeError: no FFmpeg"]
+    assert reasons == list(zip(video_decoding.CONTENDERS, expected, strict=True))
+    assert [row["seconds"] is None for row in rows] == [False, False, True, True, True] * 2
+    assert "RuntimeError: no FFmpeg" in (tmp_path / "video-decoding.md").read_text()

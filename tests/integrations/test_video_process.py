@@ -1,4 +1,5 @@
-"""The process that reads a video hangs, crashes, is interrupted, or loses its parent: nobody else is hurt."""
+"""The process that reads a video hangs, crashes, is interrupted, or loses its parent: nobody else is hurt; whether a
+clip is read, its frames one at a time, or those of a finished run for its pictures."""
 
 import json
 import os
@@ -8,6 +9,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +18,11 @@ import pytest
 
 from videoanchor_triton.integrations import cli
 from videoanchor_triton.integrations.errors import InputError
+from videoanchor_triton.integrations.token_grid import TokenGrid
 from videoanchor_triton.integrations.video import process
-from videoanchor_triton.integrations.video.reader import read_video, write_video
+from videoanchor_triton.integrations.video.reader import read_video, stream_video, write_video
+from videoanchor_triton.integrations.viz.finished_run import FinishedRun
+from videoanchor_triton.integrations.viz.frames import read_clip, source_frames
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +71,66 @@ def test_a_decoder_that_crashes_is_wrong_input(
     crash = on_first_frame(lambda: os.kill(children[0].pid, sent))
     with pytest.raises(InputError, match=rf"clip\.mp4: the process that reads it died \({sent.name}"):
         read_video(clip, max_frames=60, progress=crash)
+
+
+def test_frames_one_at_a_time(clip: Path, children: list[subprocess.Popen]) -> None:
+    """All of them, with their times, and never many of them in memory."""
+    whole, n = read_video(clip, max_frames=60), -1
+    tracemalloc.start()
+    try:
+        for n, (seconds, frame) in enumerate(stream_video(clip)):
+            assert seconds == whole.timestamps[n]
+            np.testing.assert_array_equal(frame, whole.frames[n])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert n == 59
+    assert peak < whole.frames.nbytes / 6
+    assert len(children) == 2
+
+
+def test_a_generator_that_is_closed_ends_the_child(clip: Path, children: list[subprocess.Popen]) -> None:
+    frames = stream_video(clip)
+    assert children == []
+    next(frames)
+    assert children[0].poll() is None
+    frames.close()
+    assert children[0].returncode == -signal.SIGKILL
+
+
+@pytest.fixture
+def finished(clip: Path) -> FinishedRun:
+    """A run on three frames of the clip."""
+    indices, nothing = np.array([5, 30, 55]), np.zeros(3, np.float32)
+    return FinishedRun(Path("run"), {"video": str(clip)}, TokenGrid(3, 1, 1), nothing, nothing, indices / 8, indices)
+
+
+HINT = "where the run's video is elsewhere, give --video FILE"
+
+
+def test_a_hanging_video_ends_the_pictures(clip: Path, finished: FinishedRun, children: list[subprocess.Popen]) -> None:
+    stop = on_first_frame(lambda: os.kill(children[0].pid, signal.SIGSTOP))
+    with pytest.raises(InputError, match=rf"clip\.mp4: .* no progress for 2 s .*{HINT}"):
+        read_clip(finished, clip, stop, timeout=2)
+    frames = source_frames(finished, clip, lambda *_: None, timeout=2)
+    assert next(frames)[0] == 0.0
+    os.kill(children[1].pid, signal.SIGSTOP)
+    with pytest.raises(InputError, match=rf"clip\.mp4: .* no progress for 2 s .*{HINT}"):
+        list(frames)
+    assert [child.returncode for child in children] == [-signal.SIGKILL] * 2
+
+
+def test_a_crashing_video_ends_the_pictures(
+    clip: Path, finished: FinishedRun, children: list[subprocess.Popen]
+) -> None:
+    crash = on_first_frame(lambda: os.kill(children[0].pid, signal.SIGSEGV))
+    with pytest.raises(InputError, match=rf"the process that reads it died \(SIGSEGV.*{HINT}"):
+        read_clip(finished, clip, crash)
+    frames = source_frames(finished, clip, lambda *_: None)
+    next(frames)
+    os.kill(children[1].pid, signal.SIGABRT)
+    with pytest.raises(InputError, match=rf"the process that reads it died \(SIGABRT.*{HINT}"):
+        list(frames)
 
 
 def test_a_bug_in_the_decoder_names_itself(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from videoanchor_triton.integrations.errors import InputError
-from videoanchor_triton.integrations.video.reader import read_video, write_video
+from videoanchor_triton.integrations.video.reader import read_video, stream_video, write_video
 
 
 def save(path: Path, value: int, height: int = 30, width: int = 41) -> None:
@@ -90,6 +90,17 @@ def test_pixels_of_other_kinds(tmp_path: Path) -> None:
     Image.new("F", (6, 4), 0.5).save(tmp_path / "float.tif")
     with pytest.raises(InputError, match=r"float\.tif .* mode F"):
         read_video(tmp_path / "float.tif")
+
+
+def test_views_one_at_a_time(tmp_path: Path) -> None:
+    for n, height in enumerate((30, 20, 40)):
+        save(tmp_path / f"view{n}.png", 50 + n, height=height)
+    found = list(stream_video(tmp_path, known_times={2: 2.0}))
+    assert [(seconds, frame.shape, frame[20, 20, 0]) for seconds, frame in found] == [
+        (float(n), (40, 41, 3), 50 + n) for n in range(3)
+    ]
+    with pytest.raises(InputError, match=r"has no frame 3 at 3\.000 s"):
+        next(stream_video(tmp_path, known_times={3: 3.0}))
 
 
 def test_one_broken_image_names_itself(tmp_path: Path) -> None:

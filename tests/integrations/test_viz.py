@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file
-from test_pipeline import save_checkpoint
+from tiny_models_checkpoint import save_checkpoint
 
 from videoanchor_triton.anchor.config import VideoAnchorConfig
 from videoanchor_triton.anchor.problem import token_features
@@ -200,6 +200,18 @@ def test_single_frames(run_folder: Path, gallery: Path, kind: str) -> None:
             _check_colours(np.asarray(picture), colours[n // 2], source, tolerance=1.5)
 
 
+@pytest.fixture
+def nothing_is_decoded_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What decodes videos and opens images may only run in the child, which has its own."""
+
+    def refused(*_: object) -> Any:
+        raise AssertionError("a video is decoded in the main process")
+
+    monkeypatch.setattr("videoanchor_triton.integrations.video.decoding.VideoFile", refused)
+    monkeypatch.setattr("videoanchor_triton.integrations.video.views.read_views", refused)
+
+
+@pytest.mark.usefixtures("nothing_is_decoded_here")
 def test_overlay_of_all_frames(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every frame of the video, when it is shown there, with the tokens of the sampled frame nearest in time."""
     arguments = ["viz", str(run_folder), "--what", "overlay", "--all-frames", "--out", str(tmp_path), "--json"]
@@ -254,6 +266,7 @@ def test_another_backbone(name: str, n_extra: int, tmp_path: Path, capsys: pytes
     assert [row["step"] for row in rows].count("") == n_extra
 
 
+@pytest.mark.usefixtures("nothing_is_decoded_here")
 def test_default_needs_no_model(run_folder: Path, tmp_path: Path) -> None:
     """Beside the run, without its model, and with the video elsewhere."""
     moved = Path(shutil.copytree(run_folder, tmp_path / "run"))
@@ -285,7 +298,13 @@ def test_another_model_is_told(run_folder: Path, tmp_path: Path, capsys: pytest.
         pytest.param(("run", "--what", "csv", "--all-frames"), "--all-frames", id="all-frames"),
         pytest.param(("run", "--video", "gone.mp4"), "no video at gone.mp4", id="video-gone"),
         pytest.param(("run", "--video", "other.mp4"), "it is another video", id="another-video"),
+        pytest.param(
+            ("run", "--video", "other.mp4", "--what", "overlay", "--all-frames"),
+            "it is another video",
+            id="another-video-all-frames",
+        ),
         pytest.param(("run", "--video", "broken.mp4"), "cannot be read as a video", id="broken-video"),
+        pytest.param(("run", "--video", "damaged.mp4"), "of the run's frames cannot be decoded", id="damaged-video"),
         pytest.param(("moved",), "is no longer at moved.mp4: give --video", id="video-moved"),
         pytest.param(("run", "--what", "affinity", "--model", "./gone"), "cannot be loaded", id="model"),
         pytest.param(("run", "--out", "broken.mp4"), "is a file", id="out-is-a-file"),
@@ -303,6 +322,10 @@ def test_wrong_input_is_one_line_and_exit_2(
 ) -> None:
     write_video(tmp_path / "other.mp4", moving_pattern(4, 84, 112), fps=4)
     (tmp_path / "broken.mp4").write_bytes(b"\0" * 5000)
+    damaged = bytearray((run_folder.parent / "clip.mp4").read_bytes())
+    end = damaged.index(b"moov")
+    damaged[end - 2000 : end] = bytes(2000)
+    (tmp_path / "damaged.mp4").write_bytes(damaged)
     for name in ("run", "moved", "mixed", "cut"):
         shutil.copytree(run_folder, tmp_path / name)
     record = json.loads((run_folder / "result.json").read_text())
@@ -313,7 +336,7 @@ def test_wrong_input_is_one_line_and_exit_2(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["viz", *options]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "run" / "viz").exists()
+    assert not list((tmp_path / "run").glob("viz/*"))
 
 
 def test_other_visual_tokens_are_refused(
@@ -328,6 +351,11 @@ def test_other_visual_tokens_are_refused(
     assert cli.main(["viz", str(run_folder), "--what", "attention", "--out", str(tmp_path)]) == 2
     assert "makes 12 visual tokens of this video, the run had 36" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_figure_alone(run_folder: Path, tmp_path: Path) -> None:
+    assert cli.main(["viz", str(run_folder), "--what", "attention", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"attention.png", "attention.csv"}
 
 
 def test_what_was_finished_stays(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -337,9 +337,6 @@ def test_frames_of_a_video_with_uneven_times(tmp_path: Path) -> None:
 
     def silent(*_args: Any) -> None: ...
 
-    found = list(source_frames(path, silent))
-    np.testing.assert_allclose([seconds for seconds, _ in found], np.array(times) / 10, atol=1e-6)
-    np.testing.assert_allclose([frame.mean() for _, frame in found], levels, atol=3)
     scores = np.zeros(3, np.float32)
     run = FinishedRun(
         tmp_path, {"video": str(path)}, TokenGrid(3, 1, 1), scores, scores.astype(int), np.array([0.4, 1.1, 3.1]),
@@ -348,9 +345,14 @@ def test_frames_of_a_video_with_uneven_times(tmp_path: Path) -> None:
     clip = read_clip(run, path, silent)
     np.testing.assert_allclose(clip.frames.mean((1, 2, 3)), [60, 140, 220], atol=3)
     assert clip.n_source_frames == 6
+    found = list(source_frames(run, path, silent))
+    np.testing.assert_allclose([seconds for seconds, _ in found], np.array(times) / 10, atol=1e-6)
+    np.testing.assert_allclose([frame.mean() for _, frame in found], levels, atol=3)
     other = FinishedRun(tmp_path, {}, run.grid, scores, run.labels, run.timestamps + 0.1, run.indices)
     with pytest.raises(InputError, match="another video"):
         read_clip(other, path, silent)
+    with pytest.raises(InputError, match="another video"):
+        next(source_frames(other, path, silent))
 
 
 def test_views_of_a_folder(tmp_path: Path) -> None:
@@ -364,4 +366,4 @@ def test_views_of_a_folder(tmp_path: Path) -> None:
     )
     clip = read_clip(run, tmp_path, lambda *_: None)
     assert clip.frames[:, 0, 0, 0].tolist() == [60, 140]
-    assert [float(frame.mean()) for _, frame in source_frames(tmp_path, lambda *_: None)] == [20, 60, 100, 140]
+    assert [float(frame.mean()) for _, frame in source_frames(run, tmp_path, lambda *_: None)] == [20, 60, 100, 140]
