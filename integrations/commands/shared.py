@@ -89,17 +89,22 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
         default="uniform",
         help="frames at even distances, or at least one of each scene; default: %(default)s",
     )
+    add_timeout_option(parser)
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="take as many frames as fit the model's context and the memory, instead of refusing too many",
+    )
+
+
+def add_timeout_option(parser: argparse.ArgumentParser) -> None:
+    """--timeout, of `read_video`."""
     parser.add_argument(
         "--timeout",
         type=float,
         default=120.0,
         metavar="SECONDS",
         help="give a video up that cannot be read any further for so long; default: %(default)g",
-    )
-    parser.add_argument(
-        "--fit",
-        action="store_true",
-        help="take as many frames as fit the model's context and the memory, instead of refusing too many",
     )
 
 

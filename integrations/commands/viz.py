@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from ..errors import InputError
-from .shared import Commands, ProgressLine, check_extras, prepare_libraries
+from .shared import Commands, ProgressLine, add_timeout_option, check_extras, prepare_libraries
 
 MODEL_FREE = ("sheet", "overlay", "csv")
 PARTS = (*MODEL_FREE, "frames", "affinity", "attention")
@@ -37,6 +37,7 @@ def add(commands: Commands) -> None:
     )
     viz.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/viz")
     viz.add_argument("--video", type=Path, metavar="FILE", help="where the video is now; default: where the run had it")
+    add_timeout_option(viz)
     viz.add_argument("--format", choices=("png", "pdf"), default="png", help="of the figures; default: %(default)s")
     viz.add_argument(
         "--all-frames",
@@ -67,7 +68,7 @@ def _viz(args: argparse.Namespace) -> int:
     from ..viz.render import Gallery
 
     progress = ProgressLine(not args.json)
-    gallery = Gallery(run, out, args.video, args.format, progress)
+    gallery = Gallery(run, out, args.video, args.format, args.timeout, progress)
     try:
         for part in parts:
             if part == "overlay":

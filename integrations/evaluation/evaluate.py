@@ -14,7 +14,7 @@ import numpy as np
 
 from ...anchor.config import VideoAnchorConfig
 from ..batch.results import ResultsLog
-from ..batch.rows import BatchRow, read_rows
+from ..batch.rows import BatchRow, fingerprint, read_rows
 from ..errors import InputError
 from .metrics import Metric, exact_match, score
 
@@ -39,6 +39,7 @@ class Question:
         metric: see `metrics.score`.
         options: texts of the choices A, B, ..., without letters.
         type: the kind of question; results are given for each.
+        fingerprint: of the video's content, see `batch.rows.fingerprint`.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Question:
     metric: Metric
     options: tuple[str, ...]
     type: str
+    fingerprint: str | None = None
 
     def prompt(self) -> str:
         """The question as VSI-Bench asks it."""
@@ -80,9 +82,8 @@ class Setting:
     def key(self, question: Question) -> str:
         """32 hexadecimal digits that differ where the reply may."""
         config = {name: value for name, value in self.config.to_dict().items() if name != "memory_budget"}
-        return digest(
-            str(question.video), question.prompt(), config, self.max_frames, self.run, version("videoanchor-triton")
-        )
+        video = [str(question.video), question.fingerprint]
+        return digest(video, question.prompt(), config, self.max_frames, self.run, version("videoanchor-triton"))
 
     def baseline(self) -> "Setting":
         """The same frames and checkpoint with all alphas 0. Scores are uniform: without a gate nobody looks at them."""
@@ -114,7 +115,8 @@ def read_questions(source: Path) -> list[Question]:
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise InputError(f"{source}: no video at {', '.join(missing[:3])}{more}: paths start at the folder of the file")
-    return list(questions.values())
+    prints = {video: fingerprint(video) for video in {question.video for question in questions.values()}}
+    return [replace(question, fingerprint=prints[question.video]) for question in questions.values()]
 
 
 def _question(row: BatchRow) -> Question:

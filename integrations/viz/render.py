@@ -28,15 +28,24 @@ class Gallery:
         out: folder of the files, made if missing.
         video: where the video is now; None for where the run had it.
         suffix: format of the figures, "png" or "pdf".
+        timeout: see `read_video`.
         progress: shows how far it is.
 
     Attributes:
         report: what was made: "files" (and the folder of frames), and numbers of the figures.
     """
 
-    def __init__(self, run: FinishedRun, out: Path, video: Path | None, suffix: str, progress: "ProgressLine") -> None:
+    def __init__(
+        self,
+        run: FinishedRun,
+        out: Path,
+        video: Path | None,
+        suffix: str,
+        timeout: float,
+        progress: "ProgressLine",
+    ) -> None:
         self._run, self._out, self._suffix, self._progress = run, out, suffix, progress
-        self._asked_video = video
+        self._asked_video, self._timeout = video, timeout
         self.report: dict[str, Any] = {"files": []}
 
     @cached_property
@@ -45,7 +54,7 @@ class Gallery:
 
     @cached_property
     def _clip(self) -> VideoClip:
-        return read_clip(self._run, self._video, self._progress)
+        return read_clip(self._run, self._video, self._progress, self._timeout)
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
@@ -81,7 +90,7 @@ class Gallery:
 
     def _frames(self, all_frames: bool) -> Generator[tuple[float, np.ndarray]]:
         if all_frames:
-            yield from source_frames(self._run, self._video, self._progress)
+            yield from source_frames(self._run, self._video, self._progress, self._timeout)
         else:
             yield from zip(self._run.timestamps, self._clip.frames, strict=True)
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,9 @@ def test_keys_change_with_what_replies_depend_on() -> None:
         (Setting("gate", GATE, 8, (("model", "n"),)), asked),
         (setting, question(2)),
         (setting, question(1, video="b.mp4")),
+        (setting, replace(asked, fingerprint="of another file of this name")),
     ]
-    assert len({setting.key(asked), *(one.key(other) for one, other in others)}) == 6
+    assert len({setting.key(asked), *(one.key(other) for one, other in others)}) == 7
     assert Setting("another name", GATE, 8, (("model", "m"),)).key(asked) == setting.key(asked)
     assert setting.key(question(1, answer="B")) == setting.key(asked)  # replies do not depend on the right answer
 

@@ -305,6 +305,12 @@ def test_another_model_is_told(run_folder: Path, tmp_path: Path, capsys: pytest.
         ),
         pytest.param(("run", "--video", "broken.mp4"), "cannot be read as a video", id="broken-video"),
         pytest.param(("run", "--video", "damaged.mp4"), "of the run's frames cannot be decoded", id="damaged-video"),
+        pytest.param(("run", "--timeout", "0"), "timeout: expected a positive number", id="timeout"),
+        pytest.param(
+            ("run", "--timeout", "-1", "--what", "overlay", "--all-frames"),
+            "timeout: expected a positive number",
+            id="timeout-all-frames",
+        ),
         pytest.param(("moved",), "is no longer at moved.mp4: give --video", id="video-moved"),
         pytest.param(("run", "--what", "affinity", "--model", "./gone"), "cannot be loaded", id="model"),
         pytest.param(("run", "--out", "broken.mp4"), "is a file", id="out-is-a-file"),
