@@ -40,16 +40,22 @@ class _Pool:
         for name in ("token", "candidates", "n_iter", "rounds"):
             setattr(self, name, getattr(self, name)[rows])
 
-    def solution(self, everything: Dictionary, rows: Tensor) -> Rows:
+    def slopes(self, everything: Dictionary, rows: Tensor) -> Tensor:
+        """(b, N) slopes of all atoms for some rows (b,), divided by their dictionary's penalty; 0 for the token itself.
+
+        The step is brought to the units of that dictionary, whose penalty is another.
+        """
+        ratio = self.admm.dictionary.rho / everything.rho
+        step = ratio * self.admm.step[rows]
+        step[:, everything.rank :] *= ratio**0.5
+        return (step @ everything.factor).scatter_(1, self.token[rows, None], 0.0)
+
+    def solution(self, rows: Tensor, largest_slope: Tensor) -> Rows:
         """What some rows (b,) have come to, with the gap over all atoms: those that are no candidates have weight 0."""
-        admm = self.admm
-        slopes = (_step_over_all_atoms(everything, admm, rows) @ everything.factor).scatter_(
-            1, self.token[rows, None], 0.0
-        )
-        coefficients = admm.coefficients(rows)
-        gap = admm.relative_gap(rows, coefficients, slopes.abs_().amax(1).double() * everything.rho)
+        coefficients = self.admm.coefficients(rows)
+        gap = self.admm.relative_gap(rows, coefficients, largest_slope)
         order = coefficients.abs().argsort(dim=1, descending=True)
-        values = admm.of_unit_sum(coefficients).gather(1, order)
+        values = self.admm.of_unit_sum(coefficients).gather(1, order)
         return Rows(self.candidates[rows].gather(1, order), values, gap, self.n_iter[rows])
 
     def join(self, other: "_Pool") -> None:
@@ -105,13 +111,15 @@ def solve_working_sets(
         staying[rows] = False
         if staying.all():
             continue
-        solved, token = pool.solution(everything, rows), pool.token[rows]
+        slopes, token = pool.slopes(everything, rows), pool.token[rows]
+        solved = pool.solution(rows, torch.maximum(slopes.amax(1), -slopes.amin(1)).double() * everything.rho)
         accepted = solved.gap <= options.tol
         found[token[accepted]] = solved[accepted]
         done(int(accepted.sum()))
         again = ~accepted & (pool.rounds[rows] < ROUNDS)
         missed[token[~accepted & ~again]] = True
-        whole = _over_all_atoms(everything, pool, rows[again])
+        slopes = slopes[again]
+        whole = _over_all_atoms(everything, pool, rows[again], slopes)
         changed = _over_candidates(tokens, whole, token[again], k, options)
         changed.n_iter.copy_(pool.n_iter[rows[again]])
         changed.rounds.copy_(pool.rounds[rows[again]] + 1)
@@ -158,11 +166,15 @@ def _over_candidates(tokens: Tensor, whole: Admm, own: Tensor, k: int, options: 
     return _Pool(admm, own, candidates, torch.full_like(own, SEED_ITERATIONS), torch.ones_like(own))
 
 
-def _over_all_atoms(everything: Dictionary, pool: _Pool, rows: Tensor) -> Admm:
-    """Some rows over all atoms: an atom that is no candidate has coefficient 0, and so the state slope / rho."""
+def _over_all_atoms(everything: Dictionary, pool: _Pool, rows: Tensor, slopes: Tensor) -> Admm:
+    """Some rows over all atoms: an atom that is no candidate has coefficient 0, and so the state slope / rho.
+
+    Args:
+        slopes: (b, N), see `_Pool.slopes`; written over.
+    """
     admm, rank = pool.admm, everything.rank
     ratio = admm.dictionary.rho / everything.rho
-    step, offset = _step_over_all_atoms(everything, admm, rows), admm.offset[rows]
+    offset = admm.offset[rows]
     offset[:, rank:] *= ratio**0.5
     coefficients = admm.coefficients(rows)
     candidates_state = coefficients + ratio * (admm.state[rows] - coefficients)
@@ -172,15 +184,7 @@ def _over_all_atoms(everything: Dictionary, pool: _Pool, rows: Tensor) -> Admm:
         pool.token[rows],
         error_bound=admm.error_bound,
         relaxation=admm.relaxation,
-        start=(step @ everything.factor).scatter_(1, pool.candidates[rows], candidates_state),
+        start=slopes.scatter_(1, pool.candidates[rows], candidates_state),
     )
-    whole.step, whole.offset = step, offset
+    whole.offset = offset
     return whole
-
-
-def _step_over_all_atoms(everything: Dictionary, admm: Admm, rows: Tensor) -> Tensor:
-    """The step of some rows in the units of the dictionary of all atoms, which has another penalty."""
-    ratio = admm.dictionary.rho / everything.rho
-    step = ratio * admm.step[rows]
-    step[:, everything.rank :] *= ratio**0.5
-    return step

@@ -79,7 +79,7 @@ def _eval(args: argparse.Namespace) -> int:
     settings = ev.ablations(setting, args.ablate)
     questions = ev.read_questions(args.questions)
     from ..batch.results import ResultsLog
-    from ..evaluation import report as report
+    from ..evaluation import report
 
     progress = ProgressLine(not args.json)
     with ResultsLog(args.out / "replies.jsonl") as log:
