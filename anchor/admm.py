@@ -265,6 +265,10 @@ class Rows:
     def __getitem__(self, rows: Tensor | slice) -> "Rows":
         return Rows(self.indices[rows], self.values[rows], self.gap[rows], self.n_iter[rows])
 
+    def to(self, dtype: torch.dtype) -> "Rows":
+        """With values in another precision."""
+        return Rows(self.indices, self.values.to(dtype), self.gap, self.n_iter)
+
     def __setitem__(self, rows: Tensor | slice, other: "Rows") -> None:
         self.indices[rows], self.values[rows] = other.indices, other.values
         self.gap[rows], self.n_iter[rows] = other.gap, other.n_iter

@@ -12,6 +12,7 @@ SMALLEST_BLOCK = 16
 FEWEST_FOR_PRODUCTS = 128
 FEWEST_ON_A_GPU = 1024
 CPU_CACHE_BYTES = 1 << 20
+FEWEST_CANDIDATES = 128
 
 
 def chunk_rows(n_tokens: int) -> int:
@@ -29,8 +30,8 @@ def kept_coefficients(rank: int, n_atoms: int) -> int:
 
 
 def candidate_atoms(rank: int, n_tokens: int) -> int:
-    """Atoms of a working set."""
-    return min(n_tokens - 1, max(4 * (rank + 1), kept_coefficients(rank, n_tokens)))
+    """Atoms of a working set: of those that are no part of the optimum, twice as many as can be."""
+    return min(n_tokens - 1, max(3 * (rank + 1), FEWEST_CANDIDATES))
 
 
 def solver_memory_bytes(n_tokens: int, rank: int, dtype: torch.dtype, block: int) -> int:

@@ -12,9 +12,13 @@ from .memory import candidate_atoms
 from .options import SolverOptions
 from .problem import Problem
 
-SEED_ITERATIONS = 120  # over all atoms, to find the first candidates
+SEED_ITERATIONS = 20  # over all atoms, to find the first candidates
 ROUNDS = 50  # sets of candidates that are tried before a token goes back to all atoms, which costs far more
-INNER_TOLERANCE = 0.8  # times tol: the gap over all atoms is wider than the one over the candidates
+# A set of candidates is iterated until its own gap is this part of the gap over all atoms, at first LOOSE: what they
+# lack shows long before they have converged. The gap over all atoms is wider, so the last ones go below tol.
+LOOSE, PART_OF_GAP, PART_OF_TOL = 0.1, 0.3, 0.8
+# Where float32 has not converged by then, its rounding may be what keeps the gap open.
+FLOAT32_ITERATIONS = 2000
 
 
 @dataclass
@@ -27,6 +31,7 @@ class _Pool:
         candidates: (b, K) int64 atoms.
         n_iter: (b,) int64 iterations so far, those over all atoms included.
         rounds: (b,) int64 sets of candidates so far.
+        enough: (b,) float64, the gap over the candidates from which on all atoms are looked at.
     """
 
     admm: Admm
@@ -34,20 +39,22 @@ class _Pool:
     candidates: Tensor
     n_iter: Tensor
     rounds: Tensor
+    enough: Tensor
 
     def keep(self, rows: Tensor) -> None:
         self.admm.keep(rows)
-        for name in ("token", "candidates", "n_iter", "rounds"):
+        for name in ("token", "candidates", "n_iter", "rounds", "enough"):
             setattr(self, name, getattr(self, name)[rows])
 
-    def slopes(self, everything: Dictionary, rows: Tensor) -> Tensor:
-        """(b, N) slopes of all atoms for some rows (b,), divided by their dictionary's penalty; 0 for the token itself.
+    def join(self, other: "_Pool") -> None:
+        self.admm.join(other.admm)
+        for name in ("token", "candidates", "n_iter", "rounds", "enough"):
+            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
 
-        The step is brought to the units of that dictionary, whose penalty is another.
-        """
-        ratio = self.admm.dictionary.rho / everything.rho
-        step = ratio * self.admm.step[rows]
-        step[:, everything.rank :] *= ratio**0.5
+    def slopes(self, everything: Dictionary, rows: Tensor) -> Tensor:
+        """(b, N) slopes of all atoms for some rows (b,), divided by the penalty; 0 for the token itself."""
+        step = self.admm.step[rows]
+        step[:, everything.rank :] *= (self.admm.dictionary.rho / everything.rho) ** 0.5
         return (step @ everything.factor).scatter_(1, self.token[rows, None], 0.0)
 
     def solution(self, rows: Tensor, largest_slope: Tensor) -> Rows:
@@ -58,22 +65,18 @@ class _Pool:
         values = self.admm.of_unit_sum(coefficients).gather(1, order)
         return Rows(self.candidates[rows].gather(1, order), values, gap, self.n_iter[rows])
 
-    def join(self, other: "_Pool") -> None:
-        self.admm.join(other.admm)
-        for name in ("token", "candidates", "n_iter", "rounds"):
-            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
-
 
 def solve_working_sets(
     problem: Problem, options: SolverOptions, block: int, dtype: torch.dtype, done: Callable[[int], None]
 ) -> Rows:
     """Express every token over a few atoms, which the certificate over all atoms proves to be enough.
 
-    A short run over all atoms picks a token's candidates: the atoms of largest state, which are the active ones and
-    then those nearest to being active. Where the iterates over the candidates have converged, the slopes of all atoms
-    give the gap of the whole problem. If it is above the tolerance the same rule picks new candidates: the active atoms
-    and those that violate the optimality conditions most. A token that needs more than `ROUNDS` sets of candidates or
-    options.max_iter iterations is solved over all atoms, from the start.
+    A short run over all atoms picks a token's first candidates, the atoms of largest state. From then on the iterates
+    over the candidates give a point of the dual problem, and its slopes over all atoms the gap of the whole problem. If
+    that is above the tolerance, the atoms of largest coefficients stay candidates, and those that violate the
+    optimality conditions most join them. A token that does not converge in float32 starts again in float64. One that
+    needs more than `ROUNDS` sets of candidates or options.max_iter iterations there is solved over all atoms, from the
+    start.
 
     Args:
         problem: N >= 2 tokens of rank r.
@@ -86,105 +89,137 @@ def solve_working_sets(
         Rows of all tokens. Their gap is the one over all atoms.
 
     Raises:
-        FloatingPointError: the iteration left the range of dtype.
+        FloatingPointError: the iteration left the range of float64.
     """
     rank, n_tokens = problem.atoms.shape
-    device = problem.atoms.device
     tokens = problem.atoms.T.contiguous()
-    everything = Dictionary.of(problem.atoms, affine=problem.affine, rho=options.penalty(n_tokens), dtype=dtype)
-    k = candidate_atoms(rank, n_tokens)
-    found = Rows.empty(n_tokens, k, dtype, device)
-    missed = torch.zeros(n_tokens, dtype=torch.bool, device=device)
-    first, *queue = torch.arange(n_tokens, device=device).split(block)
-    pool = _first_candidates(problem, tokens, everything, first, k, options)
+    found = Rows.empty(n_tokens, candidate_atoms(rank, n_tokens), dtype, tokens.device)
+    missed = torch.arange(n_tokens, device=tokens.device)
+
+    def dictionary(dtype: torch.dtype) -> Dictionary:
+        return Dictionary.of(problem.atoms, affine=problem.affine, rho=options.penalty(n_tokens), dtype=dtype)
+
+    if dtype == torch.float32:
+        max_iter = min(FLOAT32_ITERATIONS, options.max_iter)
+        missed = _solve(problem, dictionary(dtype), tokens, missed, found, options, max_iter, block, done)
+        block = max(1, block // 2)
+    everything = dictionary(torch.float64)
+    missed = _solve(problem, everything, tokens, missed, found, options, options.max_iter, block, done)
+    for own in missed.split(block):
+        found[own] = solve_block(
+            problem, everything, tokens[own], own, options, keep=found.indices.shape[1], done=done
+        ).to(dtype)
+    return found
+
+
+def _solve(
+    problem: Problem,
+    everything: Dictionary,
+    tokens: Tensor,
+    own: Tensor,
+    found: Rows,
+    options: SolverOptions,
+    max_iter: int,
+    block: int,
+    done: Callable[[int], None],
+) -> Tensor:
+    """Solve some tokens (b,), in the precision of the dictionary, into `found`; returns those that did not converge."""
+    missed = torch.zeros(len(tokens), dtype=torch.bool, device=own.device)
+    first, *queue = own.split(block)
+    pool = _first_candidates(problem, everything, tokens, first, options)
     while queue or len(pool.token):
         if queue and len(pool.token) <= block // 2:
-            pool.join(_first_candidates(problem, tokens, everything, queue.pop(0), k, options))
+            pool.join(_first_candidates(problem, everything, tokens, queue.pop(0), options))
         for _ in range(CHECK_EVERY):
             pool.admm.advance()
         pool.n_iter += CHECK_EVERY
-        exhausted = (pool.n_iter > options.max_iter) | ~torch.isfinite(pool.admm.step).all(1)
+        exhausted = (pool.n_iter > max_iter) | ~torch.isfinite(pool.admm.step).all(1)
         missed[pool.token[exhausted]] = True
-        ready = ~exhausted & (pool.admm.gaps() <= INNER_TOLERANCE * options.tol)
-        rows = ready.nonzero()[:block, 0]
+        rows = (~exhausted & (pool.admm.gaps() <= pool.enough)).nonzero()[:block, 0]
         staying = ~exhausted
         staying[rows] = False
         if staying.all():
             continue
         slopes, token = pool.slopes(everything, rows), pool.token[rows]
-        solved = pool.solution(rows, torch.maximum(slopes.amax(1), -slopes.amin(1)).double() * everything.rho)
+        largest = torch.maximum(slopes.amax(1), -slopes.amin(1)).double() * pool.admm.dictionary.rho
+        solved = pool.solution(rows, largest)
         accepted = solved.gap <= options.tol
-        found[token[accepted]] = solved[accepted]
+        found[token[accepted]] = solved[accepted].to(found.values.dtype)
         done(int(accepted.sum()))
         again = ~accepted & (pool.rounds[rows] < ROUNDS)
         missed[token[~accepted & ~again]] = True
-        slopes = slopes[again]
-        whole = _over_all_atoms(everything, pool, rows[again], slopes)
-        changed = _over_candidates(tokens, whole, token[again], k, options)
-        changed.n_iter.copy_(pool.n_iter[rows[again]])
-        changed.rounds.copy_(pool.rounds[rows[again]] + 1)
+        changed = _next_candidates(everything, tokens, pool, rows[again], slopes[again], options)
+        changed.enough.copy_((PART_OF_GAP * solved.gap[again]).clamp(PART_OF_TOL * options.tol, LOOSE))
         pool.keep(staying.nonzero()[:, 0])
         pool.join(changed)
-    for own in missed.nonzero()[:, 0].split(block):
-        found[own] = solve_block(problem, everything, tokens[own].to(dtype), own, options, keep=k, done=done)
-    return found
+    return missed.nonzero()[:, 0]
 
 
 def _first_candidates(
-    problem: Problem, tokens: Tensor, everything: Dictionary, own: Tensor, k: int, options: SolverOptions
+    problem: Problem, everything: Dictionary, tokens: Tensor, own: Tensor, options: SolverOptions
 ) -> _Pool:
+    """Start with the atoms of largest state after a few iterations over all of them, and go on from there."""
     targets = tokens[own].to(everything.factor.dtype)
     whole = Admm(everything, targets, own, error_bound=problem.error_bound, relaxation=options.relaxation)
     for _ in range(SEED_ITERATIONS):
         whole.advance()
-    return _over_candidates(tokens, whole, own, k, options)
-
-
-def _over_candidates(tokens: Tensor, whole: Admm, own: Tensor, k: int, options: SolverOptions) -> _Pool:
-    """Go on with these tokens over the k atoms of largest state only, the token itself excepted."""
-    size = whole.state.abs().scatter_(1, own[:, None], -1.0)
-    candidates = size.topk(k, sorted=False).indices
-    dictionary = Dictionary.of(
-        tokens[candidates].mT,
-        affine=whole.dictionary.affine,
-        rho=options.penalty(k),
-        dtype=whole.state.dtype,
-    )
-    ratio, rank = whole.dictionary.rho / dictionary.rho, dictionary.rank
+    candidates = _largest(whole.state.abs(), own, candidate_atoms(everything.rank, len(tokens)))
+    dictionary = _over_candidates(everything, tokens, candidates, options)
+    ratio = everything.rho / dictionary.rho
     state = whole.state.gather(1, candidates)
     coefficients = (state + whole.reflected.gather(1, candidates)) / 2
     admm = Admm(
         dictionary,
-        whole.target[:, :rank],
+        targets,
         None,
-        error_bound=whole.error_bound,
-        relaxation=whole.relaxation,
+        error_bound=problem.error_bound,
+        relaxation=options.relaxation,
         start=coefficients + ratio * (state - coefficients),
     )
-    admm.offset = whole.offset.clone()
-    admm.offset[:, rank:] *= ratio**0.5
-    return _Pool(admm, own, candidates, torch.full_like(own, SEED_ITERATIONS), torch.ones_like(own))
+    admm.offset = whole.offset
+    admm.offset[:, everything.rank :] *= ratio**0.5
+    n_iter, rounds = torch.full_like(own, SEED_ITERATIONS), torch.ones_like(own)
+    enough = torch.full_like(own, max(LOOSE, PART_OF_TOL * options.tol), dtype=torch.float64)
+    return _Pool(admm, own, candidates, n_iter, rounds, enough)
 
 
-def _over_all_atoms(everything: Dictionary, pool: _Pool, rows: Tensor, slopes: Tensor) -> Admm:
-    """Some rows over all atoms: an atom that is no candidate has coefficient 0, and so the state slope / rho.
+def _next_candidates(
+    everything: Dictionary, tokens: Tensor, pool: _Pool, rows: Tensor, slopes: Tensor, options: SolverOptions
+) -> _Pool:
+    """Some rows over other candidates: the largest coefficients stay, at most two for each that the optimum may have.
+
+    Without them, atoms of small weight would give way to many violating ones, and come back, and so on.
 
     Args:
         slopes: (b, N), see `_Pool.slopes`; written over.
     """
-    admm, rank = pool.admm, everything.rank
-    ratio = admm.dictionary.rho / everything.rho
-    offset = admm.offset[rows]
-    offset[:, rank:] *= ratio**0.5
-    coefficients = admm.coefficients(rows)
-    candidates_state = coefficients + ratio * (admm.state[rows] - coefficients)
-    whole = Admm(
-        everything,
+    admm, own, old, rank = pool.admm, pool.token[rows], pool.candidates[rows], everything.rank
+    state, k = admm.state[rows], old.shape[1]
+    stay = admm.coefficients(rows).abs_().topk(min(2 * (rank + 1), k)).indices
+    size = slopes.abs().scatter_(1, old, state.abs()).scatter_(1, old.gather(1, stay), torch.inf)
+    candidates = _largest(size, own, k)
+    bound = 1 / admm.dictionary.rho  # of the state of an atom whose coefficient is 0
+    start = Admm(
+        _over_candidates(everything, tokens, candidates, options),
         admm.target[rows, :rank],
-        pool.token[rows],
+        None,
         error_bound=admm.error_bound,
         relaxation=admm.relaxation,
-        start=slopes.scatter_(1, pool.candidates[rows], candidates_state),
+        start=slopes.clamp_(-bound, bound).scatter_(1, old, state).gather(1, candidates),
     )
-    whole.offset = offset
-    return whole
+    start.offset = admm.offset[rows]
+    return _Pool(start, own, candidates, pool.n_iter[rows], pool.rounds[rows] + 1, pool.enough[rows])
+
+
+def _largest(size: Tensor, own: Tensor, k: int) -> Tensor:
+    """(b, k) atoms of largest size (b, N), which is written over; never the token itself."""
+    return size.scatter_(1, own[:, None], -1.0).topk(k, sorted=False).indices
+
+
+def _over_candidates(everything: Dictionary, tokens: Tensor, candidates: Tensor, options: SolverOptions) -> Dictionary:
+    return Dictionary.of(
+        tokens[candidates].mT,
+        affine=everything.affine,
+        rho=options.penalty(candidates.shape[1]),
+        dtype=everything.factor.dtype,
+    )
