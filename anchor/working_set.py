@@ -73,10 +73,9 @@ def solve_working_sets(
 
     A short run over all atoms picks a token's first candidates, the atoms of largest state. From then on the iterates
     over the candidates give a point of the dual problem, and its slopes over all atoms the gap of the whole problem. If
-    that is above the tolerance, the atoms of largest coefficients stay candidates, and those that violate the
-    optimality conditions most join them. A token that does not converge in float32 starts again in float64. One that
-    needs more than `ROUNDS` sets of candidates or options.max_iter iterations there is solved over all atoms, from the
-    start.
+    that is above the tolerance, two thirds of the candidates stay, and the atoms that violate the optimality conditions
+    most join them. A token that does not converge in float32 starts again in float64. One that needs more than `ROUNDS`
+    sets of candidates or options.max_iter iterations there is solved over all atoms, from the start.
 
     Args:
         problem: N >= 2 tokens of rank r.
@@ -179,29 +178,29 @@ def _first_candidates(
     admm.offset = whole.offset
     admm.offset[:, everything.rank :] *= ratio**0.5
     n_iter, rounds = torch.full_like(own, SEED_ITERATIONS), torch.ones_like(own)
-    enough = torch.full_like(own, max(LOOSE, PART_OF_TOL * options.tol), dtype=torch.float64)
+    enough = torch.full_like(own, LOOSE, dtype=torch.float64)
     return _Pool(admm, own, candidates, n_iter, rounds, enough)
 
 
 def _next_candidates(
     everything: Dictionary, tokens: Tensor, pool: _Pool, rows: Tensor, slopes: Tensor, options: SolverOptions
 ) -> _Pool:
-    """Some rows over other candidates: the largest coefficients stay, at most two for each that the optimum may have.
+    """Some rows over other candidates: of the present ones two thirds stay, the active and those nearest to it.
 
-    Without them, atoms of small weight would give way to many violating ones, and come back, and so on.
+    Without them, atoms of small weight or nearly any would give way to many violating ones, and come back, and so on.
 
     Args:
         slopes: (b, N), see `_Pool.slopes`; written over.
     """
-    admm, own, old, rank = pool.admm, pool.token[rows], pool.candidates[rows], everything.rank
+    admm, own, old = pool.admm, pool.token[rows], pool.candidates[rows]
     state, k = admm.state[rows], old.shape[1]
-    stay = admm.coefficients(rows).abs_().topk(min(2 * (rank + 1), k)).indices
+    stay = state.abs().topk(2 * k // 3).indices
     size = slopes.abs().scatter_(1, old, state.abs()).scatter_(1, old.gather(1, stay), torch.inf)
     candidates = _largest(size, own, k)
     bound = 1 / admm.dictionary.rho  # of the state of an atom whose coefficient is 0
     start = Admm(
         _over_candidates(everything, tokens, candidates, options),
-        admm.target[rows, :rank],
+        admm.target[rows, : everything.rank],
         None,
         error_bound=admm.error_bound,
         relaxation=admm.relaxation,

@@ -3,8 +3,8 @@
     python benchmarks/ssc_long.py --out benchmarks/results/ssc-long
     python benchmarks/ssc_long.py --tokens 8192 --rank 64 --memory-gib 0.5 --out out/ssc-long
 
-The numbers of tokens and components set the time: at 100,000 tokens on a CPU it is hours. The exit status is 1 if a
-token is not within the tolerance or the solver's budget was exceeded.
+The numbers of tokens and components set the time: 100,000 tokens take half an hour and more on a CPU. The exit status
+is 1 if a token is not within the tolerance or the solver's budget was exceeded.
 """
 
 import argparse
@@ -26,15 +26,19 @@ NAME = "ssc_long"
 
 @dataclass(frozen=True)
 class Row:
-    """One run; seconds by stage, memory in MiB beyond what the process held with the tokens in it."""
+    """One run; seconds by stage, memory in MiB beyond what the process held with the tokens in it.
+
+    The budget is that of the solver.
+    """
 
     tokens: int
     rank: int
     algorithm: str | None
     budget_mib: float
+    solver_peak_mib: float | None
     peak_mib: float | None
     largest_gap: float
-    converged: bool
+    unconverged: int
     iterations: int
     pca: float
     solve: float
@@ -47,23 +51,28 @@ def measured(n_tokens: int, rank: int, memory_gib: float) -> Row:
     budget = int(memory_gib * 2**30)
     config = va.VideoAnchorConfig(alpha_k=0, alpha_v=0, pca_rank=rank, n_clusters=24, memory_budget=budget)
     peak = PeakMemory()
+    solver_peak: dict[str, float | None] = {}  # by stage, up to the first one after the solver
     with tqdm(total=len(tokens), unit=" tokens") as bar:
 
         def progress(stage: str, done: int, _total: int) -> None:
             bar.set_description(stage, refresh=False)
             if stage == "solve":
                 bar.update(done - bar.n)
+            if not solver_peak.keys() - {"pca", "solve"}:
+                solver_peak[stage] = peak.mib()
             bar.refresh()
 
         result = va.anchor_scores(tokens, config, progress=progress)
+    assert result.duality_gap is not None
     return Row(
         len(tokens),
         rank,
         result.algorithm,
         budget / 2**20,
+        list(solver_peak.values())[-1],
         peak.mib(),
         result.residual,
-        result.converged,
+        int((result.duality_gap > config.tol).sum()),
         result.n_iter,
         *(result.seconds[stage] for stage in ("pca", "solve", "spectral", "score")),
     )
@@ -83,7 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
         summary = f"# Scores of a long video within a memory budget\n\n{ssc_report.table(rows, columns)}"
         ssc_report.write(options.out, NAME, environment(torch.device("cpu"), processor()), rows, summary)
         print(rows[-1], flush=True)
-    kept = all(row.converged and (row.peak_mib is None or row.peak_mib <= row.budget_mib) for row in rows)
+    kept = all(
+        row.unconverged == 0 and (row.solver_peak_mib is None or row.solver_peak_mib <= row.budget_mib) for row in rows
+    )
     return 0 if kept else 1
 
 

@@ -17,8 +17,9 @@ from scipy.optimize import linprog
 from sklearn.datasets import load_sample_image
 
 from videoanchor_triton.anchor import blocked, memory, working_set
+from videoanchor_triton.anchor.admm import Dictionary
 from videoanchor_triton.anchor.options import SolverOptions
-from videoanchor_triton.anchor.problem import token_features
+from videoanchor_triton.anchor.problem import Problem, token_features
 from videoanchor_triton.anchor.solver import SelfExpression, self_expression
 
 from .reference import objective, textbook_weights
@@ -135,6 +136,31 @@ def test_candidates_that_miss_the_support_are_changed(monkeypatch: pytest.Monkey
     check_gaps(found, "vit")
 
 
+def test_active_candidates_stay_and_violating_atoms_start_at_zero() -> None:
+    """Even where every atom outside violates the conditions far more than a small coefficient shows in the state."""
+    Y, options, own = features("vit"), SolverOptions(), torch.arange(0, N_TOKENS, 7)
+    problem = Problem.of(Y, affine=True, alpha_e=800.0, alpha_z=800.0)
+    everything = Dictionary.of(problem.atoms, affine=True, rho=options.penalty(N_TOKENS), dtype=torch.float64)
+    tokens = problem.atoms.T.contiguous()
+    pool = working_set._first_candidates(problem, everything, tokens, own, options)
+    for _ in range(300):
+        pool.admm.advance()
+    rows = torch.arange(1, len(own))
+    slopes = torch.full((len(rows), N_TOKENS), 1e6, dtype=torch.float64)
+    there = working_set._next_candidates(everything, tokens, pool, rows, slopes, options)
+    before, after = pool.admm.coefficients(rows), there.admm.coefficients(slice(0, len(rows)))
+    for row, token in enumerate(own[1:].tolist()):
+        old = dict(zip(pool.candidates[rows[row]].tolist(), before[row].tolist(), strict=True))
+        new = dict(zip(there.candidates[row].tolist(), after[row].tolist(), strict=True))
+        active = {atom for atom in old if old[atom] != 0}
+        assert 0 < len(active) < 2 * (RANK + 1)
+        assert active <= new.keys()
+        assert len(new.keys() & old.keys()) == 2 * (RANK + 1)  # two thirds
+        assert len(new) == 3 * (RANK + 1)
+        assert token not in new
+        np.testing.assert_allclose([new[atom] - old.get(atom, 0.0) for atom in new], 0.0, atol=1e-12)
+
+
 def test_tokens_whose_candidates_stay_bad_are_solved_over_all_atoms(
     monkeypatch: pytest.MonkeyPatch, calls: Calls
 ) -> None:
@@ -205,14 +231,22 @@ def test_a_second_run_is_the_same_to_the_bit() -> None:
     assert torch.equal(first.gap, second.gap)
 
 
-def test_what_float32_does_not_resolve_is_solved_in_float64() -> None:
-    """With so little noise allowed, the rounding of float32 alone is a larger misfit."""
+def test_what_float32_does_not_resolve_is_solved_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With so little noise allowed, the rounding of float32 alone is a larger misfit. Memory is that of float32."""
+    solve_in_one_precision, bytes_of_a_column = working_set._solve, []
+
+    def spy(problem: Any, everything: Dictionary, *rest: Any) -> torch.Tensor:
+        bytes_of_a_column.append(everything.factor.dtype.itemsize * rest[-2])
+        return solve_in_one_precision(problem, everything, *rest)
+
+    monkeypatch.setattr(working_set, "_solve", spy)
     options = {"alpha_z": 1e10, "max_iter": 2500}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found, blocked = (
             solve(features("vit"), torch.float32, algorithm=name, **options) for name in ("working-set", "blocked")
         )
+    assert bytes_of_a_column == [4 * 40, 8 * 20]
     assert len(blocked.unconverged) == N_TOKENS
     assert len(found.unconverged) < 2 * N_TOKENS // 3
     assert found.values.dtype == torch.float32
