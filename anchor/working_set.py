@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from .admm import Admm, Dictionary, Rows
-from .blocked import CHECK_EVERY, solve_block
+from .blocked import CHECK_EVERY
 from .memory import candidate_atoms
 from .options import SolverOptions
 from .problem import Problem
 
 SEED_ITERATIONS = 20  # over all atoms, to find the first candidates
-ROUNDS = 50  # sets of candidates that are tried before a token goes back to all atoms, which costs far more
 # A set of candidates is iterated until its own gap is this part of the gap over all atoms, at first LOOSE: what they
 # lack shows long before they have converged. The gap over all atoms is wider, so the last ones go below tol.
 LOOSE, PART_OF_GAP, PART_OF_TOL = 0.1, 0.3, 0.8
@@ -30,7 +29,6 @@ class _Pool:
         token: (b,) int64, the token of each row.
         candidates: (b, K) int64 atoms.
         n_iter: (b,) int64 iterations so far, those over all atoms included.
-        rounds: (b,) int64 sets of candidates so far.
         enough: (b,) float64, the gap over the candidates from which on all atoms are looked at.
     """
 
@@ -38,17 +36,16 @@ class _Pool:
     token: Tensor
     candidates: Tensor
     n_iter: Tensor
-    rounds: Tensor
     enough: Tensor
 
     def keep(self, rows: Tensor) -> None:
         self.admm.keep(rows)
-        for name in ("token", "candidates", "n_iter", "rounds", "enough"):
+        for name in ("token", "candidates", "n_iter", "enough"):
             setattr(self, name, getattr(self, name)[rows])
 
     def join(self, other: "_Pool") -> None:
         self.admm.join(other.admm)
-        for name in ("token", "candidates", "n_iter", "rounds", "enough"):
+        for name in ("token", "candidates", "n_iter", "enough"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
 
     def slopes(self, everything: Dictionary, rows: Tensor) -> Tensor:
@@ -74,8 +71,8 @@ def solve_working_sets(
     A short run over all atoms picks a token's first candidates, the atoms of largest state. From then on the iterates
     over the candidates give a point of the dual problem, and its slopes over all atoms the gap of the whole problem. If
     that is above the tolerance, two thirds of the candidates stay, and the atoms that violate the optimality conditions
-    most join them. A token that does not converge in float32 starts again in float64. One that needs more than `ROUNDS`
-    sets of candidates or options.max_iter iterations there is solved over all atoms, from the start.
+    most join them. A token that does not converge in float32 starts again in float64, and if it has not converged there
+    after options.max_iter iterations, its gap says so.
 
     Args:
         problem: N >= 2 tokens of rank r.
@@ -102,12 +99,13 @@ def solve_working_sets(
         max_iter = min(FLOAT32_ITERATIONS, options.max_iter)
         missed = _solve(problem, dictionary(dtype), tokens, missed, found, options, max_iter, block, done)
         block = max(1, block // 2)
-    everything = dictionary(torch.float64)
-    missed = _solve(problem, everything, tokens, missed, found, options, options.max_iter, block, done)
-    for own in missed.split(block):
-        found[own] = solve_block(
-            problem, everything, tokens[own], own, options, keep=found.indices.shape[1], done=done
-        ).to(dtype)
+    missed = _solve(problem, dictionary(torch.float64), tokens, missed, found, options, options.max_iter, block, done)
+    if not torch.isfinite(found.values[missed]).all():
+        raise FloatingPointError(
+            f"the self-expression left the range of float64; use less extreme alpha_e={options.alpha_e}, "
+            f"alpha_z={options.alpha_z}, rho={options.rho}"
+        )
+    done(len(missed))
     return found
 
 
@@ -132,23 +130,25 @@ def _solve(
         for _ in range(CHECK_EVERY):
             pool.admm.advance()
         pool.n_iter += CHECK_EVERY
-        exhausted = (pool.n_iter > max_iter) | ~torch.isfinite(pool.admm.step).all(1)
-        missed[pool.token[exhausted]] = True
-        rows = (~exhausted & (pool.admm.gaps() <= pool.enough)).nonzero()[:block, 0]
-        staying = ~exhausted
-        staying[rows] = False
-        if staying.all():
+        last = pool.n_iter >= max_iter
+        rows = (last | ~(pool.admm.gaps() > pool.enough)).nonzero()[:block, 0]
+        if len(rows) == 0:
             continue
         slopes, token = pool.slopes(everything, rows), pool.token[rows]
         largest = torch.maximum(slopes.amax(1), -slopes.amin(1)).double() * pool.admm.dictionary.rho
         solved = pool.solution(rows, largest)
+        solved.n_iter.clamp_(max=max_iter)  # they are counted by CHECK_EVERY
+        found[token] = solved.to(found.values.dtype)
         accepted = solved.gap <= options.tol
-        found[token[accepted]] = solved[accepted].to(found.values.dtype)
         done(int(accepted.sum()))
-        again = ~accepted & (pool.rounds[rows] < ROUNDS)
-        missed[token[~accepted & ~again]] = True
+        # Out of the range of the precision, there is nothing to go on from.
+        ended = accepted | last[rows] | ~torch.isfinite(pool.admm.step[rows]).all(1)
+        missed[token[ended & ~accepted]] = True
+        again = ~ended
         changed = _next_candidates(everything, tokens, pool, rows[again], slopes[again], options)
         changed.enough.copy_((PART_OF_GAP * solved.gap[again]).clamp(PART_OF_TOL * options.tol, LOOSE))
+        staying = torch.ones_like(last)
+        staying[rows] = False
         pool.keep(staying.nonzero()[:, 0])
         pool.join(changed)
     return missed.nonzero()[:, 0]
@@ -177,9 +177,9 @@ def _first_candidates(
     )
     admm.offset = whole.offset
     admm.offset[:, everything.rank :] *= ratio**0.5
-    n_iter, rounds = torch.full_like(own, SEED_ITERATIONS), torch.ones_like(own)
+    n_iter = torch.full_like(own, SEED_ITERATIONS)
     enough = torch.full_like(own, LOOSE, dtype=torch.float64)
-    return _Pool(admm, own, candidates, n_iter, rounds, enough)
+    return _Pool(admm, own, candidates, n_iter, enough)
 
 
 def _next_candidates(
@@ -207,7 +207,7 @@ def _next_candidates(
         start=slopes.clamp_(-bound, bound).scatter_(1, old, state).gather(1, candidates),
     )
     start.offset = admm.offset[rows]
-    return _Pool(start, own, candidates, pool.n_iter[rows], pool.rounds[rows] + 1, pool.enough[rows])
+    return _Pool(start, own, candidates, pool.n_iter[rows], pool.enough[rows])
 
 
 def _largest(size: Tensor, own: Tensor, k: int) -> Tensor:
