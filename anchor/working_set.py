@@ -185,19 +185,21 @@ def _first_candidates(
 def _next_candidates(
     everything: Dictionary, tokens: Tensor, pool: _Pool, rows: Tensor, slopes: Tensor, options: SolverOptions
 ) -> _Pool:
-    """Some rows over other candidates: of the present ones two thirds stay, the active and those nearest to it.
+    """Some rows over other candidates: up to a third of them gives way to atoms that violate the conditions.
 
-    Without them, atoms of small weight or nearly any would give way to many violating ones, and come back, and so on.
+    Those that stay are the active and those nearest to it. If more gave way, or to atoms that violate nothing, the next
+    round would miss them, and so on.
 
     Args:
         slopes: (b, N), see `_Pool.slopes`; written over.
     """
     admm, own, old = pool.admm, pool.token[rows], pool.candidates[rows]
     state, k = admm.state[rows], old.shape[1]
-    stay = state.abs().topk(2 * k // 3).indices
-    size = slopes.abs().scatter_(1, old, state.abs()).scatter_(1, old.gather(1, stay), torch.inf)
-    candidates = _largest(size, own, k)
     bound = 1 / admm.dictionary.rho  # of the state of an atom whose coefficient is 0
+    stay = state.abs().topk(2 * k // 3).indices
+    size = torch.threshold_(slopes.abs(), bound, 0.0)
+    size.scatter_(1, old, state.abs()).scatter_(1, old.gather(1, stay), torch.inf)
+    candidates = _largest(size, own, k)
     start = Admm(
         _over_candidates(everything, tokens, candidates, options),
         admm.target[rows, : everything.rank],
