@@ -91,15 +91,13 @@ def solve_working_sets(
     tokens = problem.atoms.T.contiguous()
     found = Rows.empty(n_tokens, candidate_atoms(rank, n_tokens), dtype, tokens.device)
     missed = torch.arange(n_tokens, device=tokens.device)
-
-    def dictionary(dtype: torch.dtype) -> Dictionary:
-        return Dictionary.of(problem.atoms, affine=problem.affine, rho=options.penalty(n_tokens), dtype=dtype)
-
     if dtype == torch.float32:
         max_iter = min(FLOAT32_ITERATIONS, options.max_iter)
-        missed = _solve(problem, dictionary(dtype), tokens, missed, found, options, max_iter, block, done)
+        missed = _WorkingSets.of(problem, options, tokens, dtype).solve(missed, found, max_iter, block, done)
         block = max(1, block // 2)
-    missed = _solve(problem, dictionary(torch.float64), tokens, missed, found, options, options.max_iter, block, done)
+    if len(missed):
+        in_float64 = _WorkingSets.of(problem, options, tokens, torch.float64)
+        missed = in_float64.solve(missed, found, options.max_iter, block, done)
     if not torch.isfinite(found.values[missed]).all():
         raise FloatingPointError(
             f"the self-expression left the range of float64; use less extreme alpha_e={options.alpha_e}, "
@@ -109,118 +107,119 @@ def solve_working_sets(
     return found
 
 
-def _solve(
-    problem: Problem,
-    everything: Dictionary,
-    tokens: Tensor,
-    own: Tensor,
-    found: Rows,
-    options: SolverOptions,
-    max_iter: int,
-    block: int,
-    done: Callable[[int], None],
-) -> Tensor:
-    """Solve some tokens (b,), in the precision of the dictionary, into `found`; returns those that did not converge."""
-    missed = torch.zeros(len(tokens), dtype=torch.bool, device=own.device)
-    first, *queue = own.split(block)
-    pool = _first_candidates(problem, everything, tokens, first, options)
-    while queue or len(pool.token):
-        if queue and len(pool.token) <= block // 2:
-            pool.join(_first_candidates(problem, everything, tokens, queue.pop(0), options))
-        for _ in range(CHECK_EVERY):
-            pool.admm.advance()
-        pool.n_iter += CHECK_EVERY
-        last = pool.n_iter >= max_iter
-        rows = (last | ~(pool.admm.gaps() > pool.enough)).nonzero()[:block, 0]
-        if len(rows) == 0:
-            continue
-        slopes, token = pool.slopes(everything, rows), pool.token[rows]
-        largest = torch.maximum(slopes.amax(1), -slopes.amin(1)).double() * pool.admm.dictionary.rho
-        solved = pool.solution(rows, largest)
-        solved.n_iter.clamp_(max=max_iter)  # they are counted by CHECK_EVERY
-        found[token] = solved.to(found.values.dtype)
-        accepted = solved.gap <= options.tol
-        done(int(accepted.sum()))
-        # Out of the range of the precision, there is nothing to go on from.
-        ended = accepted | last[rows] | ~torch.isfinite(pool.admm.step[rows]).all(1)
-        missed[token[ended & ~accepted]] = True
-        again = ~ended
-        changed = _next_candidates(everything, tokens, pool, rows[again], slopes[again], options)
-        changed.enough.copy_((PART_OF_GAP * solved.gap[again]).clamp(PART_OF_TOL * options.tol, LOOSE))
-        staying = torch.ones_like(last)
-        staying[rows] = False
-        pool.keep(staying.nonzero()[:, 0])
-        pool.join(changed)
-    return missed.nonzero()[:, 0]
+@dataclass(frozen=True)
+class _WorkingSets:
+    """The problem of all tokens, to be solved in one precision.
 
-
-def _first_candidates(
-    problem: Problem, everything: Dictionary, tokens: Tensor, own: Tensor, options: SolverOptions
-) -> _Pool:
-    """Start with the atoms of largest state after a few iterations over all of them, and go on from there."""
-    targets = tokens[own].to(everything.factor.dtype)
-    whole = Admm(everything, targets, own, error_bound=problem.error_bound, relaxation=options.relaxation)
-    for _ in range(SEED_ITERATIONS):
-        whole.advance()
-    candidates = _largest(whole.state.abs(), own, candidate_atoms(everything.rank, len(tokens)))
-    dictionary = _over_candidates(everything, tokens, candidates, options)
-    ratio = everything.rho / dictionary.rho
-    state = whole.state.gather(1, candidates)
-    coefficients = (state + whole.reflected.gather(1, candidates)) / 2
-    admm = Admm(
-        dictionary,
-        targets,
-        None,
-        error_bound=problem.error_bound,
-        relaxation=options.relaxation,
-        start=coefficients + ratio * (state - coefficients),
-    )
-    admm.offset = whole.offset
-    admm.offset[:, everything.rank :] *= ratio**0.5
-    n_iter = torch.full_like(own, SEED_ITERATIONS)
-    enough = torch.full_like(own, LOOSE, dtype=torch.float64)
-    return _Pool(admm, own, candidates, n_iter, enough)
-
-
-def _next_candidates(
-    everything: Dictionary, tokens: Tensor, pool: _Pool, rows: Tensor, slopes: Tensor, options: SolverOptions
-) -> _Pool:
-    """Some rows over other candidates: up to a third of them gives way to atoms that violate the conditions.
-
-    Those that stay are the active and those nearest to it. If more gave way, or to atoms that violate nothing, the next
-    round would miss them, and so on.
-
-    Args:
-        slopes: (b, N), see `_Pool.slopes`; written over.
+    Attributes:
+        problem, options: see `solve_working_sets`.
+        tokens: (N, r) float64, the atoms, one a row.
+        everything: the dictionary of all atoms, in the precision of the iteration.
     """
-    admm, own, old = pool.admm, pool.token[rows], pool.candidates[rows]
-    state, k = admm.state[rows], old.shape[1]
-    bound = 1 / admm.dictionary.rho  # of the state of an atom whose coefficient is 0
-    stay = state.abs().topk(2 * k // 3).indices
-    size = torch.threshold_(slopes.abs(), bound, 0.0)
-    size.scatter_(1, old, state.abs()).scatter_(1, old.gather(1, stay), torch.inf)
-    candidates = _largest(size, own, k)
-    start = Admm(
-        _over_candidates(everything, tokens, candidates, options),
-        admm.target[rows, : everything.rank],
-        None,
-        error_bound=admm.error_bound,
-        relaxation=admm.relaxation,
-        start=slopes.clamp_(-bound, bound).scatter_(1, old, state).gather(1, candidates),
-    )
-    start.offset = admm.offset[rows]
-    return _Pool(start, own, candidates, pool.n_iter[rows], pool.enough[rows])
+
+    problem: Problem
+    options: SolverOptions
+    tokens: Tensor
+    everything: Dictionary
+
+    @classmethod
+    def of(cls, problem: Problem, options: SolverOptions, tokens: Tensor, dtype: torch.dtype) -> "_WorkingSets":
+        rho = options.penalty(len(tokens))
+        everything = Dictionary.of(problem.atoms, affine=problem.affine, rho=rho, dtype=dtype)
+        return cls(problem, options, tokens, everything)
+
+    def solve(self, own: Tensor, found: Rows, max_iter: int, block: int, done: Callable[[int], None]) -> Tensor:
+        """Solve some tokens (b,) into `found`; returns those that did not converge."""
+        missed = torch.zeros(len(self.tokens), dtype=torch.bool, device=own.device)
+        first, *queue = own.split(block)
+        pool = self.first_candidates(first)
+        while queue or len(pool.token):
+            if queue and len(pool.token) <= block // 2:
+                pool.join(self.first_candidates(queue.pop(0)))
+            for _ in range(CHECK_EVERY):
+                pool.admm.advance()
+            pool.n_iter += CHECK_EVERY
+            last = pool.n_iter >= max_iter
+            rows = (last | ~(pool.admm.gaps() > pool.enough)).nonzero()[:block, 0]
+            if len(rows) == 0:
+                continue
+            slopes, token = pool.slopes(self.everything, rows), pool.token[rows]
+            largest = torch.maximum(slopes.amax(1), -slopes.amin(1)).double() * pool.admm.dictionary.rho
+            solved = pool.solution(rows, largest)
+            solved.n_iter.clamp_(max=max_iter)  # they are counted by CHECK_EVERY
+            found[token] = solved.to(found.values.dtype)
+            accepted = solved.gap <= self.options.tol
+            done(int(accepted.sum()))
+            # Out of the range of the precision, there is nothing to go on from.
+            ended = accepted | last[rows] | ~torch.isfinite(pool.admm.step[rows]).all(1)
+            missed[token[ended & ~accepted]] = True
+            again = ~ended
+            changed = self.next_candidates(pool, rows[again], slopes[again])
+            changed.enough.copy_((PART_OF_GAP * solved.gap[again]).clamp(PART_OF_TOL * self.options.tol, LOOSE))
+            staying = torch.ones_like(last)
+            staying[rows] = False
+            pool.keep(staying.nonzero()[:, 0])
+            pool.join(changed)
+        return missed.nonzero()[:, 0]
+
+    def first_candidates(self, own: Tensor) -> _Pool:
+        """Start tokens (b,) with the atoms of largest state after a few iterations over all, and go on from there."""
+        everything = self.everything
+        targets = self.tokens[own].to(everything.factor.dtype)
+        whole = self._admm(everything, targets, own=own)
+        for _ in range(SEED_ITERATIONS):
+            whole.advance()
+        candidates = _largest(whole.state.abs(), own, candidate_atoms(everything.rank, len(self.tokens)))
+        dictionary = self.over(candidates)
+        ratio = everything.rho / dictionary.rho
+        state = whole.state.gather(1, candidates)
+        coefficients = (state + whole.reflected.gather(1, candidates)) / 2
+        admm = self._admm(dictionary, targets, start=coefficients + ratio * (state - coefficients))
+        admm.offset = whole.offset
+        admm.offset[:, everything.rank :] *= ratio**0.5
+        n_iter = torch.full_like(own, SEED_ITERATIONS)
+        enough = torch.full_like(own, LOOSE, dtype=torch.float64)
+        return _Pool(admm, own, candidates, n_iter, enough)
+
+    def next_candidates(self, pool: _Pool, rows: Tensor, slopes: Tensor) -> _Pool:
+        """Some rows over other candidates: up to a third of them gives way to atoms that violate the conditions.
+
+        Those that stay are the active and those nearest to it. If more gave way, or to atoms that violate nothing, the
+        next round would miss them, and so on.
+
+        Args:
+            pool: of which the rows are.
+            rows: (b,) int64.
+            slopes: (b, N), see `_Pool.slopes`; written over.
+        """
+        admm, own, old = pool.admm, pool.token[rows], pool.candidates[rows]
+        state, k = admm.state[rows], old.shape[1]
+        bound = 1 / admm.dictionary.rho  # of the state of an atom whose coefficient is 0
+        stay = state.abs().topk(2 * k // 3).indices
+        size = torch.threshold_(slopes.abs(), bound, 0.0)
+        size.scatter_(1, old, state.abs()).scatter_(1, old.gather(1, stay), torch.inf)
+        candidates = _largest(size, own, k)
+        start = slopes.clamp_(-bound, bound).scatter_(1, old, state).gather(1, candidates)
+        changed = self._admm(self.over(candidates), admm.target[rows, : self.everything.rank], start=start)
+        changed.offset = admm.offset[rows]
+        return _Pool(changed, own, candidates, pool.n_iter[rows], pool.enough[rows])
+
+    def over(self, candidates: Tensor) -> Dictionary:
+        """The dictionary of each token's candidates (b, K)."""
+        return Dictionary.of(
+            self.tokens[candidates].mT,
+            affine=self.everything.affine,
+            rho=self.options.penalty(candidates.shape[1]),
+            dtype=self.everything.factor.dtype,
+        )
+
+    def _admm(
+        self, dictionary: Dictionary, targets: Tensor, own: Tensor | None = None, start: Tensor | None = None
+    ) -> Admm:
+        bound, relaxation = self.problem.error_bound, self.options.relaxation
+        return Admm(dictionary, targets, own, error_bound=bound, relaxation=relaxation, start=start)
 
 
 def _largest(size: Tensor, own: Tensor, k: int) -> Tensor:
     """(b, k) atoms of largest size (b, N), which is written over; never the token itself."""
     return size.scatter_(1, own[:, None], -1.0).topk(k, sorted=False).indices
-
-
-def _over_candidates(everything: Dictionary, tokens: Tensor, candidates: Tensor, options: SolverOptions) -> Dictionary:
-    return Dictionary.of(
-        tokens[candidates].mT,
-        affine=everything.affine,
-        rho=options.penalty(candidates.shape[1]),
-        dtype=everything.factor.dtype,
-    )

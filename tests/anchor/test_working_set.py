@@ -79,13 +79,13 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sets = 0
-        over_candidates = working_set._over_candidates
+        over = working_set._WorkingSets.over
 
-        def count_sets(everything: Any, tokens: Any, candidates: torch.Tensor, *rest: Any) -> Any:
+        def count_sets(sets: Any, candidates: torch.Tensor) -> Dictionary:
             self.sets += len(candidates)
-            return over_candidates(everything, tokens, candidates, *rest)
+            return over(sets, candidates)
 
-        monkeypatch.setattr(working_set, "_over_candidates", count_sets)
+        monkeypatch.setattr(working_set._WorkingSets, "over", count_sets)
 
 
 @pytest.fixture(autouse=True)
@@ -130,16 +130,15 @@ def test_candidates_that_miss_the_support_are_changed(monkeypatch: pytest.Monkey
 
 def test_active_candidates_stay_and_violating_atoms_start_at_zero() -> None:
     """Even where every atom outside violates the conditions far more than a small coefficient shows in the state."""
-    Y, options, own = features("vit"), SolverOptions(), torch.arange(0, N_TOKENS, 7)
-    problem = Problem.of(Y, affine=True, alpha_e=800.0, alpha_z=800.0)
-    everything = Dictionary.of(problem.atoms, affine=True, rho=options.penalty(N_TOKENS), dtype=torch.float64)
-    tokens = problem.atoms.T.contiguous()
-    pool = working_set._first_candidates(problem, everything, tokens, own, options)
+    problem = Problem.of(features("vit"), affine=True, alpha_e=800.0, alpha_z=800.0)
+    sets = working_set._WorkingSets.of(problem, SolverOptions(), problem.atoms.T.contiguous(), torch.float64)
+    own = torch.arange(0, N_TOKENS, 7)
+    pool = sets.first_candidates(own)
     for _ in range(300):
         pool.admm.advance()
     rows = torch.arange(1, len(own))
     slopes = torch.full((len(rows), N_TOKENS), 1e6, dtype=torch.float64)
-    there = working_set._next_candidates(everything, tokens, pool, rows, slopes, options)
+    there = sets.next_candidates(pool, rows, slopes)
     before, after = pool.admm.coefficients(rows), there.admm.coefficients(slice(0, len(rows)))
     for row, token in enumerate(own[1:].tolist()):
         old = dict(zip(pool.candidates[rows[row]].tolist(), before[row].tolist(), strict=True))
@@ -213,13 +212,13 @@ def test_a_second_run_is_the_same_to_the_bit() -> None:
 
 def test_what_float32_does_not_resolve_is_solved_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """With so little noise allowed, the rounding of float32 alone is a larger misfit. Memory is that of float32."""
-    solve_in_one_precision, bytes_of_a_column = working_set._solve, []
+    solve_in_one_precision, bytes_of_a_column = working_set._WorkingSets.solve, []
 
-    def spy(problem: Any, everything: Dictionary, *rest: Any) -> torch.Tensor:
-        bytes_of_a_column.append(everything.factor.dtype.itemsize * rest[-2])
-        return solve_in_one_precision(problem, everything, *rest)
+    def spy(sets: Any, own: torch.Tensor, found: Any, max_iter: int, block: int, done: Any) -> torch.Tensor:
+        bytes_of_a_column.append(sets.everything.factor.dtype.itemsize * block)
+        return solve_in_one_precision(sets, own, found, max_iter, block, done)
 
-    monkeypatch.setattr(working_set, "_solve", spy)
+    monkeypatch.setattr(working_set._WorkingSets, "solve", spy)
     options = {"alpha_z": 1e10, "max_iter": 2500}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
