@@ -139,8 +139,9 @@ class _WorkingSets:
             for _ in range(CHECK_EVERY):
                 pool.admm.advance()
             pool.n_iter += CHECK_EVERY
-            last = pool.n_iter >= max_iter
-            rows = (last | ~(pool.admm.gaps() > pool.enough)).nonzero()[:block, 0]
+            # Out of the range of the precision, there is nothing to go on from.
+            last = (pool.n_iter >= max_iter) | ~torch.isfinite(pool.admm.step).all(1)
+            rows = (last | (pool.admm.gaps() <= pool.enough)).nonzero()[:block, 0]
             if len(rows) == 0:
                 continue
             slopes, token = pool.slopes(self.everything, rows), pool.token[rows]
@@ -150,8 +151,7 @@ class _WorkingSets:
             found[token] = solved.to(found.values.dtype)
             accepted = solved.gap <= self.options.tol
             done(int(accepted.sum()))
-            # Out of the range of the precision, there is nothing to go on from.
-            ended = accepted | last[rows] | ~torch.isfinite(pool.admm.step[rows]).all(1)
+            ended = accepted | last[rows]
             missed[token[ended & ~accepted]] = True
             again = ~ended
             changed = self.next_candidates(pool, rows[again], slopes[again])

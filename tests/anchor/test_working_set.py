@@ -241,6 +241,14 @@ def test_what_float32_does_not_resolve_is_solved_in_float64(monkeypatch: pytest.
         assert value <= (1 + TOLERANCE) * exact.fun
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_overflow_of_float64_is_an_error_and_not_a_result(dtype: torch.dtype) -> None:
+    with pytest.raises(FloatingPointError, match=r"left the range of float64.*alpha_z=1e\+308"):
+        solve(features("vit"), dtype, alpha_z=1e308)
+    with pytest.raises(FloatingPointError, match="left the range of float64"):
+        solve(torch.full((3, 40), torch.nan), dtype)
+
+
 def test_memory_grows_with_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the tokens take about twice the memory, which stays within one N x N array in float64."""
     monkeypatch.setattr(memory, "CHUNK_ELEMENTS", 3_000)
