@@ -1,4 +1,5 @@
-"""The scores in gpu_check.py: distance from the certified optimum first, then seconds by stage and the textbook form.
+"""The scores in gpu_check.py: distance from the certified optimum first, then seconds by stage, the ways to solve, and
+the textbook form.
 
 Tokens as a vision encoder leaves them, rank 64, default settings. On a CPU the same code runs at a tiny size, NumPy in
 place of CuPy, without times.
@@ -9,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,15 +19,17 @@ import torch
 from measure import Task, judged, skip_for_memory, with_peak
 from record import OK, SKIPPED, Row
 from sklearn.exceptions import ConvergenceWarning
-from ssc_reference import Problem, certified_optimum, objectives, textbook_iterates
+from ssc_reference import Optimum, Problem, certified_optimum, objectives, textbook_iterates
 
 import videoanchor_triton as va
-from videoanchor_triton.anchor.options import SolverOptions
+from videoanchor_triton.anchor.options import Algorithm, SolverOptions
 from videoanchor_triton.anchor.problem import penalty_weights, token_features
 from videoanchor_triton.anchor.solver import self_expression
 
 CHECKED_TOKENS = 16
 STAGES = ("pca", "solve", "spectral", "score")
+ALGORITHMS: tuple[Algorithm, ...] = ("dense", "blocked", "working-set")
+MOST_TOKENS_FOR_ALL = 16384  # beyond that only the one that "auto" chooses
 LEAST_RUNS, REPEAT_SECONDS = 3, 10.0
 TEXTBOOK_ITERATIONS = 3
 # N x N float64 matrices that the textbook and its check hold at a time.
@@ -46,6 +50,8 @@ def score_tasks(device: torch.device) -> Iterator[Task]:
             "ours, an iteration": scores.iteration,
             "textbook, an iteration": scores.textbook,
         }
+        if n_tokens <= MOST_TOKENS_FOR_ALL:
+            runs |= {f"ours, solve {algorithm}": scores.solve(algorithm) for algorithm in ALGORITHMS}
         for contender, run in runs.items():
             row = Row("scores", f"N={n_tokens} r={scores.config.pca_rank}", contender, keys=n_tokens)
             yield Task(row, f"{contender.split(',')[0]}, N={n_tokens}", run, order)
@@ -66,19 +72,26 @@ class Scores:
         return torch.from_numpy(ssc_tokens.vit_like(self.n_tokens).X).float().to(self.device)
 
     def check(self, row: Row) -> Row:
-        """The largest distance of sampled tokens from their certified optimum; allowed is the tolerance."""
-        Y = token_features(self.tokens(), self.config.pca_rank)
-        solution = self_expression(Y, self.config.solver_options())
-        sampled = torch.randperm(self.n_tokens, generator=torch.Generator().manual_seed(0))[:CHECKED_TOKENS].numpy()
-        indices = solution.indices[sampled].cpu().numpy()
-        values = solution.values[sampled].double().cpu().numpy()
-        C = np.zeros((self.n_tokens, len(sampled)))
-        for i in range(len(sampled)):
-            np.add.at(C[:, i], indices[i], values[i])
-        problem = self.problem(Y)
-        distance = 1 - certified_optimum(problem, sampled).lower / objectives(problem, C, sampled)
-        self.checked = judged(row, float(max(distance.max(), solution.gap.max())), self.config.tol)
+        self.checked = self.distance(row, self.config)
         return self.checked
+
+    def distance(self, row: Row, config: va.VideoAnchorConfig) -> Row:
+        """The largest distance of sampled tokens from their certified optimum; allowed is the tolerance."""
+        solution = self_expression(token_features(self.tokens(), config.pca_rank), config.solver_options())
+        problem, optimum = self.optimum
+        indices = solution.indices[optimum.tokens].cpu().numpy()
+        values = solution.values[optimum.tokens].double().cpu().numpy()
+        C = np.zeros((self.n_tokens, CHECKED_TOKENS))
+        for i in range(CHECKED_TOKENS):
+            np.add.at(C[:, i], indices[i], values[i])
+        distance = 1 - optimum.lower / objectives(problem, C, optimum.tokens)
+        return judged(row, float(max(distance.max(), solution.gap.max())), config.tol)
+
+    @cached_property
+    def optimum(self) -> tuple[Problem, Optimum]:
+        problem = self.problem(token_features(self.tokens(), self.config.pca_rank))
+        sampled = torch.randperm(self.n_tokens, generator=torch.Generator().manual_seed(0))[:CHECKED_TOKENS].numpy()
+        return problem, certified_optimum(problem, sampled)
 
     def problem(self, Y: torch.Tensor) -> Problem:
         weights = penalty_weights(Y, self.config.alpha_e, self.config.alpha_z)
@@ -108,6 +121,22 @@ class Scores:
 
     def stage(self, name: str) -> Callable[[Row], Row]:
         return lambda row: self.of_runs(row, lambda result: result.seconds[name])
+
+    def solve(self, algorithm: Algorithm) -> Callable[[Row], Row]:
+        """The solver in one of its ways, after its own check."""
+
+        def run(row: Row) -> Row:
+            config = replace(self.config, algorithm=algorithm)
+            try:
+                row = self.distance(row, config)
+            except MemoryError as error:
+                return replace(row, status=SKIPPED, reason=str(error))
+            seconds = []
+            while row.status == OK and len(seconds) < LEAST_RUNS and sum(seconds) < REPEAT_SECONDS:
+                seconds.append(va.anchor_scores(self.tokens(), config).seconds["solve"])
+            return self.with_times(row, seconds)
+
+        return run
 
     def iteration(self, row: Row) -> Row:
         return self.of_runs(row, lambda result: result.seconds["solve"] / result.n_iter)
