@@ -1,9 +1,12 @@
-"""How much memory the solver needs, and how many tokens it may iterate at a time."""
+"""Which algorithm the solver takes, how much memory it needs, and how many tokens it may iterate at a time."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from .options import Algorithm
 
 # Elements of the state that the residual looks at together: its temporaries never exceed a few times this.
 CHUNK_ELEMENTS = 1 << 20
@@ -13,6 +16,10 @@ FEWEST_FOR_PRODUCTS = 128
 FEWEST_ON_A_GPU = 1024
 CPU_CACHE_BYTES = 1 << 20
 FEWEST_CANDIDATES = 128
+# On a CPU, from so many tokens for each candidate on, working sets are faster than all atoms: 1.1 to 2.5 times at 8
+# (ranks 8 to 64), 0.4 times at 5.3 (rank 128). From so many tokens on, "blocked" is as fast as "dense".
+WORKING_SET_RATIO = 8
+BLOCKED_TOKENS = 2048
 
 
 def chunk_rows(n_tokens: int) -> int:
@@ -31,7 +38,7 @@ def kept_coefficients(rank: int, n_atoms: int) -> int:
 
 def candidate_atoms(rank: int, n_tokens: int) -> int:
     """Atoms of a working set: of those that are no part of the optimum, twice as many as can be."""
-    return min(n_tokens - 1, max(3 * (rank + 1), FEWEST_CANDIDATES))
+    return max(1, min(n_tokens - 1, max(3 * (rank + 1), FEWEST_CANDIDATES)))
 
 
 def solver_memory_bytes(n_tokens: int, rank: int, dtype: torch.dtype, block: int) -> int:
@@ -55,16 +62,26 @@ def working_set_memory_bytes(n_tokens: int, rank: int, dtype: torch.dtype, block
     return solver_memory_bytes(n_tokens, rank, dtype, block) + atoms * (3 * dtype.itemsize + 2 * 8)
 
 
-def plan_block(
-    n_tokens: int, rank: int, dtype: torch.dtype, device: torch.device, algorithm: str, budget: int | None
-) -> int:
-    """How many tokens to iterate at a time, so that the solver stays within its memory.
+@dataclass(frozen=True)
+class Plan:
+    """How `self_expression` is computed: with which algorithm, how many tokens at a time, and its peak memory."""
+
+    algorithm: Algorithm
+    block: int
+    n_bytes: int
+
+
+def plan_solver(
+    n_tokens: int, rank: int, dtype: torch.dtype, device: torch.device, algorithm: Algorithm, budget: int | None
+) -> Plan:
+    """Choose how to compute the self-expression within its memory.
 
     Args:
         n_tokens, rank: N and r.
         dtype: precision of the iteration.
         device: where it runs.
-        algorithm: "dense" and "authors" iterate all tokens at once, the others as many as run fastest and fit.
+        algorithm: see `SolverOptions`. "dense" and "authors" iterate all tokens at once, the others as many as run
+            fastest and fit.
         budget: bytes; None: half of what is free.
 
     Raises:
@@ -73,25 +90,43 @@ def plan_block(
     available = available_memory_bytes(device)
     if budget is None and available is not None:
         budget = available // 2
-    if algorithm == "authors":
-        # Float64, all coefficients kept, and the multipliers of two iterations.
-        block, needed = n_tokens, solver_memory_bytes(n_tokens, rank, torch.float64, n_tokens) + 48 * n_tokens**2
-    elif algorithm == "dense":
-        block, needed = n_tokens, solver_memory_bytes(n_tokens, rank, dtype, n_tokens)
-    else:
-        block = max(1, min(n_tokens, _fastest_block(n_tokens, dtype, device)))
-        bytes_of = working_set_memory_bytes if algorithm == "working-set" else solver_memory_bytes
-        while block > SMALLEST_BLOCK and budget is not None and bytes_of(n_tokens, rank, dtype, block) > budget:
-            block = max(SMALLEST_BLOCK, block // 2)
-        needed = bytes_of(n_tokens, rank, dtype, block)
-    if budget is not None and needed > budget:
+    if algorithm == "auto":
+        chosen = _plan(n_tokens, rank, dtype, device, _fastest_algorithm(n_tokens, rank), budget)
+        if budget is None or chosen.n_bytes <= budget:
+            return chosen
+        algorithm = "blocked"
+    plan = _plan(n_tokens, rank, dtype, device, algorithm, budget)
+    if budget is not None and plan.n_bytes > budget:
         raise MemoryError(
             f"the self-expression of {n_tokens} tokens (rank {rank}, {dtype}, algorithm {algorithm!r}) needs "
-            f"{needed / 2**30:.2g} GiB on {device}, and may use {budget / 2**30:.2g} GiB: use "
-            + ("algorithm='blocked', " if algorithm in ("dense", "authors") else "")
+            f"{plan.n_bytes / 2**30:.2g} GiB on {device}, and may use {budget / 2**30:.2g} GiB: use "
+            + ("algorithm='blocked', " if algorithm != "blocked" else "")
             + "fewer frames or fewer tokens a frame, or raise memory_budget"
         )
-    return block
+    return plan
+
+
+def _fastest_algorithm(n_tokens: int, rank: int) -> Algorithm:
+    if n_tokens >= WORKING_SET_RATIO * candidate_atoms(rank, n_tokens):
+        return "working-set"
+    return "dense" if n_tokens < BLOCKED_TOKENS else "blocked"
+
+
+def _plan(
+    n_tokens: int, rank: int, dtype: torch.dtype, device: torch.device, algorithm: Algorithm, budget: int | None
+) -> Plan:
+    """With the largest block that fits; the smallest where none does."""
+    if algorithm == "authors":
+        # Float64, all coefficients kept, and the multipliers of two iterations.
+        needed = solver_memory_bytes(n_tokens, rank, torch.float64, n_tokens) + 48 * n_tokens**2
+        return Plan(algorithm, n_tokens, needed)
+    if algorithm == "dense":
+        return Plan(algorithm, n_tokens, solver_memory_bytes(n_tokens, rank, dtype, n_tokens))
+    block = max(1, min(n_tokens, _fastest_block(n_tokens, dtype, device)))
+    bytes_of = working_set_memory_bytes if algorithm == "working-set" else solver_memory_bytes
+    while block > SMALLEST_BLOCK and budget is not None and bytes_of(n_tokens, rank, dtype, block) > budget:
+        block = max(SMALLEST_BLOCK, block // 2)
+    return Plan(algorithm, block, bytes_of(n_tokens, rank, dtype, block))
 
 
 def _fastest_block(n_tokens: int, dtype: torch.dtype, device: torch.device) -> int:

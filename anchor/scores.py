@@ -11,7 +11,7 @@ from .affinity import affinity_matrix
 from .authors import authors_labels, authors_score
 from .config import Score, ScoreFunction, VideoAnchorConfig
 from .cross_frame import check_frames, cross_frame_score
-from .memory import plan_block
+from .memory import plan_solver
 from .options import Algorithm
 from .problem import DLPackArray, as_tokens, token_features
 from .solver import SelfExpression, self_expression
@@ -181,7 +181,7 @@ def _subspace_scores(
     seconds: dict[str, float] = {}
     n_tokens, n_features = tokens.shape
     rank = min(config.pca_rank or n_features, n_features)
-    plan_block(n_tokens, rank, tokens.dtype, tokens.device, config.algorithm, config.memory_budget)
+    plan_solver(n_tokens, rank, tokens.dtype, tokens.device, config.algorithm, config.memory_budget)
     with timed("pca", seconds, tokens.device):
         report("pca", 0, 1)
         features = token_features(tokens, config.pca_rank)

@@ -11,15 +11,12 @@ from torch import Tensor
 
 from .admm import Dictionary, Rows
 from .blocked import solve_as_authors, solve_block
-from .memory import kept_coefficients, plan_block
+from .memory import kept_coefficients, plan_solver
 from .options import Algorithm, SolverOptions
 from .precision import full_precision_products
 from .problem import Problem
 from .timing import Progress, throttled
 from .working_set import solve_working_sets
-
-# From here on a few candidate atoms a token are faster on a CPU than all of them; at 1,024 tokens it is a tie.
-WORKING_SET_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -102,10 +99,7 @@ def self_expression(
     if Y.ndim != 2:
         raise ValueError(f"Y must be 2-D, (rank, n_tokens), got shape {tuple(Y.shape)}")
     rank, n_tokens = Y.shape
-    algorithm = options.algorithm
-    if algorithm == "auto":
-        algorithm = _choose_algorithm(n_tokens, rank, dtype, Y.device, options.memory_budget)
-    block = plan_block(n_tokens, rank, dtype, Y.device, algorithm, options.memory_budget)
+    plan = plan_solver(n_tokens, rank, dtype, Y.device, options.algorithm, options.memory_budget)
     if n_tokens < 2 or bool((Y[:, :1] == Y).all()):
         rows = Rows.empty(n_tokens, min(n_tokens, 1), dtype, Y.device)
         rows.gap.zero_()
@@ -113,32 +107,20 @@ def self_expression(
         done = _counter(progress, n_tokens)
         with torch.no_grad(), full_precision_products(Y.device):
             problem = Problem.of(Y, affine=options.affine, alpha_e=options.alpha_e, alpha_z=options.alpha_z)
-            if algorithm == "authors":
+            if plan.algorithm == "authors":
                 rows = solve_as_authors(problem, options)
-            elif algorithm == "working-set":
-                rows = solve_working_sets(problem, options, block, dtype, done)
+            elif plan.algorithm == "working-set":
+                rows = solve_working_sets(problem, options, plan.block, dtype, done)
             else:
-                rows = _solve_blocks(problem, options, block, dtype, done)
+                rows = _solve_blocks(problem, options, plan.block, dtype, done)
     used = max(1, int((rows.values != 0).sum(1).amax())) if n_tokens else 0
-    tol = math.inf if algorithm == "authors" else options.tol
+    tol = math.inf if plan.algorithm == "authors" else options.tol
     n_iter = int(rows.n_iter.amax()) if n_tokens else 0
     solution = SelfExpression(
-        rows.indices[:, :used].clone(), rows.values[:, :used].clone(), rows.gap, n_iter, tol, algorithm
+        rows.indices[:, :used].clone(), rows.values[:, :used].clone(), rows.gap, n_iter, tol, plan.algorithm
     )
     _warn_unconverged(solution, options)
     return solution
-
-
-def _choose_algorithm(
-    n_tokens: int, rank: int, dtype: torch.dtype, device: torch.device, budget: int | None
-) -> Algorithm:
-    if n_tokens >= WORKING_SET_TOKENS:
-        return "working-set"
-    try:
-        plan_block(n_tokens, rank, dtype, device, "dense", budget)
-    except MemoryError:
-        return "blocked"
-    return "dense"
 
 
 def _solve_blocks(

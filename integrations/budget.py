@@ -260,10 +260,9 @@ def _plan_scores(
         return 3 * n_tokens * width * 4, None
     rank = min(width if settings.pca_rank is None else settings.pca_rank, width, n_tokens)
     try:
-        block = memory.plan_block(n_tokens, rank, torch.float32, device, settings.algorithm, limit)
+        return memory.plan_solver(n_tokens, rank, torch.float32, device, settings.algorithm, limit).n_bytes, None
     except MemoryError as error:
         return memory.solver_memory_bytes(n_tokens, rank, torch.float32, memory.SMALLEST_BLOCK), str(error)
-    return memory.solver_memory_bytes(n_tokens, rank, torch.float32, block), None
 
 
 def _problem(budget: Budget) -> str | None:
