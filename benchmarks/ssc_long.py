@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import videoanchor_triton as va
 
-NAME = "ssc_long"
+NAME = "ssc-long"
 
 
 @dataclass(frozen=True)
