@@ -106,20 +106,20 @@ class Admm:
     def advance(self) -> None:
         """One iteration: two products with the factor, and passes over the state."""
         dictionary, rank = self.dictionary, self.dictionary.rank
-        expressed = _product(self.reflected, dictionary.factor.mT)
-        self.step = _product(self.target - self.offset - expressed, dictionary.inverse)
-        expressed += _product(self.step, dictionary.gram)
+        expressed = product(self.reflected, dictionary.factor.mT)
+        self.step = product(self.target - self.offset - expressed, dictionary.inverse)
+        expressed += product(self.step, dictionary.gram)
         misfit = self.target - expressed
         self.offset[:, :rank] = misfit[:, :rank] - misfit[:, :rank].clamp(-self.error_bound, self.error_bound)
         self.offset[:, rank:] -= self.relaxation * misfit[:, rank:]
         if self.settings is not None:
-            update_state(self.state, _product(self.step, dictionary.factor), self.reflected, self.own, self.settings)  # pyright: ignore[reportPossiblyUnboundVariable]
+            update_state(self.state, product(self.step, dictionary.factor), self.reflected, self.own, self.settings)  # pyright: ignore[reportPossiblyUnboundVariable]
             return
         self.state.lerp_(self.reflected, self.relaxation / 2)  # state + relaxation (C - state)
         if dictionary.factor.ndim == 2:
             self.state.addmm_(self.step, dictionary.factor, alpha=self.relaxation)
         else:
-            self.state.add_(_product(self.step, dictionary.factor), alpha=self.relaxation)
+            self.state.add_(product(self.step, dictionary.factor), alpha=self.relaxation)
         self._reflect()
 
     def _reflect(self) -> None:
@@ -192,7 +192,7 @@ class Admm:
 
     def largest_slope(self, rows: slice | Tensor) -> Tensor:
         """(b,) float64 |F' nu + mu|_inf of some rows over all atoms but the token itself, see `relative_gap`."""
-        slopes = _product(self.step[rows], self.dictionary.of_tokens(rows).factor)
+        slopes = product(self.step[rows], self.dictionary.of_tokens(rows).factor)
         if self.own is not None:
             slopes.scatter_(1, self.own[rows], 0.0)
         return slopes.abs_().amax(1).double() * self.dictionary.rho
@@ -227,7 +227,7 @@ class Admm:
         scale = torch.minimum(1 / largest.clamp_min(1), linear.clamp_min(0) / square.clamp_min(TINY))
         dual = scale * linear - scale.square() * square / 2
         l1 = coefficients.abs().sum(1).double()
-        expressed = _product(coefficients, dictionary.factor[..., :rank, :].mT).double()
+        expressed = product(coefficients, dictionary.factor[..., :rank, :].mT).double()
         sums = coefficients.sum(1).double() if dictionary.affine else torch.ones_like(l1)
         residual = target - expressed / sums[:, None]
         fit = residual.clamp(-bound, bound)
@@ -292,6 +292,6 @@ def _runs_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda and find_spec("triton") is not None
 
 
-def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+def product(rows: Tensor, matrix: Tensor) -> Tensor:
     """(b, m) rows times one (m, n) matrix, or each times its own of (b, m, n)."""
     return rows @ matrix if matrix.ndim == 2 else torch.bmm(rows[:, None], matrix)[:, 0]

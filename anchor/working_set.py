@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .admm import Admm, Dictionary, Rows
+from .admm import Admm, Dictionary, Rows, product
 from .blocked import CHECK_EVERY
 from .memory import candidate_atoms
 from .options import SolverOptions
@@ -48,11 +48,15 @@ class _Pool:
         for name in ("token", "candidates", "n_iter", "enough"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
 
-    def slopes(self, everything: Dictionary, rows: Tensor) -> Tensor:
-        """(b, N) slopes of all atoms for some rows (b,), divided by the penalty; 0 for the token itself."""
+    def slopes(self, everything: Dictionary, rows: Tensor, out: Tensor) -> Tensor:
+        """(b, N) absolute slopes of all atoms for some rows (b,), divided by the penalty; 0 for the token itself.
+
+        They are in `out`: where N is large, it is the pages of a new array that take the time.
+        """
         step = self.admm.step[rows]
         step[:, everything.rank :] *= (self.admm.dictionary.rho / everything.rho) ** 0.5
-        return (step @ everything.factor).scatter_(1, self.token[rows, None], 0.0)
+        slopes = torch.mm(step, everything.factor, out=out[: len(rows)]).abs_()
+        return slopes.scatter_(1, self.token[rows, None], 0.0)
 
     def solution(self, rows: Tensor, largest_slope: Tensor) -> Rows:
         """What some rows (b,) have come to, with the gap over all atoms: those that are no candidates have weight 0."""
@@ -132,21 +136,21 @@ class _WorkingSets:
         """Solve some tokens (b,) into `found`; returns those that did not converge."""
         missed = torch.zeros(len(self.tokens), dtype=torch.bool, device=own.device)
         first, *queue = own.split(block)
-        pool = self.first_candidates(first)
+        work = self.everything.factor.new_empty(len(first), len(self.tokens))
+        pool = self.first_candidates(first, work)
         while queue or len(pool.token):
             if queue and len(pool.token) <= block // 2:
-                pool.join(self.first_candidates(queue.pop(0)))
+                pool.join(self.first_candidates(queue.pop(0), work))
             for _ in range(CHECK_EVERY):
                 pool.admm.advance()
             pool.n_iter += CHECK_EVERY
             # Out of the range of the precision, there is nothing to go on from.
             last = (pool.n_iter >= max_iter) | ~torch.isfinite(pool.admm.step).all(1)
-            rows = (last | (pool.admm.gaps() <= pool.enough)).nonzero()[:block, 0]
+            rows = (last | (pool.admm.gaps() <= pool.enough)).nonzero()[: len(work), 0]
             if len(rows) == 0:
                 continue
-            slopes, token = pool.slopes(self.everything, rows), pool.token[rows]
-            largest = torch.maximum(slopes.amax(1), -slopes.amin(1)).double() * pool.admm.dictionary.rho
-            solved = pool.solution(rows, largest)
+            slopes, token = pool.slopes(self.everything, rows, work), pool.token[rows]
+            solved = pool.solution(rows, slopes.amax(1).double() * pool.admm.dictionary.rho)
             solved.n_iter.clamp_(max=max_iter)  # they are counted by CHECK_EVERY
             found[token] = solved.to(found.values.dtype)
             accepted = solved.gap <= self.options.tol
@@ -154,7 +158,8 @@ class _WorkingSets:
             ended = accepted | last[rows]
             missed[token[ended & ~accepted]] = True
             again = ~ended
-            changed = self.next_candidates(pool, rows[again], slopes[again])
+            candidates, state = self.next_candidates(pool, rows, slopes)
+            changed = self.go_on(pool, rows[again], candidates[again], state[again])
             changed.enough.copy_((PART_OF_GAP * solved.gap[again]).clamp(PART_OF_TOL * self.options.tol, LOOSE))
             staying = torch.ones_like(last)
             staying[rows] = False
@@ -162,14 +167,19 @@ class _WorkingSets:
             pool.join(changed)
         return missed.nonzero()[:, 0]
 
-    def first_candidates(self, own: Tensor) -> _Pool:
-        """Start tokens (b,) with the atoms of largest state after a few iterations over all, and go on from there."""
+    def first_candidates(self, own: Tensor, work: Tensor) -> _Pool:
+        """Start tokens (b,) with the atoms of largest state after a few iterations over all, and go on from there.
+
+        Args:
+            work: at least (b, N), written over.
+        """
         everything = self.everything
         targets = self.tokens[own].to(everything.factor.dtype)
         whole = self._admm(everything, targets, own=own)
         for _ in range(SEED_ITERATIONS):
             whole.advance()
-        candidates = _largest(whole.state.abs(), own, candidate_atoms(everything.rank, len(self.tokens)))
+        sizes = torch.abs(whole.state, out=work[: len(own)]).scatter_(1, own[:, None], -1.0)
+        candidates = _largest(sizes, candidate_atoms(everything.rank, len(self.tokens)))
         dictionary = self.over(candidates)
         ratio = everything.rho / dictionary.rho
         state = whole.state.gather(1, candidates)
@@ -181,8 +191,8 @@ class _WorkingSets:
         enough = torch.full_like(own, LOOSE, dtype=torch.float64)
         return _Pool(admm, own, candidates, n_iter, enough)
 
-    def next_candidates(self, pool: _Pool, rows: Tensor, slopes: Tensor) -> _Pool:
-        """Some rows over other candidates: up to a third of them gives way to atoms that violate the conditions.
+    def next_candidates(self, pool: _Pool, rows: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+        """Other candidates of some rows: up to a third gives way to atoms that violate the conditions.
 
         Those that stay are the active and those nearest to it. If more gave way, or to atoms that violate nothing, the
         next round would miss them, and so on.
@@ -191,18 +201,26 @@ class _WorkingSets:
             pool: of which the rows are.
             rows: (b,) int64.
             slopes: (b, N), see `_Pool.slopes`; written over.
+
+        Returns:
+            (b, K) candidates, and their state; infinite where they were none before.
         """
-        admm, own, old = pool.admm, pool.token[rows], pool.candidates[rows]
-        state, k = admm.state[rows], old.shape[1]
-        bound = 1 / admm.dictionary.rho  # of the state of an atom whose coefficient is 0
-        stay = state.abs().topk(2 * k // 3).indices
-        size = torch.threshold_(slopes.abs(), bound, 0.0)
-        size.scatter_(1, old, state.abs()).scatter_(1, old.gather(1, stay), torch.inf)
-        candidates = _largest(size, own, k)
-        start = slopes.clamp_(-bound, bound).scatter_(1, old, state).gather(1, candidates)
-        changed = self._admm(self.over(candidates), admm.target[rows, : self.everything.rank], start=start)
+        state, old = pool.admm.state[rows], pool.candidates[rows]
+        stay = state.abs().topk(2 * old.shape[1] // 3).indices
+        sizes = torch.threshold_(slopes, 1 / pool.admm.dictionary.rho, -1.0)  # no place for these, nor for the token
+        sizes.scatter_(1, old, state.abs()).scatter_(1, old.gather(1, stay), torch.inf)
+        candidates = _largest(sizes, old.shape[1])
+        return candidates, sizes.fill_(torch.inf).scatter_(1, old, state).gather(1, candidates)
+
+    def go_on(self, pool: _Pool, rows: Tensor, candidates: Tensor, state: Tensor) -> _Pool:
+        """Some rows (b,) over what `next_candidates` found: new ones start with coefficient 0, at their slope."""
+        admm, dictionary = pool.admm, self.over(candidates)
+        bound = 1 / dictionary.rho  # of the state of an atom whose coefficient is 0
+        slopes = product(admm.step[rows], dictionary.factor)
+        start = torch.where(state.isinf(), slopes.clamp_(-bound, bound), state)
+        changed = self._admm(dictionary, admm.target[rows, : self.everything.rank], start=start)
         changed.offset = admm.offset[rows]
-        return _Pool(changed, own, candidates, pool.n_iter[rows], pool.enough[rows])
+        return _Pool(changed, pool.token[rows], candidates, pool.n_iter[rows], pool.enough[rows])
 
     def over(self, candidates: Tensor) -> Dictionary:
         """The dictionary of each token's candidates (b, K)."""
@@ -220,6 +238,6 @@ class _WorkingSets:
         return Admm(dictionary, targets, own, error_bound=bound, relaxation=relaxation, start=start)
 
 
-def _largest(size: Tensor, own: Tensor, k: int) -> Tensor:
-    """(b, k) atoms of largest size (b, N), which is written over; never the token itself."""
-    return size.scatter_(1, own[:, None], -1.0).topk(k, sorted=False).indices
+def _largest(sizes: Tensor, k: int) -> Tensor:
+    """(b, k) atoms of largest size (b, N)."""
+    return sizes.topk(k, sorted=False).indices

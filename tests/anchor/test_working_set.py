@@ -133,12 +133,15 @@ def test_active_candidates_stay_and_violating_atoms_start_at_zero() -> None:
     problem = Problem.of(features("vit"), affine=True, alpha_e=800.0, alpha_z=800.0)
     sets = working_set._WorkingSets.of(problem, SolverOptions(), problem.atoms.T.contiguous(), torch.float64)
     own = torch.arange(0, N_TOKENS, 7)
-    pool = sets.first_candidates(own)
+    work = torch.empty(len(own), N_TOKENS, dtype=torch.float64)
+    pool = sets.first_candidates(own, work)
     for _ in range(300):
         pool.admm.advance()
     rows = torch.arange(1, len(own))
-    slopes = torch.full((len(rows), N_TOKENS), 1e6, dtype=torch.float64)
-    there = sets.next_candidates(pool, rows, slopes)
+    pool.admm.step *= 1e6
+    slopes = pool.slopes(sets.everything, rows, work)
+    assert ((slopes > 1 / sets.everything.rho).sum(1) >= N_TOKENS - 10).all()
+    there = sets.go_on(pool, rows, *sets.next_candidates(pool, rows, slopes))
     before, after = pool.admm.coefficients(rows), there.admm.coefficients(slice(0, len(rows)))
     for row, token in enumerate(own[1:].tolist()):
         old = dict(zip(pool.candidates[rows[row]].tolist(), before[row].tolist(), strict=True))
