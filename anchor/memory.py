@@ -1,5 +1,6 @@
 """Which algorithm the solver takes, how much memory it needs, and how many tokens it may iterate at a time."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,19 +89,18 @@ def plan_solver(
         MemoryError: before anything is computed, if it does not fit.
     """
     available = available_memory_bytes(device)
-    if budget is None and available is not None:
-        budget = available // 2
-    if algorithm == "auto":
-        chosen = _plan(n_tokens, rank, dtype, device, _fastest_algorithm(n_tokens, rank), budget)
-        if budget is None or chosen.n_bytes <= budget:
-            return chosen
-        algorithm = "blocked"
-    plan = _plan(n_tokens, rank, dtype, device, algorithm, budget)
-    if budget is not None and plan.n_bytes > budget:
+    limit: float = math.inf if available is None else available // 2
+    if budget is not None:
+        limit = budget
+    fastest = _fastest_algorithm(n_tokens, rank) if algorithm == "auto" else algorithm
+    plan = _plan(n_tokens, rank, dtype, device, fastest, limit)
+    if algorithm == "auto" and plan.n_bytes > limit:
+        plan = _plan(n_tokens, rank, dtype, device, "blocked", limit)
+    if plan.n_bytes > limit:
         raise MemoryError(
-            f"the self-expression of {n_tokens} tokens (rank {rank}, {dtype}, algorithm {algorithm!r}) needs "
-            f"{plan.n_bytes / 2**30:.2g} GiB on {device}, and may use {budget / 2**30:.2g} GiB: use "
-            + ("algorithm='blocked', " if algorithm != "blocked" else "")
+            f"the self-expression of {n_tokens} tokens (rank {rank}, {dtype}, algorithm {plan.algorithm!r}) needs "
+            f"{plan.n_bytes / 2**30:.2g} GiB on {device}, and may use {limit / 2**30:.2g} GiB: use "
+            + ("algorithm='blocked', " if plan.algorithm != "blocked" else "")
             + "fewer frames or fewer tokens a frame, or raise memory_budget"
         )
     return plan
@@ -113,7 +113,7 @@ def _fastest_algorithm(n_tokens: int, rank: int) -> Algorithm:
 
 
 def _plan(
-    n_tokens: int, rank: int, dtype: torch.dtype, device: torch.device, algorithm: Algorithm, budget: int | None
+    n_tokens: int, rank: int, dtype: torch.dtype, device: torch.device, algorithm: Algorithm, limit: float
 ) -> Plan:
     """With the largest block that fits; the smallest where none does."""
     if algorithm == "authors":
@@ -124,7 +124,7 @@ def _plan(
         return Plan(algorithm, n_tokens, solver_memory_bytes(n_tokens, rank, dtype, n_tokens))
     block = max(1, min(n_tokens, _fastest_block(n_tokens, dtype, device)))
     bytes_of = working_set_memory_bytes if algorithm == "working-set" else solver_memory_bytes
-    while block > SMALLEST_BLOCK and budget is not None and bytes_of(n_tokens, rank, dtype, block) > budget:
+    while block > SMALLEST_BLOCK and bytes_of(n_tokens, rank, dtype, block) > limit:
         block = max(SMALLEST_BLOCK, block // 2)
     return Plan(algorithm, block, bytes_of(n_tokens, rank, dtype, block))
 

@@ -179,7 +179,7 @@ class _WorkingSets:
         for _ in range(SEED_ITERATIONS):
             whole.advance()
         sizes = torch.abs(whole.state, out=work[: len(own)]).scatter_(1, own[:, None], -1.0)
-        candidates = _largest(sizes, candidate_atoms(everything.rank, len(self.tokens)))
+        candidates = sizes.topk(candidate_atoms(everything.rank, len(self.tokens)), sorted=False).indices
         dictionary = self.over(candidates)
         ratio = everything.rho / dictionary.rho
         state = whole.state.gather(1, candidates)
@@ -209,7 +209,7 @@ class _WorkingSets:
         stay = state.abs().topk(2 * old.shape[1] // 3).indices
         sizes = torch.threshold_(slopes, 1 / pool.admm.dictionary.rho, -1.0)  # no place for these, nor for the token
         sizes.scatter_(1, old, state.abs()).scatter_(1, old.gather(1, stay), torch.inf)
-        candidates = _largest(sizes, old.shape[1])
+        candidates = sizes.topk(old.shape[1], sorted=False).indices
         return candidates, sizes.fill_(torch.inf).scatter_(1, old, state).gather(1, candidates)
 
     def go_on(self, pool: _Pool, rows: Tensor, candidates: Tensor, state: Tensor) -> _Pool:
@@ -236,8 +236,3 @@ class _WorkingSets:
     ) -> Admm:
         bound, relaxation = self.problem.error_bound, self.options.relaxation
         return Admm(dictionary, targets, own, error_bound=bound, relaxation=relaxation, start=start)
-
-
-def _largest(sizes: Tensor, k: int) -> Tensor:
-    """(b, k) atoms of largest size (b, N)."""
-    return sizes.topk(k, sorted=False).indices
