@@ -17,18 +17,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from . import backward, decode, prefill
+from . import backward, decode, prefill, prescale
 from .hopper import REGISTERS as HOPPER_REGISTERS
 from .hopper import TILES as HOPPER_TILES
-from .prescale import LOG_BIAS, NO_GATE, POST_EXP
+from .prescale import LOG_BIAS, NO_GATE, POST_EXP, SPLIT
 from .tiles import HEAD_DIMS, TMA_TARGETS, Tile, backward_tiles, decode_tile, prefill_tile, split_head_dim
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
 SHARED_LIMIT["gfx942"] = 65536
-FORMS = {"ungated": NO_GATE, "log-bias": LOG_BIAS, "post-exp": POST_EXP}
-HOPPER_FORMS = {f"hopper {form}": form for form in FORMS}
+FORMS = {"ungated": NO_GATE, "log-bias": LOG_BIAS, "post-exp": POST_EXP, "split": SPLIT}
+HOPPER_FORMS = {f"hopper {form}": form for form in FORMS if form != "split"}
+PRESCALE_FORMS = {f"prescale {form}": form for form in FORMS if form != "ungated"}
 VARIANTS = (
     "post-exp varlen",
     "post-exp varlen window softcap",
@@ -42,7 +43,7 @@ VARIANTS = (
 BACKWARD = {"dq": backward.d_queries_kernel, "dk-dv": backward.d_keys_kernel}
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 CASES = [
-    (kernel, target, head_dim, "bf16")
+    (kernel, target, head_dim, "fp16" if kernel == "split" else "bf16")
     for target in TARGETS
     for head_dim in HEAD_DIMS
     for kernel in (*FORMS, *HOPPER_FORMS, "decode", "page-16", "page-64", *BACKWARD)
@@ -156,7 +157,7 @@ def compile_prefill(
         "STAGES": tile.stages,
     }
     dtypes: dict[str, str | None] = dict.fromkeys(("q", "k", "v", "out"), dtype)
-    dtypes |= {"lse": "fp32", "gate": "fp32" if FORMS[gate] else None}
+    dtypes |= {"lse": "fp32", "gate": "fp32" if FORMS[gate] else None, "rest": "fp32" if gate == "split" else None}
     dtypes |= dict.fromkeys(("cu_q", "cu_k"), "i32" if varlen else None)
     tma = target in TMA_TARGETS and ELEMENT[dtype] < 4 if tma is None else tma
     for i, part in enumerate((d0, d1)):
@@ -166,6 +167,16 @@ def compile_prefill(
     return report(
         " ".join([gate, *(name for name, asked in variant.items() if asked)]), target, head_dim, dtype, compiled
     )
+
+
+def compile_prescale(target: str, head_dim: int, dtype: str = "bf16", gate: str = "post-exp") -> Report:
+    """Compile the pass before prefill, with both gates and padding; arguments as for prefill."""
+    constants = {"D": head_dim, "BD": triton.next_power_of_2(head_dim), "BN": prescale.KEYS, "FORM": FORMS[gate]}
+    dtypes: dict[str, str | None] = {"v": dtype, "out_v": dtype, "seen": "u8"}
+    dtypes |= dict.fromkeys(("gamma_k", "gamma_v", "gate"), "fp32") | {"rest": "fp32" if gate == "split" else None}
+    tile = Tile(0, prescale.KEYS, 4, 1)
+    compiled = compile_kernel(prescale.prescale_kernel, target, dtypes, constants, tile)
+    return report(f"prescale {gate}", target, head_dim, dtype, compiled)
 
 
 def compile_decode(
@@ -327,6 +338,8 @@ def compile_case(case: tuple[str, str, int, str]) -> Report:
     kernel, target, head_dim, dtype = case
     if kernel in HOPPER_FORMS:
         return compile_hopper(head_dim, dtype, HOPPER_FORMS[kernel])
+    if kernel in PRESCALE_FORMS:
+        return compile_prescale(target, head_dim, dtype, PRESCALE_FORMS[kernel])
     form, *features = kernel.split()
     if form in FORMS:
         asked: dict[str, Any] = dict.fromkeys(features, True)

@@ -9,7 +9,7 @@ import torch
 
 from . import validation
 from .dispatch import hopper_choice, triton_refusal, triton_target
-from .gates import expand_gate
+from .gates import expand_gate, fitted_gate
 from .merge import merge_attention
 from .reference import reference_attention
 from .sdpa import sdpa_attention
@@ -100,8 +100,10 @@ def anchored_attention(
         k, v: (B, Hkv, Nk, D) of q's dtype and device; Hq must be a multiple of Hkv.
         gamma_k, gamma_v: factors of keys and values, (N,), (B, N) or (B, Hkv, N) with N <= Nk, floating, finite,
             >= 0. Keys from N on are neutral (factor 1). A key with gamma_k = 0 is invisible, and the gradient of that
-            gamma_k is 0. Values are checked where that costs no synchronisation, on the CPU outside torch.compile;
-            elsewhere a bad gamma_k gives NaN with "log-bias", and with "post-exp" may go unnoticed.
+            gamma_k is 0. fp64 factors become fp32 unless q is fp64, and must fit. Values are checked where that costs
+            no synchronisation, on the CPU outside torch.compile and torch.func; elsewhere a bad gamma_k gives NaN with
+            "log-bias", and with "post-exp" may go unnoticed. In fp16 gamma_v * v may exceed what fp16 holds where the
+            output does not; in other dtypes a value beyond theirs gives inf or NaN.
         gamma_q: factors of queries, (Nq,), (B, Nq) or (B, Hq, Nq). They cancel in the softmax and change the lse only,
             by log gamma_q.
         scale: factor of the logits, finite and > 0; None means D ** -0.5.
@@ -114,7 +116,7 @@ def anchored_attention(
         backend: "triton"; "hopper", prefill for sm_90 in Gluon, which "auto" leaves alone unless VIDEOANCHOR_HOPPER=1
             is set, since it has yet to run on a GPU; "sdpa", torch's scaled_dot_product_attention, any device and
             dtype, no Nq x Nk tensor; "reference", dense fp64, for tests; "auto", the best on a GPU that can take the
-            call, else sdpa.
+            call, else sdpa. Under torch.func.grad and the like, "triton" and "hopper" cannot take a call.
         gate_form: "log-bias" takes any gamma_k >= 0. "post-exp" is cheaper in prefill, and the caller promises that
             every gamma_k is within [2**-20, 2**20]. `choose_gate_form` reads off a gate which form it allows.
 
@@ -135,16 +137,16 @@ def anchored_attention(
     batch, query_heads, queries, _ = q.shape
     kv_heads, keys = k.shape[1:3]
     validation.check_gates(gamma_k, gamma_v, gamma_q, (batch, query_heads, queries), (batch, kv_heads, keys))
+    gamma_k, gamma_v, gamma_q = (fitted_gate(gate, q.dtype) for gate in (gamma_k, gamma_v, gamma_q))
     validation.check_padding(key_padding_mask, batch, keys)
     if validation.values_are_free(q):
         validation.check_values(gamma_k, gamma_v, gamma_q, gate_form, key_padding_mask)
 
     post_exp = gate_form == "post-exp"
-    chosen = _choose_backend(backend, q)
+    chosen = _choose_backend(backend, q, refused=validation.autograd_only(q, k, v, gamma_k, gamma_v))
     if chosen in ("triton", "hopper"):
-        hopper = hopper_choice(
-            q, k, v, asked=backend, window=window, softcap=softcap, padding=key_padding_mask is not None
-        )
+        features = {"padding": key_padding_mask is not None, "value_gate": gamma_v is not None}
+        hopper = hopper_choice(q, k, v, asked=backend, window=window, softcap=softcap, **features)
         out, lse = anchored_attention_op(
             q, k, v, gamma_k, gamma_v, key_padding_mask, scale, causal, window, softcap, post_exp, hopper
         )
@@ -235,7 +237,9 @@ def anchored_attention_varlen(
             cu_seqlens_q[b + 1] (exclusive), and the keys alike. They start at 0, never decrease, and end at Tq and Tk;
             a sequence may have no query, or no key. Nothing of a sequence, NaN included, reaches another one.
         max_seqlen_q, max_seqlen_k: at least the longest lengths. Like the values of cu_seqlens they are checked on the
-            CPU only; elsewhere queries beyond max_seqlen_q (rounded up to a tile) come back NaN.
+            CPU and by "sdpa" and "reference" only; elsewhere out and lse of queries beyond max_seqlen_q (rounded up to
+            a tile) are NaN, and so are their gradients and those of keys beyond max_seqlen_k; rows past the last
+            sequence are 0 with lse = -inf and have no gradient.
         gamma_k, gamma_v: (Tk,) or (Tk, Hkv).
         gamma_q: (Tq,) or (Tq, Hq).
         causal, window: bottom-right aligned in each sequence by itself.
@@ -265,13 +269,15 @@ def anchored_attention_varlen(
     validation.check_packed_gate("gamma_k", gamma_k, *k.shape[:2])
     validation.check_packed_gate("gamma_v", gamma_v, *k.shape[:2])
     validation.check_packed_gate("gamma_q", gamma_q, *q.shape[:2])
+    gamma_k, gamma_v, gamma_q = (fitted_gate(gate, q.dtype) for gate in (gamma_k, gamma_v, gamma_q))
     if validation.values_are_free(q):
         validation.check_offset_values("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
         validation.check_offset_values("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
         validation.check_values(gamma_k, gamma_v, gamma_q, gate_form)
 
     post_exp = gate_form == "post-exp"
-    chosen = _choose_backend(backend, q, no_hopper="packed sequences", batch=cu_seqlens_q.numel() - 1)
+    refused = validation.autograd_only(q, k, v, gamma_k, gamma_v)
+    chosen = _choose_backend(backend, q, "packed sequences", refused, cu_seqlens_q.numel() - 1)
     if chosen == "triton":
         out, lse = varlen_op(
             q,
@@ -291,7 +297,8 @@ def anchored_attention_varlen(
         )
     else:
         attend = _dense(chosen, scale, causal, window, softcap, post_exp, True)
-        out, lse = varlen_by_sequence(attend, q, k, v, cu_seqlens_q, cu_seqlens_k, gamma_k, gamma_v)
+        longest = max_seqlen_q, max_seqlen_k
+        out, lse = varlen_by_sequence(attend, q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, gamma_k, gamma_v)
     if not return_lse:
         return out
     if gamma_q is not None:
@@ -402,16 +409,16 @@ def anchored_attention_decode(
     batch, query_heads, queries, _ = q.shape
     pages, kv_heads, page_size, _ = k_cache.shape
     validation.check_gates(gamma_k, gamma_v, gamma_q, (batch, query_heads, queries), (batch, kv_heads, capacity))
+    gamma_k, gamma_v, gamma_q = (fitted_gate(gate, q.dtype) for gate in (gamma_k, gamma_v, gamma_q))
     if validation.values_are_free(q):
         validation.check_cache_values(cache_seqlens, capacity, block_table, pages, page_size)
         validation.check_values(gamma_k, gamma_v, gamma_q, "log-bias")
 
     tensors = (q, k_cache, v_cache, gamma_k, gamma_v)
+    refused = validation.autograd_only(*tensors)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        no_backward = "an input requires grad and decode has no backward"
-    else:
-        no_backward = None
-    chosen = _choose_backend(backend, q, no_hopper="decode", refused=no_backward)
+        refused = "an input requires grad and decode has no backward"
+    chosen = _choose_backend(backend, q, "decode", refused)
     if chosen == "triton":
         out, lse = decode_op(
             q, k_cache, v_cache, cache_seqlens, block_table, gamma_k, gamma_v, scale, causal, window, softcap
@@ -471,7 +478,7 @@ def _dense(
 def _choose_backend(
     backend: str, q: torch.Tensor, no_hopper: str | None = None, refused: str | None = None, batch: int | None = None
 ) -> str:
-    """The backend for a call. `no_hopper` names what "hopper" cannot do, `refused` says why Triton cannot take it."""
+    """The backend for a call. `no_hopper` names an op that "hopper" lacks, `refused` says why Triton cannot take it."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "hopper" and no_hopper:
@@ -486,10 +493,15 @@ def _choose_backend(
     if q.device.type != "cuda":
         return "sdpa"
     if refused is not None and not torch.compiler.is_compiling():
-        _log_fallback(refused)
+        _log_fallback(no_hopper, refused)
     return "triton" if refused is None else "sdpa"
 
 
 @cache
-def _log_fallback(refusal: str) -> None:
-    logger.info("attention runs on torch's scaled_dot_product_attention instead of Triton: %s", refusal)
+def _log_fallback(op: str | None, refusal: str) -> None:
+    told = "%s on torch's scaled_dot_product_attention instead of Triton%s: %s"
+    if op is None:
+        logger.info(told, "attention runs", "", refusal)
+    else:  # see sequences.py
+        host = ", a sequence at a time with lengths read on the host, so that no CUDA graph can hold the call"
+        logger.warning(told, f"{op} run" + "s" * (op == "decode"), host, refusal)

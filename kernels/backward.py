@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .gates import expand_gate, pad_gate
-from .steps import LN2, load_rows, soft_capped
+from .steps import LN2, add_product, load_rows, poison_rows, soft_capped
 from .tiles import Tile, backward_tiles
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -134,6 +134,9 @@ def d_queries_kernel(
     i_kv = (tl.program_id(1) // group).to(tl.int64)
     i_first_q, i_row_q, Nq = sequence_rows(cu_q, i_b, Nq)  # pyright: ignore[reportGeneralTypeIssues]
     i_first_k, _, Nk = sequence_rows(cu_k, i_b, Nk)
+    n_heads = tl.num_programs(1)
+    if cu_q is not None and i_m == (tl.num_programs(0) - 1) * BM and i_m + BM < Nq:
+        poison_rows(d_q + (i_row_q * n_heads + i_h) * D, n_heads * D, i_m + BM, Nq, D, BM)
     if i_m >= Nq:
         return
     p_k = k + i_b * stride_kb + i_kv * stride_kh + i_first_k * stride_kn
@@ -187,8 +190,8 @@ def d_queries_kernel(
         b_value_gate = load_gate(p_value_gate, o_n, m_keys, 1.0, 1.0)
         b_ds = b_p * (b_dp * b_value_gate[None, :] - b_delta[:, None]) * b_slope
         # [BM, BD] += [BM, BN] [BN, BD]
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
-    p_dq = d_q + ((i_row_q + o_m) * tl.num_programs(1) + i_h)[:, None] * D + o_d
+        b_dq = add_product(b_ds, b_k, b_dq, value_gate is not None)
+    p_dq = d_q + ((i_row_q + o_m) * n_heads + i_h)[:, None] * D + o_d
     tl.store(p_dq, (b_dq * (scale_log2 * LN2)).to(d_q.dtype.element_ty), mask=m_rows)
 
 
@@ -246,6 +249,15 @@ def d_keys_kernel(
     i_b = tl.program_id(2).to(tl.int64)
     i_first_q, _, Nq = sequence_rows(cu_q, i_b, Nq)  # pyright: ignore[reportGeneralTypeIssues]
     i_first_k, i_row_k, Nk = sequence_rows(cu_k, i_b, Nk)
+    n_heads = tl.num_programs(1)
+    if cu_k is not None and tl.program_id(0) == tl.num_programs(0) - 1 and i_n + BN < Nk:
+        i_first = i_row_k * n_heads + i_kv
+        poison_rows(d_k + i_first * D, n_heads * D, i_n + BN, Nk, D, BN)
+        poison_rows(d_v + i_first * D, n_heads * D, i_n + BN, Nk, D, BN)
+        if d_log_gate is not None:
+            poison_rows(d_log_gate + i_first, n_heads, i_n + BN, Nk, 1, BN)
+        if d_value_gate is not None:
+            poison_rows(d_value_gate + i_first, n_heads, i_n + BN, Nk, 1, BN)
     if i_n >= Nk:
         return
     p_k = k + i_b * stride_kb + i_kv * stride_kh + i_first_k * stride_kn
@@ -302,11 +314,11 @@ def d_keys_kernel(
             b_ds = b_p * (b_dp * b_value_gate[:, None] - b_delta[None, :])
             if d_log_gate is not None:
                 b_d_log_gate += tl.sum(b_ds, 1)
-            b_dk = tl.dot((b_ds * b_slope).to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+            b_dk = add_product(b_ds * b_slope, b_q, b_dk, value_gate is not None)
 
     m_n = o_n < Nk
     m_rows = m_n[:, None] & m_d
-    o_row = (i_row_k + o_n) * tl.num_programs(1) + i_kv
+    o_row = (i_row_k + o_n) * n_heads + i_kv
     o_rows = o_row[:, None] * D + o_d
     tl.store(d_k + o_rows, (b_dk * (scale_log2 * LN2)).to(d_k.dtype.element_ty), mask=m_rows)
     if d_log_gate is not None:
@@ -388,13 +400,14 @@ def backward(
         gate = gate.T[None] if packed and gate.dim() == 2 else pad_gate(gate, keys, neutral)
         return expand_gate(gate.contiguous(), batch, kv_heads)
 
-    # the gradients are (tokens, heads, ...) in memory
-    d_q, d_k, d_v = (torch.empty_like(tokens_first(x), memory_format=torch.contiguous_format) for x in (q, k, v))
+    # the gradients are (tokens, heads, ...) in memory; tokens of no packed sequence have 0
+    made = torch.zeros if packed else torch.empty
+    d_q, d_k, d_v = (made(tokens_first(x).shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
         d_gamma_k, d_gamma_v = (None if x is None else torch.zeros_like(x).float() for x in (gamma_k, gamma_v))
         return *(tokens_first(x.zero_()) for x in (d_q, d_k, d_v)), d_gamma_k, d_gamma_v  # pyright: ignore[reportReturnType]
     d_log_gate, d_value_gate = (
-        None if x is None else torch.empty(d_k.shape[:-1], device=k.device) for x in (gamma_k, gamma_v)
+        None if x is None else made(d_k.shape[:-1], device=k.device) for x in (gamma_k, gamma_v)
     )
     if out.stride() != d_out.stride():
         out, d_out = out.contiguous(), d_out.contiguous()
@@ -446,8 +459,8 @@ def backward(
         "enable_fp_fusion": True,
     }
     tiles = backward_tiles(target, head_dim, q.element_size())
-    longest_q = queries if max_seqlen_q is None else max_seqlen_q
-    longest_k = keys if max_seqlen_k is None else max_seqlen_k
+    longest_q = queries if max_seqlen_q is None else max(max_seqlen_q, 1)
+    longest_k = keys if max_seqlen_k is None else max(max_seqlen_k, 1)
     # this one writes delta, which the next one reads
     d_queries_kernel[(triton.cdiv(longest_q, tiles[0].queries), query_heads, batch)](
         **shared, **tile_options(tiles[0]), out=out, d_lse=d_lse, d_q=d_q
@@ -464,7 +477,7 @@ def backward(
     if gamma_k is not None and d_log_gate is not None:
         d_gamma_k = sum_of_gate(d_log_gate, gamma_k, packed)
         # 0 where no weight reaches: gamma_k is 0 there, or hidden and then perhaps NaN
-        d_gamma_k = torch.where(d_gamma_k == 0, 0.0, d_gamma_k / gamma_k)
+        d_gamma_k = torch.where(d_gamma_k == 0, 0.0, d_gamma_k / gamma_k.float())
     if gamma_v is not None and d_value_gate is not None:
         d_gamma_v = sum_of_gate(d_value_gate, gamma_v, packed)
     return tokens_first(d_q), tokens_first(d_k), tokens_first(d_v), d_gamma_k, d_gamma_v

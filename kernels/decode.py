@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .gates import expand_gate
-from .steps import LN2, finite_max, load_rows, soft_capped, visible_keys, visible_pairs
+from .steps import LN2, add_product, finite_max, load_rows, soft_capped, visible_keys, visible_pairs
 from .tiles import decode_tile, multiprocessors
 
 MERGE_BLOCK = 16
@@ -149,12 +149,8 @@ def split_kernel(
         if gamma_v is not None:
             p_gate = gamma_v + i_b * stride_gvb + i_kv * stride_gvh + o_n
             b_gate = tl.load(p_gate, mask=m_keys & (o_n < Nk_gv), other=1.0).to(tl.float32)
-            if v.dtype.element_ty == tl.float16:  # cannot hold p * gV where gV is large
-                b_v = (b_v.to(tl.float32) * b_gate[:, None]).to(tl.float16)
-            else:
-                b_p *= b_gate[None, :]
-        b_p = b_p.to(v.dtype.element_ty)
-        b_acc = tl.dot(b_p, b_v, b_acc * b_decay[:, None], input_precision="ieee")
+            b_p *= b_gate[None, :]
+        b_acc = add_product(b_p, b_v, b_acc * b_decay[:, None], gamma_v is not None)
         b_max = b_max_new
 
     # a row without a visible key in this split has sum 0 and max -inf: output 0, lse -inf

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -66,6 +67,7 @@ def hopper_choice(
     window: int | None,
     softcap: float | None,
     padding: bool,
+    value_gate: bool,
 ) -> bool:
     """Whether a call that a Triton kernel will take goes to the Hopper kernel; ValueError if asked for and it cannot.
 
@@ -75,7 +77,8 @@ def hopper_choice(
         return False
     target, reason = triton_target(q.device)
     if target is not None:
-        reason = hopper_refusal(q, k, v, target, window=window, softcap=softcap, padding=padding)
+        features: dict[str, Any] = {"window": window, "softcap": softcap, "padding": padding, "value_gate": value_gate}
+        reason = hopper_refusal(q, k, v, target, **features)
     if reason and asked == "hopper":
         raise ValueError(f"backend='hopper' cannot take this call: {reason}; use backend='triton' or 'auto'")
     if reason and not torch.compiler.is_compiling():

@@ -33,6 +33,15 @@ def pad_gate(gate: torch.Tensor, length: int, neutral: float = 1.0) -> torch.Ten
     return F.pad(gate, (0, length - gate.shape[-1]), value=neutral)
 
 
+def fitted_gate(gate: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A gate for q of `dtype`: fp64 values in fp32 where q is not fp64 too, NaN where fp32 cannot hold them."""
+    if gate is None or gate.dtype != torch.float64 or dtype == torch.float64:
+        return gate
+    fitted, exact = gate.float(), gate.detach()
+    held = (fitted.detach().double() - exact).abs() <= torch.finfo(torch.float32).eps * exact.abs()
+    return fitted.masked_fill(~held, float("nan"))
+
+
 def check_gate(name: str, gate: torch.Tensor, batch: int, heads: int, length: int, exact: bool = False) -> None:
     """Raise unless `gate` is a floating (N,), (B, N) or (B, H, N) tensor with N <= length (== length if `exact`)."""
     if not gate.is_floating_point():
@@ -57,4 +66,7 @@ def check_gate_values(
     if wrong.any():
         bounds = "at least 0" if high == float("inf") else f"within [{low:g}, {high:g}] for gate_form='post-exp'"
         found = torch.nonzero(wrong)[0].tolist()
-        raise ValueError(f"{name} must be finite and {bounds} where the key is visible; it is not at {found}")
+        raise ValueError(
+            f"{name} must be finite and {bounds} where the key is visible, and fp32 must hold it unless q is fp64; "
+            f"it is not so at {found}"
+        )

@@ -57,6 +57,7 @@ def hopper_refusal(
     softcap: float | None = None,
     padding: bool = False,
     varlen: bool = False,
+    value_gate: bool = False,
 ) -> str | None:
     """Why this path cannot take a call of validated tensors (B, H, N, D), or None where it can."""
     if reason := gluon_refusal():
@@ -70,6 +71,8 @@ def hopper_refusal(
     features = {"window": window is not None, "softcap": softcap is not None, "padding": padding, "varlen": varlen}
     if asked := [name for name, wanted in features.items() if wanted]:
         return f"the Hopper kernel has no {' and no '.join(asked)}"
+    if value_gate and q.dtype == torch.float16:
+        return "the Hopper kernel has no gamma_v in torch.float16"  # see SPLIT in prescale.py
     if q.numel() == 0 or k.numel() == 0:
         return "there are no queries or no keys"
     return next((reason for name, x in (("q", q), ("k", k), ("v", v)) if (reason := _unaddressable(name, x))), None)

@@ -28,14 +28,33 @@ def _packed_outputs(q: torch.Tensor) -> Outputs:
     return q.new_empty(q.shape), q.new_empty((heads, tokens), dtype=torch.float32).T
 
 
+def _has_rows(x: torch.Tensor) -> bool:
+    """Whether rows are contiguous, and near enough to one another that a tile's offsets fit in 32 bits."""
+    return x.stride(-1) == 1 and (x.stride(-2) < MAX_ROW_STRIDE or x.shape[-2] == 1)
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """Make rows contiguous, and near enough to one another that a tile's offsets fit in 32 bits."""
-    return x if x.stride(-1) == 1 and x.stride(-2) < MAX_ROW_STRIDE else x.contiguous()
+    return x if _has_rows(x) else x.contiguous()
+
+
+def _cache_rows(name: str, x: torch.Tensor) -> torch.Tensor:
+    """A cache as it stands: raise where `_rows` would copy all of it in every step."""
+    if not _has_rows(x):
+        raise ValueError(
+            f"{name} must have contiguous rows less than {MAX_ROW_STRIDE} elements apart, got strides {x.stride()}: "
+            f"lay the cache out so, or use backend='sdpa'"
+        )
+    return x
 
 
 def _packed_rows(x: torch.Tensor) -> torch.Tensor:
     """(T, H, D) as one batch entry (1, H, T, D) with rows as `_rows` makes them."""
     return _rows(x.transpose(0, 1))[None]
+
+
+def _gate_rows(gate: torch.Tensor | None) -> torch.Tensor | None:
+    """A gate, a mask or a block table whose last dimension is contiguous, copied only where it is not."""
+    return gate if gate is None or gate.stride(-1) == 1 else gate.contiguous()
 
 
 def _packed_gate(gate: torch.Tensor | None) -> torch.Tensor | None:
@@ -71,13 +90,11 @@ def anchored_attention_op(
         return out.zero_(), lse.fill_(float("-inf"))
     if not hopper:
         q, k, v = _rows(q), _rows(k), _rows(v)
-    gamma_k, gamma_v, key_padding_mask = (
-        None if x is None else x.contiguous() for x in (gamma_k, gamma_v, key_padding_mask)
-    )
+    gamma_k, gamma_v, key_padding_mask = (_gate_rows(x) for x in (gamma_k, gamma_v, key_padding_mask))
     target = _target(q)
     with torch.cuda.device_of(q):
         if hopper:
-            form, v, gate = prescale(v, gamma_k, gamma_v, None, post_exp)
+            form, v, gate, _ = prescale(v, gamma_k, gamma_v, None, post_exp)
             hopper_prefill(q, k, v, gate, out, lse, scale, causal, form)
         elif q.shape[2] <= MAX_QUERIES:
             decode(q, k, v, gamma_k, gamma_v, key_padding_mask, out, lse, scale, causal, window, softcap, target)
@@ -112,8 +129,10 @@ def varlen_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of validated packed inputs: out (Tq, Hq, D) and lse (Tq, Hq) fp32."""
     out, lse = _packed_outputs(q)
+    # no program writes the rows of no sequence
+    out.zero_(), lse.fill_(float("-inf"))
     if out.numel() == 0 or k.shape[0] == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
+        return out, lse
     with torch.cuda.device_of(q):
         prefill(
             *(_packed_rows(x) for x in (q, k, v)),
@@ -156,12 +175,12 @@ def decode_op(
     out, lse = _outputs(q)
     if out.numel() == 0 or k_cache.shape[2] == 0 or (block_table is not None and block_table.shape[1] == 0):
         return out.zero_(), lse.fill_(float("-inf"))
-    gamma_k, gamma_v, block_table = (None if x is None else x.contiguous() for x in (gamma_k, gamma_v, block_table))
+    gamma_k, gamma_v, block_table = (_gate_rows(x) for x in (gamma_k, gamma_v, block_table))
     with torch.cuda.device_of(q):
         decode(
             _rows(q),
-            _rows(k_cache),
-            _rows(v_cache),
+            _cache_rows("k_cache", k_cache),
+            _cache_rows("v_cache", v_cache),
             gamma_k,
             gamma_v,
             None,

@@ -1,7 +1,7 @@
 """Prefill: gated FlashAttention forward, one program a tile of query rows.
 
 out_i = sum_j p_ij gK_j gV_j v_j / sum_j p_ij gK_j with p_ij = exp(scale q_i.k_j). `prescale` has multiplied the value
-gate (and gK in the post-exp form) into V before the launch; gK enters the tile in one of two exact forms.
+gate (and gK in the post-exp form) into V before the launch; gK enters the tile in one of its exact forms.
 """
 
 import math
@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .prescale import prescale
-from .steps import LN2, finite_max, load_rows, soft_capped, visible_pairs
+from .steps import LN2, finite_max, load_rows, poison_rows, soft_capped, visible_pairs
 from .tiles import TMA_TARGETS, Tile, prefill_tile, split_head_dim
 
 
@@ -56,6 +56,7 @@ def attend_tiles(
     k_tiles,
     v_tiles,
     p_gate,
+    p_rest,
     i_b,
     i_kv,
     i_row,
@@ -81,6 +82,7 @@ def attend_tiles(
     STAGES: tl.constexpr,
 ):
     CLEARED: tl.constexpr = VARLEN and MASKED
+    BIAS: tl.constexpr = GATE == 1 or GATE == 3
     for i_n in tl.range(i_start, i_end, BN, num_stages=STAGES):
         i_n = tl.multiple_of(i_n, BN)
         o_n = i_n + tl.arange(0, BN)
@@ -94,20 +96,22 @@ def attend_tiles(
         if GATE != 0:
             # [BN]
             b_gate = tl.load(p_gate + o_n)
+            b_weight = tl.load(p_rest + o_n) if GATE == 3 else b_gate
             if MASKED:
                 b_gate = tl.where(m_keys, b_gate, 0.0)
-        if GATE == 1 or SOFTCAP:
+                b_weight = tl.where(m_keys, b_weight, 0.0)
+        if BIAS or SOFTCAP:
             b_s *= scale_log2
             if SOFTCAP:
                 b_s = soft_capped(b_s, cap_log2)
-            if GATE == 1:
+            if BIAS:
                 b_s += b_gate[None, :]
         if PADDED:
             # a select, since a hidden key's logit may be NaN
             b_s = tl.where(b_gate[None, :] == float("-inf"), float("-inf"), b_s)
         if MASKED:
             b_s = tl.where(visible_pairs(m_keys, o_n, o_position, window, CAUSAL, WINDOW), b_s, float("-inf"))
-        if GATE == 1 or SOFTCAP:
+        if BIAS or SOFTCAP:
             b_max_new = tl.maximum(b_max, tl.max(b_s, 1))
             b_shift = finite_max(b_max_new)
             b_p = tl.exp2(b_s - b_shift[:, None])
@@ -116,7 +120,7 @@ def attend_tiles(
             b_shift = finite_max(b_max_new) if MASKED else b_max_new
             b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
-        b_sum = b_sum * b_decay + tl.sum(b_p * b_gate[None, :] if GATE == 2 else b_p, 1)
+        b_sum = b_sum * b_decay + tl.sum(b_p * b_weight[None, :] if GATE >= 2 else b_p, 1)
         b_p = b_p.to(p_v.dtype.element_ty)
         # [BM, D0] += [BM, BN] [BN, D0]
         b_v0 = load_tile(p_v, v_tiles[0], i_row, i_n, stride_vn, m_keys, i_b, i_kv, 0, BN, D0, MASKED, CLEARED)
@@ -126,15 +130,6 @@ def attend_tiles(
             b_acc1 = tl.dot(b_p, b_v1, b_acc1 * b_decay[:, None], input_precision="ieee")
         b_max = b_max_new
     return b_acc0, b_acc1, b_sum, b_max
-
-
-@triton.jit
-def poison_rows(p_out, stride_n, i_start, i_end, D: tl.constexpr, BM: tl.constexpr):
-    # a sequence is longer than the longest that the caller named: its last rows must not look like results
-    for i_m in tl.range(i_start, i_end, BM):
-        o_m = i_m + tl.arange(0, BM)
-        for i_d in range(D):
-            tl.store(p_out + o_m.to(tl.int64) * stride_n + i_d, float("nan"), mask=o_m < i_end)
 
 
 @triton.jit(do_not_specialize=["Nq", "Nk", "window", "stride_gb", "stride_gh", "stride_lb", "stride_lh"])
@@ -147,6 +142,7 @@ def prefill_kernel(
     v_desc0,
     v_desc1,
     gate,
+    rest,
     out,
     lse,
     cu_q,
@@ -199,6 +195,7 @@ def prefill_kernel(
     p_out = out + i_h.to(tl.int64) * stride_oh
     p_lse = lse + i_h.to(tl.int64) * stride_lh
     p_gate = gate + i_kv.to(tl.int64) * stride_gh if GATE != 0 else None
+    p_rest = rest + i_kv.to(tl.int64) * stride_gh if GATE == 3 else None
     if VARLEN:
         i_row_q = tl.load(cu_q + i_b)
         Nq = tl.load(cu_q + i_b + 1) - i_row_q
@@ -211,9 +208,12 @@ def prefill_kernel(
         p_lse += i_row_q
         if GATE != 0:
             p_gate += i_row
+        if GATE == 3:
+            p_rest += i_row
         i_b = 0
         if i_m == tl.num_programs(0) - 1 and i_first + BM < Nq:
             poison_rows(p_out, stride_on, i_first + BM, Nq, D0 + D1, BM)
+            poison_rows(p_lse, 1, i_first + BM, Nq, 1, BM)
         if i_first >= Nq:
             return
     else:
@@ -224,6 +224,8 @@ def prefill_kernel(
         p_lse += i_b.to(tl.int64) * stride_lb
         if GATE != 0:
             p_gate += i_b.to(tl.int64) * stride_gb
+        if GATE == 3:
+            p_rest += i_b.to(tl.int64) * stride_gb
 
     o_m = i_first + tl.arange(0, BM)
     m_m = o_m < Nq
@@ -250,17 +252,17 @@ def prefill_kernel(
         i_start = tl.maximum(position - window + 1, 0) // BN * BN
         i_inner = tl.cdiv(tl.maximum(position + BM - window, 0), BN) * BN
         b_acc0, b_acc1, b_sum, b_max = attend_tiles(
-            b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, k_tiles, v_tiles, p_gate, i_b, i_kv, i_row,
+            b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, k_tiles, v_tiles, p_gate, p_rest, i_b, i_kv, i_row,
             i_start, tl.minimum(i_inner, i_end), Nk, o_m + Nk - Nq, window, scale_log2, cap_log2, stride_kn, stride_vn,
             D0, D1, BN, GATE, PADDED, VARLEN, True, CAUSAL, WINDOW, SOFTCAP, STAGES,
         )  # fmt: skip
     b_acc0, b_acc1, b_sum, b_max = attend_tiles(
-        b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, k_tiles, v_tiles, p_gate, i_b, i_kv, i_row,
+        b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, k_tiles, v_tiles, p_gate, p_rest, i_b, i_kv, i_row,
         i_inner, i_edge, Nk, o_m + Nk - Nq, window, scale_log2, cap_log2, stride_kn, stride_vn,
         D0, D1, BN, GATE, PADDED, VARLEN, False, CAUSAL, WINDOW, SOFTCAP, STAGES,
     )  # fmt: skip
     b_acc0, b_acc1, b_sum, b_max = attend_tiles(
-        b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, k_tiles, v_tiles, p_gate, i_b, i_kv, i_row,
+        b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, k_tiles, v_tiles, p_gate, p_rest, i_b, i_kv, i_row,
         tl.maximum(i_inner, i_edge), i_end, Nk, o_m + Nk - Nq, window, scale_log2, cap_log2, stride_kn, stride_vn,
         D0, D1, BN, GATE, PADDED, VARLEN, True, CAUSAL, WINDOW, SOFTCAP, STAGES,
     )  # fmt: skip
@@ -325,13 +327,13 @@ def prefill(
         window=window is not None,
         softcap=softcap is not None,
     )
-    form, v, gate = prescale(v, gamma_k, gamma_v, key_padding_mask, post_exp, tile.keys)
+    form, v, gate, rest = prescale(v, gamma_k, gamma_v, key_padding_mask, post_exp, tile.keys)
     # fp32 tiles spill with descriptors
     tma = target in TMA_TARGETS and q.element_size() < 4 if tma is None else tma
     if tma:
         k, v = (x if takes_tma(x) else x.clone(memory_format=torch.contiguous_format) for x in (k, v))
     parts = split_head_dim(target, head_dim)
-    programs = (triton.cdiv(longest, tile.queries), query_heads, batch if cu_q is None else cu_q.numel() - 1)
+    programs = (triton.cdiv(max(longest, 1), tile.queries), query_heads, batch if cu_q is None else cu_q.numel() - 1)
     prefill_kernel[programs](
         q,
         k,
@@ -339,6 +341,7 @@ def prefill(
         *(descriptors(k, tile.keys, parts) if tma else (None, None)),
         *(descriptors(v, tile.keys, parts) if tma else (None, None)),
         gate,
+        rest,
         out,
         lse,
         cu_q,

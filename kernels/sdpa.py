@@ -6,12 +6,14 @@ keeps 22 bits or more.
 
 What the fused kernels cannot do whole (a mask other than the square causal one, a softcap, the lse) runs on a chunk of
 query rows at a time. Autograd would keep the scores or the mask of every chunk, Nq x Nk in all; instead backward runs
-each chunk again (torch.utils.checkpoint).
+each chunk again (torch.utils.checkpoint). Dense scores are fp32 products of a chunk of keys at a time: in 16 bits they
+would be rounded, and the lse with them.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import TypeVar
 
 import torch
@@ -19,9 +21,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .gates import expand_gate, pad_gate
-from .validation import values_are_free
+from .validation import transforms, values_are_free
 
 CHUNK = 256
+DENSE_KEYS = 4096
 R = TypeVar("R")
 
 
@@ -46,7 +49,11 @@ def sdpa_attention(
     batch, query_heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
     group = query_heads // kv_heads
-    precise = torch.promote_types(q.dtype, torch.float32)
+    dtype, precise = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    dense = queries == 1 or softcap is not None or q.numel() == 0 or keys == 0
+    if dtype == torch.float16 and not dense and (gamma_v is not None or not 2**-14 < scale < 2**14):
+        # fp16 holds neither gV V where it is large, nor the columns of an extreme scale
+        q, k, v = q.float(), k.float(), v.float()
 
     # (B * Hkv, group, Nq, D) and (B * Hkv, 1, Nk, D): a KV head is a batch entry and its group the heads
     q = q.reshape(batch * kv_heads, group, queries, head_dim)
@@ -60,9 +67,8 @@ def sdpa_attention(
         gate = expand_gate(pad_gate(gate.to(precise), keys), batch, kv_heads).reshape(batch * kv_heads, 1, keys)
         return gate if seen is None else gate.masked_fill(~seen, 1)
 
+    gain = None if gamma_v is None else gate_of_keys(gamma_v)
     bias = None
-    if gamma_v is not None:
-        v = (v * gate_of_keys(gamma_v)[..., None]).to(q.dtype)
     if gamma_k is not None:
         gate = gate_of_keys(gamma_k)
         if not positive_gate:
@@ -72,14 +78,12 @@ def sdpa_attention(
 
     visible = Visibility(seen, queries, keys, causal, window, q.device)
     lse = None
-    if queries == 1 or q.numel() == 0 or keys == 0:
-        out, lse = dense_rows(q, k, v, bias, visible, scale, softcap, 0, queries)
-    elif softcap is not None:
-        out, lse = capped_rows(q, k, v, bias, visible, scale, softcap)
+    if dense:
+        out, lse = dense_attention(q, k, v, gain, bias, visible, scale, softcap)
     else:
-        out = fused_rows(q, k, v, bias, visible, scale)
+        out = fused_rows(q, k, v if gain is None else (v * gain[..., None]).to(v.dtype), bias, visible, scale)
         lse = row_lse(q, k, bias, visible, scale) if return_lse else None
-    out = out.reshape(batch, query_heads, queries, head_dim)
+    out = out.reshape(batch, query_heads, queries, head_dim).to(dtype)
     return out, lse.reshape(batch, query_heads, queries).float() if return_lse and lse is not None else None
 
 
@@ -109,7 +113,7 @@ class Visibility:
         """Bool mask (B * Hkv or 1, 1, end - start or 1, keys of the range), or None where all are visible."""
         first, last = self.key_range(start, end)
         mask = None if self.seen is None else self.seen[:, :, None, first:last]
-        if self.causal:
+        if self.causal and end - start > 1:  # one row sees its whole range
             position = torch.arange(start, end, device=self.device)[:, None] + self.keys - self.queries
             key = torch.arange(first, last, device=self.device)
             near = key <= position
@@ -139,7 +143,8 @@ def fused_rows(
 
 def recomputed(function: Callable[..., R], *args: object) -> R:
     """`function(*args)`, of which autograd keeps the arguments only: backward runs it again."""
-    if not torch.is_grad_enabled():
+    followed = any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
+    if not (followed and torch.is_grad_enabled()) or transforms():  # torch.func takes no checkpoints
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
 
@@ -194,8 +199,10 @@ def scores_of_rows(
     first, last = visible.key_range(start, end)
     precise = torch.promote_types(q.dtype, torch.float32)
     # the group's heads are rows of one product, which does not repeat k
-    rows = q[:, :, start:end].flatten(1, 2)
-    scores = (rows @ k[:, 0, first:last].transpose(-1, -2)).unflatten(1, (q.shape[1], end - start)).to(precise) * scale
+    rows = q[:, :, start:end].flatten(1, 2).to(precise)
+    parts = [rows @ part.to(precise).transpose(-1, -2) for part in k[:, 0, first:last].split(DENSE_KEYS, 1)]
+    product = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    scores = product.unflatten(1, (q.shape[1], end - start)) * scale
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     if bias is not None:
@@ -223,6 +230,7 @@ def dense_rows(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    gain: torch.Tensor | None,
     bias: torch.Tensor | None,
     visible: Visibility,
     scale: float,
@@ -230,26 +238,31 @@ def dense_rows(
     start: int,
     end: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Out and lse of query rows start..end from their dense scores, without a copy of k."""
+    """Out and lse of query rows start..end from their dense scores, without a whole copy of k or v."""
     scores = scores_of_rows(q, k, bias, visible, scale, softcap, start, end)
     lse = torch.logsumexp(scores, -1)
     first, last = visible.key_range(start, end)
     weights = (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp()
-    out = weights.flatten(1, 2).to(q.dtype) @ v[:, 0, first:last]
+    if gain is not None:
+        weights = weights * gain[:, :, None, first:last]
+    weights = weights.flatten(1, 2).split(DENSE_KEYS, 2)
+    values = v[:, 0, first:last].split(DENSE_KEYS, 1)
+    out = reduce(torch.add, (part @ of_part.to(part.dtype) for part, of_part in zip(weights, values, strict=True)))
     return out.unflatten(1, (q.shape[1], end - start)), lse
 
 
-def capped_rows(
+def dense_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    gain: torch.Tensor | None,
     bias: torch.Tensor | None,
     visible: Visibility,
     scale: float,
-    softcap: float,
+    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with a softcap, which no fused kernel of torch has, from dense scores of a few rows at a time."""
-    chunks = [recomputed(dense_rows, q, k, v, bias, visible, scale, softcap, *rows) for rows in dense_chunks(q)]
+    """What no fused kernel of torch does well (one query) or at all (a softcap), a few rows at a time."""
+    chunks = [recomputed(dense_rows, q, k, v, gain, bias, visible, scale, softcap, *rows) for rows in dense_chunks(q)]
     out, lse = zip(*chunks, strict=True)
     return torch.cat(out, dim=2), torch.cat(lse, dim=2)
 
@@ -257,4 +270,4 @@ def capped_rows(
 def dense_chunks(q: torch.Tensor) -> list[tuple[int, int]]:
     """Bounds of the query rows (B * Hkv, group, Nq, D) whose dense scores are taken at once: CHUNK rows of a group."""
     step = max(1, CHUNK // q.shape[1])
-    return [(start, min(start + step, q.shape[2])) for start in range(0, q.shape[2], step)]
+    return [(start, min(start + step, q.shape[2])) for start in range(0, max(q.shape[2], 1), step)]

@@ -23,6 +23,8 @@ def varlen_by_sequence(
     v: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     gamma_k: torch.Tensor | None,
     gamma_v: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,16 +36,18 @@ def varlen_by_sequence(
         q: (Tq, Hq, D).
         k, v: (Tk, Hkv, D).
         cu_seqlens_q, cu_seqlens_k: (B + 1,) integers, nondecreasing from 0 to Tq and Tk.
+        max_seqlen_q, max_seqlen_k: at least the longest lengths.
         gamma_k, gamma_v: (Tk,) or (Tk, Hkv).
 
     Returns:
         out (Tq, Hq, D) and lse (Tq, Hq) fp32.
 
     Raises:
-        ValueError: cu_seqlens do not run from 0 to the number of tokens, or decrease.
+        ValueError: cu_seqlens do not run from 0 to the number of tokens, or decrease, or a sequence is longer than the
+            longest named.
     """
-    bounds_q = pairwise(check_offset_values("q", cu_seqlens_q, q.shape[0]))
-    bounds_k = pairwise(check_offset_values("k", cu_seqlens_k, k.shape[0]))
+    bounds_q = pairwise(check_offset_values("q", cu_seqlens_q, q.shape[0], max_seqlen_q))
+    bounds_k = pairwise(check_offset_values("k", cu_seqlens_k, k.shape[0], max_seqlen_k))
 
     # an empty part first: nothing else is there to concatenate when there is no sequence
     outs, lses = [q[:0]], [q.new_empty((0, q.shape[1]), dtype=torch.float32)]
@@ -84,10 +88,10 @@ def decode_by_sequence(
     """
     page_size = k_cache.shape[2]
     capacity = page_size if block_table is None else page_size * block_table.shape[1]
-    check_cache_values(cache_seqlens, capacity, block_table, k_cache.shape[0], page_size)
+    lengths = check_cache_values(cache_seqlens, capacity, block_table, k_cache.shape[0], page_size)
 
     outs, lses = [q[:0]], [q.new_empty((0, *q.shape[1:3]), dtype=torch.float32)]
-    for b, length in enumerate(cache_seqlens.tolist()):
+    for b, length in enumerate(lengths):
         if block_table is None:
             k, v = (cache[b : b + 1, :, :length] for cache in (k_cache, v_cache))
         else:

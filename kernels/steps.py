@@ -34,6 +34,33 @@ def visible_pairs(m_keys, o_n, o_position, window, CAUSAL: tl.constexpr, WINDOW:
 
 
 @triton.jit
+def poison_rows(p_rows, stride_n, i_start, i_end, D: tl.constexpr, BM: tl.constexpr):
+    # a sequence is longer than the longest that the caller named: its last rows must not look like results
+    for i_m in tl.range(i_start, i_end, BM):
+        o_m = i_m + tl.arange(0, BM)
+        for i_d in range(D):
+            tl.store(p_rows + o_m.to(tl.int64) * stride_n + i_d, float("nan"), mask=o_m < i_end)
+
+
+@triton.jit
+def fp16_shift(b_log2_size):
+    # the least s >= 0 with which size * 2**-s is within fp16; at most 120, so that 2**-s is no denormal
+    return tl.minimum(tl.maximum(tl.ceil(b_log2_size) - 15, 0.0), 120.0)
+
+
+@triton.jit
+def add_product(b_a, b_b, b_acc, LARGE: tl.constexpr):
+    # b_acc + b_a b_b, b_a rounded from fp32 to b_b's dtype; where it may be LARGE, rows in fp16 by a power of two
+    if LARGE and b_b.dtype == tl.float16:
+        b_shift = fp16_shift(tl.log2(tl.max(tl.abs(b_a), 1)))
+        b_a = (b_a * tl.exp2(-b_shift)[:, None]).to(tl.float16)
+        b_acc += tl.dot(b_a, b_b, input_precision="ieee") * tl.exp2(b_shift)[:, None]
+    else:
+        b_acc = tl.dot(b_a.to(b_b.dtype), b_b, b_acc, input_precision="ieee")
+    return b_acc
+
+
+@triton.jit
 def finite_max(b_max):
     # for a row that has seen no key yet: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN
     return tl.where(b_max == float("-inf"), 0.0, b_max)

@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from .gates import POST_EXP_LIMIT, check_gate, check_gate_values
 from .tiles import MAX_QUERIES, PAGE_SIZES
@@ -102,9 +103,41 @@ def check_packed_gate(name: str, gate: torch.Tensor | None, tokens: int, heads: 
         raise ValueError(f"{name} must have shape ({tokens},) or ({tokens}, {heads}), got {tuple(gate.shape)}")
 
 
+def transforms() -> list[str]:
+    """The torch.func transforms that are active, from the outermost: "Vmap", "Grad", "Jvp", "Functionalize"."""
+    if torch.compiler.is_compiling():
+        return []
+    stack = torch._C._functorch.get_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
+    return [level.key().name for level in stack or []]
+
+
 def values_are_free(x: torch.Tensor) -> bool:
-    """Whether values can be looked at without waiting for a device or breaking a graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values can be looked at without waiting for a device or breaking a graph or a transform."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms()
+
+
+def host_values(name: str, x: torch.Tensor) -> list[int]:
+    """The values of a 1-D tensor, which waits for its device; ValueError where torch.func.vmap runs over it."""
+    try:
+        return x.tolist()
+    except RuntimeError as error:
+        if "Vmap" not in transforms():
+            raise
+        raise ValueError(
+            f"{name} must be the same in all calls of torch.func.vmap for a backend that reads it on the host; use "
+            f"backend='triton', or a loop"
+        ) from error
+
+
+def autograd_only(*tensors: torch.Tensor | None) -> str | None:
+    """Why operators that autograd alone can differentiate cannot take these tensors, or None where they can."""
+    if torch.compiler.is_compiling():
+        return None
+    if {"Grad", "Jvp"} & {*transforms()}:
+        return "torch.func differentiates here, and the kernels have a backward for autograd only"
+    if any(x is not None and unpack_dual(x).tangent is not None for x in tensors):
+        return "a tensor is dual, and the kernels have no forward-mode derivative"
+    return None
 
 
 def check_values(
@@ -154,7 +187,7 @@ def check_offsets(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_se
 
 def check_offset_values(name: str, offsets: torch.Tensor, tokens: int, longest: int | None = None) -> list[int]:
     """The offsets as a list; raise unless they run from 0 to `tokens` by steps of at least 0 and at most `longest`."""
-    marks = offsets.tolist()
+    marks = host_values(f"cu_seqlens_{name}", offsets)
     steps = [last - first for first, last in pairwise(marks)]
     if marks[0] != 0 or marks[-1] != tokens or min(steps, default=0) < 0:
         raise ValueError(
@@ -194,14 +227,16 @@ def check_cache(q: torch.Tensor, k_cache: torch.Tensor, lengths: torch.Tensor, t
 
 def check_cache_values(
     lengths: torch.Tensor, capacity: int, table: torch.Tensor | None, pages: int, page_size: int
-) -> None:
-    """Raise unless every length fits the cache and every page that a sequence uses exists."""
-    for b, length in enumerate(lengths.tolist()):
+) -> list[int]:
+    """The lengths as a list; raise unless every one fits the cache and every page that a sequence uses exists."""
+    known = host_values("cache_seqlens", lengths)
+    for b, length in enumerate(known):
         if not 0 <= length <= capacity:
             raise ValueError(f"cache_seqlens must be within 0 and the cache's {capacity} keys, got {length} at {b}")
-        used = [] if table is None else table[b, : -(-length // page_size)].tolist()
+        used = [] if table is None else host_values("block_table", table[b, : -(-length // page_size)])
         if not all(0 <= page < pages for page in used):
             raise ValueError(
                 f"block_table must name pages within 0 and {pages - 1} up to each sequence's length {length}, "
                 f"got {used} at {b}"
             )
+    return known

@@ -1,7 +1,8 @@
-"""Mends Triton's interpreter (3.6 to 3.9) for bfloat16.
+"""Mends Triton's interpreter (3.6 to 3.9) for bfloat16, and that of 3.6 for numpy 2.4.
 
 Its dot multiplies bfloat16 operands as the raw 16-bit words that numpy holds them in, and its fp32 -> bf16 conversion
-truncates where a GPU rounds to nearest even.
+truncates where a GPU rounds to nearest even. In 3.6 a loop's bounds are arrays of one element, which numpy 2.4 no
+longer takes for numbers.
 """
 
 from typing import Any
@@ -24,7 +25,7 @@ def _round_to_bfloat16(data: np.ndarray) -> np.ndarray:
 
 
 def apply() -> None:
-    """Patch the interpreter's builder; call it once."""
+    """Patch the interpreter; call it once."""
     builder: Any = interpreter.InterpreterBuilder
     create_dot, create_fp_trunc = builder.create_dot, builder.create_fp_trunc
 
@@ -38,3 +39,12 @@ def apply() -> None:
 
     builder.create_dot = dot
     builder.create_fp_trunc = fp_trunc
+
+    module: Any = interpreter
+    patch_tensor = module._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    module._patch_lang_tensor = patch_lang_tensor

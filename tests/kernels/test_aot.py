@@ -1,4 +1,7 @@
-"""The kernels compiled for real targets, without a GPU: no spill in a loop, fits in shared memory, tensor cores."""
+"""The kernels compiled for real targets, without a GPU: fits in shared memory, tensor cores, no spill in a loop.
+
+Spills and instruction counts are those of one compiler, the Triton of constraints.txt; others may differ.
+"""
 
 import json
 import os
@@ -6,12 +9,18 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 from videoanchor_triton.kernels.tiles import HEAD_DIMS, PREFILL
 
+# all that is compiled is compiled at once, for the first test: minutes, and several times that beside other work
+pytestmark = pytest.mark.timeout(1800)
+CONSTRAINTS = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
+MEASURED = f"triton=={triton.__version__}" in CONSTRAINTS
 TARGETS = [target for target in PREFILL if target != "interpreter"]
 CASES = [
     *((kernel, target, d, "bf16") for target in TARGETS for d in HEAD_DIMS for kernel in ("ungated", "post-exp")),
@@ -26,6 +35,12 @@ CASES = [
     ("log-bias padded", "sm_100", 64, "bf16"),
     ("log-bias window", "sm_80", 128, "bf16"),
     ("log-bias", "sm_89", 256, "fp16"),
+    ("split", "sm_80", 128, "fp16"),
+    ("split", "sm_90", 128, "fp16"),
+    ("split varlen", "sm_90", 128, "fp16"),
+    *((kernel, "sm_90", 128, "fp16") for kernel in ("dq", "dk-dv", "decode")),
+    *((f"prescale {form}", "sm_90", 128, "bf16") for form in ("log-bias", "post-exp")),
+    ("prescale split", "sm_90", 80, "fp16"),
     ("decode", "sm_90", 80, "fp16"),
     ("log-bias", "sm_90", 64, "fp32"),
     ("decode", "sm_90", 128, "fp32"),
@@ -68,12 +83,14 @@ def reports() -> Reports:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_compiles_within_the_target(case: tuple[str, str, int, str], reports: Reports) -> None:
     used = reports[case]
-    assert used["spills"] == 0
+    assert used["spills"] == 0 or not MEASURED
     assert used["shared"] <= used["limit"]
     assert used["registers"] <= (512 if case[1] == "gfx942" else 255)
-    assert (used["tensor_core"] > 0) == (case[3] != "fp32"), "fp32 must not be rounded to TF32"
+    products = case[3] != "fp32" and not case[0].startswith("prescale")
+    assert (used["tensor_core"] > 0) == products, "fp32 must not be rounded to TF32"
 
 
+@pytest.mark.skipif(not MEASURED, reason="instructions are counted with the Triton of constraints.txt")
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_gate_adds_little_to_the_main_loop(target: str, head_dim: int, reports: Reports) -> None:

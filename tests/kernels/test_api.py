@@ -13,7 +13,12 @@ from oracle import Problem, assert_as_exact_as_eager
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from videoanchor_triton.kernels import api, dispatch
-from videoanchor_triton.kernels.api import anchored_attention, anchored_attention_varlen, available_backends
+from videoanchor_triton.kernels.api import (
+    anchored_attention,
+    anchored_attention_decode,
+    anchored_attention_varlen,
+    available_backends,
+)
 from videoanchor_triton.kernels.dispatch import triton_refusal
 from videoanchor_triton.kernels.ops import anchored_attention_op, backward_op, decode_op, varlen_op
 
@@ -133,15 +138,63 @@ def test_gpus_map_to_the_nearest_known_tiles(
     assert (triton_refusal(torch.device("cuda")) is None) == (target is not None)
 
 
-def test_a_fallback_on_a_gpu_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(api, "triton_refusal", lambda *_: "of a test")
+@pytest.mark.parametrize(
+    ("op", "level"), [(None, "INFO"), ("decode", "WARNING"), ("packed sequences", "WARNING")], ids=str
+)
+def test_a_fallback_on_a_gpu_is_logged_once(
+    op: str | None, level: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a warning where the other backend reads lengths on the host."""
+    monkeypatch.setattr(api, "triton_refusal", lambda *_: f"of a test of {op}")
     with caplog.at_level(logging.INFO, logger=api.__name__):
         q = torch.empty(1, 1, 1, 24)
         on_gpu = type(
             "OnGpu", (), {"device": torch.device("cuda"), "requires_grad": False, "dtype": q.dtype, "shape": q.shape}
         )
-        assert [api._choose_backend("auto", on_gpu()) for _ in range(2)] == ["sdpa", "sdpa"]  # pyright: ignore[reportArgumentType]
-    assert [record.getMessage().split(": ")[-1] for record in caplog.records] == ["of a test"]
+        assert [api._choose_backend("auto", on_gpu(), op) for _ in range(2)] == ["sdpa", "sdpa"]  # pyright: ignore[reportArgumentType]
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert record.getMessage().endswith(f": of a test of {op}")
+    assert ("no CUDA graph" in record.getMessage()) == (level == "WARNING")
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa", "reference"])
+@pytest.mark.parametrize("value", [1e40, 1e-50, 1e-42])
+def test_fp64_gates_that_fp32_cannot_hold_are_refused(value: float, backend: str, device: torch.device) -> None:
+    q = torch.randn(1, 1, 3, 16, device=device)
+    gates = torch.ones(3, dtype=torch.float64, device=device)
+    gates[1] = value
+    offsets, lengths = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 3], [3]))
+    packed = q[0, 0][:, None]
+    for name in ("gamma_k", "gamma_v", "gamma_q"):
+        options: dict[str, Any] = {name: gates, "backend": backend, "return_lse": True}
+        for attend in (
+            lambda options: anchored_attention(q, q, q, **options),
+            lambda options: anchored_attention_varlen(packed, packed, packed, offsets, offsets, 3, 3, **options),
+            lambda options: anchored_attention_decode(q, q, q, lengths, **options),
+        ):
+            if device.type == "cpu":
+                with pytest.raises(ValueError, match=rf"{name} must be .* fp32 must hold it .* at \[1\]"):
+                    attend(options)
+            else:
+                assert any(x.isnan().any() for x in attend(options))
+    if backend != "triton":
+        wide = q.double()
+        assert anchored_attention(wide, wide, wide, gamma_v=gates, backend=backend).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_gates_of_any_dtype_are_those_of_fp32(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    (q, k, v), options = Problem("dtypes", queries=20, keys=30).make(device)
+    gates = [options[name].to(dtype).requires_grad_() for name in ("gamma_k", "gamma_v")]
+    rounded = [gate.detach().float().requires_grad_() for gate in gates]
+    found = []
+    for gamma_k, gamma_v in (gates, rounded):
+        out, lse = anchored_attention(q, k, v, gamma_k=gamma_k, gamma_v=gamma_v, return_lse=True, backend=backend)
+        found.append((out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), (gamma_k, gamma_v))))
+    assert [x.dtype for x in found[0]] == [torch.float32, torch.float32, dtype, dtype]
+    torch.testing.assert_close(found[0], tuple(x.to(y.dtype) for x, y in zip(found[1], found[0], strict=True)))
 
 
 def test_available_backends_says_a_line_for_each(device: torch.device) -> None:
@@ -210,7 +263,10 @@ def test_opcheck_of_the_backward(device: torch.device) -> None:
     gated = (*tensors, options["gamma_k"], options["gamma_v"], options["key_padding_mask"])
     found = anchored_attention_op(*gated, 0.25, True, None, None, False, False)
     upstream = [torch.randn_like(x) for x in found]
-    torch.library.opcheck(backward_op, (*gated, *found, *upstream, 0.25, True, None, None, None, None, None, None))
+    options = 0.25, True, None, None, None, None, None, None
+    torch.library.opcheck(backward_op, (*gated, *found, *upstream, *options))
+    wide = (*gated[:3], gated[3].double(), gated[4].double(), gated[5])
+    torch.library.opcheck(backward_op, (*wide, *found, *upstream, *options), test_utils=CHEAP)
 
 
 def test_opcheck_of_the_packed_backward(device: torch.device) -> None:

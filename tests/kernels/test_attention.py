@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from oracle import Problem, assert_as_exact_as_eager
 
 from videoanchor_triton.kernels.api import anchored_attention
+from videoanchor_triton.kernels.reference import reference_attention
 from videoanchor_triton.kernels.tiles import HEAD_DIMS, MAX_QUERIES
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -83,6 +84,20 @@ ADVERSARIAL = [
     small("decode-gates-up-to-1e6-bf16", queries=2, gate="huge", dtype=torch.bfloat16),
     small("decode-value-gates-beyond-fp16", queries=2, gate="huge-value", dtype=torch.float16),
     small("value-gates-beyond-fp16", gate="huge-value", dtype=torch.float16),
+    *(
+        small(f"gated-values-beyond-fp16-{name}", gate="beyond-fp16", dtype=torch.float16, **changes)
+        for name, changes in {
+            "causal": {"queries": 70},
+            "not-causal": {"causal": False},
+            "window-padding-nan": {"window": 30, "padding": "left-nan"},
+            "softcap": {"softcap": 1.5, "logits": 4.0},
+            "gates-shorter-than-keys": {"gate_keys": 41},
+            "decode": {"queries": 3},
+            "decode-one-query-padding-nan": {"queries": 1, "keys": 150, "padding": "left-nan"},
+            "decode-softcap": {"queries": 2, "softcap": 1.5},
+            "D80": {"head_dim": 80},
+        }.items()
+    ),
     small("decode-logits-times-1000", queries=2, logits=1000.0),
     small("decode-padding-holds-nan", queries=1, keys=150, padding="left-nan"),
     small("decode-all-keys-padded", queries=1, padding="all"),
@@ -198,3 +213,33 @@ def test_log_gates_are_not_rounded_to_half_precision(
     assert isinstance(out, torch.Tensor)
     exact = (gamma_k[:, 0] - gamma_k[:, 1]) / gamma_k.sum(1)
     assert (out - exact[:, None, None, None]).abs().max() <= torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa", "reference"])
+@pytest.mark.parametrize("queries", [20, 4, 1])
+@pytest.mark.parametrize("gamma_k", [1.0, 1e-4])
+def test_a_value_beyond_fp16_touches_no_row_that_does_not_see_it(
+    gamma_k: float, queries: int, backend: str, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 20, 16, generator=generator).half().to(device)
+    v, gates = torch.ones_like(k), {name: torch.ones(20, device=device) for name in ("gamma_k", "gamma_v")}
+    v[:, :, -1], gates["gamma_v"][-1], gates["gamma_k"][-1] = 1000, 100, gamma_k
+    options: dict[str, Any] = gates | {"causal": True}
+    out = anchored_attention(q[:, :, -queries:], k, v, **options, backend=backend)
+    exact, _ = reference_attention(q[:, :, -queries:], k, v, **options)
+    assert isinstance(out, torch.Tensor)
+    assert torch.equal(out[:, :, :-1], torch.ones_like(out[:, :, :-1]))
+    torch.testing.assert_close(out[:, :, -1].double(), exact[:, :, -1], rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa", "reference"])
+@pytest.mark.parametrize("queries", [20, 1], ids=["prefill", "decode"])
+def test_the_lse_of_16_bits_is_that_of_fp32(queries: int, backend: str, device: torch.device) -> None:
+    """Logits near 150, of which a rounding in bf16 is 0.5."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, n, 64, generator=generator).to(device, torch.bfloat16) for n in (queries, 64, 64))
+    _, lse = anchored_attention(8 * q, k, v, scale=1.0, return_lse=True, backend=backend)
+    _, exact = reference_attention(8 * q, k, v, scale=1.0)
+    assert exact.max() > 100
+    assert (lse - exact).abs().max() < 1e-4

@@ -62,6 +62,8 @@ ADVERSARIAL = [
     small("gate-0-on-a-prefix", gate="some-zero"),
     small("all-gates-0", gate="all-zero", causal=False),
     small("value-gates-beyond-fp16", gate="huge-value", dtype=torch.float16),
+    small("gated-values-beyond-fp16", gate="beyond-fp16", dtype=torch.float16),
+    small("gated-values-beyond-fp16-padding-nan", gate="beyond-fp16", dtype=torch.float16, padding="left-nan"),
     small("logits-times-1000", logits=1000.0),
     small("logits-times-1000-bf16", logits=1000.0, dtype=torch.bfloat16),
     small("left-padding", padding="left"),
@@ -136,28 +138,34 @@ def autograd(
     return list(torch.autograd.grad((out, lse), inputs, (d_out.to(out.dtype), d_lse.to(lse.dtype))))
 
 
-def assert_gradients(
-    found: Gradients, exact: Gradients, eager: Gradients, out: torch.Tensor, lse: torch.Tensor, d_out: torch.Tensor
-) -> None:
-    """Each within twice the eager form's error plus a rounding of the largest element, and two that recomputing costs.
+def moved_by_output(tensors: Tensors, options: dict[str, Any], d_out: torch.Tensor) -> Gradients:
+    """What <dO, O> moves the gradients by, O rounded to its dtype and the sum to fp32: it enters as dLse does."""
+    out, _ = forward(tensors, options)
+    terms = d_out.double() * out.double()
+    moved = torch.finfo(torch.float32).eps * terms.abs().sum(-1) + torch.finfo(out.dtype).eps / 2 * terms.norm(dim=-1)
+    return autograd(reference_attention, tensors, options, torch.zeros_like(d_out), moved, torch.float64)
 
-    In fp32, weights recomputed from a rounded lse are off by a rounding of lse, and dS, a difference of <dO, V> and
-    <dO, O>, by one of their terms. The eager form, which keeps its weights, has neither; nor has it a gradient where a
-    gate is 0.
+
+def assert_gradients(found: Gradients, exact: Gradients, eager: Gradients, moved: Gradients, lse: torch.Tensor) -> None:
+    """Each within twice the eager form's error plus a rounding of the largest element, and what recomputing costs.
+
+    Weights recomputed from a rounded lse are off by three roundings of it in fp32 (the logit and the lse in base 2, by
+    a rounded log2 e, and the lse itself), and dS by what `moved` holds. The eager form, which keeps its weights, has
+    neither; nor has it a gradient where a gate is 0.
     """
-    eps = torch.finfo(torch.float32).eps
-    largest_lse = lse.masked_fill(lse.isinf(), 0).abs().max().item()
-    largest_terms = (d_out * out).float().abs().sum(-1).max().item()
-    for name, mine, true, theirs in zip(NAMES, (x for x in found if x is not None), exact, eager, strict=False):
+    recomputed = 3 * torch.finfo(torch.float32).eps * lse.masked_fill(lse.isinf(), 0).abs().max().item()
+    ours = (x for x in found if x is not None)
+    for name, mine, true, theirs, by_output in zip(NAMES, ours, exact, eager, moved, strict=False):
         assert true is not None
         assert theirs is not None
+        assert by_output is not None
         assert mine.shape == true.shape
         assert mine.dtype == (torch.float32 if name.startswith("d_gamma") else theirs.dtype)
         assert not mine.isnan().any(), name
         if true.numel():
             size = true.abs().max().item()
-            recomputed = eps * (largest_lse * size + largest_terms) if true.any() else 0.0
-            rounding = torch.finfo(mine.dtype).eps * size + recomputed
+            rounding = (torch.finfo(mine.dtype).eps + recomputed) * size
+            rounding += by_output.abs().max().item() if true.any() else 0.0
             allowed = 2 * error(theirs.where(~theirs.isnan(), true), true) + rounding
             assert error(mine, true) <= allowed, f"{name}: error {error(mine, true):.3g}, allowed {allowed:.3g}"
 
@@ -171,7 +179,7 @@ def check(problem: Problem, device: torch.device) -> None:
     found = kernel_gradients(tensors, options, d_out, d_lse)
     exact = autograd(reference_attention, tensors, options, d_out, d_lse, torch.float64)
     eager = autograd(eager_attention, tensors, options, d_out, d_lse)
-    assert_gradients(found, exact, eager, *forward(tensors, options), d_out)
+    assert_gradients(found, exact, eager, moved_by_output(tensors, options, d_out), forward(tensors, options)[1])
 
 
 @pytest.mark.parametrize("problem", ADVERSARIAL + EVERY_SIZE, ids=str)
@@ -211,7 +219,22 @@ def test_only_one_gate_and_no_lse_gradient(device: torch.device) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True) if a is not None and b is not None)
         exact = autograd(reference_attention, tensors, only, d_out, 0 * d_lse, torch.float64)
         eager = autograd(eager_attention, tensors, only, d_out, 0 * d_lse)
-        assert_gradients(list(found), exact, eager, out, lse, d_out)
+        assert_gradients(list(found), exact, eager, moved_by_output(tensors, only, d_out), lse)
+
+
+def test_gradients_of_scores_beyond_fp16(device: torch.device) -> None:
+    """dS is beyond 65504, the gradients are not."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (0.01 * torch.randn(2, 1, 1, 20, 16, generator=generator)).half().to(device)
+    v, d_out = (10 * torch.randn(2, 1, 1, 20, 16, generator=generator)).half().to(device)
+    options: dict[str, Any] = {"gamma_v": torch.full((20,), 100.0, device=device), "causal": True}
+    tensors, d_lse = (q, k, 10 * v), torch.zeros(1, 1, 20, device=device)
+    found = kernel_gradients(tensors, options, d_out, d_lse)
+    exact = autograd(reference_attention, tensors, options, d_out, d_lse, torch.float64)
+    for mine, true in zip((x for x in found if x is not None), exact, strict=True):
+        assert true is not None
+        assert true.abs().max() < 65504
+        assert error(mine, true) <= 4 * torch.finfo(torch.float16).eps * true.abs().max()
 
 
 def test_gradients_of_alphas(device: torch.device) -> None:
@@ -320,7 +343,8 @@ def test_packed_sequences(changes: dict[str, Any], device: torch.device) -> None
         q, k, v, gamma_k, gamma_v, None, out, lse, d_out, d_lse.masked_fill(lse.isinf(), float("nan")),
         q.shape[-1] ** -0.5, options["causal"], options["window"], options.get("softcap"), target, cu_q, cu_k, 40, 36,
     )  # fmt: skip
-    assert_gradients(list(found), packed_gradients(exact), packed_gradients(eager), out, lse, d_out)
+    moved = [moved_by_output(*part, upstream) for part, (upstream, _) in zip(parts, weights, strict=True)]
+    assert_gradients(list(found), packed_gradients(exact), packed_gradients(eager), packed_gradients(moved), lse)
 
 
 def test_a_sequence_keeps_its_nan_to_itself(device: torch.device) -> None:

@@ -39,6 +39,7 @@ def written(out: Path) -> list[dict[str, Any]]:
     return json.loads((out / "gpu_check.json").read_text())["rows"]
 
 
+@pytest.mark.timeout(1200)  # every check of the command, in the interpreter
 def test_runs_without_a_gpu(tmp_path: Path) -> None:
     assert gpu_check.main(["--out", str(tmp_path), "--device", "cpu"]) == 0, (tmp_path / "gpu_check.csv").read_text()
     content, rows = json.loads((tmp_path / "gpu_check.json").read_text()), written(tmp_path)

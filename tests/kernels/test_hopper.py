@@ -355,6 +355,7 @@ for head_dim, dtype, form in json.load(sys.stdin):
 """
 
 
+@pytest.mark.timeout(1200)
 def test_compiled_kernel() -> None:
     """No spill in a loop, fits in shared memory, warpgroup products, and a gate that costs few instructions."""
     done = subprocess.run(

@@ -1,12 +1,13 @@
 """What only the launchers can be asked: split counts, addresses beyond 2**31 elements, the clearing of dead splits."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from oracle import Problem, assert_as_exact_as_eager
 
-from videoanchor_triton.kernels.api import anchored_attention
+from videoanchor_triton.kernels.api import anchored_attention, anchored_attention_decode
 from videoanchor_triton.kernels.decode import decode, split_count
 from videoanchor_triton.kernels.dispatch import triton_target
 from videoanchor_triton.kernels.gates import choose_gate_form
@@ -174,13 +175,67 @@ def test_smaller_tiles_are_for_16_bit_elements_and_the_features_named() -> None:
 
 
 def test_rows_beyond_the_longest_named_length_are_nan(device: torch.device) -> None:
-    q = torch.randn(100, 2, 16, device=device)
+    """Of out, lse and the gradients; rows of no sequence are 0 and -inf and have gradient 0."""
+    q, k, v = torch.randn(3, 110, 2, 16, device=device)
+    gates = torch.ones(2, 110, device=device)
     offsets = torch.tensor([0, 100], dtype=torch.int32, device=device)
-    out, _ = varlen_op(q, q, q, offsets, offsets, 20, 100, None, None, 0.25, True, None, None, False)
-    computed = int(out.isfinite().all(-1).all(-1).sum())
-    assert 20 <= computed < 100
-    assert out[:computed].isfinite().all()
-    assert out[computed:].isnan().all()
+    options = 0.25, True, None, None, False
+    for longest in (20, 0):
+        out, lse = varlen_op(q, k, v, offsets, offsets, longest, 100, *gates, *options)
+        computed = int(out.isfinite().all(-1).all(-1)[:100].sum())
+        assert longest <= computed < 100
+        for x in (out.flatten(1), lse):
+            assert x[:computed].isfinite().all()
+            assert x[computed:100].isnan().all()
+        assert not out[100:].any()
+        assert (lse[100:] == -math.inf).all()
+    inputs = [x.requires_grad_() for x in (q, k, v, *gates.unbind())]
+    for longest in ((20, 100), (100, 20)):
+        out, lse = varlen_op(*inputs[:3], offsets, offsets, *longest, *inputs[3:], *options)
+        gradients = torch.autograd.grad(out[:100].sum() + lse[:100].sum(), inputs)
+        beyond = gradients[:1] if longest[0] == 20 else gradients[1:]
+        assert all(x[99].isnan().all() for x in beyond)
+        assert not any(x[100:].any() for x in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("post_exp", [False, True], ids=["log-bias", "post-exp"])
+def test_gates_beyond_31_bits(
+    post_exp: bool, dtype: torch.dtype, device: torch.device, far_store: torch.Tensor
+) -> None:
+    q, k, v = torch.randn(3, 40, 2, 16, dtype=dtype, device=device)
+    offsets = torch.tensor([0, 40], dtype=torch.int32, device=device)
+    for shape, strides in (((40,), (2**26,)), ((40, 2), (2**25, 2**30))):
+        far = far_store.as_strided(shape, strides)
+        far.copy_(1 + torch.rand(shape))
+        found, expected = (
+            varlen_op(q, k, v, offsets, offsets, 40, 40, gate, gate, 0.25, True, None, None, post_exp)
+            for gate in (far, far.contiguous())
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_slices_of_gates_masks_and_tables_are_not_copied(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[torch.Size] = []
+    contiguous = torch.Tensor.contiguous
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: copied.append(x.shape) or contiguous(x))
+    gate, mask = torch.ones(2, 100, device=device)[:, :40], torch.ones(2, 90, device=device).bool()[:, :40]
+    q, k = torch.randn(2, 2, 1, 16, device=device), torch.randn(2, 2, 40, 16, device=device)
+    anchored_attention(q, k, k, gamma_k=gate, gamma_v=gate, key_padding_mask=mask, backend="triton")
+    pages, table = torch.randn(6, 2, 16, 16, device=device), torch.arange(6, device=device).int().view(2, 3)[:, :2]
+    lengths = torch.tensor([30, 3], dtype=torch.int32, device=device)
+    anchored_attention_decode(q, pages, pages, lengths, table, gamma_k=gate[:, :32], backend="triton")
+    assert [shape for shape in copied if len(shape) > 1] == []
+
+
+@pytest.mark.parametrize("name", ["k_cache", "v_cache"])
+def test_a_cache_without_contiguous_rows_is_refused(name: str, device: torch.device) -> None:
+    q, cache = torch.randn(2, 2, 1, 16, device=device), torch.randn(2, 2, 40, 16, device=device)
+    lengths = torch.tensor([40, 3], dtype=torch.int32, device=device)
+    caches: dict[str, Any] = {"k_cache": cache, "v_cache": cache} | {name: cache.mT.contiguous().mT}
+    with pytest.raises(ValueError, match=rf"{name} must have contiguous rows .* got strides \(1280, 640, 1, 40\)"):
+        anchored_attention_decode(q, **caches, cache_seqlens=lengths, backend="triton")
+    assert anchored_attention_decode(q, **caches, cache_seqlens=lengths, backend="sdpa").isfinite().all()
 
 
 def test_choose_gate_form() -> None:

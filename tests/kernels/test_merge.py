@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import Problem, assert_results_as_exact_as_eager, eager_attention
+from oracle import Problem, assert_results_as_exact_as_eager, eager_attention, fp32_roundings
 
 from videoanchor_triton.kernels.api import anchored_attention
 from videoanchor_triton.kernels.merge import merge_attention
@@ -39,9 +39,20 @@ def test_chunks_of_a_context_give_the_whole(dtype: torch.dtype, backend: str, de
     parts = [chunk(attend, tensors, options, keys) for keys in places]
     eager_out, eager_lse = formula([chunk(eager_attention, tensors, options, keys) for keys in places])
     eager = eager_out.to(dtype), eager_lse.float()
-    exact = reference_attention(*tensors, **options)
-    assert_results_as_exact_as_eager(fold(parts), exact, eager)
-    assert_results_as_exact_as_eager(fold(parts[::-1]), exact, eager)
+    exact, roundings = (form(*tensors, **options) for form in (reference_attention, fp32_roundings))
+    assert_results_as_exact_as_eager(fold(parts), exact, eager, roundings)
+    assert_results_as_exact_as_eager(fold(parts[::-1]), exact, eager, roundings)
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+def test_a_merge_of_large_logits_is_as_exact_as_the_whole(backend: str, device: torch.device) -> None:
+    """Weights between the parts come from the lse alone: logits near 150 rounded to bf16 would be off by 0.5."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, n, 64, generator=generator).to(device, torch.bfloat16) for n in (20, 64, 64))
+    attend = partial(anchored_attention, 8 * q, scale=1.0, return_lse=True, backend=backend)
+    found = fold([attend(k[:, :, half], v[:, :, half]) for half in (slice(0, 32), slice(32, 64))])
+    forms = reference_attention, eager_attention, fp32_roundings
+    assert_results_as_exact_as_eager(found, *(form(8 * q, k, v, scale=1.0) for form in forms))
 
 
 def test_gamma_q_in_every_part_or_after_the_merge(device: torch.device) -> None:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from videoanchor_triton.kernels.api import anchored_attention
 from videoanchor_triton.kernels.reference import reference_attention
-from videoanchor_triton.kernels.sdpa import sdpa_attention
+from videoanchor_triton.kernels.sdpa import DENSE_KEYS, sdpa_attention
 
 
 class LargestTensors(TorchDispatchMode):
@@ -146,6 +146,18 @@ def test_one_query_takes_few_operators(device: torch.device) -> None:
     assert len(seen.operators) < 60
 
 
+@pytest.mark.parametrize(("queries", "softcap"), [(1, None), (40, 5.0)], ids=["one-query", "softcap"])
+def test_dense_scores_of_16_bits_need_no_whole_copy_of_keys(
+    queries: int, softcap: float | None, device: torch.device
+) -> None:
+    problem = Problem("long", 1, 2, 1, queries, 20_000, 64, torch.bfloat16, gate="shared", softcap=softcap)
+    tensors, options = problem.make(device)
+    del options["gamma_k"]
+    with LargestTensors() as seen:
+        anchored_attention(*tensors, **options, backend="sdpa", gate_form="post-exp", return_lse=True)
+    assert seen.copied <= max(DENSE_KEYS * 64, 2 * queries * 20_000)
+
+
 GRADIENTS = [
     Problem("gated", 1, 2, 1, 5, 6, 4, torch.float64),
     Problem("gated-square", 1, 2, 1, 6, 6, 4, torch.float64),
@@ -199,3 +211,12 @@ def test_gradients_in_bfloat16_stay_finite_and_close(device: torch.device) -> No
     for mine, true in zip(ours, theirs, strict=True):
         assert mine.isfinite().all()
         assert (mine - true).norm() <= 0.02 * true.norm()
+
+
+def test_inference_tensors_outside_of_inference_mode(device: torch.device) -> None:
+    """Nothing is kept for a backward pass that cannot come."""
+    with torch.inference_mode():
+        tensors, options = Problem("chunks", queries=3, keys=40, causal=True).make(device)
+        expected = anchored_attention(*tensors, **options, backend="sdpa")
+    anchored_attention(*tensors, **{**options, "softcap": 20.0}, return_lse=True, backend="sdpa")
+    torch.testing.assert_close(anchored_attention(*tensors, **options, backend="sdpa"), expected)
