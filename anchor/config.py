@@ -19,6 +19,8 @@ Score = Literal["published", "size", "row_sum", "cross_frame"]
 
 # VideoAnchor, arXiv 2509.25151: the only published values of alpha_q, alpha_k, alpha_v.
 PUBLISHED_ALPHAS = {"internvl2-8b": {"alpha_q": 4.0, "alpha_k": 9.5, "alpha_v": 2.5}}
+ALPHA_LIMIT = 1e4
+"""A thousand times what is published. At it, values of 6.6 and more leave float16."""
 
 _SOLVER_FIELDS = tuple(field.name for field in fields(SolverOptions))
 
@@ -28,9 +30,11 @@ class VideoAnchorConfig:
     """Settings of VideoAnchor (arXiv 2509.25151). A token of score s is gated by gamma = 1 + alpha s.
 
     Attributes:
-        alpha_k: strength of the gate on keys, >= 0. Published for one model only, see `preset`; no default exists.
-        alpha_v: strength of the gate on values, >= 0. The same.
-        alpha_q: strength of the gate on queries, >= 0. It cancels in the softmax and moves only the log-sum-exp.
+        alpha_k: strength of the gate on keys, >= 0 and < 10,000. Published for one model only, see `preset`; no default
+            exists.
+        alpha_v: strength of the gate on values, in the same range.
+        alpha_q: strength of the gate on queries, in the same range. It cancels in the softmax and moves only the
+            log-sum-exp, and the weight of attention sinks where a decoder has them.
         n_clusters: subspaces, >= 1; published 24. "auto" counts them by the eigengap, see `spectral_labels`.
         pca_rank: components of the tokens that are used; None uses the tokens as they are. The paper gives no value:
             64 is this package's choice.
@@ -74,7 +78,7 @@ class VideoAnchorConfig:
 
     def __post_init__(self) -> None:
         for name in ("alpha_k", "alpha_v", "alpha_q"):
-            check_number(name, getattr(self, name), low=0, low_included=True)
+            check_number(name, getattr(self, name), low=0, low_included=True, high=ALPHA_LIMIT)
         if self.n_clusters != "auto":
             check_integer("n_clusters", self.n_clusters, low=1)
         if self.pca_rank is not None:

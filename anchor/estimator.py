@@ -11,7 +11,7 @@ from sklearn.utils.validation import validate_data
 from torch import Tensor
 
 from .affinity import affinity_matrix, coefficient_matrix, scipy_matrix
-from .problem import DLPackArray, as_tokens, token_features
+from .problem import DLPackArray, as_tokens, computing_precision, token_features
 from .solver import Algorithm, SolverOptions, self_expression
 from .spectral import AssignLabels, spectral_labels
 from .timing import timed
@@ -128,7 +128,7 @@ class SparseSubspaceClustering(ClusterMixin, BaseEstimator):
         with timed("pca", self.seconds_, tokens.device):
             features = token_features(tokens, self.pca_rank)
         with timed("solve", self.seconds_, tokens.device):
-            solution = self_expression(features, options, dtype=tokens.dtype, progress=progress)
+            solution = self_expression(features, options, dtype=computing_precision(tokens), progress=progress)
         with timed("spectral", self.seconds_, tokens.device):
             affinity = affinity_matrix(solution.indices, solution.values)
             labels = spectral_labels(

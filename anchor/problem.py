@@ -26,15 +26,15 @@ class DLPackArray(Protocol):
 
 
 def as_tokens(X: Tensor | np.ndarray | DLPackArray) -> Tensor:
-    """Check the tokens and bring them to a precision the solver works in.
+    """Check the tokens. They are not copied.
 
     Args:
         X: (N, D) floating-point tensor, numpy array, or other array with DLPack (CuPy), N >= 0 tokens of D >= 1
             features.
 
     Returns:
-        (N, D) tensor on X's device (CPU for numpy): float64 stays, float32 stays, half precisions become float32.
-        Nothing leaves the device. It may share X's memory, and is not to be written to.
+        (N, D) tensor of X's precision on X's device (CPU for numpy). Nothing leaves the device. It may share X's
+        memory, and is not to be written to.
 
     Raises:
         TypeError: X is no tensor or array, or not of a floating-point type.
@@ -56,16 +56,40 @@ def as_tokens(X: Tensor | np.ndarray | DLPackArray) -> Tensor:
         raise ValueError(f"X must be 2-D, (n_tokens, n_features), got shape {tuple(tokens.shape)}")
     if tokens.shape[1] == 0:
         raise ValueError(f"X must have at least one feature, got shape {tuple(tokens.shape)}")
-    if tokens.dtype != torch.float64:
+    if tokens.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         tokens = tokens.float()
-    bad = ~torch.isfinite(tokens)
-    if bad.any():
-        token, feature = bad.nonzero()[0].tolist()
-        raise NonFiniteTokensError(
-            f"X must be finite, got {int(bad.sum())} NaN or infinite values, the first at token {token}, "
-            f"feature {feature}; check the vision encoder's output"
-        )
+    if len(tokens) and not torch.isfinite(torch.stack(tokens.aminmax())).all():
+        _report_not_finite(tokens)
     return tokens
+
+
+def _report_not_finite(tokens: Tensor) -> None:
+    count, first = 0, None
+    for start, block in zip(range(0, len(tokens), PCA_BLOCK), tokens.split(PCA_BLOCK), strict=True):
+        bad = (~torch.isfinite(block)).nonzero()
+        if first is None and len(bad):
+            first = (start + int(bad[0, 0]), int(bad[0, 1]))
+        count += len(bad)
+    token, feature = first or (0, 0)
+    raise NonFiniteTokensError(
+        f"X must be finite, got {count} NaN or infinite values, the first at token {token}, feature {feature}; check "
+        f"the vision encoder's output"
+    )
+
+
+def computing_precision(tokens: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for all others."""
+    return torch.promote_types(tokens.dtype, torch.float32)
+
+
+def features_memory_bytes(n_tokens: int, n_features: int, rank: int | None) -> int:
+    """Peak memory in bytes of `token_features`, the tokens not counted: the Gram matrix, its eigenvectors, as much
+    again twice for the eigensolver, a block of tokens and BLAS's copies of it, the features and what is made of them,
+    all in float64."""
+    if rank is None:
+        return 8 * n_tokens * n_features
+    size = min(n_tokens, n_features)
+    return 8 * (4 * size**2 + 4 * PCA_BLOCK * size + 3 * min(rank, size) * n_tokens)
 
 
 def token_features(tokens: Tensor, rank: int | None) -> Tensor:
@@ -84,28 +108,44 @@ def token_features(tokens: Tensor, rank: int | None) -> Tensor:
         (r, N) float64 tensor, one token a column.
     """
     if rank is None:
-        return tokens.double().T.contiguous()
+        return tokens.T.to(torch.float64, memory_format=torch.contiguous_format)
     n_tokens, n_features = tokens.shape
-    mean = tokens.mean(0, dtype=torch.float64)
     over_tokens = n_tokens < n_features
     size = min(n_tokens, n_features)
+    # One buffer for all blocks: freed ones of its size leave holes that the allocator does not fill.
+    room = tokens.new_empty(max(size * PCA_BLOCK, n_features), dtype=torch.float64)
+    mean = tokens.new_zeros(n_features, dtype=torch.float64)
+    for block in tokens.split(len(room) // n_features):
+        mean += _in_float64(block, room).sum(0)
+    mean /= n_tokens
     gram = torch.zeros(size, size, dtype=torch.float64, device=tokens.device)
     for start in range(0, max(n_tokens, n_features), PCA_BLOCK):
         block = slice(start, start + PCA_BLOCK)
-        part = tokens[:, block].double() - mean[block] if over_tokens else (tokens[block].double() - mean).T
+        if over_tokens:
+            part = _in_float64(tokens[:, block], room).sub_(mean[block])
+        else:
+            part = _in_float64(tokens[block], room).sub_(mean).T
         gram.addmm_(part, part.T)
-    energy, axes = torch.linalg.eigh(gram)
     total = torch.trace(gram) + n_tokens * mean.square().sum()
+    energy, axes = torch.linalg.eigh(gram)
+    del gram
     floor = max(n_tokens, n_features) * torch.finfo(torch.float64).eps * total
     kept = min(rank, n_tokens - 1, int((energy > floor).sum()))
-    energy, axes = energy.flip(0)[:kept], axes.flip(1)[:, :kept]
+    energy, axes = energy[size - kept :].flip(0), axes[:, size - kept :].flip(1)
     if over_tokens:
         features = energy.sqrt()[:, None] * axes.T
     else:
-        blocks = tokens.split(PCA_BLOCK)
-        features = torch.cat([axes.T @ (block.double() - mean).T for block in blocks], dim=1)
+        features = tokens.new_empty(kept, n_tokens, dtype=torch.float64)
+        for start in range(0, n_tokens, PCA_BLOCK):
+            block = slice(start, start + PCA_BLOCK)
+            features[:, block] = axes.T @ _in_float64(tokens[block], room).sub_(mean).T
     largest = features.gather(1, features.abs().argmax(1, keepdim=True)) if kept else features[:, :1]
     return (features * largest.sign()).contiguous()
+
+
+def _in_float64(part: Tensor, room: Tensor) -> Tensor:
+    """A copy of `part` at the start of the float64 buffer `room`."""
+    return room[: part.numel()].view(part.shape).copy_(part)
 
 
 def penalty_weights(Y: Tensor, alpha_e: float, alpha_z: float) -> tuple[float, float]:

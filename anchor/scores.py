@@ -13,7 +13,7 @@ from .config import Score, ScoreFunction, VideoAnchorConfig
 from .cross_frame import check_frames, cross_frame_score
 from .memory import plan_solver
 from .options import Algorithm
-from .problem import DLPackArray, as_tokens, token_features
+from .problem import DLPackArray, as_tokens, computing_precision, token_features
 from .solver import SelfExpression, self_expression
 from .spectral import spectral_labels
 from .timing import Progress, throttled, timed
@@ -181,13 +181,14 @@ def _subspace_scores(
     seconds: dict[str, float] = {}
     n_tokens, n_features = tokens.shape
     rank = min(config.pca_rank or n_features, n_features)
-    plan_solver(n_tokens, rank, tokens.dtype, tokens.device, config.algorithm, config.memory_budget)
+    dtype = computing_precision(tokens)
+    plan_solver(n_tokens, rank, dtype, tokens.device, config.algorithm, config.memory_budget)
     with timed("pca", seconds, tokens.device):
         report("pca", 0, 1)
         features = token_features(tokens, config.pca_rank)
     with timed("solve", seconds, tokens.device):
         report("solve", 0, n_tokens)
-        solution = self_expression(features, config.solver_options(), dtype=tokens.dtype, progress=report)
+        solution = self_expression(features, config.solver_options(), dtype=dtype, progress=report)
     authors = config.arithmetic == "authors"
     with timed("spectral", seconds, tokens.device):
         report("spectral", 0, 1)

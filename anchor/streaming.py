@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .affinity import affinity_matrix, coefficient_matrix
 from .config import VideoAnchorConfig
-from .problem import DLPackArray, as_tokens, token_features
+from .problem import DLPackArray, as_tokens, computing_precision, token_features
 from .scores import ROUNDOFF, AnchorResult
 from .solver import SelfExpression, self_expression
 from .spectral import MAX_AUTO_CLUSTERS, spectral_labels
@@ -124,6 +124,7 @@ class AnchorStream:
             ConvergenceWarning: some tokens of the window, old ones first, did not converge within config.max_iter.
         """
         tokens = as_tokens(X)
+        tokens = tokens.to(computing_precision(tokens))
         self._check(tokens)
         old, config, device = self.dictionary, self.config, tokens.device
         window = tokens if old is None else torch.cat([old.tokens, tokens])

@@ -1,10 +1,15 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
 
 from videoanchor_triton.anchor import memory, problem
-from videoanchor_triton.anchor.problem import as_tokens, penalty_weights, token_features
+from videoanchor_triton.anchor.problem import as_tokens, computing_precision, penalty_weights, token_features
 
 from .reference import textbook_weights
 from .tokens import DEVICES, vit_like
@@ -78,28 +83,64 @@ def test_weights_stay_finite(Y, mu_e, mu_z):
     assert penalty_weights(Y.double(), 800.0, 400.0) == pytest.approx((800 / mu_e, 400 / mu_z))
 
 
-@pytest.mark.parametrize(
-    ("given", "computed"),
-    [
-        (torch.float16, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float32, torch.float32),
-        (torch.float64, torch.float64),
-    ],
-    ids=str,
-)
-def test_precision_of_the_tokens(given, computed):
-    tokens = torch.randn(3, 4).to(given).requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_precision_of_the_tokens(dtype):
+    tokens = torch.randn(3, 4).to(dtype).requires_grad_()
     found = as_tokens(tokens)
-    assert (found.dtype, found.requires_grad) == (computed, False)
-    assert torch.equal(found, tokens.detach().to(computed))
+    assert (found.dtype, found.requires_grad) == (dtype, False)
+    assert found.data_ptr() == tokens.data_ptr()
+    assert computing_precision(found) == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (7, 40)], ids=str)
+@pytest.mark.parametrize("rank", [3, None])
+def test_features_of_half_precision_are_those_of_the_same_numbers(rank, shape, monkeypatch):
+    monkeypatch.setattr(problem, "PCA_BLOCK", 16)
+    tokens = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(token_features(tokens, rank), token_features(tokens.double(), rank))
+
+
+PEAK = """
+import re, sys, torch
+from pathlib import Path
+from videoanchor_triton.anchor.problem import as_tokens, features_memory_bytes, token_features
+torch.set_num_threads(1)
+token_features(torch.randn(600, 200), 8)  # what libraries allocate once
+n_tokens, n_features = int(sys.argv[1]), int(sys.argv[2])
+tokens = torch.empty(n_tokens, n_features, dtype=torch.bfloat16)
+for block in tokens.split(1024):
+    block.normal_()
+status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+reset.write_text("5")  # the peak is the present again
+before = int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1])
+token_features(as_tokens(tokens), 32)
+used = (int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1]) - before) * 1024
+print(used, features_memory_bytes(n_tokens, n_features, 32), tokens.nbytes)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux says what a process held at most")
+def test_memory_of_the_features():
+    """Seen from outside, since torch's own temporaries are not tensors: a cast of all tokens would be four times
+    theirs."""
+    path = str(Path(problem.__file__).parents[2])
+    out = subprocess.run(
+        [sys.executable, "-c", PEAK, "65536", "512"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    used, announced, of_tokens = map(int, out.stdout.split())
+    assert used <= announced + 2**23, "the allocator rounds up"
+    assert announced < 1.5 * of_tokens
 
 
 def test_numpy_tokens():
     tokens = np.arange(12, dtype=np.float32).reshape(3, 4)[::-1]
     tokens.flags.writeable = False
     assert np.array_equal(as_tokens(tokens).numpy(), tokens)
-    assert as_tokens(tokens.astype(np.float16)).dtype == torch.float32
+    assert as_tokens(tokens.astype(np.float16)).dtype == torch.float16
     assert np.array_equal(as_tokens(tokens.astype(">f8")).numpy(), tokens)
 
 
@@ -123,7 +164,7 @@ def test_tokens_of_another_library_stay_where_they_are(dtype, device):
     found = as_tokens(ForeignArray(tokens))
     assert found.device == tokens.device
     assert torch.equal(found, as_tokens(tokens))
-    assert (found.data_ptr() == tokens.data_ptr()) == (dtype != torch.float16)
+    assert found.data_ptr() == tokens.data_ptr()
 
 
 @pytest.mark.parametrize(
