@@ -90,6 +90,7 @@ def _problems(large: bool) -> Iterator[Problem]:
         "strides of (B, N, H, D)": {"layout": "bnhd"},
         "GQA 7:1": {"query_heads": 7, "kv_heads": 1},
         "one key": {"keys": 1},
+        "gated values beyond fp16": {"gate": "beyond-fp16", "dtype": torch.float16},
     }
     for base in (prefill, decode):
         for name, change in changes.items():
@@ -128,7 +129,7 @@ def _hopper_problems() -> Iterator[Problem]:
         "GQA 7:1": {"query_heads": 7, "kv_heads": 1},
         "D=64": {"head_dim": 64},
         "D=64, not causal": {"head_dim": 64, "causal": False},
-        "fp16": {"dtype": torch.float16},
+        "fp16": {"dtype": torch.float16, "gate": "none"},  # it has no gamma_v there
     }
     for name, change in changes.items():
         yield replace(base, name=f"hopper, {name}", **change)

@@ -8,6 +8,8 @@ and at last {"clip": {...}} or {"error": reason}. It ends when its input does, s
 
 import json
 import os
+import resource
+import signal
 import sys
 import threading
 import time
@@ -17,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import InputError
+from . import limits
 from .sampling import Choice
 
 REPORT_SECONDS = 0.1
@@ -53,24 +56,31 @@ class _Answers:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # where a scheduler ends all of a job, the parent ends this process
+    limits.limit_process()
     request = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     answers = _Answers(os.fdopen(int(sys.argv[1]), "wb"))
     try:
-        answers.line(clip=_read(answers, Path(request.pop("path")), Choice(**request)))
+        answers.line(clip=_read(answers, Path(request["path"]), request["max_pixels"], Choice(**request["choice"])))
     except InputError as error:
         answers.line(error=str(error))
+    except MemoryError:
+        most = resource.getrlimit(resource.RLIMIT_DATA)[0] / 2**30
+        answers.line(error=f"{request['path']}: reading it takes more than the {most:.1f} GiB that it may: convert it")
     return 0
 
 
-def _read(answers: _Answers, path: Path, choice: Choice) -> dict[str, Any]:
+def _read(answers: _Answers, path: Path, max_pixels: int, choice: Choice) -> dict[str, Any]:
     from . import views
 
     if views.is_views(path):
-        return views.read_views(path, choice, answers.report, answers.frame)
+        return views.read_views(path, choice, max_pixels, answers.report, answers.frame)
+    from .damage import Messages
     from .decoding import decode_video
 
-    clip = decode_video(path, choice, answers.report, answers.frame)
+    messages = Messages.of_this_process()
+    clip = decode_video(path, choice, max_pixels, answers.report, answers.frame, messages)
     if answers.n_scaled:
         clip["notes"].append(f"{answers.n_scaled} frames of another size scaled into the first's with black bars")
     return clip

@@ -16,6 +16,8 @@ import numpy as np
 from ..errors import InputError
 
 _MODULE = f"{__package__}.child"
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "AV_LOG_FORCE_NOCOLOR": "1"}
+"""NumPy multiplies no matrices there: threads for that would only take memory. FFmpeg's messages are read."""
 
 
 class Answers:
@@ -77,7 +79,7 @@ def child(request: dict[str, Any], timeout: float) -> Iterator[Answers]:
     The child is a fresh interpreter: nothing of this process, such as a CUDA context, is in it. It has a session of
     its own, so that Ctrl-C reaches this process alone.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with tempfile.TemporaryFile() as errors, ExitStack() as pipes:  # the file has no name: nothing stays on the disk
         ours, theirs = os.pipe()
         pipes.callback(os.close, ours)

@@ -1,15 +1,17 @@
 """Frames out of a video file, an image or a folder of images, with their exact timestamps."""
 
+import re
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ..errors import InputError
+from .limits import MAX_PIXELS
 from .process import Answers, child
 from .sampling import Choice
 
@@ -17,6 +19,8 @@ Sampling = Literal["uniform", "scene"]
 Progress = Callable[[str, int, int], None]
 """Called with a stage ("read", "decode"), how much of it is done, and how much there is (0: not known)."""
 DEFAULT_TIMEOUT = 120.0
+_URL = re.compile(r"(?:^|/)([A-Za-z][A-Za-z0-9+.-]+:)/+(.*)")
+"""A `Path` has one slash where a URL has two; the path of a folder may stand before it."""
 _CHECKED_BYTES = 2**30
 """Clips larger than this are compared with the free memory before they are read."""
 
@@ -77,13 +81,16 @@ def read_video(
     sampling: Sampling = "uniform",
     indices: Sequence[int] | None = None,
     known_times: Mapping[int, float] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    strict: bool = False,
     timeout: float = DEFAULT_TIMEOUT,
     progress: Progress | None = None,
 ) -> VideoClip:
     """Decodes `path`, in a process of its own, and keeps some of its frames.
 
-    No broken file can hang or end the calling process. All packets of a video are read for the exact times of its
-    frames; decoded is only what lies between a kept frame and the keyframe before it.
+    No broken file can hang or end the calling process, or take more memory than `limits` allows. All packets of a video
+    are read for the exact times of its frames; decoded is only what lies between a kept frame and the keyframe before
+    it.
 
     Args:
         path: a file that FFmpeg can read, an image, or a folder of images.
@@ -96,12 +103,17 @@ def read_video(
             say; those of a clip read before give that clip again.
         known_times: seconds of some frames by their position, from when the file was read before: one that shows them
             at other times is refused as another video.
+        max_pixels: larger frames are scaled down to at most so many, which a note says; at most `limits.SOURCE_PIXELS`
+            are decoded at all.
+        strict: refuse a file that shows a sign of damage, of which there is a note otherwise. Not every damage shows:
+            there is no sign of it inside the frames of VP8 and VP9, mostly none in HEVC and AV1, and none in JPEG.
         timeout: seconds without progress after which the process is ended.
         progress: see `Progress`.
 
     Raises:
-        InputError: when the file is missing, is no video, or holds no frame that can be decoded; when the process that
-            reads it crashes or hangs; when an argument is out of its range; when the frames would not fit the memory.
+        InputError: when the file is missing, a URL, no video, or too large, or holds no frame that can be decoded; when
+            it is damaged and `strict` is set; when the process that reads it crashes or hangs; when an argument is out
+            of its range; when the frames would not fit the memory.
     """
     path = Path(path)
     if fps is not None and not (np.isfinite(fps) and fps > 0):
@@ -112,7 +124,8 @@ def read_video(
         raise InputError(f"sampling: expected one of {', '.join(get_args(Sampling))}, got {sampling!r}")
     asked = None if indices is None else [int(index) for index in indices]
     frames, n_frames = np.empty((0, 0, 0, 3), np.uint8), 0
-    with _child(path, fps, max_frames, sampling, asked, known_times, timeout) as answers:
+    choice = _choice(fps, max_frames, sampling, asked, known_times)
+    with _child(path, choice, max_pixels, timeout) as answers:
         while "clip" not in (answer := answers.line()):
             if "frame" in answer:
                 height, width, count = answer["frame"]
@@ -123,6 +136,8 @@ def read_video(
             if progress is not None:
                 progress(*answer.get("progress", ("decode", n_frames, len(frames))))
     clip = answer["clip"]
+    if strict:
+        _refuse_damage(path, clip)
     return VideoClip(
         frames=frames[:n_frames],
         timestamps=np.array(clip["timestamps"], dtype=np.float64),
@@ -130,7 +145,7 @@ def read_video(
         n_source_frames=clip["n_source_frames"],
         source_fps=clip["source_fps"],
         n_decoded=clip["n_decoded"],
-        notes=tuple(clip["notes"]),
+        notes=(*clip["damage"], *clip["notes"]),
         names=tuple(clip.get("names", ())),
     )
 
@@ -139,6 +154,8 @@ def stream_video(
     path: str | Path,
     *,
     known_times: Mapping[int, float] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    strict: bool = False,
     timeout: float = DEFAULT_TIMEOUT,
     progress: Progress | None = None,
 ) -> Generator[tuple[float, np.ndarray]]:
@@ -146,15 +163,17 @@ def stream_video(
     ended when the generator is. Frames that cannot be decoded are left out.
 
     Args:
-        path, known_times, timeout, progress: see `read_video`.
+        path, known_times, max_pixels, strict, timeout, progress: see `read_video`.
 
     Yields:
         seconds from the start of the video, and (H, W, 3) uint8 RGB, upright, of the first frame's size.
 
     Raises:
-        InputError: as `read_video` does, when the first frame is asked for or at the frame that cannot be had.
+        InputError: as `read_video` does, when the first frame is asked for or at the frame that cannot be had; for
+            `strict` after the last.
     """
-    with _child(Path(path), None, sys.maxsize, "uniform", None, known_times, timeout) as answers:
+    choice = _choice(None, sys.maxsize, "uniform", None, known_times)
+    with _child(Path(path), choice, max_pixels, timeout) as answers:
         while "clip" not in (answer := answers.line()):
             if "frame" in answer:
                 height, width, _ = answer["frame"]
@@ -163,24 +182,53 @@ def stream_video(
                 yield answer["seconds"], frame
             elif progress is not None:
                 progress(*answer["progress"])
+    if strict:
+        _refuse_damage(path, answer["clip"])
 
 
-def _child(
-    path: Path,
+def check_path(path: Path) -> None:
+    """
+    Raises:
+        InputError: it is a URL, or there is no file or folder.
+    """
+    if not (path.is_file() or path.is_dir()):
+        refuse_url(path)
+        raise InputError(f"no video file at {path}: check the path")
+
+
+def refuse_url(path: Path) -> None:
+    """For what is not there.
+
+    Raises:
+        InputError: it is a URL.
+    """
+    if url := _URL.search(str(path)):
+        raise InputError(f"{url[1]}//{url[2]}: URLs are not supported: download it first, and give the file's path")
+
+
+def _refuse_damage(path: str | Path, clip: dict[str, Any]) -> None:
+    if clip["damage"]:
+        raise InputError(f"{path} is refused (--strict): {'; '.join(clip['damage'])}")
+
+
+def _choice(
     fps: float | None,
     max_frames: int,
     sampling: Sampling,
     indices: list[int] | None,
     known_times: Mapping[int, float] | None,
-    timeout: float,
-) -> AbstractContextManager[Answers]:
+) -> Choice:
+    known = [(int(index), float(time)) for index, time in (known_times or {}).items()]
+    return Choice(fps, max_frames, sampling, indices, known)
+
+
+def _child(path: Path, choice: Choice, max_pixels: int, timeout: float) -> AbstractContextManager[Answers]:
     if not (np.isfinite(timeout) and timeout > 0):
         raise InputError(f"timeout: expected a positive number of seconds, got {timeout}")
-    if not (path.is_file() or path.is_dir()):
-        raise InputError(f"no video file at {path}: check the path")
-    known = [(int(index), float(time)) for index, time in (known_times or {}).items()]
-    choice = Choice(fps, max_frames, sampling, indices, known)
-    return child({"path": str(path), **asdict(choice)}, timeout)
+    if max_pixels < 1:
+        raise InputError(f"max_pixels: expected 1 or more, got {max_pixels}")
+    check_path(path)
+    return child({"path": str(path), "max_pixels": max_pixels, "choice": asdict(choice)}, timeout)
 
 
 def _empty_frames(path: Path, count: int, height: int, width: int) -> np.ndarray:
@@ -194,7 +242,8 @@ def _empty_frames(path: Path, count: int, height: int, width: int) -> np.ndarray
         if free is not None and needed > free:
             raise InputError(
                 f"{path}: {count} frames of {width} x {height} pixels take {needed / 2**30:.1f} GiB and "
-                f"{free / 2**30:.1f} GiB are free: try --max-frames {max(free // 2 * count // needed, 1)}"
+                f"{free / 2**30:.1f} GiB are free: try --max-frames {max(free // 2 * count // needed, 1)}, or "
+                "a smaller --max-pixels"
             )
     return np.empty((count, height, width, 3), np.uint8)
 

@@ -10,9 +10,11 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from ..errors import InputError
-from . import sampling
+from . import limits, sampling
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
+_STRIP = 512
+"""Rows of pixels that are made opaque at once."""
 
 
 def is_views(path: Path) -> bool:
@@ -36,15 +38,17 @@ def natural_key(name: str) -> list[tuple[bool, int, str]]:
 def read_views(
     path: Path,
     choice: sampling.Choice,
+    max_pixels: int,
     report: Callable[[str, int, int], None],
     send: Callable[[np.ndarray, float, int], None],
 ) -> dict[str, Any]:
     """Calls `send` with each kept view, its time and how many there will be; returns the other fields of `VideoClip`.
 
-    Views count as one a second. Images of several sizes are scaled into that of the largest, with black bars.
+    Views count as one a second. Images of more than `max_pixels` are scaled down; those of several sizes are then
+    scaled into that of the largest, with black bars.
 
     Raises:
-        InputError: there is no image, or one cannot be read.
+        InputError: there is no image, or one cannot be read or is too large.
     """
     names, n_others = images_of(path)
     if not names:
@@ -57,13 +61,17 @@ def read_views(
         indices = sampling.check_indices(choice.indices, len(names))
     else:
         indices = sampling.uniform(seconds, choice.count(seconds))
-    sizes = [_size(names[index]) for index in indices]
+    source = [_size(names[index]) for index in indices]
+    sizes = [limits.bounded(*size, max_pixels) for size in source]
     width, height = max(sizes, key=lambda size: (size[0] * size[1], size))
-    for n, index in enumerate(indices):
+    for n, (index, size) in enumerate(zip(indices, sizes, strict=True)):
         report("read", n, len(indices))
-        send(letterbox(_pixels(names[index]), height, width), float(seconds[index]), len(indices))
-    others = sum(size != (width, height) for size in sizes)
-    notes = [f"{others} of {len(sizes)} images scaled into {width} x {height} pixels with black bars"] if others else []
+        send(letterbox(_pixels(names[index], *size), height, width), float(seconds[index]), len(indices))
+    notes = []
+    if n_large := sum(size != new for size, new in zip(source, sizes, strict=True)):
+        notes.append(f"{n_large} of {len(sizes)} images scaled down (--max-pixels {max_pixels})")
+    if others := sum(size != (width, height) for size in sizes):
+        notes.append(f"{others} of {len(sizes)} images scaled into {width} x {height} pixels with black bars")
     if n_others:
         notes.append(f"{n_others} files that are no images passed over")
     return {
@@ -72,6 +80,7 @@ def read_views(
         "n_source_frames": len(names),
         "source_fps": 1.0,
         "n_decoded": len(indices),
+        "damage": [],
         "notes": notes,
         "names": [names[index].name for index in indices],
     }
@@ -89,6 +98,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             yield image
+    except InputError:
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as an image ({error}): check the file") from error
 
@@ -96,17 +107,36 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 def _size(path: Path) -> tuple[int, int]:
     """Width and height in pixels when upright."""
     with _opened(path) as image:
-        lies = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return (image.height, image.width) if lies else image.size
+        limits.check_size(path, *image.size)
+        return (image.height, image.width) if _lies(image) else image.size
 
 
-def _pixels(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, upright; what is transparent becomes white."""
+def _lies(image: Image.Image) -> bool:
+    """Whether it has to be turned by 90 degrees."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+
+
+def _pixels(path: Path, width: int, height: int) -> np.ndarray:
+    """(H, W, 3) uint8 RGB, upright, scaled to the size given; what is transparent becomes white."""
     with _opened(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I;16"):
-            return np.repeat((np.asarray(upright) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-        if upright.mode in ("I", "F"):
-            raise ValueError(f"pixels of more than 16 bits, mode {upright.mode}")
-        layers = upright.convert("RGBA")
-        return np.asarray(Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB"))
+        image.draft(None, (height, width) if _lies(image) else (width, height))  # a large JPEG is decoded smaller
+        ImageOps.exif_transpose(image, in_place=True)
+        return np.asarray(_scaled(_rgb(image), width, height))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of more than 16 bits, mode {image.mode}")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    opaque = Image.new("RGB", image.size)
+    for top in range(0, image.height, _STRIP):  # a large image does not lie in the memory four times over
+        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height))).convert("RGBA")
+        opaque.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), (0, top))
+    return opaque
+
+
+def _scaled(image: Image.Image, width: int, height: int) -> Image.Image:
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)

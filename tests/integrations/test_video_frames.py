@@ -244,7 +244,7 @@ def test_damage_in_the_middle_costs_only_what_it_hit(tmp_path: Path) -> None:
     path.write_bytes(data)
     clip = read_video(path, max_frames=10)
     assert len(clip.frames) == 9
-    assert clip.notes == ("damaged: 1 of 10 frames cannot be decoded and are left out",)
+    assert clip.notes[0] == "damaged: 1 of 10 frames cannot be decoded and are left out"
     right = np.round(clip.timestamps * 10).astype(int) == spelled(clip.frames)
     assert right.sum() >= 8, "a group of pictures is lost, the times of the others hold"
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from videoanchor_triton.integrations import cli
+from videoanchor_triton.integrations.commands import run
 from videoanchor_triton.integrations.errors import InputError
 from videoanchor_triton.integrations.token_grid import TokenGrid
 from videoanchor_triton.integrations.video import process
@@ -234,23 +235,10 @@ def test_the_command_line_says_it_in_one_line(
     clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "make_planner", lambda *_args: None)  # it looks at the model first
     monkeypatch.setattr(process, "_MODULE", "videoanchor_triton.integrations.no_such_module")
-    run = (
-        "run",
-        "--model",
-        "m",
-        "--video",
-        clip,
-        "--question",
-        "?",
-        "--out",
-        "out",
-        "--alpha-k",
-        "1",
-        "--alpha-v",
-        "1",
-    )
-    assert cli.main(list(map(str, run))) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert json.dumps(str(clip))[1:-1] in lines[0]
+    command = ["run", "--model", "m", "--video", str(clip), "--question", "?", "--out", "out", "--alpha-k", "1"]
+    assert cli.main([*command, "--alpha-v", "1"]) == 2
+    *stages, line = capsys.readouterr().err.splitlines()
+    assert [stage.strip() for stage in stages] == ["import", "checkpoint", "decode"]
+    assert json.dumps(str(clip))[1:-1] in line
