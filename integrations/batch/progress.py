@@ -31,18 +31,25 @@ class BatchProgress:
         self._start = time.monotonic()
         self.n_done = self.n_failed = self.n_tokens = self.peak_memory_bytes = 0
         self.seconds: Counter[str] = Counter()
+        self._stage = ""
 
     def start(self, total: int, finished: int) -> None:
         """`finished` of `total` rows are there already."""
         interval = 0.2 if sys.stderr.isatty() else 60.0
         self._bar = tqdm(
-            total=total, initial=finished, unit="row", disable=not self._enabled, mininterval=interval, file=sys.stderr
+            total=total,
+            initial=finished,
+            disable=not self._enabled,
+            mininterval=interval,
+            file=sys.stderr,
+            dynamic_ncols=True,
+            bar_format="{n_fmt}/{total_fmt} rows{desc} {bar:10} {elapsed}<{remaining}{postfix}",
         )
 
     def stage(self, stage: str, done: int, total: int) -> None:
         """What the current row is at; for `progress` arguments."""
-        self._bar.set_description_str(f"{stage} {done}/{total}" if total else f"{stage} {done}", refresh=False)
-        self._bar.update(0)
+        self._stage = f"{stage} {done}/{total}, " if total else f"{stage} {done}, "
+        self._show(0)
 
     def finished(self, record: Record) -> None:
         """Counts a row."""
@@ -53,17 +60,22 @@ class BatchProgress:
             self.seconds.update({stage: record["seconds"][stage] for stage in STAGES})
             memory = record["peak_memory_bytes"] or record["peak_host_memory_bytes"]
             self.peak_memory_bytes = max(self.peak_memory_bytes, memory)
-        self._bar.set_postfix_str(self.text(), refresh=False)
-        self._bar.update(1)
+        self._show(1)
+
+    def _show(self, n: int) -> None:
+        """What a narrow terminal cuts off comes last."""
+        failures = f", {self.n_failed} failed" if self.n_failed else ""
+        self._bar.set_description_str(failures, refresh=False)
+        self._bar.set_postfix_str(f"{self._stage}{self.text()}", refresh=False)
+        self._bar.update(n)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
     def text(self) -> str:
-        """Tokens per second of wall time, peak memory, mean seconds of a row by stage, failures."""
+        """Tokens per second of wall time, peak memory, mean seconds of a row by stage."""
         rows = max(self.n_done, 1)
         stages = " ".join(f"{stage} {self.seconds[stage] / rows:.2f}" for stage in STAGES)
         rate = self.n_tokens / (time.monotonic() - self._start)
-        failures = f", {self.n_failed} failed" if self.n_failed else ""
-        return f"{rate:.1f} tokens/s, peak {self.peak_memory_bytes / 2**30:.2f} GiB, s/row {stages}{failures}"
+        return f"{rate:.1f} tokens/s, peak {self.peak_memory_bytes / 2**30:.2f} GiB, s/row {stages}"

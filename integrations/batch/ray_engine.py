@@ -14,6 +14,8 @@ from functools import partial
 from typing import Any
 
 from ..errors import InputError
+from ..termination import keeping_handler
+from ..threads import passed_on
 from .job import Groups
 from .results import Record
 from .tensor_parallel import TensorParallelWorker
@@ -85,12 +87,13 @@ def ray_engine(
     Raises:
         InputError: the cluster lacks what the actors need, or they cannot load the model.
     """
-    import ray
-    from ray.exceptions import RayError
+    with keeping_handler():
+        import ray
+        from ray.exceptions import RayError
 
-    started_here = not ray.is_initialized()
-    if started_here:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        started_here = not ray.is_initialized()
+        if started_here:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         gpus = ray.cluster_resources().get("GPU", 0.0)
         each = (float(tensor_parallel) if gpus else 0.0) if gpus_per_actor is None else gpus_per_actor
@@ -145,4 +148,5 @@ def _dataset(
             compute=ActorPoolStrategy(size=n_actors, max_tasks_in_flight_per_actor=1),
             num_cpus=cores,
             num_gpus=gpus_per_actor,
+            runtime_env={"env_vars": passed_on()},
         )

@@ -1,25 +1,25 @@
-"""The questions of a batch: read from JSONL, CSV or a folder of videos, all of them before any work; and which
-results are theirs."""
+"""The questions of a batch: read from JSONL, CSV or a folder of videos, all of them before any work."""
 
 import csv
 import hashlib
+import itertools
 import json
-import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..csv_text import text_of_cell
 from ..errors import InputError
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".ogv", ".3gp"}
 )
 _NAMED = 5
-_END = 2**20
-_IMAGE_END = 2**14
-"""Bytes of each end of a file that a fingerprint reads; of an image in a folder fewer, as there may be many."""
+_DELIMITERS = ",;\t"
+OWN_COLUMNS = frozenset({"key", "settings", "status", "fingerprint"})
+"""They tell a table of results, whose cells are those of `csv_cell`, from other CSV files."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class BatchRow:
         video: absolute path.
         question: not empty.
         columns: what else the input says about it ("id" and any others), carried through to the results.
-        fingerprint: of the video's content, see `fingerprint`; None where it is not there.
+        fingerprint: of the video's content, see `matching.fingerprint`; None where it is not there.
+        copy: how many rows before it have the same video and question; they share an answer.
     """
 
     number: int
@@ -39,12 +40,13 @@ class BatchRow:
     question: str
     columns: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
+    copy: int = 0
 
     def key(self, settings_hash: str) -> str:
-        """What tells a result apart: 32 hexadecimal digits of the video's path and content, the question and the
-        settings."""
-        parts = json.dumps([str(self.video), self.fingerprint, self.question, settings_hash])
-        return hashlib.sha256(parts.encode()).hexdigest()[:32]
+        """What tells a result apart: 32 hexadecimal digits of the video's path and content, the question, the settings
+        and which copy it is."""
+        parts = [str(self.video), self.fingerprint, self.question, settings_hash, *([self.copy] if self.copy else [])]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def read_rows(source: Path, questions: Sequence[str] = ()) -> list[BatchRow]:
@@ -52,7 +54,7 @@ def read_rows(source: Path, questions: Sequence[str] = ()) -> list[BatchRow]:
 
     Args:
         source: a file whose rows have the columns `video` and `question` (and any others), or a folder. Relative paths
-            of videos start at the file's folder.
+            of videos start at the file's folder. A CSV may have commas, semicolons or tabs between its columns.
         questions: for a folder only.
 
     Raises:
@@ -72,79 +74,20 @@ def read_rows(source: Path, questions: Sequence[str] = ()) -> list[BatchRow]:
         rows = _file_rows(source, readers[source.suffix.lower()])
     if not rows:
         raise InputError(f"{source} holds no row: expected at least one video and question")
+    seen = Counter[tuple[Path, str]]()
+    for n, row in enumerate(rows):
+        rows[n] = replace(row, copy=seen[row.video, row.question])
+        seen[row.video, row.question] += 1
     return rows
 
 
-def without_repeats(rows: Sequence[BatchRow]) -> tuple[list[BatchRow], list[tuple[int, int]]]:
-    """The first row of each video and question; and for the others their number and that of the first."""
-    first: dict[tuple[Path, str], BatchRow] = {}
-    repeats = []
-    for row in rows:
-        kept = first.setdefault((row.video, row.question), row)
-        if kept is not row:
-            repeats.append((row.number, kept.number))
-    return list(first.values()), repeats
-
-
-def fingerprint(video: Path) -> str | None:
-    """32 hexadecimal digits that differ where the size, the first or the last MiB of a file do; of a folder of views
-    the names and sizes of its images, or the first or last 16 KiB of one. None for what is not there or cannot be read.
-
-    Nothing else is read: a change in the middle of a file that keeps its size is not seen.
-    """
-    try:
-        if video.is_dir():
-            from ..video.views import images_of
-
-            parts = [(image.name, *_size_and_ends(image, _IMAGE_END)) for image in images_of(video)[0]]
-        elif video.is_file():
-            parts = [_size_and_ends(video, _END)]
-        else:
-            return None
-    except OSError:
-        return None
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _size_and_ends(path: Path, n_bytes: int) -> tuple[int, str]:
-    with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(n_bytes))
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - n_bytes, 0))
-        digest.update(file.read(n_bytes))
-    return size, digest.hexdigest()
-
-
-def with_fingerprints(
-    rows: Sequence[BatchRow], records: Mapping[str, dict[str, Any]], settings_hash: str
-) -> tuple[list[BatchRow], dict[str, str]]:
-    """The rows with the fingerprints of their videos, each read once; and what their results replace.
-
-    A video that is not there (any more) gets the fingerprint of the result it has: that stays its result.
-
-    Args:
-        rows: without repeats.
-        records: results by key.
-
-    Returns:
-        the rows; and of each result of one of them (by path, question and settings) that was made from other content
-        its key, with the key of the row.
-    """
-    fingerprints = {video: fingerprint(video) for video in dict.fromkeys(row.video for row in rows)}
-    results: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for record in records.values():
-        if record["settings"] == settings_hash:
-            results[record["video"], record["question"]].append(record)
-    current, replaced = [], {}
-    for row in rows:
-        earlier = results[str(row.video), row.question]
-        content = fingerprints[row.video]
-        if content is None and earlier:
-            content = earlier[-1].get("fingerprint")
-        current.append(replace(row, fingerprint=content))
-        key = current[-1].key(settings_hash)
-        replaced |= {record["key"]: key for record in earlier if record["key"] != key}
-    return current, replaced
+def without_dots(path: Path) -> Path:
+    """`path` without `..`, so that a file has one name; `..` after a symbolic link stays, as it leads elsewhere."""
+    found = Path()
+    for part in path.parts:
+        leaves = part == ".." and found.name not in ("", "..") and not found.is_symlink()
+        found = found.parent if leaves else found / part
+    return found
 
 
 def by_video(rows: Iterable[BatchRow]) -> list[list[BatchRow]]:
@@ -163,7 +106,7 @@ def _folder_rows(folder: Path, questions: Sequence[str]) -> Iterator[BatchRow]:
         raise InputError(f"{folder} holds no video: expected files such as clip{', clip'.join(sorted(VIDEO_SUFFIXES))}")
     pairs = [(video, question) for video in videos for question in questions]
     for number, (video, question) in enumerate(pairs, 1):
-        yield BatchRow(number, video.absolute(), question, {"id": str(video.relative_to(folder))})
+        yield BatchRow(number, without_dots(video.absolute()), question, {"id": str(video.relative_to(folder))})
 
 
 def _file_rows(source: Path, reader: Callable[[Iterable[str]], Iterator[tuple[int, Any]]]) -> list[BatchRow]:
@@ -195,7 +138,7 @@ def _row(number: int, content: Any, folder: Path) -> BatchRow:
     except ValueError as error:  # half of a character, or NaN
         raise ValueError(f"cannot be written as JSON: {error}") from error
     columns = {name: value for name, value in content.items() if name not in ("video", "question")}
-    return BatchRow(number, folder / content["video"], content["question"], columns)
+    return BatchRow(number, without_dots(folder / content["video"]), content["question"], columns)
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[str]:
@@ -217,17 +160,28 @@ def _jsonl(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
 
 
 def _csv(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    reader = csv.reader(lines, strict=True)
+    lines = iter(lines)
+    first = next(lines, "")
+    delimiter = max(_DELIMITERS, key=lambda one: {"video", "question"} <= {*_header(first, one)})
+    reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
         if not {"video", "question"} <= {*header} or len({*header}) < len(header):
-            raise InputError(f"CSV: expected different columns, video and question among them, got {header}")
+            raise InputError(
+                "CSV: expected different columns, video and question among them, with commas, semicolons or tabs "
+                f"between them, got {header}"
+            )
+        ours = {*header} >= OWN_COLUMNS
         for fields in reader:
             if not fields:
                 continue
             if len(fields) == len(header):
-                yield reader.line_num, dict(zip(header, fields, strict=True))
+                yield reader.line_num, dict(zip(header, map(text_of_cell, fields) if ours else fields, strict=True))
             else:
                 yield reader.line_num, ValueError(f"expected {len(header)} fields, got {len(fields)}")
     except csv.Error as error:
         raise InputError(f"CSV line {reader.line_num}: {error}") from error
+
+
+def _header(line: str, delimiter: str) -> list[str]:
+    return next(csv.reader([line], delimiter=delimiter), [])

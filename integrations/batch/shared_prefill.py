@@ -13,11 +13,11 @@ from ...anchor.config import VideoAnchorConfig
 from ...anchor.timing import Progress
 from ..backbones import visual_token_ids
 from ..budget import check_fits
-from ..enable import find_multimodal_model
 from ..pipeline import Prefix, RunResult, gated, generate, prepare, scored, stage_times
 from ..score_cache import ScoreCache
 from ..token_grid import TokenGrid
 from ..video.reader import VideoClip
+from ..visual_tokens import find_multimodal_model
 
 
 class SharedPrefill:

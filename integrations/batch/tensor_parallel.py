@@ -15,6 +15,7 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from ..threads import usable_cpus
 from .results import Record
 from .rows import BatchRow
 from .worker import BatchJob, dump_rows, failed
@@ -42,7 +43,7 @@ class ProcessGroup:
 
     def __init__(self, size: int, device: str, *arguments: str, stdout: int | None = None) -> None:
         environment = {
-            "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // size, 1)),
+            "OMP_NUM_THREADS": str(max(usable_cpus() // size, 1)),
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
@@ -162,9 +163,12 @@ class TensorParallelWorker:
         except ChildProcessError as error:
             self.close()
             return failed(row, self._settings_hash, str(error))
+        record: Record = message["record"]
         if message["broken"]:
             self.close()
-        return message["record"]
+            if record.get("failure") == "accelerator":
+                record["failure"] = "other"  # the processes that are started next can use it
+        return record
 
     def _running(self) -> ProcessGroup:
         """The group, a new one if there is none or it has ended."""

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from ..video.limits import MAX_PIXELS
 from .results import Record
 from .rows import BatchRow
+from .stopping import Failure, failure_of
 
 if TYPE_CHECKING:  # these import torch, and the input is read before that
     from ...anchor.config import VideoAnchorConfig
@@ -21,6 +23,15 @@ if TYPE_CHECKING:  # these import torch, and the input is read before that
     from ..pipeline import RunResult
     from ..video.reader import VideoClip
     from .tensor_parallel_process import Leader
+
+
+CONFIG_COLUMNS = (
+    *("alpha_q", "alpha_k", "alpha_v", "decode", "scorer", "score", "n_clusters", "pca_rank", "random_state"),
+    *("algorithm", "tol"),
+)
+_LATER_DEFAULTS = {"max_pixels": MAX_PIXELS, "strict": False}
+"""Options that came after the first results: at their defaults settings are those of before."""
+VIDEO_COLUMNS = ("max_frames", "fps", "sampling", "max_pixels", "strict")
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,11 @@ class BatchJob:
             "model": str(folder.absolute()) if folder.is_dir() else self.model,
             "dtype": self.dtype,
             "config": self.config.to_dict(),
-            "video": {name: value for name, value in self.video.items() if name != "timeout"},
+            "video": {
+                name: value
+                for name, value in self.video.items()
+                if name != "timeout" and value != _LATER_DEFAULTS.get(name, ...)
+            },
             "fit": self.fit,
             "max_new_tokens": self.max_new_tokens,
         }
@@ -63,6 +78,10 @@ class BatchJob:
     def settings_hash(self) -> str:
         """16 hexadecimal digits of `settings`."""
         return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def columns(self) -> Record:
+        """What tells these settings from others in each result."""
+        return setting_columns(self.settings())
 
     def to_json(self) -> str:
         """One line."""
@@ -76,6 +95,19 @@ class BatchJob:
         values = json.loads(text)
         values["config"] = VideoAnchorConfig(**values["config"])
         return cls(**{**values, "score_folder": Path(values["score_folder"])})
+
+
+def setting_columns(settings: dict[str, Any]) -> Record:
+    """The columns of `BatchJob.settings`."""
+    config, video = settings["config"], _LATER_DEFAULTS | settings["video"]
+    return {
+        "model": settings["model"],
+        "dtype": settings["dtype"],
+        **{name: config.get(name) for name in CONFIG_COLUMNS},
+        **{name: video.get(name) for name in VIDEO_COLUMNS},
+        "fit": settings["fit"],
+        "max_new_tokens": settings["max_new_tokens"],
+    }
 
 
 class BatchWorker:
@@ -167,6 +199,7 @@ class BatchWorker:
             **_about(row, self._settings_hash),
             "status": "done",
             "answer": result.answer,
+            "failure": None,
             "reason": None,
             "tokens": {
                 "prompt": result.n_prompt_tokens,
@@ -192,10 +225,20 @@ class BatchWorker:
 
 def failed(row: BatchRow, settings_hash: str, error: BaseException | str) -> Record:
     """The result of a row that could not be answered."""
-    if isinstance(error, BaseException):
-        text = str(error).strip() or type(error).__name__
-        error = text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
-    return {**_about(row, settings_hash), "status": "failed", "answer": None, "reason": error}
+    failure: Failure = "other" if isinstance(error, str) else failure_of(error)
+    reason = error if isinstance(error, str) else reason_of(error)
+    return {**_about(row, settings_hash), "status": "failed", "answer": None, "failure": failure, "reason": reason}
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says."""
+    text = str(error).strip() or type(error).__name__
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+
+
+def unasked(row: BatchRow, settings_hash: str) -> Record:
+    """The place of a row in the tables until it has a result."""
+    return {**_about(row, settings_hash), "status": "unasked"}
 
 
 def dump_rows(rows: Sequence[BatchRow]) -> str:
@@ -216,6 +259,7 @@ def _about(row: BatchRow, settings_hash: str) -> Record:
         "question": row.question,
         "settings": settings_hash,
         "line": row.number,
+        "copy": row.copy,
         "input": row.columns,
     }
 

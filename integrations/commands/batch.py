@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from functools import partial
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from ..text import json_text, printable
 from .shared import (
     Commands,
     add_config_options,
@@ -22,7 +24,9 @@ from .shared import (
 )
 
 if TYPE_CHECKING:
-    from ..batch.results import ResultsLog
+    from ..batch.results import Record, ResultsLog
+    from ..batch.rows import BatchRow
+    from ..batch.worker import BatchJob
 
 _EPILOG = """\
 examples:
@@ -32,14 +36,18 @@ examples:
 A line of questions.jsonl: {"id": "a1", "video": "clips/a.mp4", "question": "What is left of the door?"}
 Paths start at the file's folder. A CSV has the same columns. Other columns are carried to the results as input.NAME.
 
---out gets results.jsonl (a line a row, written as each finishes), results.csv, results.parquet (when the run ends or
-is interrupted) and scores/ (the scores of the videos, used again by later runs). The same command goes on where a run
-stopped, however it stopped.
+--out gets results.jsonl (a line a row, written as each finishes), results.csv, results.parquet (when the run ends, is
+interrupted or stops; tables of an earlier run also when it starts; rows without a result have the status "unasked")
+and scores/ (the scores of the videos, used again by later runs). The same command goes on where a run stopped, however
+it stopped.
 
 A row is known by its video (the path, and the content by size and the MiB at either end), question and settings.
-Change a setting, and its rows are answered anew, beside the others. Replace a video, or bring one that was missing, and
-its rows are answered anew; the new results take the place of the old ones. Take a video away, and its results stay.
-Exit code 1: some rows failed; their reason is in the results, --retry-failed tries them again.
+Its line and other columns are taken from the file as it is now, in results of earlier runs as well; results of rows
+that the file has no more stay in results.jsonl alone. Change a setting, and its rows are answered anew, beside the
+others. Replace a video, or bring one that was missing, and its rows are answered anew; the new results take the place
+of the old ones. Take a video away, and its results stay.
+Exit code 1: some rows failed (their reason is in the results, --retry-failed tries them again), or the run stopped,
+because the GPU failed or 5 rows in a row failed for one reason that is not theirs: the rows after those are not asked.
 """
 
 
@@ -97,50 +105,117 @@ def add(commands: Commands) -> None:
 
 
 def _batch(args: argparse.Namespace) -> int:
+    from ..atomic_write import write_whole
     from ..batch.job import run_batch
+    from ..batch.matching import matched, refreshed, with_fingerprints
     from ..batch.progress import BatchProgress
-    from ..batch.results import ResultsLog, write_whole
-    from ..batch.rows import read_rows, with_fingerprints, without_repeats
+    from ..batch.results import ResultsLog
+    from ..batch.rows import read_rows
+    from ..batch.stopping import StoppedError
     from ..output import check_folder, versions
 
     _check(args)
     job = _job(args)
-    rows, repeats = without_repeats(read_rows(args.input, args.question))
+    rows = read_rows(args.input, args.question)
     check_folder(args.out)
-    for number, first in repeats:
-        print(f"row {number} repeats row {first}: answered once", file=sys.stderr)
     progress = BatchProgress(enabled=not args.json)
+    stopped = None
     with ResultsLog(args.out / "results.jsonl") as log:
         settings = {"settings": job.settings(), "versions": versions()}
         path = args.out / f"settings-{job.settings_hash()}.json"
-        write_whole(path, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
-        rows, replaced = with_fingerprints(rows, log.records, job.settings_hash())
-        n_outdated = sum(key not in log.records for key in replaced.values())
-        if n_outdated:
-            print(f"{n_outdated} results are of videos that have changed: answered anew", file=sys.stderr)
+        write_whole(path, (json_text(settings) + "\n").encode())
+        rows = with_fingerprints(rows)
+        current = refreshed(rows, log.records, _older_settings(args.out, log.records.values()))
+        if current != log.records:
+            log.replace(current)
+        rows, replaced = matched(rows, log.records, job.settings_hash())
+        _say_what_is_there(rows, log.records, replaced)
+        tables = _Tables(args, log, rows, job, replaced)
+        if tables.exist:
+            tables.write()  # whoever reads them while this runs, or after it was killed, sees what is missing
         try:
             with redirect_stdout(sys.stderr):  # Ray prints what happens to its actors
                 run_batch(job, rows, log, _engine(args, progress), progress, retry_failed=args.retry_failed)
-        except KeyboardInterrupt:
+        except StoppedError as error:
+            stopped = str(error)
+        except (KeyboardInterrupt, OSError):
             progress.close()
-            print(f"{args.out}: {progress.n_done} more rows are done; the same command goes on", file=sys.stderr)
-            _conclude(args, log, replaced)
+            print(
+                f"{printable(args.out)}: {progress.n_done} more rows are done; the same command goes on",
+                file=sys.stderr,
+            )
+            tables.write()
             raise
         finally:
             progress.close()
-        tables = _conclude(args, log, replaced)
-        results = [log.records[row.key(job.settings_hash())] for row in rows]
-    return _report(args, results, [log.path, *tables], progress)
+        written = [log.path, *tables.write()]
+        kept = sum(one["line"] is not None and one["settings"] != job.settings_hash() for one in log.records.values())
+        results = [log.records.get(row.key(job.settings_hash())) for row in rows]
+    return _report(args, results, kept, written, progress, stopped)
 
 
-def _conclude(args: argparse.Namespace, log: "ResultsLog", replaced: dict[str, str]) -> list[Path]:
-    """Removes results that have been replaced, as far as the new ones are there, and writes the tables."""
-    from ..batch.results import write_tables
+def _older_settings(out: Path, records: "Iterable[Record]") -> "dict[str, Record]":
+    """The columns of the settings of results that were made before results had them."""
+    from ..batch.worker import setting_columns
 
-    old = {key for key, new in replaced.items() if new in log.records}
-    if old:
-        log.drop(old)
-    return write_tables(log.records.values(), args.out, args.tables) if log.records else []
+    hashes = {record["settings"] for record in records if "model" not in record}
+    files = {name: path for name in hashes if (path := out / f"settings-{name}.json").exists()}
+    return {name: setting_columns(json.loads(path.read_bytes())["settings"]) for name, path in files.items()}
+
+
+def _say_what_is_there(rows: "list[BatchRow]", records: "dict[str, Record]", replaced: dict[str, str]) -> None:
+    copies = sum(row.copy > 0 for row in rows)
+    if copies:
+        print(f"{copies} rows repeat the video and question of another: asked once, reported for each", file=sys.stderr)
+    n_outdated = sum(key not in records for key in replaced.values())
+    if n_outdated:
+        print(f"{n_outdated} results are of videos that have changed: answered anew", file=sys.stderr)
+    n_left = sum(record["line"] is None and key not in replaced for key, record in records.items())
+    if n_left:
+        print(
+            f"{n_left} results are of rows or videos that the input has no more: they stay in results.jsonl, the "
+            "tables leave them out",
+            file=sys.stderr,
+        )
+
+
+class _Tables:
+    """What is in the tables: each row of the input as it is now, in this setting and, where there is a result, in
+    others."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        log: "ResultsLog",
+        rows: "list[BatchRow]",
+        job: "BatchJob",
+        replaced: dict[str, str],
+    ) -> None:
+        self._folder, self._log, self._job, self._replaced = args.out, log, job, replaced
+        self._rows = {row.key(job.settings_hash()): row for row in rows}
+        there = {name for name in ("csv", "parquet") if (args.out / f"results.{name}").exists()}
+        self.exist = bool(there)
+        self._formats = {*args.tables, *(there if find_spec("pyarrow") is not None else ())}  # none is left behind
+
+    def write(self) -> list[Path]:
+        """Removes results that have been replaced, as far as the new ones are there, and writes the tables."""
+        from ..batch.tables import write_tables
+        from ..batch.worker import unasked
+
+        if not self._log.records:
+            return []
+        old = self._log.records.keys() & {key for key, new in self._replaced.items() if new in self._log.records}
+        if old:
+            self._log.drop(old)
+        nothing = (unasked(row, self._job.settings_hash()) | self._job.columns() for row in self._rows.values())
+        mine = [self._log.records.get(record["key"], record) for record in nothing]
+        others = [
+            record
+            for key, record in self._log.records.items()
+            if key not in self._rows and record["line"] is not None and key not in self._replaced
+        ]
+        others.sort(key=lambda record: (record["settings"], record["line"]))
+        return write_tables([*mine, *others], self._folder, self._formats)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -179,7 +254,14 @@ def _job(args: argparse.Namespace) -> Any:
         device=args.device,
         dtype=args.dtype,
         config=config_of(args),
-        video={"fps": args.fps, "max_frames": args.max_frames, "sampling": args.sampling, "timeout": args.timeout},
+        video={
+            "fps": args.fps,
+            "max_frames": args.max_frames,
+            "sampling": args.sampling,
+            "max_pixels": args.max_pixels,
+            "strict": args.strict,
+            "timeout": args.timeout,
+        },
         fit=args.fit,
         max_new_tokens=args.max_new_tokens,
         score_folder=(args.cache or args.out / "scores").absolute(),
@@ -202,28 +284,46 @@ def _engine(args: argparse.Namespace, progress: Any) -> Any:
     return partial(local_engine, progress=progress.stage)
 
 
-def _report(args: argparse.Namespace, results: list[dict[str, Any]], written: list[Path], progress: Any) -> int:
-    failures = [record for record in results if record["status"] == "failed"]
+def _report(
+    args: argparse.Namespace,
+    results: "list[Record | None]",
+    kept: int,
+    written: list[Path],
+    progress: Any,
+    stopped: str | None,
+) -> int:
+    failures = [record for record in results if record is not None and record["status"] == "failed"]
+    n_unasked = results.count(None)
+    n_done = len(results) - len(failures) - n_unasked
     if args.json:
         summary = {
             "rows": len(results),
-            "done": len(results) - len(failures),
+            "done": n_done,
             "failed": len(failures),
+            "unasked": n_unasked,
+            "of_other_settings": kept,
+            "stopped": stopped,
             "answered_by_this_run": progress.n_done,
             "generated_tokens": progress.n_tokens,
             "seconds": dict(progress.seconds),
             "peak_memory_bytes": progress.peak_memory_bytes,
             "files": [str(path) for path in written],
         }
-        print(json.dumps(summary, indent=2))
+        print(json_text(summary))
     else:
-        print(f"rows      {len(results)}: {len(results) - len(failures)} done, {len(failures)} failed")
+        unasked = f", {n_unasked} not asked" if n_unasked else ""
+        print(f"rows      {len(results)}: {n_done} done, {len(failures)} failed{unasked}")
+        if kept:
+            print(f"kept      {kept} rows of other settings, told apart by their columns model, alpha_k and so on")
         if progress.n_done:
             print(f"this run  {progress.n_done} answered, {progress.text()}")
         for record in failures[:5]:
-            print(f"failed    line {record['line']}: {record['reason']}")
+            print(f"failed    line {record['line']}: {printable(record['reason'])}")
         if failures:
             print("          to try these again: --retry-failed")
         for path in written:
-            print(f"wrote     {path}")
-    return 1 if failures else 0
+            print(f"wrote     {printable(path)}")
+    if stopped is not None:
+        rest = f"{n_unasked} rows were not asked, the same command goes on"
+        print(f"videoanchor batch: {printable(stopped)}: {rest}", file=sys.stderr)
+    return 1 if failures or stopped is not None else 0

@@ -1,10 +1,10 @@
 """`videoanchor convert`: a checkpoint with code of its own in transformers' format."""
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
+from ..text import json_text, printable
 from .shared import Commands, ProgressLine, prepare_libraries
 
 
@@ -38,15 +38,16 @@ def _convert(args: argparse.Namespace) -> int:
     finally:
         progress.close()
     if args.json:
-        print(json.dumps(asdict(converted), indent=2, default=str))
+        print(json_text({**asdict(converted), "out": str(converted.out)}))
         return 0
-    print(f"read      {args.source}: {converted.source}")
+    out = printable(converted.out)
+    print(f"read      {printable(args.source)}: {printable(converted.source)}")
     print(
-        f"wrote     {converted.out}: {converted.architecture}, {converted.n_tensors} tensors in "
+        f"wrote     {out}: {converted.architecture}, {converted.n_tensors} tensors in "
         f"{converted.n_shards} {'file' if converted.n_shards == 1 else 'files'}, {converted.n_bytes / 2**30:.1f} GiB"
     )
     for note in converted.notes:
-        print(f"note      {note}")
+        print(f"note      {printable(note)}")
     print("Next (InternVL2-8B has --preset internvl2-8b in place of the alphas):")
-    print(f"videoanchor run --model {converted.out} --video FILE --question '...' --alpha-k A --alpha-v A --out DIR")
+    print(f"videoanchor run --model {out} --video FILE --question '...' --alpha-k A --alpha-v A --out DIR")
     return 0

@@ -1,11 +1,11 @@
 """`videoanchor demo`: the whole pipeline on what is made on the spot."""
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from ..text import json_text
 from .run import answer, report
 from .shared import Commands, ProgressLine, check_extras, prepare_libraries
 
@@ -35,6 +35,7 @@ def _demo(args: argparse.Namespace) -> int:
     prepare_libraries()
     from ...anchor.config import VideoAnchorConfig
     from .. import demo
+    from ..video.limits import MAX_PIXELS
 
     progress = ProgressLine(not args.json)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -44,6 +45,7 @@ def _demo(args: argparse.Namespace) -> int:
     demo.make_checkpoint(args.model)
     args.question, args.fps, args.max_frames = demo.QUESTION, None, 12
     args.sampling, args.timeout, args.fit = "uniform", 120.0, False
+    args.max_pixels, args.strict = MAX_PIXELS, True
     args.device, args.dtype, args.max_new_tokens = "auto", "auto", 12
     with demo.record_attention() as calls:
         clip, result, record = answer(args, VideoAnchorConfig.preset("internvl2-8b"), progress)
@@ -63,7 +65,7 @@ def _demo(args: argparse.Namespace) -> int:
     agree, chance, n_pairs = demo.agreement(result.anchor.labels.cpu().numpy(), cameras[clip.indices], result.grid)
     camera = {"agree": agree, "chance": chance, "pairs": n_pairs}
     if args.json:
-        print(json.dumps({**record, "kernels": kernels, "camera": camera}, indent=2, ensure_ascii=False))
+        print(json_text({**record, "kernels": kernels, "camera": camera}))
         return 0
     report(result, record, args.out)
     print("kernels   largest |output - dense fp64 reference| over attention calls of this run")

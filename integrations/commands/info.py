@@ -70,8 +70,12 @@ def _info_backbones(as_json: bool) -> int:
         print(f"{one.name:{name_width}s}  {shown:6s}  {one.model:{class_width}s}  {ids}")
     print(
         f"\ntransformers {transformers.__version__}. Tested: tokens and logits equal to a dense gate's on a tiny "
-        f"random model. Token ids are the default config's; a checkpoint's own count."
+        f"random model, with the class's own decoder or with those below; other pairs warn. Token ids are the default "
+        f"config's; a checkpoint's own count."
     )
+    for one in found:
+        if one.tested_as is not None and one.tested_as.decoders:
+            print(f"{one.name}: decoders {', '.join(one.tested_as.decoders)}.")
     for one in found:
         if one.tested_as is not None and one.tested_as.note:
             print(f"{one.name}: {one.tested_as.note}.")

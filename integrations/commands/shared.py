@@ -1,13 +1,12 @@
-"""What the commands share: the progress line, the options of models, gate and scores, and what has to be there."""
+"""What the commands share: the options of models, gate and scores, and what has to be there."""
 
 import argparse
-import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from .progress_line import ProgressLine
 
 if TYPE_CHECKING:  # these import torch and transformers
     from ..budget import Budget, Planner
@@ -15,31 +14,6 @@ if TYPE_CHECKING:  # these import torch and transformers
 
 Commands = Any
 """What `add_subparsers` returns."""
-
-
-class ProgressLine:
-    """One line on standard error that is written over, with the stage and how far it is; silent where nobody
-    watches."""
-
-    def __init__(self, enabled: bool) -> None:
-        self._enabled = enabled and sys.stderr.isatty()
-        self._last = 0.0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self._enabled and now - self._last > 0.1:
-            self._last = now
-            share = f" {done}/{total} ({100 * done // total}%)" if total else f" {done}"
-            print(f"\r\033[K  {stage}{share}", end="", file=sys.stderr, flush=True)
-
-    def say(self, text: str) -> None:
-        """A message that stays."""
-        self.close()
-        print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._enabled:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +52,7 @@ def check_tensor_parallel(args: argparse.Namespace, here: bool = True) -> None:
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
-    """--fps, --max-frames, --sampling, --timeout, --fit; `read_clip` and `fit_clip` use them."""
+    """What `read_clip` and `fit_clip` use."""
     parser.add_argument(
         "--fps", type=float, metavar="N", help="frames per second of video; default: --max-frames over all of it"
     )
@@ -89,6 +63,15 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
         default="uniform",
         help="frames at even distances, or at least one of each scene; default: %(default)s",
     )
+    from ..video.limits import MAX_PIXELS
+
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="scale larger frames and images down to so many; default: %(default)s, more than 5K video has",
+    )
     add_timeout_option(parser)
     parser.add_argument(
         "--fit",
@@ -98,7 +81,12 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_timeout_option(parser: argparse.ArgumentParser) -> None:
-    """--timeout, of `read_video`."""
+    """--timeout and --strict, of `read_video`."""
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse a video that shows a sign of damage, instead of noting it (in VP8, VP9 and HEVC it may show none)",
+    )
     parser.add_argument(
         "--timeout",
         type=float,
@@ -127,6 +115,8 @@ def read_clip(
         fps=args.fps,
         max_frames=args.max_frames if max_frames is None else max_frames,
         sampling=args.sampling,
+        max_pixels=args.max_pixels,
+        strict=args.strict,
         timeout=args.timeout,
         progress=progress,
     )
@@ -267,10 +257,9 @@ def check_extras() -> None:
 
 def prepare_libraries() -> None:
     """Imports what the pipeline needs, quietly."""
-    from ..torchvision_compat import make_torchvision_importable
-
-    make_torchvision_importable()
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.logging.set_verbosity_error()  # its retries without a network; the error says it in one line
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,11 +1,25 @@
 """`videoanchor tune`: the strengths of the gate for a model, from questions with known answers."""
 
 import argparse
-import json
+import sys
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
+from ..csv_text import csv_text
 from ..errors import InputError
-from .eval import QUESTIONS_HELP, about, add_questions_options, load_asker, run_facts
+from ..text import json_text, printable
+from .eval import (
+    QUESTIONS_HELP,
+    about,
+    add_questions_options,
+    cited,
+    facts,
+    load_asker,
+    replies_as_of_now,
+    run_facts,
+    tell,
+)
 from .shared import Commands, ProgressLine, add_score_options, check_extras, config_of
 
 GRID = "0,0.5,1,2,4,8"
@@ -68,51 +82,87 @@ def _tune(args: argparse.Namespace) -> int:
     args.preset = args.alpha_q = None
     args.alpha_k = args.alpha_v = 1.0  # replaced by those that are tried
     config = config_of(args)
+    for name, values in (("alpha_k", args.grid_k), ("alpha_v", args.grid_v)):
+        for value in values or ():
+            try:
+                replace(config, **{name: value})
+            except ValueError as error:
+                raise InputError(f"--grid-{name[-1]}: {error}") from error
     run = run_facts(args)
     check_folder(args.out)
     from ..batch.results import ResultsLog
+    from ..batch.stopping import StoppedError
     from ..evaluation import evaluate as ev
-    from ..evaluation import tune_report as report
+    from ..evaluation.questions import read_questions, videos_of
     from ..evaluation.tune import conclusion, split
 
-    questions = ev.read_questions(args.questions)
-    order, held = split([question.type for question in questions], ev.videos_of(questions), args.held_out, args.seed)
+    questions = read_questions(args.questions)
+    order, held = split([question.type for question in questions], videos_of(questions), args.held_out, args.seed)
     progress = ProgressLine(not args.json)
-    with ResultsLog(args.out / "replies.jsonl") as log:
-        ev.forget_failures(log)
+    with ResultsLog(args.out / "replies.jsonl") as log, closing(progress):
+        again = replies_as_of_now(log, questions, progress)
         asker = load_asker(args, config, questions, progress)
         progress.say(
             f"{len(order)} questions to search on, {len(held)} held out; {len(log.records)} replies in {log.path}"
         )
-        tuner = _Tuner(questions, ev.Setting("tune", config, args.max_frames, run), asker, log, progress)
-        point, rows, draw = (tuner.by_grid if args.method == "grid" else tuner.by_gradient)(args, order)
-        difference = tuner.judge(point, held)
-    progress.close()
-    said = conclusion(point, difference)
-    n_failed = sum("error" in record for record in log.records.values())
-    record = {
-        "conclusion": said,
-        "alpha_k": point[0],
-        "alpha_v": point[1],
-        "held_out": None if difference is None else difference.to_dict(),
-        "method": args.method,
-        "questions": str(args.questions),
-        "held_out_ids": [questions[number].id for number in held],
-        "n_failed": n_failed,
-        "seed": args.seed,
-        "config": {name: value for name, value in config.to_dict().items() if name not in ("alpha_k", "alpha_v")},
-        "search": rows,
-        **about(args),
+        tuner = _Tuner(questions, ev.Setting("tune", config, args.max_frames, run), asker, log, progress, again)
+        try:
+            point, rows, draw = (tuner.by_grid if args.method == "grid" else tuner.by_gradient)(args, order)
+            difference = tuner.judge(point, held)
+        except StoppedError as error:
+            why = printable(error)
+            print(
+                f"videoanchor tune: {why}: {printable(log.path)} has what was done, the same command goes on",
+                file=sys.stderr,
+            )
+            return 1
+        said = conclusion(point, difference, *tuner.unreadable())
+        record = {
+            "conclusion": said,
+            "alpha_k": point[0],
+            "alpha_v": point[1],
+            "held_out": None if difference is None else difference.to_dict(),
+            "method": args.method,
+            "questions": str(args.questions),
+            "n_questions": len(questions),
+            "n_videos": len({*videos_of(questions)}),
+            "held_out_ids": [questions[number].id for number in held],
+            "n_failed": tuner.n_failed(),
+            "n_unreadable": tuner.unreadable()[0],
+            "seed": args.seed,
+            "config": {name: value for name, value in config.to_dict().items() if name not in ("alpha_k", "alpha_v")},
+            "max_frames": args.max_frames,
+            "search": rows,
+            "stopped": None,
+            **about(args, asker),
+        }
+    return _write(args, record, lambda path: draw(path, difference, said))
+
+
+def _write(args: argparse.Namespace, record: dict[str, Any], draw: Any) -> int:
+    from ..evaluation import report
+    from ..evaluation.questions import digest
+    from ..evaluation.tune_report import markdown
+
+    searched = {
+        name: getattr(args, name) for name in ("grid_k", "grid_v", "steps", "batch", "rate", "start", "held_out")
     }
-    written = report.write(args.out, said, rows, record, lambda path: draw(path, difference, said))
-    print(json.dumps(record, indent=2, ensure_ascii=False) if args.json else report.markdown(said, rows))
-    if not args.json:
-        print("\n".join(f"wrote     {path}" for path in written))
-    if n_failed:
-        progress.say(
-            f"{n_failed} replies failed and are left out: see {args.out / 'replies.jsonl'}; a rerun asks again"
-        )
-    return 1 if n_failed else 0
+    known = ("method", "seed", "config", "max_frames", "run", "questions_sha256")
+    version = record["versions"]["videoanchor-triton"]
+    record["tag"] = digest(searched, [record[name] for name in known], version)[:8]
+    config = record["config"]
+    about = {
+        **facts(record),
+        "scores": ", ".join(f"{name} {config[name]}" for name in ("scorer", "score", "n_clusters", "pca_rank"))
+        + f", decode {config['decode']}",
+        "frames": f"{args.max_frames} at most, sampling {args.sampling}, fps {args.fps}",
+        "replies": f"{record['n_failed']} failed; of those that are judged, nothing could be read from "
+        f"{record['n_unreadable']}",
+    }
+    text = markdown(record["conclusion"], record["search"], about)
+    rows = [{**row, "model": record["run"]["model"], **cited({**record, "n_unasked": 0})} for row in record["search"]]
+    texts = {"md": text, "csv": csv_text([*rows[0]], rows), "json": json_text(record) + "\n"}
+    return tell(args, record, text, report.write(args.out, "tune", record["tag"], texts, draw))
 
 
 def _check_method(args: argparse.Namespace) -> None:
@@ -127,16 +177,34 @@ def _check_method(args: argparse.Namespace) -> None:
 class _Tuner:
     """The search and its judgement, on one checkpoint."""
 
-    def __init__(self, questions: Any, setting: Any, asker: Any, log: Any, progress: ProgressLine) -> None:
+    def __init__(
+        self, questions: Any, setting: Any, asker: Any, log: Any, progress: ProgressLine, again: set[str]
+    ) -> None:
         self.questions, self.setting, self.asker, self.log, self.progress = questions, setting, asker, log, progress
+        self._again = again
+        self._keys: set[str] = set()
+        self._readable: dict[str, bool] = {}
 
     def scores(self, points: Any, numbers: Any) -> Any:
         """(points, numbers) scores."""
-        from ..evaluation.evaluate import evaluate
+        from ..evaluation.evaluate import evaluate, unreadable
 
         settings = [self._at(point) for point in points]
         some = [self.questions[number] for number in numbers]
-        return evaluate(some, settings, self.asker, self.log, self.progress)
+        scores = evaluate(some, settings, self.asker, self.log, self.progress, self._again)
+        for setting in settings:
+            keys = [setting.key(question) for question in some]
+            self._keys.update(keys)
+            answered = [(key, garbage) for key, garbage in zip(keys, unreadable(some, setting, self.log), strict=True)]
+            self._readable |= {key: not garbage for key, garbage in answered if "reply" in self.log.records[key]}
+        return scores
+
+    def n_failed(self) -> int:
+        return sum("error" in self.log.records[key] for key in self._keys)
+
+    def unreadable(self) -> tuple[int, int]:
+        """Of the replies that are judged, those from which nothing could be read, and all of them."""
+        return sum(not one for one in self._readable.values()), len(self._readable)
 
     def _at(self, point: tuple[float, float]) -> Any:
         from dataclasses import replace
@@ -150,11 +218,12 @@ class _Tuner:
         """The point against no gate on the questions held out; None for no gate itself."""
         import numpy as np
 
-        from ..evaluation.evaluate import videos_of
         from ..evaluation.paired import compare
+        from ..evaluation.questions import videos_of
 
         if not any(point):
             return None
+        self._readable.clear()  # those of the search are judged no more
         after, before = self.scores([point, (0.0, 0.0)], held)
         known = ~np.isnan(after) & ~np.isnan(before)
         if not known.any():
@@ -172,7 +241,7 @@ class _Tuner:
         return point, rows, lambda path, difference, said: draw_search(path, trials, difference, said)
 
     def by_gradient(self, args: argparse.Namespace, order: list[int]) -> Any:
-        from ..evaluation.evaluate import digest
+        from ..evaluation.questions import digest
         from ..evaluation.tune_gradient import answer_loss, learn, recomputed_layers
         from ..evaluation.tune_report import draw_descent
 

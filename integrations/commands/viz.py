@@ -1,10 +1,10 @@
 """`videoanchor viz`: pictures and tables of a finished run."""
 
 import argparse
-import json
 from pathlib import Path
 
 from ..errors import InputError
+from ..text import json_text, printable
 from .shared import Commands, ProgressLine, add_timeout_option, check_extras, prepare_libraries
 
 MODEL_FREE = ("sheet", "overlay", "csv")
@@ -21,7 +21,8 @@ def add(commands: Commands) -> None:
         epilog="what can be made:\n"
         "  sheet      anchors.png: frames with scores and with subspaces\n"
         "  overlay    overlay_scores.mp4, overlay_subspaces.mp4: the same as videos\n"
-        "  csv        tokens.csv: frame, time, row, column, score and subspace of each token\n"
+        "  csv        tokens.csv: frame, time, row, column, score and subspace (as in the pictures)\n"
+        "             of each token, and its label in anchors.safetensors\n"
         "  frames     frames/: each sampled frame with scores and with subspaces, as PNG\n"
         "  affinity   affinity.png, .csv: the share of |W| between each two frames (loads the model)\n"
         "  attention  attention.png, .csv: the share of attention that visual tokens get before and after\n"
@@ -68,7 +69,14 @@ def _viz(args: argparse.Namespace) -> int:
     from ..viz.render import Gallery
 
     progress = ProgressLine(not args.json)
-    gallery = Gallery(run, out, args.video, args.format, args.timeout, progress)
+    model = args.model or run.record["model"]
+    if "affinity" in parts or "attention" in parts:
+        prepare_libraries()
+        from ..checkpoint import read_config, read_processor
+
+        read_config(model)  # what is refused is refused before a picture is drawn
+        read_processor(model)
+    gallery = Gallery(run, out, args.video, args.format, args.timeout, progress, args.strict)
     try:
         for part in parts:
             if part == "overlay":
@@ -78,9 +86,8 @@ def _viz(args: argparse.Namespace) -> int:
             else:
                 getattr(gallery, part)()
         if "affinity" in parts or "attention" in parts:
-            prepare_libraries()
             gallery.from_model(
-                args.model or run.record["model"],
+                model,
                 args.device,
                 args.dtype,
                 affinity="affinity" in parts,
@@ -89,13 +96,13 @@ def _viz(args: argparse.Namespace) -> int:
     finally:
         progress.close()
     if args.json:
-        print(json.dumps({"run": str(args.run), **gallery.report}, indent=2))
+        print(json_text({"run": str(args.run), **gallery.report}))
         return 0
     for name, value in gallery.report.items():
         if name != "files":
             print(f"{name:9s} " + ", ".join(f"{key.replace('_', ' ')} {shown:.4g}" for key, shown in value.items()))
     for path in gallery.report["files"]:
-        print(f"wrote     {path}")
+        print(f"wrote     {printable(path)}")
     return 0
 
 

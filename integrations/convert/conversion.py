@@ -26,6 +26,8 @@ from .tokenizer import read_tokenizer
 Progress = Callable[[str, int, int], None]
 
 _PLANS = {"internvl_chat": internvl.plan, "llava_qwen": llava.plan}
+CONVERTED = frozenset(_PLANS)
+"""The `model_type` of what can be converted."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,20 @@ def convert_checkpoint(source: Path, out: Path, *, progress: Progress | None = N
             (folder / name).write_text(text + "\n", encoding="utf-8")
         (folder / "chat_template.jinja").write_text(plan.chat_template, encoding="utf-8")
         plan.tokenizer.save(str(folder / "tokenizer.json"))
-        folder.chmod(0o755)
+        _set_modes(folder)
         folder.replace(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     architecture = plan.files["config.json"]["architectures"][0]
     return ConvertedCheckpoint(out, plan.source, architecture, n_tensors, n_bytes, len(shards), plan.notes)
+
+
+def _set_modes(folder: Path) -> None:
+    """Those of any new file and folder: safetensors and mkdtemp let the owner alone read."""
+    mode = (folder / "config.json").stat().st_mode & 0o777
+    for file in folder.iterdir():
+        file.chmod(mode)
+    folder.chmod(mode | (mode & 0o444) >> 2)
 
 
 def _plan(source: Path) -> Plan:
@@ -169,7 +179,7 @@ def _check(plan: Plan, shards: dict[Path, list[str]]) -> tuple[int, int]:
     try:
         config = AutoConfig.for_model(options.pop("model_type"), **options)
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config)
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise InputError(f"transformers builds no model from this config.json: {error}") from error
     expected = {_spelling(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}

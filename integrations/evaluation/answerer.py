@@ -10,7 +10,8 @@ from ...anchor.timing import Progress
 from .. import pipeline
 from ..score_cache import ScoreCache
 from ..video.reader import VideoClip
-from .evaluate import Question, Setting
+from .evaluate import Setting
+from .questions import Question
 
 SCORES_BYTES = 2**30
 """The most that scores may take on disk."""

@@ -57,6 +57,13 @@ def score(reply: str, answer: str | float, metric: Metric, options: Sequence[str
     return exact_match(reply, str(answer))
 
 
+def readable(reply: str, metric: Metric, options: Sequence[str] = ()) -> bool:
+    """Whether `score` finds in a reply what it looks for: a letter, a number, or for "exact" any text."""
+    if metric == "choice":
+        return choice_letter(reply, options) is not None
+    return bool(_plain(_answer_part(reply))) if metric == "exact" else number_in(reply) is not None
+
+
 def mean_relative_accuracy(predicted: float, answer: float) -> float:
     """Mean relative accuracy of a number ("Thinking in Space", arXiv 2412.14171, the metric of VSI-Bench).
 

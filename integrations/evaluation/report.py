@@ -1,51 +1,84 @@
 """What an evaluation leaves: a table as Markdown and CSV, a picture, and all of it as JSON."""
 
-import csv
-import io
-import json
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .evaluate import Question, Setting, videos_of
+from ..atomic_write import replacing, write_whole
+from ..batch.worker import CONFIG_COLUMNS, VIDEO_COLUMNS
+from ..viz.plain_text import plain_text
+from .evaluate import Setting
 from .paired import Difference, compare
+from .questions import Question, videos_of
 
 ALL, MEAN_OF_TYPES = "all questions", "mean of types"
 BLUE, GREY, DARK = "#0072B2", "#BBBBBB", "#333333"  # of Okabe and Ito's palette: apart in print and for all eyes
 NOTE = (
     "Score: accuracy of multiple choice, mean relative accuracy of numbers (VSI-Bench), exact match of text. Interval: "
     "95%, bootstrap over videos with all their questions, each paired with the same question without the gate; of few "
-    "videos it is too narrow. A gain is one whose interval leaves out 0 with 6 or more videos changed, the questions "
+    "videos it is too narrow. Replies from which no letter or number can be read count as wrong, questions without a "
+    "reply are left out. A gain is one whose interval leaves out 0 with 6 or more videos changed, the questions "
     "of one taken together; with many rows, one in twenty intervals leaves out 0 by chance."
 )
 
 
+CSV_COLUMNS = (
+    *("setting", "baseline_setting", "type", "n", "n_videos", "baseline", "mean", "difference", "low", "high"),
+    *("n_changed", "n_videos_changed", "verdict", "n_failed", "unreadable", "baseline_unreadable", "n_unasked"),
+    *("model", "revision", "dtype", "device", *CONFIG_COLUMNS, *VIDEO_COLUMNS, "fit", "max_new_tokens"),
+    *("questions", "questions_sha256", "date", "version", "tag"),
+)
+"""Scores are shares of 1."""
+NO_REPLY = "nothing could be judged"
+
+
 @dataclass(frozen=True)
 class Line:
-    """One line of the table: a setting against its baseline on the questions of one type."""
+    """One line of the table: a setting against its baseline on the questions of one type.
 
-    setting: str
+    Attributes:
+        n_failed: questions left out, as one of the two has no reply.
+        unreadable, baseline_unreadable: replies from which no letter or number could be read; they count as wrong.
+    """
+
+    setting: Setting
     baseline: str
     type: str
     difference: Difference
+    n_failed: int = 0
+    unreadable: int = 0
+    baseline_unreadable: int = 0
+
+    @property
+    def verdict(self) -> str:
+        garbage = self.unreadable == self.baseline_unreadable == self.difference.n
+        return NO_REPLY if garbage else self.difference.verdict
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "setting": self.setting,
+            "setting": self.setting.name,
             "baseline_setting": self.baseline,
             "type": self.type,
             **self.difference.to_dict(),
+            "verdict": self.verdict,
+            "n_failed": self.n_failed,
+            "unreadable": self.unreadable,
+            "baseline_unreadable": self.baseline_unreadable,
+            **self.setting.columns(),
         }
+
+
+Pair = tuple[np.ndarray, np.ndarray]
 
 
 def lines(
     questions: Sequence[Question],
     pairs: Sequence[tuple[Setting, Setting]],
-    scores: Sequence[tuple[np.ndarray, np.ndarray]],
+    scores: Sequence[Pair],
+    unreadable: Sequence[Pair] | None = None,
 ) -> list[Line]:
     """Each setting against its baseline: all questions, the mean of the types (VSI-Bench's overall score), each type.
 
@@ -53,81 +86,90 @@ def lines(
         questions: N of them.
         pairs: settings and their baselines.
         scores: (N,) of each setting, and of its baseline; NaN for failures, which leave the question out of this pair.
+        unreadable: (N,) bool, see `evaluate.unreadable`, of each setting, and of its baseline; None for none.
     """
     table = []
     videos, types = videos_of(questions), np.array([question.type for question in questions])
-    for (setting, baseline), (after, before) in zip(pairs, scores, strict=True):
+    nothing = np.zeros(len(questions), dtype=bool)
+    unreadable = [(nothing, nothing)] * len(pairs) if unreadable is None else unreadable
+    for (setting, baseline), (after, before), unread in zip(pairs, scores, unreadable, strict=True):
         known = ~np.isnan(after) & ~np.isnan(before)
-        groups: list[tuple[str, np.ndarray, np.ndarray | None]] = [(ALL, known, None)]
+        everything = ~nothing
+        groups: list[tuple[str, np.ndarray, np.ndarray | None]] = [(ALL, everything, None)]
         if len({*types[known]}) > 1:
-            groups.append((MEAN_OF_TYPES, known, types[known]))
-            groups += [(kind, known & (types == kind), None) for kind in np.unique(types[known])]
-        table += [
-            Line(setting.name, baseline.name, name, compare(after[chosen], before[chosen], videos[chosen], within))
-            for name, chosen, within in groups
-            if chosen.any()
-        ]
+            groups.append((MEAN_OF_TYPES, everything, types))
+            groups += [(kind, types == kind, None) for kind in np.unique(types[known])]
+        for name, group, kinds in groups:
+            chosen = known & group
+            if chosen.any():
+                within = None if kinds is None else kinds[chosen]
+                difference = compare(after[chosen], before[chosen], videos[chosen], within)
+                counts = (int((group & ~known).sum()), *(int((chosen & one).sum()) for one in unread))
+                table.append(Line(setting, baseline.name, name, difference, *counts))
     return table
 
 
-def markdown(table: Sequence[Line]) -> str:
-    """The table for people; scores in percent."""
-    rows = [
+def markdown(table: Sequence[Line], about: Mapping[str, str]) -> str:
+    """What was run and the table, for people; scores in percent."""
+    rows = ["| | |", "|:--|:--|", *(f"| {name} | {markdown_cell(text)} |" for name, text in about.items()), ""]
+    rows += [
         "| setting | questions | n | videos | without gate | with gate | difference | 95% interval | changed | "
-        "videos changed | |",
-        "|:--|:--|--:|--:|--:|--:|--:|:-:|--:|--:|:--|",
+        "videos changed | unreadable without / with gate | failed | |",
+        "|:--|:--|--:|--:|--:|--:|--:|:-:|--:|--:|:-:|--:|:--|",
     ]
     for line in table:
         d = line.difference
         rows.append(
-            f"| {line.setting} | {line.type} | {d.n} | {d.n_videos} | {100 * d.baseline:.1f} | {100 * d.mean:.1f} | "
+            f"| {markdown_cell(line.setting.name)} | {markdown_cell(line.type)} | {d.n} | {d.n_videos} | "
+            f"{100 * d.baseline:.1f} | {100 * d.mean:.1f} | "
             f"{100 * d.difference:+.1f} | {100 * d.low:+.1f} to {100 * d.high:+.1f} | {d.n_changed} | "
-            f"{d.n_videos_changed} | {d.verdict} |"
+            f"{d.n_videos_changed} | {line.baseline_unreadable} / {line.unreadable} | {line.n_failed} | "
+            f"{line.verdict} |"
         )
+    if not table:
+        rows += ["", f"**{NO_REPLY.capitalize()}**: no question has a reply with the gate and without."]
+    if any(line.verdict == NO_REPLY for line in table):
+        rows += ["", f"**{NO_REPLY.capitalize()}** where no letter or number could be read from any reply."]
     return "\n".join(rows) + f"\n\n{NOTE}\n"
 
 
-def table_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Dictionaries with the same keys as CSV."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [])
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def markdown_cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
 
 
-def write(folder: Path, name: str, table: Sequence[Line], record: dict[str, Any]) -> list[Path]:
-    """Writes NAME.md, NAME.csv, NAME.json and NAME.png; each file is replaced whole."""
-    texts = {
-        "md": markdown(table),
-        "csv": table_csv([line.to_dict() for line in table]),
-        "json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
-    }
-    for suffix, text in texts.items():
-        replace_file(folder / f"{name}.{suffix}", lambda path, text=text: path.write_text(text, encoding="utf-8"))
-    replace_file(folder / f"{name}.png", lambda path: draw(path, table))
-    return [folder / f"{name}.{suffix}" for suffix in (*texts, "png")]
+def write(
+    folder: Path, name: str, tag: str, texts: Mapping[str, str], draw_to: Callable[[Path], None]
+) -> tuple[list[Path], list[Path]]:
+    """Writes NAME.SUFFIX for each of `texts` and NAME.png, and the same as NAME-TAG.SUFFIX: those stay when another run
+    writes NAME.SUFFIX. Each file is replaced whole.
+
+    Returns:
+        the files NAME.SUFFIX, and the reports of other tags that are there.
+    """
+    for stem in (f"{name}-{tag}", name):
+        for suffix, text in texts.items():
+            write_whole(folder / f"{stem}.{suffix}", text.encode())
+        replace_file(folder / f"{stem}.png", draw_to)
+    others = sorted({*folder.glob(f"{name}-*.md")} - {folder / f"{name}-{tag}.md"})
+    return [folder / f"{name}.{suffix}" for suffix in (*texts, "png")], others
 
 
 def replace_file(path: Path, write_to: Any) -> None:
     """Writes beside `path` and moves: the file is the old one or the new one, never a part."""
-    scratch = path.with_name(f".{path.name}.writing{path.suffix}")
-    try:
+    with replacing(path) as scratch:
         write_to(scratch)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
+@plain_text()
 def draw(path: Path, table: Sequence[Line]) -> None:
     """Bars of the scores with and without the gate, and beside them the differences with their intervals. Of several
     settings only the lines over all questions."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    several = len({line.setting for line in table}) > 1
+    several = len({line.setting.name for line in table}) > 1
     shown = [line for line in table if line.type == ALL or not several]
-    labels = [line.setting if several else line.type for line in shown]
+    labels = [line.setting.name if several else line.type for line in shown]
     y = np.arange(len(shown))
     figure = Figure((9, 1.6 + 0.5 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)

@@ -163,13 +163,16 @@ def _halve(
     return points[0]
 
 
-def conclusion(point: Point, held_out: Difference | None) -> str:
+def conclusion(point: Point, held_out: Difference | None, n_unreadable: int = 0, n_replies: int = 1) -> str:
     """What the search shows, in one sentence.
 
     Args:
         point: what was chosen.
         held_out: the point against no gate on the questions held out; None if the point is no gate.
+        n_unreadable, n_replies: of the replies that are judged: those of the questions held out, or of the search.
     """
+    if n_unreadable == n_replies:
+        return f"Nothing could be judged: no letter or number could be read from any of {n_replies} replies."
     strengths = f"alpha_k = {point[0]:g}, alpha_v = {point[1]:g}"
     if held_out is None:
         return "No gain shown: the search itself prefers no gate (alpha_k = alpha_v = 0)."

@@ -14,12 +14,15 @@ from ...anchor.config import VideoAnchorConfig
 from .. import pipeline
 from ..attention import GATE_ARGUMENT, LayerGate
 from ..batch.results import ResultsLog
+from ..batch.stopping import StopRule, failure_of
+from ..batch.worker import reason_of
 from ..budget import check_fits
-from ..enable import enable, find_multimodal_model
+from ..enable import enable
 from ..errors import InputError
 from ..score_cache import ScoreCache
 from ..video.reader import VideoClip
-from .evaluate import Question
+from ..visual_tokens import find_multimodal_model
+from .questions import Question
 from .tune import Point
 
 Loss = Callable[[Tensor, int], Tensor]
@@ -41,7 +44,7 @@ def learn(
     """Adam on (log alpha_k, log alpha_v), so that both stay above 0.
 
     Args:
-        loss: of one question; an `InputError` of it leaves the question out of its step.
+        loss: of one question; an exception of it leaves the question out of its step.
         order: numbers of the questions, taken `batch` at a time, around and around.
         log: steps that were made; each is written as it ends, and a rerun goes on after the last.
         key: tells steps of different runs apart.
@@ -54,6 +57,7 @@ def learn(
 
     Raises:
         InputError: a setting is out of its range, no question of a step has a loss, or the loss is not finite.
+        StoppedError: further questions would fail as well, see `batch.stopping.StopRule`.
     """
     for name, value in (("--steps", n_steps), ("--batch", batch), ("--rate", rate), ("--start", min(start))):
         if not value > 0:
@@ -61,12 +65,13 @@ def learn(
     log_alpha = torch.tensor(start, dtype=torch.float32).log().requires_grad_()
     optimizer = torch.optim.Adam([log_alpha], lr=rate)
     steps: list[dict[str, Any]] = []
+    rule = StopRule(len(order))
     for step in range(n_steps):
         record = log.records.get(f"{key}-{step}")
         if record is None:
             alphas = log_alpha.detach().exp().tolist()
             numbers = [order[(step * batch + n) % len(order)] for n in range(min(batch, len(order)))]
-            mean = _descend(loss, numbers, log_alpha, optimizer)
+            mean = _descend(loss, numbers, log_alpha, optimizer, rule)
             record = {
                 "key": f"{key}-{step}",
                 "step": step,
@@ -88,18 +93,22 @@ def learn(
     return (alpha_k, alpha_v), steps
 
 
-def _descend(loss: Loss, numbers: Sequence[int], log_alpha: Tensor, optimizer: torch.optim.Optimizer) -> float:
+def _descend(
+    loss: Loss, numbers: Sequence[int], log_alpha: Tensor, optimizer: torch.optim.Optimizer, rule: StopRule
+) -> float:
     """One step; returns the mean loss before it."""
     optimizer.zero_grad()
     losses: list[float] = []
-    failure: InputError | None = None
+    failure = ""
     for number in numbers:
         try:
             value = loss(log_alpha.exp(), number)
-        except InputError as error:
-            failure = error
+            value.backward()
+        except Exception as error:
+            failure = reason_of(error)
+            rule.failed(failure_of(error), failure, f"question {number}")
             continue
-        value.backward()
+        rule.answered()
         losses.append(float(value.detach()))
     if not losses:
         raise InputError(f"no question of a step has a loss: {failure}")

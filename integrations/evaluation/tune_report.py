@@ -1,14 +1,14 @@
 """What `videoanchor tune` leaves: the conclusion, the table and the picture of its search, and all of it as JSON."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..viz.plain_text import plain_text
 from .paired import Difference
-from .report import BLUE, DARK, difference_range, draw_differences, replace_file, table_csv
+from .report import BLUE, DARK, difference_range, draw_differences, markdown_cell
 from .tune import Trial
 
 ORANGE = "#D55E00"  # of Okabe and Ito's palette, with BLUE
@@ -16,35 +16,27 @@ STRENGTHS = {"alpha_k": BLUE, "alpha_v": ORANGE}
 MARKERS = "osD^vP*X"
 
 
-def markdown(conclusion: str, rows: Sequence[dict[str, Any]]) -> str:
-    """The conclusion, and each step of the search as a table."""
+def markdown(conclusion: str, rows: Sequence[dict[str, Any]], about: Mapping[str, str]) -> str:
+    """The conclusion, what was run, and each step of the search as a table; scores in percent."""
+    head = ["| | |", "|:--|:--|", *(f"| {name} | {markdown_cell(text)} |" for name, text in about.items()), ""]
     names = list(rows[0]) if rows else []
-    lines = [f"| {' | '.join(names)} |", f"|{'--:|' * len(names)}"]
-    lines += [f"| {' | '.join(_cell(row[name]) for name in names)} |" for row in rows]
-    return f"**{conclusion}**\n\n" + "\n".join(lines) + "\n"
+    lines = [
+        f"| {' | '.join('mean (%)' if name == 'mean' else name for name in names)} |",
+        f"|{'--:|' * len(names)}",
+        *(f"| {' | '.join(_cell(name, row[name]) for name in names)} |" for row in rows),
+    ]
+    return f"**{conclusion}**\n\n" + "\n".join([*head, *lines]) + "\n"
 
 
-def _cell(value: Any) -> str:
+def _cell(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else ""
+    if name == "mean":
+        return f"{100 * value:.1f}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def write(
-    folder: Path, conclusion: str, rows: Sequence[dict[str, Any]], record: dict[str, Any], draw_to: Any
-) -> list[Path]:
-    """Writes tune.md, tune.csv, tune.json and, by `draw_to(path)`, tune.png; each file is replaced whole."""
-    texts = {
-        "md": markdown(conclusion, rows),
-        "csv": table_csv(rows),
-        "json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
-    }
-    for suffix, text in texts.items():
-        replace_file(folder / f"tune.{suffix}", lambda path, text=text: path.write_text(text, encoding="utf-8"))
-    replace_file(folder / "tune.png", draw_to)
-    return [folder / f"tune.{suffix}" for suffix in (*texts, "png")]
-
-
+@plain_text()
 def draw_search(path: Path, trials: Sequence[Trial], held_out: Difference | None, conclusion: str) -> None:
     """The last line search of each coordinate, a line a rung, and the difference on the questions held out."""
     figure, panels = _figure(conclusion)
@@ -60,7 +52,7 @@ def draw_search(path: Path, trials: Sequence[Trial], held_out: Difference | None
             y = [100 * trial.mean for trial in some]
             strength = 0.35 + 0.65 * rung / n_rungs
             style = {"color": STRENGTHS[coordinate], "alpha": strength, "marker": MARKERS[(rung - 1) % len(MARKERS)]}
-            axes.plot(x, y, **style, label=f"{some[0].n} questions")
+            axes.plot(x, y, **style, label=f"rung {rung}: {some[0].n} questions")
             if rung == n_rungs:
                 best = next(n for n, trial in enumerate(some) if trial.kept)
                 axes.plot(x[best], y[best], "o", ms=14, mfc="none", mec=DARK, label="chosen")
@@ -78,6 +70,7 @@ def draw_search(path: Path, trials: Sequence[Trial], held_out: Difference | None
     _finish(figure, panels, held_out, path)
 
 
+@plain_text()
 def draw_descent(path: Path, steps: Sequence[dict[str, Any]], held_out: Difference | None, conclusion: str) -> None:
     """The loss and the strengths over the steps, and the difference on the questions held out."""
     figure, panels = _figure(conclusion)

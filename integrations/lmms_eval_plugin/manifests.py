@@ -14,4 +14,5 @@ def manifests() -> list[Any]:
     """The `ModelManifest` of each model, for `lmms-eval --model`."""
     from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
-    return [ModelManifest(model_id=name, chat_class_path=path) for name, path in _CLASS_PATHS.items()]
+    named = ((name, path, f"videoanchor_{name.removesuffix('_videoanchor')}") for name, path in _CLASS_PATHS.items())
+    return [ModelManifest(model_id=name, chat_class_path=path, aliases=(other,)) for name, path, other in named]

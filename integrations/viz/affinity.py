@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..token_grid import TokenGrid
 from .layout import token_places
+from .plain_text import plain_text
 
 MAX_TICKS = 12
 
@@ -58,6 +59,7 @@ def frame_affinity(indices: Tensor, values: Tensor, grid: TokenGrid) -> FrameAff
     return FrameAffinity(share / (inside or 1.0), outside / (inside + outside or 1.0))
 
 
+@plain_text()
 def draw(path: Path, affinity: FrameAffinity, seconds: np.ndarray, video_name: str) -> None:
     """Draws the matrix. `seconds` (t,) is the time of each step; the suffix of `path` is the format."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

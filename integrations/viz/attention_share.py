@@ -12,6 +12,11 @@ from torch import Tensor, nn
 
 from ...kernels.api import anchored_attention
 from .. import attention
+from ..errors import InputError
+from .plain_text import plain_text
+
+_OF_THE_GATE = ("gamma_k", "gamma_v", "gamma_q", "return_lse")
+"""What the measurement chooses itself; gamma_q cancels in a share."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +95,9 @@ def record_visual_share(text: nn.Module, visual: Tensor) -> Iterator[SharesRecor
 
     def measured(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         if q.shape[2] == k.shape[2] == len(visual):
-            rest = {name: value for name, value in options.items() if name not in ("gamma_k", "gamma_v")}
+            if options.get("return_lse"):
+                raise InputError("attention with sinks is not measured: leave 'attention' out of --what")
+            rest = {name: value for name, value in options.items() if name not in _OF_THE_GATE}
             here = visual.to(q.device)
             ungated, gated = (
                 visual_share(q[:, :, -n_after:], k, v, here, gamma_k=gamma, **rest).double().mean((0, 2)).cpu().numpy()
@@ -110,6 +117,7 @@ def record_visual_share(text: nn.Module, visual: Tensor) -> Iterator[SharesRecor
             hook.remove()
 
 
+@plain_text()
 def draw(path: Path, record: SharesRecord, video_name: str) -> None:
     """Draws both shares over the layers: the mean over heads, and between which values the heads lie. The suffix of
     `path` is the format."""

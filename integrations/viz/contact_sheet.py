@@ -9,10 +9,12 @@ from ..token_grid import TokenGrid
 from ..video.reader import VideoClip
 from .layout import first_frames
 from .palette import ALPHA, COLOURS, OTHER, SCORE_MAP, backdrop, size_ranks, subspace_names
+from .plain_text import plain_text
 
 MAX_COLUMNS = 8
 
 
+@plain_text()
 def draw(
     path: str | Path, clip: VideoClip, grid: TokenGrid, scores: np.ndarray, labels: np.ndarray, title: str
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..text import printable
 from ..token_grid import TokenGrid
 
 
@@ -36,7 +37,7 @@ class FinishedRun:
     @property
     def video_name(self) -> str:
         """The video's file name, short enough for a title."""
-        name = Path(self.record["video"]).name
+        name = printable(Path(self.record["video"]).name)
         return name if len(name) <= 40 else f"{name[:24]}…{name[-15:]}"
 
 

@@ -36,10 +36,14 @@ def size_ranks(labels: np.ndarray) -> np.ndarray:
     return np.minimum(ranks[labels], len(COLOURS))
 
 
+def rank_name(rank: int) -> str:
+    """What legends and tables call a rank of `size_ranks`: "1" is the largest subspace, "rest" all small ones."""
+    return str(rank + 1) if rank < len(COLOURS) else "rest"
+
+
 def subspace_names(labels: np.ndarray) -> list[tuple[str, str]]:
-    """What a legend lists: (name, colour) of each rank that occurs, "1" for the largest subspace, "rest" last."""
-    used = np.unique(size_ranks(labels))
-    return [(str(rank + 1), COLOURS[rank]) if rank < len(COLOURS) else ("rest", OTHER) for rank in used]
+    """What a legend lists: (name, colour) of each rank that occurs, the largest subspace first."""
+    return [(rank_name(rank), (*COLOURS, OTHER)[rank]) for rank in np.unique(size_ranks(labels))]
 
 
 def score_colours(scores: np.ndarray) -> np.ndarray:

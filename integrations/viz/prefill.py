@@ -9,15 +9,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...anchor.config import VideoAnchorConfig
-from ...anchor.problem import as_tokens, token_features
+from ...anchor.problem import as_tokens, computing_precision, token_features
 from ...anchor.scores import shared_expression_score
 from ...anchor.solver import SelfExpression, self_expression
 from ...anchor.timing import Progress
 from .. import pipeline
 from ..backbones import visual_token_ids
-from ..enable import enable, find_multimodal_model
+from ..enable import enable
 from ..errors import InputError
 from ..video.reader import VideoClip
+from ..visual_tokens import find_multimodal_model
 from .attention_share import SharesRecord, record_visual_share
 from .finished_run import FinishedRun
 
@@ -97,7 +98,7 @@ def coefficients(prefilled: Prefilled, progress: Progress | None = None) -> Self
     tokens, config = as_tokens(prefilled.tokens), prefilled.config
     try:
         features = token_features(tokens, config.pca_rank)
-        return self_expression(features, config.solver_options(), dtype=tokens.dtype, progress=progress)
+        return self_expression(features, config.solver_options(), dtype=computing_precision(tokens), progress=progress)
     except MemoryError as error:
         raise InputError(f"the self-expression does not fit: {error}") from error
 

@@ -1,7 +1,5 @@
 """What `videoanchor viz` makes of a finished run, file by file: one that was finished stays, whatever happens later."""
 
-import os
-import tempfile
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import cached_property
@@ -10,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..atomic_write import replacing
 from ..video.reader import VideoClip
 from . import contact_sheet, overlay, table
 from .finished_run import FinishedRun
@@ -28,7 +27,7 @@ class Gallery:
         out: folder of the files, made if missing.
         video: where the video is now; None for where the run had it.
         suffix: format of the figures, "png" or "pdf".
-        timeout: see `read_video`.
+        timeout, strict: see `read_video`.
         progress: shows how far it is.
 
     Attributes:
@@ -43,9 +42,10 @@ class Gallery:
         suffix: str,
         timeout: float,
         progress: "ProgressLine",
+        strict: bool = False,
     ) -> None:
         self._run, self._out, self._suffix, self._progress = run, out, suffix, progress
-        self._asked_video, self._timeout = video, timeout
+        self._asked_video, self._timeout, self._strict = video, timeout, strict
         self.report: dict[str, Any] = {"files": []}
 
     @cached_property
@@ -54,17 +54,18 @@ class Gallery:
 
     @cached_property
     def _clip(self) -> VideoClip:
-        return read_clip(self._run, self._video, self._progress, self._timeout)
+        clip = read_clip(self._run, self._video, self._progress, self._timeout, self._strict)
+        for note in clip.notes:
+            self._progress.say(f"{self._video}: {note}")
+        return clip
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
         """A path to write to, that becomes `name` in the output folder when all went well."""
         final = self._out / name
         final.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=final.parent, prefix=".writing-") as scratch:
-            path = Path(scratch, final.name)
+        with replacing(final) as path:
             yield path
-            os.replace(path, final)
         shown = str(self._out / Path(name).parts[0])
         if shown not in self.report["files"]:
             self.report["files"].append(shown)
@@ -90,7 +91,7 @@ class Gallery:
 
     def _frames(self, all_frames: bool) -> Generator[tuple[float, np.ndarray]]:
         if all_frames:
-            yield from source_frames(self._run, self._video, self._progress, self._timeout)
+            yield from source_frames(self._run, self._video, self._progress, self._timeout, self._strict)
         else:
             yield from zip(self._run.timestamps, self._clip.frames, strict=True)
 
