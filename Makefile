@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 OUT ?= out/demo
 INSTALLED := $(VENV)/.installed
 
+TRITONS := 3.6.0 3.9.0
+
 .PHONY: demo test test-all test-lmms lint clean
 
 demo: $(INSTALLED)  ## the whole pipeline on a clip and a model made on the spot; pictures in $(OUT)
@@ -13,8 +15,9 @@ demo: $(INSTALLED)  ## the whole pipeline on a clip and a model made on the spot
 test: $(INSTALLED)  ## the suite, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-all: test .venv-4.57/.installed  ## the suite, then the integrations on the oldest supported transformers
+test-all: test .venv-4.57/.installed $(TRITONS:%=.venv-triton-%/.installed)  ## the suite, then the integrations on the oldest supported transformers and the kernels on other Tritons
 	.venv-4.57/bin/python -m pytest -n 2 --dist loadfile tests/integrations
+	for version in $(TRITONS); do .venv-triton-$$version/bin/python -m pytest -n 2 --dist loadfile tests/kernels || exit 1; done
 
 test-lmms: .venv-lmms/.installed  ## the lmms-eval plug-in, beside lmms-eval
 	.venv-lmms/bin/python -m pytest tests/lmms_eval
@@ -36,6 +39,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	.venv-4.57/bin/python -m pip install --quiet --constraint .venv-4.57/constraints.txt --editable ".[dev,video,viz,batch,ray]"
 	touch $@
 
+.venv-triton-%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-triton-$*
+	.venv-triton-$*/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,viz]"
+	.venv-triton-$*/bin/python -m pip install --quiet --no-deps triton==$*
+	touch $@
+
 .venv-lmms/.installed: pyproject.toml constraints.txt  # lmms-eval asks for an older PyAV
 	$(PYTHON) -m venv .venv-lmms
 	sed -e '/^av==/d' constraints.txt > .venv-lmms/constraints.txt
@@ -43,4 +52,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-4.57 .venv-lmms out build src/*.egg-info
+	rm -rf $(VENV) .venv-4.57 .venv-lmms .venv-triton-* out build src/*.egg-info

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from ..anchor import memory
 from ..anchor.config import VideoAnchorConfig
+from ..anchor.problem import features_memory_bytes
+from .backbones import softmax_layers
 from .checkpoint import check_dtype, devices_of, read_config, read_processor, weight_bytes
 from .errors import InputError
 from .prompt import build_inputs
@@ -30,7 +32,7 @@ class Budget:
         weights: None where their size is not known.
         kv_cache: keys and values of all attention layers, for prompt and answer.
         activations: of the vision tower or of the language model's prefill, whichever is larger.
-        scores: of the self-expression, or of the other scorers.
+        scores: of the visual tokens and their scorer: PCA, self-expression.
         available: free on the devices; None where the system does not tell.
         device: where it would run.
         problem: why it does not fit; None where it does.
@@ -175,11 +177,9 @@ class Planner:
     def _kv_cache(self, n_tokens: int) -> int:
         """Linear attention and convolutions keep a state of fixed size, left out here."""
         text = self._text
-        kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-        n_layers = sum(kind.endswith("attention") and "linear" not in kind for kind in kinds)
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return 2 * n_layers * heads * width * n_tokens * self._itemsize // self._n_parts
+        return 2 * softmax_layers(text) * heads * width * n_tokens * self._itemsize // self._n_parts
 
     def _prefill(self, n_tokens: int) -> int:
         """One layer: its input and residual, queries and output, and the three arrays of a gated MLP."""
@@ -203,7 +203,7 @@ class Planner:
         limit = self._settings.memory_budget
         if limit is None and self._available is not None:
             limit = max(self._available - (self._weights or 0), 0) // 2
-        return _plan_scores(n_tokens, self._text.hidden_size, self._settings, self._device, limit)
+        return _plan_scores(n_tokens, self._text.hidden_size, self._itemsize, self._settings, self._device, limit)
 
 
 def check_fits(
@@ -229,7 +229,9 @@ def check_fits(
 
     def budget(n: int) -> Budget:
         n_visual = replace(grid, t=-(-n // frames_a_step)).n_tokens
-        scores, problem = _plan_scores(n_visual, text.hidden_size, settings, model.device, settings.memory_budget)
+        scores, problem = _plan_scores(
+            n_visual, text.hidden_size, model.dtype.itemsize, settings, model.device, settings.memory_budget
+        )
         taken = Budget(
             n_frames=n,
             n_visual_tokens=n_visual,
@@ -252,17 +254,26 @@ def check_fits(
 
 
 def _plan_scores(
-    n_tokens: int, width: int, settings: VideoAnchorConfig, device: torch.device, limit: int | None
+    n_tokens: int, width: int, itemsize: int, settings: VideoAnchorConfig, device: torch.device, limit: int | None
 ) -> tuple[int, str | None]:
-    """Bytes, and why they cannot be had. The solver takes as many tokens at a time as `limit` bytes allow, or half of
-    what is free."""
-    if settings.scorer != "ssc":
-        return 3 * n_tokens * width * 4, None
+    """Bytes, and why they cannot be had: the visual tokens, picked from the embeddings, and beside them the PCA and
+    then the solver, which takes as many tokens at a time as `limit` bytes allow, or half of what is free. A scorer that
+    is a function is taken to need as much as it is given."""
+    tokens = n_tokens * width * itemsize
+    if settings.scorer == "uniform":
+        return tokens, None
+    if settings.scorer not in ("ssc", "kmeans"):
+        return 2 * tokens, None
+    pca = features_memory_bytes(n_tokens, width, settings.pca_rank)
+    if settings.scorer == "kmeans":
+        return tokens + pca, None
     rank = min(width if settings.pca_rank is None else settings.pca_rank, width, n_tokens)
     try:
-        return memory.plan_solver(n_tokens, rank, torch.float32, device, settings.algorithm, limit).n_bytes, None
+        solver = memory.plan_solver(n_tokens, rank, torch.float32, device, settings.algorithm, limit).n_bytes
+        return tokens + max(pca, solver), None
     except MemoryError as error:
-        return memory.solver_memory_bytes(n_tokens, rank, torch.float32, memory.SMALLEST_BLOCK), str(error)
+        solver = memory.solver_memory_bytes(n_tokens, rank, torch.float32, memory.SMALLEST_BLOCK)
+        return tokens + max(pca, solver), str(error)
 
 
 def _problem(budget: Budget) -> str | None:

@@ -1,20 +1,39 @@
 """What a checkpoint tells before its weights are loaded: config, processor, size, and where it would run."""
 
 import json
+import re
+import shlex
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    RepositoryNotFoundError,
+    SafetensorsParsingError,
+)
 from safetensors import SafetensorError, safe_open
-from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoProcessor, PretrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoProcessor,
+    PretrainedConfig,
+)
 from transformers.utils.hub import cached_file
 
+from .convert.conversion import CONVERTED
 from .errors import InputError
 
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64, "F4": 4}
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_OWN_CODE = "needs Python code of its own repository, which is never run: give a checkpoint in transformers' own format"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -71,21 +90,109 @@ def check_splits(name_or_path: str, n: int, device: str = "auto") -> None:
 
 
 def read_config(name_or_path: str) -> PretrainedConfig:
-    """The config of a video language model.
+    """The config of a video language model. Code that comes with a checkpoint is never run.
 
     Raises:
-        InputError: it cannot be read, or is of a model without visual tokens.
+        InputError: there is no such checkpoint; it cannot be read, needs code of its own, or is of a model without
+            visual tokens.
     """
+    _check_format(name_or_path, _stored_config(name_or_path))
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(f"model {name_or_path} cannot be loaded: {first_line(error)}") from error
+        raise cannot_load(name_or_path, error) from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise InputError(
             f"model {name_or_path} ({config.model_type}) has no visual tokens: give a checkpoint that takes video, "
             "in transformers' own format, such as Qwen2.5-VL, InternVL (-hf) or LLaVA-OneVision (-hf)"
         )
     return config
+
+
+def revision_of(name_or_path: str) -> str | None:
+    """The commit of a repository of the hub that is loaded here; None for a folder of one's own."""
+    parts = _config_path(name_or_path).absolute().parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
+
+
+def _config_path(name_or_path: str) -> Path:
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder / "config.json"
+    if folder.exists():
+        raise InputError(f"model {name_or_path} is a file: give the folder of a checkpoint")
+    if not _HUB_NAME.fullmatch(name_or_path):
+        raise InputError(f"model {name_or_path}: no such folder, and the hub has no names like this: check the path")
+    try:
+        return Path(str(cached_file(name_or_path, "config.json")))
+    except OSError as error:
+        raise InputError(f"model {name_or_path}: {_why_not_there(name_or_path, error)}") from error
+
+
+def _stored_config(name_or_path: str) -> dict[str, Any]:
+    """What config.json holds."""
+    path = _config_path(name_or_path)
+    if not path.is_file():
+        raise InputError(f"model {name_or_path}: no config.json in this folder: give the folder of a checkpoint")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"model {name_or_path}: config.json is no JSON object: get it again") from error
+
+
+def _why_not_there(name: str, error: OSError) -> str:
+    cause = error.__cause__
+    if isinstance(cause, GatedRepoError):
+        return f"access has to be asked for at https://huggingface.co/{name}, then log in with `hf auth login`"
+    if isinstance(cause, RepositoryNotFoundError):
+        return "no such folder here, and no such name on the hub (where it is private: `hf auth login`)"
+    if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+        return "this repository of the hub has no config.json"
+    if isinstance(cause, LocalEntryNotFoundError | HfHubHTTPError):
+        return (
+            "no such folder here, not downloaded before, and the hub cannot be reached: check the path or the network"
+        )
+    return first_line(error)
+
+
+def _check_format(name_or_path: str, stored: dict[str, Any]) -> None:
+    kind = stored.get("model_type")
+    if kind in CONVERTED:
+        folder = name_or_path.rstrip("/") if Path(name_or_path).is_dir() else Path(name_or_path).name
+        first = "" if Path(name_or_path).is_dir() else f"hf download {name_or_path} --local-dir {folder} && "
+        source, out = shlex.quote(folder), shlex.quote(f"{folder}-hf")
+        raise InputError(
+            f"model {name_or_path} ({kind}) is in a format of its own; write it in transformers' format, and give "
+            f"that: {first}videoanchor convert {source} --out {out}"
+        )
+    if "auto_map" in stored and kind not in CONFIG_MAPPING:
+        raise InputError(f"model {name_or_path} ({kind}) {_OWN_CODE}")
+    if (Path(name_or_path) / "custom_generate").exists():  # transformers 4.57 runs it without asking
+        raise InputError(
+            f"model {name_or_path} has Python code of its own in custom_generate, which is never run: give a folder "
+            "without that, for transformers' own way of generating"
+        )
+    if kernel := _kernel_of_the_hub(stored):
+        raise InputError(f"model {name_or_path} asks for the attention {kernel}, code of the hub, which is never run")
+
+
+def _kernel_of_the_hub(stored: Any) -> str | None:
+    """What a config, or one within it, names as its attention, where that is a repository."""
+    if not isinstance(stored, dict):
+        return None
+    for key, value in stored.items():
+        if key.endswith("_implementation") and isinstance(value, str) and "/" in value:
+            return value
+        if kernel := _kernel_of_the_hub(value):
+            return kernel
+    return None
+
+
+def cannot_load(name_or_path: str, error: BaseException) -> InputError:
+    """The one line for what transformers has raised."""
+    if "trust_remote_code" in str(error):
+        return InputError(f"model {name_or_path} {_OWN_CODE}")
+    return InputError(f"model {name_or_path} cannot be loaded: {first_line(error)}")
 
 
 def read_processor(name_or_path: str) -> Any:
@@ -95,9 +202,9 @@ def read_processor(name_or_path: str) -> Any:
         InputError: it cannot be read, or has no chat template.
     """
     try:
-        processor = AutoProcessor.from_pretrained(name_or_path)
+        processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(f"model {name_or_path} cannot be loaded: {first_line(error)}") from error
+        raise cannot_load(name_or_path, error) from error
     if not hasattr(processor, "apply_chat_template"):
         raise InputError(f"model {name_or_path} has no multimodal processor: expected one with a chat template")
     return processor

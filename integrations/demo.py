@@ -1,10 +1,10 @@
 """What `videoanchor demo` runs on: a clip with known camera motion and a tiny random Qwen2.5-VL, both made here."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -16,6 +16,9 @@ from ..anchor.timing import Progress
 from ..kernels.api import anchored_attention
 from ..kernels.reference import reference_attention
 from . import attention
+from .atomic_write import replacing, write_whole
+from .errors import InputError
+from .text import json_text
 from .token_grid import TokenGrid
 from .video.reader import write_video
 
@@ -54,13 +57,28 @@ def make_clip(path: Path) -> np.ndarray:
             size = (FRAME_WIDTH, FRAME_HEIGHT)
             frames.append(np.asarray(Image.fromarray(photograph).resize(size, Image.Resampling.BICUBIC, box=view)))
             cameras.append((number, left, top, scale))
-    write_video(path, np.stack(frames), FPS)
+    with replacing(path) as scratch:
+        write_video(scratch, np.stack(frames), FPS)
     return np.array(cameras)
 
 
 def make_checkpoint(folder: Path) -> None:
     """Writes a randomly initialised Qwen2.5-VL of a few million parameters, with its image and video processing, a
-    byte-level tokenizer and a chat template, as any checkpoint is written."""
+    byte-level tokenizer and a chat template, as any checkpoint is written.
+
+    Raises:
+        InputError: `folder` is a link.
+    """
+    if folder.is_symlink():
+        raise InputError(f"{folder} is a link, and files would be written where it leads: give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as scratch:
+        _save_checkpoint(scratch)
+        for file in Path(scratch).iterdir():
+            write_whole(folder / file.name, file.read_bytes())
+
+
+def _save_checkpoint(folder: str) -> None:
     torch.manual_seed(0)
     tokenizer = _make_tokenizer()
     special = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in _SPECIAL}
@@ -208,6 +226,7 @@ def record_attention() -> Iterator[list[AttentionCall]]:
         yield calls
 
 
+@torch.inference_mode()
 def compare_with_reference(
     calls: list[AttentionCall], backend: str, progress: Progress | None = None
 ) -> tuple[float, float]:
@@ -221,7 +240,7 @@ def compare_with_reference(
     """
     error = largest = 0.0
     for n, call in enumerate(calls):
-        options = {name: value for name, value in call.options.items() if name != "gate_form"}
+        options = {name: value for name, value in call.options.items() if name not in ("gate_form", "return_lse")}
         expected, _ = reference_attention(call.q, call.k, call.v, dtype=torch.float64, **options)
         out = anchored_attention(call.q, call.k, call.v, backend=backend, **call.options)
         error = max(error, float((out.double() - expected).abs().max()))
@@ -234,9 +253,8 @@ def compare_with_reference(
 def write_cameras(path: Path, cameras: np.ndarray) -> None:
     """The camera of each frame as JSON, a list of {photograph, left, top, scale}."""
     names = ("photograph", "left", "top", "scale")
-    path.write_text(
-        json.dumps([dict(zip(names, map(float, camera), strict=True)) for camera in cameras], indent=1) + "\n"
-    )
+    text = json_text([dict(zip(names, map(float, camera), strict=True)) for camera in cameras], indent=1)
+    write_whole(path, f"{text}\n".encode())
 
 
 def matching_tokens(cameras: np.ndarray, grid: TokenGrid) -> np.ndarray:

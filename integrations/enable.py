@@ -4,50 +4,39 @@ Two hooks serve every backbone. One on the multimodal model sees which positions
 one on its language model sees the merged embeddings there, scores them, and passes the gate on as one keyword. The
 scores are kept on the cache object by position, so that whatever happens to a cache (copies, crops, a second turn)
 happens to them.
+
+One rule keeps a pass from running ungated in silence: the language model runs only within a forward whose inputs were
+seen (or with scores that the caller gives), with our attention, and on a cache that is empty or carries our mark.
 """
 
 import functools
 import inspect
-import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.generation import utils as generation
 
 from ..anchor.config import VideoAnchorConfig
 from ..anchor.scores import AnchorResult, anchor_scores
 from ..anchor.timing import Progress
 from .attention import GATE_ARGUMENT, IMPLEMENTATION, LayerGate
-from .backbones import visual_token_ids
-from .cache_scores import CacheScores, cached_scores, keep_scores
-from .frames import frames_of_rows
+from .backbones import check_chunked_prefill, check_decoder, model_type_of
+from .cache_scores import CacheScores, GateSwitch, cached_positions, cached_scores, for_rows, is_marked, keep_scores
+from .call_state import ASSISTANCE, CallState, CallStates, GivenScores, Prompt, arguments, prompt_of
+from .frames import frames_of_rows, frames_of_videos, images_of
 from .scoring import AnchorScores, Known, score_rows, tensor_parallel_group
+from .undoable import replace_method, set_attention
+from .visual_tokens import VisualTokens, feature_rows, find_multimodal_model
 
 _HANDLE_ATTRIBUTE = "_videoanchor_handle"
-
-
-def find_multimodal_model(model: nn.Module) -> PreTrainedModel:
-    """The module that merges visual features into the embeddings and owns `language_model`.
-
-    Raises:
-        ValueError: when the model has no such module, or no image or video token.
-    """
-    for module in model.modules():
-        if not (isinstance(module, PreTrainedModel) and hasattr(module, "get_placeholder_mask")):
-            continue
-        if "language_model" in module._modules and visual_token_ids(module.config):
-            return module
-    raise ValueError(
-        f"{type(model).__name__} has no visual tokens that VideoAnchor could score: expected a transformers model with "
-        "get_placeholder_mask, a language_model and an image or video token, such as "
-        "Qwen2_5_VLForConditionalGeneration, InternVLForConditionalGeneration or LlavaOnevisionForConditionalGeneration"
-    )
+_FEATURES = ("pixel_values", "mm_encoder_outputs")
+"""What the arguments of generate() that bring images and videos begin with."""
 
 
 def enable(model: nn.Module, config: VideoAnchorConfig) -> "Handle":
@@ -63,104 +52,89 @@ def enable(model: nn.Module, config: VideoAnchorConfig) -> "Handle":
         A handle with `disable()` and `last`; as a context manager it disables at the end.
 
     Raises:
-        ValueError: when the model has no visual tokens or is enabled already.
+        ValueError: when the model has no visual tokens, is enabled already, or has a decoder whose attention is more
+            than softmax(QK)V.
         TypeError: when `config` is not a `VideoAnchorConfig`.
+
+    Warns:
+        UserWarning: no test compares this class with this decoder to a dense gate.
+
+    Example:
+        >>> with va.enable(model, va.VideoAnchorConfig(alpha_k=9.5, alpha_v=2.5)) as handle:
+        ...     output = model.generate(**inputs, max_new_tokens=64)
+        >>> handle.last[0].scores  # (n_visual_tokens,)
     """
     if not isinstance(config, VideoAnchorConfig):
         raise TypeError(f"config: expected a VideoAnchorConfig, got {type(config).__name__}")
     base = find_multimodal_model(model)
     if hasattr(base, _HANDLE_ATTRIBUTE):
-        raise ValueError(f"{type(model).__name__} is enabled already: call disable() on its handle first")
-    outermost = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    return Handle(outermost, base, config)
+        raise ValueError(f"{type(model).__name__} is enabled already: call videoanchor_triton.disable(model) first")
+    check_decoder(base)
+    return Handle(model, base, config)
 
 
-class _CallState(threading.local):
-    """What the hooks of one call tell each other, for each thread.
+def disable(model: nn.Module) -> None:
+    """Removes the gate from a model, as `disable()` of the handle does, which may be lost. Without a gate, nothing
+    happens.
 
-    Attributes:
-        visual: (B, M) positions of this call that receive visual features.
-        video: (B, M) those of videos, where the score looks at frames.
-        steps: the frames of each video that was encoded last, where the score looks at frames.
-        planned: the first cache position and the (B, M) scores of a prompt that is prefilled in chunks.
-        given: (B, T) scores by cache position, from the caller.
-        known: while generate() runs, rows that have been scored.
-        without_cache: the scores of this call where it has no cache.
+    Example:
+        >>> va.enable(model, config)
+        >>> va.disable(model)
     """
-
-    visual: Tensor | None = None
-    video: Tensor | None = None
-    steps: list[int] | None = None
-    planned: tuple[int, Tensor] | None = None
-    given: Tensor | None = None
-    known: Known | None = None
-    without_cache: CacheScores | None = None
+    for module in model.modules():
+        handle: Handle | None = getattr(module, _HANDLE_ATTRIBUTE, None)
+        if handle is not None:
+            handle.disable()
 
 
 class Handle:
     """What `enable` returns.
 
     Attributes:
-        last: the result of the last prompt with visual tokens, one entry a batch row, None for a row without any. Rows
-            with the same visual tokens (beams) share one result.
+        last: the result of the last prompt, one entry a batch row, None for a row without visual tokens; empty where
+            nothing was scored (a prompt of text only, or within `use_scores`). Rows with the same visual tokens (beams)
+            share one result.
         config: the config it was made with.
         progress: None, or a function that is called with (stage, done, total) while tokens are scored.
         anchor_scores: what scores a row of tokens; the `anchor_scores` of a `ScoreCache` keeps results on disk.
     """
 
-    def __init__(self, model: PreTrainedModel, base: PreTrainedModel, config: VideoAnchorConfig) -> None:
+    def __init__(self, model: nn.Module, base: PreTrainedModel, config: VideoAnchorConfig) -> None:
         self.config = config
         self.last: list[AnchorResult | None] = []
         self.progress: Progress | None = None
         self.anchor_scores: AnchorScores = anchor_scores
-        self._base, self._model = base, model
-        self._call = _CallState()
-        self._group = tensor_parallel_group(model)
+        self._base, self._tokens = base, VisualTokens(base, config)
+        self._calls, self._given, self._switch = CallStates(), GivenScores(), GateSwitch(on=True)
+        outer = [x for x in model.modules() if isinstance(x, PreTrainedModel) and base in set(x.modules())]
+        self._group = tensor_parallel_group(outer[0])
+        generating = [x for x in outer if hasattr(x, "generate")]
+        self._sees_prompts = bool(generating)
         text: PreTrainedModel = base.language_model  # pyright: ignore[reportAssignmentType]
-        self._previous_implementation: dict[str, str | None] | None = None
-        if text.config._attn_implementation != IMPLEMENTATION:
-            key = next((key for key in model.config.sub_configs if getattr(model.config, key) is text.config), None)
-            if key is None:
-                raise ValueError(
-                    f"cannot find the language model's config in {type(model.config).__name__}: load the model with "
-                    f"attn_implementation={IMPLEMENTATION!r}"
+        with ExitStack() as undo:
+            undo.callback(vars(base).pop, _HANDLE_ATTRIBUTE, None)
+            set_attention(outer[0], text, undo)
+            for x in generating:
+                replace_method(x, "generate", self._around_generate, undo)
+                replace_method(x, "generate_batch", _refuse_continuous_batching, undo)
+            for modality in ("image", "video"):
+                replace_method(
+                    base, f"get_{modality}_features", functools.partial(self._around_features, modality), undo
                 )
-            previous = {key: text.config._attn_implementation}
-            model.set_attn_implementation({key: IMPLEMENTATION})
-            if text.config._attn_implementation != IMPLEMENTATION:
-                raise ValueError(
-                    f"{type(text).__name__} did not take the attention {IMPLEMENTATION!r}: load the model with "
-                    f"attn_implementation={{{key!r}: {IMPLEMENTATION!r}}}"
-                )
-            self._previous_implementation = previous
-        self._hooks = [
-            base.register_forward_pre_hook(self._before_merge, with_kwargs=True),
-            base.register_forward_hook(self._after_merge, always_call=True),
-            text.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
-            text.register_forward_hook(self._after_decoder, with_kwargs=True),
-        ]
-        self._restore = [
-            _wrap(model, "generate", self._around_generate),
-            _wrap(model, "generate_batch", _refuse_continuous_batching),
-            _wrap(model, "_prefill", self._around_prefill),
-        ]
-        if config.score == "cross_frame":
-            self._restore.append(_wrap(base, "get_video_features", self._around_video_features))
-        setattr(base, _HANDLE_ATTRIBUTE, self)
+            for hook in (
+                base.register_forward_pre_hook(self._before_merge, with_kwargs=True),
+                base.register_forward_hook(self._after_merge, always_call=True),
+                text.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+                text.register_forward_hook(self._after_decoder, with_kwargs=True),
+            ):
+                undo.callback(hook.remove)
+            setattr(base, _HANDLE_ATTRIBUTE, self)
+            self._undo = undo.pop_all()
 
     def disable(self) -> None:
         """Removes the gate and restores the attention that the model had. A second call does nothing."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        for restore in self._restore:
-            restore()
-        self._restore = []
-        if self._previous_implementation is not None:
-            self._model.set_attn_implementation(self._previous_implementation)  # pyright: ignore[reportArgumentType]
-            self._previous_implementation = None
-        if getattr(self._base, _HANDLE_ATTRIBUTE, None) is self:
-            delattr(self._base, _HANDLE_ATTRIBUTE)
+        self._switch.on = False
+        self._undo.close()  # each part of it, also where one fails
 
     def __enter__(self) -> "Handle":
         return self
@@ -170,10 +144,16 @@ class Handle:
     ) -> None:
         self.disable()
 
-    @contextmanager
-    def use_scores(self, scores: Tensor) -> Iterator[None]:
-        """Within the block, prompts of this thread get these scores and nothing is scored: for prompts that come as
-        `inputs_embeds`, and for scores of your own.
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        raise TypeError(
+            "a model cannot be copied or pickled while VideoAnchor is enabled: call videoanchor_triton.disable(model) "
+            "first, and enable the copy"
+        )
+
+    def use_scores(self, scores: Tensor) -> AbstractContextManager[None]:
+        """Within the block, prompts get these scores and nothing is scored: for prompts that come as `inputs_embeds`,
+        and for scores of your own. It holds for this thread and for threads that start while it is open (a streamer's
+        generate()).
 
         Args:
             scores: (B, T) floating-point, in [0, 1], by position in the cache (the prompt with its padding, when it
@@ -190,193 +170,237 @@ class Handle:
             )
         if not ((scores >= 0) & (scores <= 1)).all():
             raise ValueError("scores: expected finite values in [0, 1]; give text and padding 0")
-        self._call.given = scores.detach().float()
-        try:
-            yield
-        finally:
-            self._call.given = None
+        return self._given.block(scores.detach().float())
+
+    @property
+    def _call(self) -> CallState:
+        return self._calls.own
 
     def _around_generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        config = (
-            kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self._model.generation_config
-        )
+        model: PreTrainedModel = generate.__self__  # pyright: ignore[reportFunctionMemberAccess]
+        call = arguments(generate, args, kwargs)
+        configs = call, vars(call.get("generation_config") or object), vars(model.generation_config)
 
         def option(name: str) -> Any:
-            return kwargs.get(name, getattr(config, name, None))
+            return next((config[name] for config in configs if config.get(name) is not None), None)
 
-        if option("prefill_chunk_size") and not hasattr(generation, "_slice_mm_encoder_output"):
+        chunk_size: int | None = option("prefill_chunk_size")
+        has_features = any(value is not None and name.startswith(_FEATURES) for name, value in call.items())
+        if chunk_size and has_features and "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
             raise NotImplementedError(
-                "chunked prefill (prefill_chunk_size) of a video needs a newer transformers, which hands its features "
-                "out by chunk: upgrade it, or leave prefill_chunk_size out"
+                f"chunked prefill (prefill_chunk_size) of a video: {type(model).__name__} of this transformers does "
+                "not hand its features out by chunk; upgrade transformers, or leave prefill_chunk_size out"
             )
-        if self.config.decode == "prefill" and (option("prompt_lookup_num_tokens") or option("assistant_model")):
-            raise NotImplementedError(
-                'decode="prefill" takes a step of several tokens for a prompt, and assisted decoding takes such steps: '
-                'use decode="persist", or decode without assistance'
-            )
-        self._call.known = []
+        if chunk_size and has_features:
+            check_chunked_prefill(self._base, chunk_size)
+        if self.config.decode == "prefill":
+            if any(option(name) for name in ASSISTANCE):
+                raise NotImplementedError(
+                    'decode="prefill" takes a step of several tokens for a prompt, and assisted decoding takes such '
+                    'steps: use decode="persist", or decode without assistance'
+                )
+            if option("use_cache") is False:
+                raise NotImplementedError(
+                    'decode="prefill" without a cache would gate each new token with the prompt, which every step '
+                    'sees again: use decode="persist", or use_cache=True'
+                )
+        outer = self._call.prompt, self._call.known
+        self._call.prompt = prompt_of(call, chunk_size)
+        self._call.known = [] if option("use_cache") is False else None  # each step sees the prompt again
+        self.last = []
         try:
             return generate(*args, **kwargs)
         finally:
-            self._call.known = self._call.steps = None
+            self._call.clear()
+            self._call.prompt, self._call.known = outer
+            self._call.steps = self._call.images = None
 
-    def _around_prefill(
-        self,
-        prefill: Callable[..., Any],
-        input_ids: Tensor,
-        generation_config: Any,
-        model_kwargs: Mapping[str, Any],
-        is_first_iteration: bool = True,
-    ) -> Any:
-        if generation_config.prefill_chunk_size is not None and is_first_iteration and self._call.given is None:
-            self._call.planned = self._plan(input_ids, generation_config, model_kwargs)
+    def _around_features(self, modality: str, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Notes of which images and videos features are made, be it within the forward or, once a prompt, before."""
+        call = self._call
+        if call.encoding:  # the videos of some models are their images
+            return encode(*args, **kwargs)
+        given = arguments(encode, args, kwargs)
+        call.encoding = True
         try:
-            return prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+            output = encode(*args, **kwargs)
         finally:
-            self._call.planned = None
+            call.encoding = False
+        if self.config.score == "cross_frame":
+            if modality == "video":
+                call.steps = frames_of_videos(given)
+            else:
+                call.images = images_of(given, output, model_type_of(self._base.config))
+        if call.merging:
+            if call.given is None and modality not in call.modalities:
+                self._see(call.modalities | {modality})
+        elif call.prompt is not None and call.prompt.chunk_size:
+            call.prompt.encoded[modality] = output
+        elif not self._sees_prompts:
+            call.encoded_rows[modality] = len(feature_rows(output))
+        return output
 
-    def _plan(
-        self, input_ids: Tensor, generation_config: Any, model_kwargs: Mapping[str, Any]
-    ) -> tuple[int, Tensor] | None:
-        """The scores of a whole prompt, before its first chunk, from the features that generate() has encoded."""
-        encoded = {name: output for name, output in (model_kwargs.get("mm_encoder_outputs") or {}).items() if output}
-        if not encoded:
-            return None
-        past = int(model_kwargs["past_key_values"].get_seq_length())
-        mask = model_kwargs.get("attention_mask")
-        n_positions = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
-        ids = input_ids[:, past:] if n_positions == input_ids.shape[1] else input_ids  # else only new ones were given
-        visual = self._visual_positions(self._tokens_of(encoded), ids, None)
-        merged: Tensor = self._base.get_input_embeddings()(ids[visual]).detach().clone()
-        for modality, output in encoded.items():
-            features = torch.cat([part.flatten(0, -2) for part in output["pooler_output"]])
-            merged[ids[visual] == visual_token_ids(self._base.config)[modality]] = features.to(merged)
-        rows = merged.split(visual.sum(1).tolist())
-        return past, self._score(rows, visual, self._of_videos(ids, None))
+    def _see(self, modalities: frozenset[str]) -> None:
+        """Finds where this pass merges features of these modalities."""
+        call = self._call
+        call.modalities, call.visual = modalities, self._tokens.positions(modalities, call.input_ids, call.embeds)
+        call.video = self._tokens.of_videos(call.input_ids, call.embeds)
 
-    def _around_video_features(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(encode).bind(*args, **kwargs).arguments
-        grid: Tensor | None = given.get("video_grid_thw")
-        pixels = next(iter(given.values()))
-        if grid is not None:
-            self._call.steps = grid[:, 0].tolist()
-        elif pixels.ndim == 5:  # (videos, frames, channels, height, width)
-            self._call.steps = [pixels.shape[1]] * pixels.shape[0]
-        return encode(*args, **kwargs)
-
-    def _of_videos(self, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor | None:
-        """(B, M) True at the tokens of videos, where the score looks at frames."""
-        if self.config.score != "cross_frame":
-            return None
-        tokens = [token for name, token in visual_token_ids(self._base.config).items() if name != "image"]
-        return self._visual_positions(tokens, input_ids, embeds)
-
-    def _tokens_of(self, modalities: Collection[str]) -> list[int]:
-        """The tokens that are scored where features of these modalities are given."""
-        scored = {*modalities}
-        if "video" in scored:
-            scored.add("newline")
-            if self.config.arithmetic == "authors":
-                scored.discard("image")  # their code scores the video only where a prompt has both
-        return [token for name, token in visual_token_ids(self._base.config).items() if name in scored]
-
-    def _visual_positions(self, tokens: list[int], input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-        """(B, M) True at placeholders, known by id or by embedding."""
-        if embeds is None:
-            if input_ids is None:
-                raise ValueError("expected input_ids or inputs_embeds beside the pixels, got neither")
-            return torch.isin(input_ids, torch.tensor(tokens, device=input_ids.device))
-        placeholders = self._base.get_input_embeddings()(torch.tensor(tokens, device=embeds.device))
-        return (embeds[:, :, None] == placeholders).all(-1).any(-1)
-
-    def _before_merge(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
-        self._call.visual = self._call.without_cache = None
-        if self._call.given is not None:
+    def _before_merge(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = self._call
+        call.clear()
+        call.merging, call.given = True, self._given.of_this_thread()
+        if call.given is not None:
             return
-        input_ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-        encoded = kwargs.get("mm_encoder_outputs") or {}
+        inputs = arguments(module.forward, args, kwargs)
+        call.input_ids, call.embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        encoded = {name: output for name, output in (inputs.get("mm_encoder_outputs") or {}).items() if output}
         pixels = {
-            "image": kwargs.get("pixel_values", kwargs.get("pixel_values_images")),
-            "video": kwargs.get("pixel_values_videos"),
+            "image": inputs.get("pixel_values", inputs.get("pixel_values_images")),
+            "video": inputs.get("pixel_values_videos"),
         }
-        modalities = [name for name in pixels if pixels[name] is not None or encoded.get(name) is not None]
+        modalities = frozenset(name for name in pixels if pixels[name] is not None or name in encoded)
+        if call.encoded_rows and any(
+            len(feature_rows(encoded[name])) < call.encoded_rows.pop(name, 0) for name in encoded
+        ):
+            raise RuntimeError(
+                "this pass got a part of the features that were made for its prompt, and a part cannot be scored by "
+                "itself: enable the model whose generate() is called, not a part of it"
+            )
         if modalities:
-            visual = self._visual_positions(self._tokens_of(modalities), input_ids, embeds)
-            if not visual.any():
-                raise ValueError(
-                    f"got features of {' and '.join(modalities)}, and no token of theirs in the prompt: expected one "
-                    f"of {self._tokens_of(modalities)}, by which VideoAnchor knows what is visual"
-                )
-            self._call.visual, self._call.video = visual, self._of_videos(input_ids, embeds)
-        elif input_ids is None and cached_scores(kwargs.get("past_key_values")) is None:
+            self._see(modalities)
+        elif call.input_ids is None:
             raise ValueError(
                 "inputs_embeds without pixels: VideoAnchor cannot know which positions are visual. Give the scores: "
                 "with handle.use_scores(scores): ..., (batch, positions), 0 for text"
             )
 
     def _after_merge(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
-        self._call.visual = self._call.without_cache = None  # nothing stale, also when the forward raised
+        self._call.clear()  # nothing stale, also when the forward raised
 
     def _before_decoder(
-        self,
-        module: nn.Module,  # noqa: ARG002
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        cache: Cache | None = kwargs.get("past_key_values")
-        embeds = kwargs.get("inputs_embeds")
-        batch, n_queries = (kwargs["input_ids"] if embeds is None else embeds).shape[:2]
-        visual, self._call.visual = self._call.visual, None
-        given = self._call.given
+        call = self._call
+        given = call.given if call.merging else self._given.of_this_thread()
+        inputs = arguments(module.forward, args, kwargs)
+        cache: Cache | None = inputs.get("past_key_values")
+        embeds: Tensor | None = inputs.get("inputs_embeds")
+        batch, n_queries = (inputs["input_ids"] if embeds is None else embeds).shape[:2]
+        self._check_pass(module, given)
+
         held = cached_scores(cache)
-        past = _cached_positions(cache, n_queries)
-
-        if held is not None and past is not None and held.scores.shape[1] > past:  # cropped or reset
-            held = CacheScores(held.scores[:, :past]) if past else None
-        if given is not None and past is not None and past < given.shape[1]:
-            if batch % given.shape[0]:
-                raise ValueError(f"use_scores: got scores of {given.shape[0]} rows for a batch of {batch}")
-            rows = given[:, : past + n_queries].repeat_interleave(batch // given.shape[0], 0)
-            held = CacheScores(rows if embeds is None else rows.to(embeds.device))
-        elif visual is not None and past is not None and embeds is not None:
-            visual = visual.to(embeds.device)
-            if self._call.planned is None:
-                new = self._score([embeds[row, visual[row]] for row in range(batch)], visual, self._call.video)
-            else:
-                first, planned = self._call.planned
-                new = planned[:, past - first : past - first + n_queries].to(embeds.device)
-            scores = torch.zeros(batch, past, dtype=torch.float32, device=embeds.device)
-            if held is not None:
-                scores[:, : held.scores.shape[1]] = held.scores
-            held = CacheScores(torch.cat([scores, new], 1))
-        if cache is None:
-            self._call.without_cache = held
-        elif held is not cached_scores(cache):
-            keep_scores(cache, held)
-
-        if held is None or (self.config.decode == "prefill" and n_queries == 1):
-            gate = LayerGate()
+        chunks = call.prompt if call.prompt is not None and call.prompt.encoded and given is None else None
+        unknown = cache is not None and not is_marked(cache)
+        taken = given is None or (held is not None and held.given is given and held.scores.shape[1] == given.shape[1])
+        asked = call.visual is not None or chunks is not None or unknown or not taken
+        past = cached_positions(cache, n_queries, asked)
+        if unknown and past and given is None:
+            raise RuntimeError(
+                f"the cache holds {past} positions that were not filled with VideoAnchor enabled, or was rebuilt from "
+                "its tensors without their scores: start from a new cache, copy caches by copy.deepcopy, or give the "
+                "scores of all positions with handle.use_scores(scores)"
+            )
+        if past == 0 and call.prompt is None:
+            self.last = []
+        if held is not None and past is not None:
+            held = held.first(past)  # cropped behind the cache's back
+        if given is not None:
+            if past is not None and (past < given.shape[1] or unknown):
+                held = CacheScores(for_rows(given[:, : past + n_queries], batch, embeds), given)
         else:
-            gate = held.gate(self.config)
-            gate = replace(gate, n_positions=None if past is None else past + n_queries)
+            new = self._new_scores(chunks, embeds, batch, past, n_queries)
+            if new is not None:
+                before = new.new_zeros(batch, past or 0)
+                if held is not None:
+                    before[:, : held.scores.shape[1]] = held.scores
+                held = CacheScores(torch.cat([before, new], 1))
+        gate = self._gate(held, past, n_queries)
+        call.visual = None
+        if cache is None:
+            call.without_cache = held
+        else:
+            keep_scores(cache, held, self._switch)
         return args, {**kwargs, GATE_ARGUMENT: gate}
 
-    def _after_decoder(
-        self,
-        module: nn.Module,  # noqa: ARG002
-        args: tuple[Any, ...],  # noqa: ARG002
-        kwargs: dict[str, Any],
-        output: Any,
-    ) -> None:
-        """A cache that the language model made itself, because the caller passed none, takes the scores too."""
-        cache = getattr(output, "past_key_values", None)
-        if cache is not None and kwargs.get("past_key_values") is None:
-            keep_scores(cache, self._call.without_cache)
+    def _check_pass(self, module: nn.Module, given: Tensor | None) -> None:
+        """Raise unless this pass of the language model can be gated."""
+        if not self._call.merging and given is None:
+            raise RuntimeError(
+                f"{type(module).__name__} was called by itself, and VideoAnchor cannot know which of its inputs are "
+                "visual: call the whole model (not its forward, which runs no hooks), or give the scores with "
+                "handle.use_scores(scores)"
+            )
+        implementation = module.config._attn_implementation  # pyright: ignore
+        if implementation != IMPLEMENTATION:
+            raise RuntimeError(
+                f"the attention was set to {implementation!r} while VideoAnchor is enabled, and has no gate: call "
+                f"disable() before set_attn_implementation, or set {IMPLEMENTATION!r} again"
+            )
 
-    def _score(self, rows: Sequence[Tensor], visual: Tensor, video: Tensor | None) -> Tensor:
+    def _new_scores(
+        self, chunks: Prompt | None, embeds: Tensor | None, batch: int, past: int | None, n_queries: int
+    ) -> Tensor | None:
+        """(B, n_queries) scores of the positions of this pass, or None where it brings no visual token."""
+        call = self._call
+        if chunks is not None:
+            if chunks.scores is None:
+                if chunks.new_ids is None:
+                    raise ValueError("chunked prefill of embeddings: give the scores, by handle.use_scores(scores)")
+                rows, visual = self._tokens.merged(chunks.new_ids, chunks.encoded)
+                chunks.scores = self._score(rows, visual, self._tokens.of_videos(chunks.new_ids, None))
+            first = (past or 0) - chunks.start
+            new = chunks.scores[:, first : first + n_queries]
+            if first + n_queries >= chunks.scores.shape[1]:
+                chunks.encoded = {}
+            return for_rows(F.pad(new, (0, n_queries - new.shape[1])), batch, embeds)
+        if call.visual is None or embeds is None:
+            return None
+        visual = call.visual.to(embeds.device)
+        return self._score((embeds[row, visual[row]] for row in range(batch)), visual, call.video)
+
+    def _gate(self, held: CacheScores | None, past: int | None, n_queries: int) -> LayerGate:
+        if (self.config.decode == "prefill" and self._decodes(n_queries)) or held is None:
+            return LayerGate()
+        return replace(held.gate(self.config), n_positions=None if past is None else past + n_queries)
+
+    def _decodes(self, n_queries: int) -> bool:
+        """Whether this pass comes after the prompt; outside generate(), whether it looks like that."""
+        prompt = self._call.prompt
+        if prompt is None:
+            return n_queries == 1 and self._call.visual is None
+        if prompt.passes:
+            prompt.passes -= 1
+            return False
+        if n_queries > 1:
+            raise NotImplementedError(
+                f'decode="prefill": a step after the prompt has {n_queries} tokens, expected 1; use decode="persist", '
+                "or decode without assistance"
+            )
+        return True
+
+    def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A cache that the language model made itself, because the caller passed none, takes the scores too.
+
+        Raises:
+            RuntimeError: no layer took the gate.
+        """
+        gate: LayerGate = kwargs[GATE_ARGUMENT]
+        if not gate.taken[0] and not (gate.gamma_k is None and gate.gamma_v is None):
+            raise RuntimeError(
+                f"no attention layer of {type(module).__name__} took VideoAnchor's gate: this model cannot be gated"
+            )
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and arguments(module.forward, args, kwargs).get("past_key_values") is None:
+            keep_scores(cache, self._call.without_cache, self._switch)
+
+    def _score(self, rows: Iterable[Tensor], visual: Tensor, video: Tensor | None) -> Tensor:
         """(B, M) scores of the visual tokens of each row, 0 where `visual` (B, M) is False."""
-        known: Known = [] if self._call.known is None else self._call.known
-        frames = None if video is None else frames_of_rows(visual, video, self._call.steps)
+        call = self._call
+        known: Known | None = call.known
+        if known is None and len(visual) > 1:  # beams are equal rows
+            known = []
+        frames = None if video is None else frames_of_rows(visual, video, call.steps, call.images)
         results = score_rows(
             rows, self.config, known, frames=frames, score=self.anchor_scores, progress=self.progress, group=self._group
         )
@@ -388,39 +412,7 @@ class Handle:
         return scores
 
 
-def _cached_positions(cache: Cache | None, n_queries: int) -> int | None:
-    """Positions that a cache holds; None while decoding with a static cache whose length only the device knows."""
-    if cache is None:
-        return 0
-    if n_queries > 1 or not getattr(cache, "is_compileable", False):
-        return int(cache.get_seq_length())
-    layers: list[Any] = cache.layers
-    sliding = next((layer for layer in layers if getattr(layer, "is_sliding", False)), None)  # counts on the host
-    return None if sliding is None else int(sliding.get_seq_length())
-
-
 def _refuse_continuous_batching(generate_batch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     raise NotImplementedError(
         "generate_batch (continuous batching) runs its own attention and takes no gate: use generate(), or disable()"
     )
-
-
-def _wrap(model: PreTrainedModel, name: str, around: Callable[..., Any]) -> Callable[[], None]:
-    """Replaces a method of this one model by `around(method, ...)`. Returns the undo."""
-    original = getattr(model, name, None)
-    if original is None:
-        return lambda: None
-    own = name in vars(model)
-
-    @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs)
-
-    def restore() -> None:
-        if own:
-            setattr(model, name, original)
-        else:
-            delattr(model, name)
-
-    setattr(model, name, wrapped)
-    return restore

@@ -1,17 +1,19 @@
-"""What a run leaves in its folder: all of its files, or none."""
+"""What a run leaves in its folder: its results first, and a picture of them."""
 
-import json
 import os
 import platform
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from ..anchor.config import VideoAnchorConfig
+from .atomic_write import replacing
 from .errors import InputError
+from .text import json_text, printable
 from .token_grid import TokenGrid
 from .video.reader import VideoClip
 from .viz import contact_sheet
@@ -29,10 +31,12 @@ def check_folder(path: Path) -> None:
     """
     existing = path
     while not existing.exists():
+        if existing.is_symlink():
+            raise InputError(f"--out {path}: {existing} is a link to nothing; give a folder")
         existing = existing.parent
     if not existing.is_dir():
         raise InputError(f"--out {path}: {existing} is a file; give a folder")
-    if not os.access(existing, os.W_OK):
+    if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"--out {path}: no permission to write in {existing}; give another folder")
 
 
@@ -64,10 +68,9 @@ def _tensors(result: "AnchorResult", grid: TokenGrid, clip: VideoClip) -> dict[s
 def write_run(
     folder: Path, result: "RunResult", clip: VideoClip, config: VideoAnchorConfig, about: dict[str, Any]
 ) -> dict[str, Any]:
-    """Writes `result.json`, `anchors.safetensors` and `anchors.png` into `folder`.
+    """Writes `result.json` and `anchors.safetensors` into `folder`, both or none; `draw_run` makes the picture.
 
-    The files are made in a folder inside it and moved when all three are there, so that an error or an interruption
-    leaves what stood there before.
+    A picture of an earlier run is removed: it is not of this one.
 
     Args:
         folder: made if missing.
@@ -106,28 +109,31 @@ def write_run(
         "device": result.device,
         "versions": versions(),
     }
-    title = f"{Path(about['video']).name}: {result.n_visual_tokens} visual tokens, scorer {record['config']['scorer']}"
+    tensors = save(_tensors(anchor, result.grid, clip))
     made_folder = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        _write_files(folder, record, _tensors(anchor, result.grid, clip), clip, result.grid, title)
+        with replacing(folder / "result.json") as about_run, replacing(folder / "anchors.safetensors") as anchors:
+            about_run.write_text(json_text(record) + "\n", encoding="utf-8")
+            anchors.write_bytes(tensors)
+            (folder / "anchors.png").unlink(missing_ok=True)
     except BaseException:
         if made_folder:
-            folder.rmdir()
+            with suppress(OSError):
+                folder.rmdir()
         raise
     return record
 
 
-def _write_files(
-    folder: Path, record: dict[str, Any], tensors: dict[str, Tensor], clip: VideoClip, grid: TokenGrid, title: str
-) -> None:
-    from safetensors.torch import save_file
+def draw_run(folder: Path, result: "RunResult", clip: VideoClip, record: dict[str, Any]) -> None:
+    """Adds `anchors.png` to what `write_run` has written.
 
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as name:
-        scratch = Path(name)
-        (scratch / "result.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        save_file(tensors, scratch / "anchors.safetensors")
-        scores, labels = tensors["scores"].numpy(), tensors["labels"].numpy()
-        contact_sheet.draw(scratch / "anchors.png", clip, grid, scores, labels, title)
-        for path in scratch.iterdir():
-            os.replace(path, folder / path.name)
+    Args:
+        record: what `write_run` has returned.
+    """
+    tensors = _tensors(result.anchor, result.grid, clip)
+    scores, labels = tensors["scores"].numpy(), tensors["labels"].numpy()
+    name = printable(Path(record["video"]).name)
+    title = f"{name}: {result.n_visual_tokens} visual tokens, scorer {record['config']['scorer']}"
+    with replacing(folder / "anchors.png") as path:
+        contact_sheet.draw(path, clip, result.grid, scores, labels, title)

@@ -22,13 +22,22 @@ from ..anchor.scores import AnchorResult
 from ..anchor.timing import Progress
 from .attention import IMPLEMENTATION
 from .budget import check_fits
-from .checkpoint import check_dtype, check_splits, devices_of, first_line, read_config, read_processor
-from .enable import Handle, enable, find_multimodal_model
+from .checkpoint import (
+    cannot_load,
+    check_dtype,
+    check_splits,
+    devices_of,
+    first_line,
+    read_config,
+    read_processor,
+)
+from .enable import Handle, enable
 from .errors import InputError
 from .prompt import build_inputs
 from .score_cache import ScoreCache
 from .token_grid import TokenGrid
 from .video.reader import VideoClip
+from .visual_tokens import find_multimodal_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +78,7 @@ def load(
             language model, on a GPU of its own, and the other weights whole.
 
     Raises:
-        InputError: when the checkpoint cannot be loaded or split, or has no visual tokens.
+        InputError: when the checkpoint cannot be loaded or split, lacks weights, or has no visual tokens.
     """
     check_dtype(dtype)
     devices_of(device)
@@ -80,15 +89,23 @@ def load(
     else:
         placement = {"device_map": device if device != "auto" else ("auto" if torch.cuda.is_available() else "cpu")}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name_or_path,
+            output_loading_info=True,
+            trust_remote_code=False,
             dtype=dtype,
             **placement,
             attn_implementation={"text_config": IMPLEMENTATION},
         )
+        model, found = loaded
         find_multimodal_model(model)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"model {name_or_path} cannot be loaded: {first_line(error)}") from error
+        raise cannot_load(name_or_path, error) from error
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(
+            f"model {name_or_path} lacks {len(missing)} of its weights ({missing[0]}, ...), and would run with random "
+            "ones: download or convert it again"
+        )
     return model.eval(), read_processor(name_or_path)
 
 
@@ -273,8 +290,18 @@ def stage_times(model: PreTrainedModel, progress: Progress | None):
     def start(*_: Any) -> None:
         times._start = times.now()
 
+    def start_vision(*_: Any) -> None:
+        if progress is not None:
+            progress("vision", 0, 0)
+        start()
+
     def end_vision(*_: Any) -> None:
         times.vision += times.now() - times._start
+
+    def start_step(*_: Any) -> None:
+        if progress is not None and not times.steps:
+            progress("prefill", 0, 0)
+        start()
 
     def end_step(*_: Any) -> None:
         times.steps.append(times.now() - times._start)
@@ -283,10 +310,10 @@ def stage_times(model: PreTrainedModel, progress: Progress | None):
 
     text: nn.Module = base.language_model  # pyright: ignore[reportAssignmentType]
     hooks = [
-        tower.register_forward_pre_hook(start),
+        tower.register_forward_pre_hook(start_vision),
         tower.register_forward_hook(end_vision),
         # registered after the gate's hook, so it runs when the scores are there
-        text.register_forward_pre_hook(start),
+        text.register_forward_pre_hook(start_step),
         text.register_forward_hook(end_step),
     ]
     begin = times.now()

@@ -11,6 +11,7 @@ from .backbones import visual_token_ids
 from .checkpoint import first_line
 from .convert.llava import insert_grid_newlines
 from .errors import InputError
+from .text import check_question
 from .token_grid import TokenGrid
 from .video.reader import VideoClip
 
@@ -22,8 +23,9 @@ def build_inputs(processor: Any, config: PretrainedConfig, clip: VideoClip, ques
         config: of the multimodal model.
 
     Raises:
-        InputError: when the processor cannot place the video in the prompt.
+        InputError: when the question is empty, or the processor cannot place the video in the prompt.
     """
+    check_question(question)
     messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
     try:
         prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -16,15 +15,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..anchor.config import VideoAnchorConfig
 from ..anchor.scores import AnchorResult, anchor_scores
 from ..anchor.timing import Progress
+from .atomic_write import write_whole
 
 _NOT_OF_THE_SCORES = {"alpha_k", "alpha_v", "alpha_q", "decode"}
-_ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors(\.\w+\.tmp)?")
+_ROWS = 1024  # of a tensor, hashed at a time
+_ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors|\.writing-[0-9a-f]{16}\.safetensors")
 _TENSORS = ("scores", "labels", "duality_gap")
 _REPORT = ("n_iter", "residual", "converged", "algorithm")
 
@@ -104,16 +105,8 @@ class ScoreCache:
         tensors = {name: value.detach().cpu().contiguous() for name, value in values.items() if value is not None}
         report = {name: getattr(result, name) for name in _REPORT}
         self.folder.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=self.folder)
-        os.close(handle)
-        try:
-            save_file(tensors, scratch, metadata={"report": json.dumps(report), "checksum": _checksum(tensors)})
-            os.replace(scratch, path)
-        except BaseException as error:
-            Path(scratch).unlink(missing_ok=True)
-            if isinstance(error, SafetensorError):  # how safetensors reports a full disk
-                raise OSError(str(error)) from error
-            raise
+        metadata = {"report": json.dumps(report), "checksum": _checksum(tensors)}
+        write_whole(path, save(tensors, metadata))
         self._evict()
 
     def _evict(self) -> None:
@@ -142,7 +135,7 @@ def cache_key(tokens: Tensor, config: VideoAnchorConfig, frames: Tensor | None =
     digest = hashlib.sha256(json.dumps([version("videoanchor-triton"), settings], sort_keys=True, default=str).encode())
     for tensor in (tokens, frames):
         if tensor is not None:
-            _add(digest, tensor)
+            add_to_digest(digest, tensor)
     return digest.hexdigest()
 
 
@@ -150,10 +143,12 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        _add(digest, tensors[name])
+        add_to_digest(digest, tensors[name])
     return digest.hexdigest()
 
 
-def _add(digest: Any, tensor: Tensor) -> None:
+def add_to_digest(digest: Any, tensor: Tensor) -> None:
+    """Type, shape and every bit of a tensor, brought to the host in blocks."""
     digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for block in tensor.detach().split(_ROWS) if tensor.ndim else [tensor.detach()]:
+        digest.update(block.cpu().contiguous().flatten().view(torch.uint8).numpy())

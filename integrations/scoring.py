@@ -1,7 +1,7 @@
 """The scores of the rows of a batch: equal rows once, and on one process of a tensor-parallel group."""
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,19 +11,18 @@ from torch import Tensor
 from ..anchor.config import VideoAnchorConfig
 from ..anchor.scores import AnchorResult, anchor_scores
 from ..anchor.timing import Progress
+from .score_cache import add_to_digest
 
 AnchorScores = Callable[..., AnchorResult]
 """What scores the tokens of a row, by the signature of `anchor_scores`."""
-Known = list[tuple[Tensor, Tensor | None, AnchorResult]]
-"""Rows that have been scored, their frames, and their results."""
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By the bytes of an element, integers of that size."""
+Known = list[tuple[bytes, AnchorResult]]
+"""Rows that have been scored, by the SHA-256 of their tokens and frames, and their results. The tokens are not kept."""
 
 
 def score_rows(
-    rows: Sequence[Tensor],
+    rows: Iterable[Tensor],
     config: VideoAnchorConfig,
-    known: Known,
+    known: Known | None,
     *,
     frames: Sequence[Tensor] | None = None,
     score: AnchorScores = anchor_scores,
@@ -33,10 +32,11 @@ def score_rows(
     """Score the visual tokens of each row.
 
     Args:
-        rows: for each row of the batch its visual tokens (n, D); rows without any give None.
+        rows: for each row of the batch its visual tokens (n, D); rows without any give None. One is held at a time.
         config: settings.
         frames: for each row the frame of each token, (n,) integers, for `score="cross_frame"`.
-        known: rows that need no scoring again; those scored here are added. Equal rows share one result.
+        known: rows that need no scoring again; those scored here are added. Equal rows share one result. None where
+            there is nothing to compare: no digests are made.
         score: what scores a row.
         progress: see `anchor_scores`.
         group: the processes that hold a part of the model each and see the same rows. The first one scores, the others
@@ -46,33 +46,28 @@ def score_rows(
         RuntimeError: scoring failed on the first process of the group; it raises the cause.
     """
     results: list[AnchorResult | None] = []
-    rows = [tokens.detach() for tokens in rows]
-    keys = _keys([*(seen for seen, _, _ in known), *rows])
-    alike: defaultdict[int, Known] = defaultdict(list)
-    for key, entry in zip(keys, known, strict=False):
-        alike[key].append(entry)
-    for row, (key, tokens) in enumerate(zip(keys[len(known) :], rows, strict=True)):
-        frame = None if frames is None else frames[row]
-        found = next((result for seen, at, result in alike[key] if _equal(seen, tokens) and _equal(at, frame)), None)
-        if found is None and len(tokens):
-            found = _score(score, tokens, frame, config, progress, group)
-            known.append((tokens, frame, found))
-            alike[key].append(known[-1])
+    for tokens in rows:
+        frame = None if frames is None else frames[len(results)]
+        if not len(tokens):
+            results.append(None)
+            continue
+        key = b"" if known is None else _key(tokens, frame)
+        found = next((result for seen, result in known or () if seen == key), None)
+        if found is None:
+            found = _score(score, tokens.detach(), frame, config, progress, group)
+            if known is not None:
+                known.append((key, found))
         results.append(found)
+        del tokens  # before the next row is made
     return results
 
 
-def _keys(rows: Sequence[Tensor]) -> list[int]:
-    """A number for each row, the same for rows of the same bits: only such rows need to be compared. A sum of integers,
-    which no order of addition changes; it waits for the device once for all rows."""
-    sums = [row.view(_BITS[row.element_size()]).sum(dtype=torch.int64).to(rows[0].device) for row in rows]
-    return torch.stack(sums).tolist() if sums else []
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
+def _key(tokens: Tensor, frames: Tensor | None) -> bytes:
+    digest = hashlib.sha256(str(tokens.device).encode())
+    for tensor in (tokens, frames):
+        if tensor is not None:
+            add_to_digest(digest, tensor)
+    return digest.digest()
 
 
 def _score(

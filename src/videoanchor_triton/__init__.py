@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .anchor.scores import AnchorResult, anchor_scores
     from .anchor.solver import SelfExpression, self_expression
     from .anchor.streaming import AnchorStream
-    from .integrations.enable import Handle, enable
+    from .integrations.enable import Handle, disable, enable
     from .kernels.api import (
         anchored_attention,
         anchored_attention_decode,
@@ -41,6 +41,7 @@ __all__ = [
     "anchored_attention_varlen",
     "available_backends",
     "choose_gate_form",
+    "disable",
     "enable",
     "merge_attention",
     "self_expression",
@@ -60,6 +61,7 @@ _HOME = {
     "anchored_attention_varlen": ".kernels.api",
     "available_backends": ".kernels.api",
     "choose_gate_form": ".kernels.gates",
+    "disable": ".integrations.enable",
     "enable": ".integrations.enable",
     "merge_attention": ".kernels.merge",
     "self_expression": ".anchor.solver",
@@ -78,4 +80,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
 
 
-registration.register_when_transformers_is_imported()
+registration.prepare_imports()

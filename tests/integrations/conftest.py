@@ -1,5 +1,3 @@
-"""transformers has to be importable beside a CPU build of torch."""
+"""Imported before transformers, which some tests import first: see torchvision_compat.py."""
 
-from videoanchor_triton.integrations.torchvision_compat import make_torchvision_importable
-
-make_torchvision_importable()
+import videoanchor_triton  # noqa: F401

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import tiny_models
 import torch
 import torch.nn.functional as F
 from tiny_models import IMAGE, SUPPRESSED, VIDEO
@@ -10,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 ALPHA_Q, ALPHA_K, ALPHA_V = 0.9, 1.7, 1.3
+TOLERANCE = 1e-4
 GENERATE = {
     "max_new_tokens": 6,
     "do_sample": False,
@@ -28,9 +30,11 @@ def dense_attention(
     attention_mask: Tensor | None,
     scaling: float = 1.0,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,  # noqa: ARG001
 ) -> tuple[Tensor, None]:
-    """softmax(scale * Q K^T + log(gamma_Q gamma_K^T) + mask) (gamma_V * V), scores of cache positions from `state`."""
+    """softmax(scale * Q K^T + log(gamma_Q gamma_K^T) + mask) (gamma_V * V), scores of cache positions from `state`.
+    Sinks are one more logit of each head, with a value of 0."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     n_queries, n_keys = query.shape[2], key.shape[2]
@@ -46,7 +50,9 @@ def dense_attention(
         gamma_q, gamma_k, gamma_v = 1 + ALPHA_Q * s[:, n_keys - n_queries :], 1 + ALPHA_K * s, 1 + ALPHA_V * s
         logits = logits + torch.log(gamma_q[:, None, :, None] * gamma_k[:, None, None, :])
         value = (value * gamma_v[:, None, :, None]).to(value.dtype)
-    weights = logits.softmax(-1, dtype=torch.float32).to(value.dtype)
+    if s_aux is not None:
+        logits = torch.cat([logits, s_aux[None, :, None, None].expand(*logits.shape[:3], 1)], -1)
+    weights = logits.softmax(-1, dtype=torch.float32).to(value.dtype)[..., :n_keys]
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
@@ -77,6 +83,11 @@ def merged_scores(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return scores
 
 
+def plain_attention(model: Any) -> str:
+    """What transformers would run itself."""
+    return "sdpa" if model.base_model.language_model._supports_sdpa else "eager"
+
+
 def generate_dense(
     model: Any, batch: dict[str, Tensor], scores: Tensor, decode: str = "persist", **options: Any
 ) -> Any:
@@ -87,4 +98,19 @@ def generate_dense(
         return model.generate(**batch, **{**GENERATE, **options})
     finally:
         state["scores"] = None
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(plain_attention(model))
+
+
+def build(name: str, **options: Any) -> Any:
+    """A tiny model on SDPA."""
+    model = tiny_models.build(name, **options)
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def assert_same(out: Any, expected: Any) -> None:
+    """The same tokens, and logits within `TOLERANCE`."""
+    assert torch.equal(out.sequences, expected.sequences)
+    assert len(out.logits) == len(expected.logits)
+    for ours, dense in zip(out.logits, expected.logits, strict=True):
+        torch.testing.assert_close(ours, dense, atol=TOLERANCE, rtol=0)

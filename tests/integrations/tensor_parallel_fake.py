@@ -47,7 +47,8 @@ for line in sys.stdin:
         if row["question"] == "hangs":
             sys.stdin.read()
             os._exit(1)
-        failed = row["question"] == "fails"
-        say(record={"question": row["question"], "status": "failed" if failed else "done"}, broken=failed)
+        failed = row["question"] in ("fails", "loses the device")
+        record = {"question": row["question"], "status": "failed" if failed else "done"}
+        say(record=record | ({"failure": "accelerator"} if failed else {}), broken=failed)
         if failed:
             os._exit(1)

@@ -17,10 +17,11 @@ import pytest
 from tiny_models_checkpoint import save_checkpoint
 
 from videoanchor_triton.integrations import cli, pipeline
-from videoanchor_triton.integrations.batch import results as batch_results
 from videoanchor_triton.integrations.batch import shared_prefill
-from videoanchor_triton.integrations.batch.rows import fingerprint
+from videoanchor_triton.integrations.batch import tables as batch_tables
+from videoanchor_triton.integrations.batch.matching import fingerprint
 from videoanchor_triton.integrations.commands import batch as batch_command
+from videoanchor_triton.integrations.video.limits import MAX_PIXELS
 from videoanchor_triton.integrations.video.reader import write_video
 
 GATE = ("--alpha-k", "2", "--alpha-v", "1", "--scorer", "kmeans", "--n-clusters", "3", "--pca-rank", "8")
@@ -68,13 +69,19 @@ def answers(out: Path) -> dict[str, str]:
     return {record["input"]["id"]: record["answer"] for record in results(out)}
 
 
-def table_ids(out: Path) -> list[str]:
-    """Of the rows in the CSV, which are those of the Parquet file."""
+def table(out: Path) -> list[dict[str, str]]:
+    """The rows of the CSV, which are those of the Parquet file."""
     with (out / "results.csv").open(encoding="utf-8", newline="") as file:
-        ids = [row["input_id"] for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
     parquet = pytest.importorskip("pyarrow.parquet")
-    assert [row["input_id"] for row in parquet.read_table(out / "results.parquet").to_pylist()] == ids
-    return ids
+    other = parquet.read_table(out / "results.parquet").to_pylist()
+    for name in ("key", "status", "input_id"):
+        assert [row[name] for row in other] == [row[name] for row in rows]
+    return rows
+
+
+def states(out: Path) -> dict[str, str]:
+    return {row["input_id"]: row["status"] for row in table(out)}
 
 
 def no_model(*_: object) -> Any:
@@ -98,6 +105,8 @@ def test_a_row_each(job: Path, finished: Path) -> None:
     assert failure["answer"] is None
     settings = json.loads((finished / f"settings-{first['settings']}.json").read_text())["settings"]
     assert settings["config"]["alpha_k"] == 2
+    assert settings["video"] == {"fps": None, "max_frames": 4, "sampling": "uniform"}, "results of older versions stay"
+    assert (first["max_pixels"], first["strict"]) == (MAX_PIXELS, False)
     assert {path.name for path in finished.iterdir()} == {
         "results.jsonl",
         "results.lock",
@@ -110,13 +119,13 @@ def test_a_row_each(job: Path, finished: Path) -> None:
 
 
 def test_tables(finished: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    with (finished / "results.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["input_id"] for row in rows] == ["1", "4", "5", "2", "3"]
-    table = parquet.read_table(finished / "results.parquet").to_pylist()
-    assert [row["answer"] for row in table] == [record["answer"] for record in results(finished)]
-    assert table[0]["seconds_prefill"] > 0
+    rows = table(finished)
+    assert [row["input_id"] for row in rows] == ["1", "2", "3", "4", "5"], "as in the input"
+    assert {row["input_id"]: row["answer"] or None for row in rows} == answers(finished)
+    assert float(rows[0]["seconds_prefill"]) > 0
+    settings = [rows[0][name] for name in ("alpha_k", "alpha_v", "scorer", "n_clusters", "max_frames", "dtype")]
+    assert settings == ["2.0", "1.0", "kmeans", "3", "4", "auto"]
+    assert rows[2]["failure"] == "input"
 
 
 def test_answers_are_those_of_run(
@@ -193,10 +202,7 @@ def test_a_video_that_changes(
             asked = count_questions(patch)
             assert cli.main(arguments(moved, out)) == status
         assert Counter(record["input"]["id"] for record in results(out)) == Counter("12345")
-        with (out / "results.csv").open(encoding="utf-8", newline="") as file:
-            assert [row["answer"] for row in csv.DictReader(file)] == [
-                record["answer"] or "" for record in results(out)
-            ]
+        assert {row["input_id"]: row["answer"] or None for row in table(out)} == answers(out)
         return asked
 
     run(1)
@@ -235,6 +241,7 @@ def test_an_old_result_stays_until_the_new_one_is_there(
     assert Counter(record["input"]["id"] for record in results(out)) == Counter("12345")
     assert new["1"] == new["2"] != new["4"] == new["5"]
     assert {**answers(out), "1": old["1"]} == old
+    assert states(out) == {"1": "done", "2": "done", "3": "failed", "4": "unasked", "5": "unasked"}
 
 
 def test_ctrl_c(
@@ -249,7 +256,7 @@ def test_ctrl_c(
         assert cli.main(arguments(job, tmp_path)) == 130
     assert "2 more rows are done; the same command goes on" in capsys.readouterr().err
     assert list(answers(tmp_path)) == ["1", "4"]
-    assert table_ids(tmp_path) == ["1", "4"]
+    assert states(tmp_path) == {"1": "done", "2": "unasked", "3": "unasked", "4": "done", "5": "unasked"}
     asked = count_questions(monkeypatch)
     assert cli.main(arguments(job, tmp_path)) == 1
     assert asked == ["word7", "word7"]
@@ -265,7 +272,7 @@ def test_ctrl_c_before_and_after_all_rows(
     def interrupt(*_: object) -> Any:
         raise KeyboardInterrupt
 
-    target = (pipeline, "load") if at == "load" else (batch_results, "_csv")
+    target = (pipeline, "load") if at == "load" else (batch_tables, "_csv")
     monkeypatch.setattr(*target, interrupt)
     for _ in range(2):
         assert cli.main(arguments(job, tmp_path)) == 130
@@ -282,7 +289,7 @@ def test_a_second_ctrl_c_stops_at_once(job: Path, tmp_path: Path, monkeypatch: p
             raise KeyboardInterrupt
 
     count_questions(monkeypatch, interrupt)
-    monkeypatch.setattr(batch_results, "_parquet", lambda *_: interrupt(2))
+    monkeypatch.setattr(batch_tables, "_parquet", lambda *_: interrupt(2))
     assert cli.main(arguments(job, tmp_path)) == 130
     assert list(answers(tmp_path)) == ["1"]
     assert {path.name for path in tmp_path.glob("*results*")} == {"results.jsonl", "results.lock", "results.csv"}
@@ -305,7 +312,7 @@ def test_a_full_disk(
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
         assert cli.main(arguments(job, tmp_path)) == 1
-    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert f"No space left on device: '{tmp_path / 'results.jsonl'}'" in capsys.readouterr().err.splitlines()[-1]
     assert list(answers(tmp_path)) == ["1", "4"]
     assert cli.main(arguments(job, tmp_path)) == 1
     assert answers(tmp_path) == answers(finished)
@@ -352,18 +359,147 @@ def test_kill_9(job: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.M
     assert Counter(record["input"]["id"] for record in results(tmp_path)) == Counter("12345")
 
 
+def test_an_edited_input(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids, answers, order and rows have changed: tables and results are those of the file as it is now; a row that is
+    there twice is asked once and has two results."""
+    moved, out = Path(shutil.copytree(job, tmp_path / "job")), tmp_path / "out"
+    assert cli.main(arguments(moved, out)) == 1
+    old = answers(out)
+    assert cli.main(arguments(moved, out, "--alpha-k", "8")) == 1
+    rows = [
+        {"id": "new", "video": "clips/b.mp4", "question": "word20"},
+        {"id": "B", "video": "./clips/../clips/b.mp4", "question": "word7", "answer": "other"},
+        {"id": "A", "video": "clips/a.mp4", "question": "word5 word6", "split": "=val"},
+        {"id": "A again", "video": "clips/a.mp4", "question": "word5 word6", "split": "test"},
+        {"id": "new again", "video": "clips/b.mp4", "question": "word20"},
+    ]
+    (moved / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = count_questions(monkeypatch)
+    assert cli.main(arguments(moved, out)) == 0
+    assert asked == ["word20"]
+    lines = [(row["line"], row["input_id"], row["input_answer"], row["input_split"]) for row in table(out)]
+    assert lines[:5] == [
+        ("1", "new", "", ""), ("2", "B", "other", ""), ("3", "A", "", "'=val"), ("4", "A again", "", "test"),
+        ("5", "new again", "", ""),
+    ]  # fmt: skip
+    assert lines[5:] == lines[1:3], "of the other strength"
+    now = {row["input_id"]: row["answer"] for row in table(out)[:5]}
+    assert [now[name] for name in ("B", "A", "A again", "new again")] == [old["2"], old["1"], old["1"], now["new"]]
+    current = [record for record in results(out) if record["line"] is not None and record["alpha_k"] == 2]
+    assert sorted((record["line"], record["input"]["id"]) for record in current) == [
+        (n, row["id"]) for n, row in enumerate(rows, 1)
+    ]
+    assert Counter(record["input"]["id"] for record in results(out) if record["line"] is None) == Counter("334455")
+    shutil.copy(job / "questions.jsonl", moved / "questions.jsonl")
+    assert cli.main(arguments(moved, out)) == 1
+    assert len(asked) == 1, "nothing was lost"
+    assert [(row["line"], row["input_id"]) for row in table(out)[:5]] == [(str(n), str(n)) for n in range(1, 6)]
+
+
+CUDA_ERROR = "CUDA error: device-side assert triggered\nCompile with `TORCH_USE_CUDA_DSA`"
+
+
+def test_a_device_that_is_lost(
+    job: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The row at which it happens fails, those after it are not asked; the same command goes on with them."""
+
+    def lost(n: int) -> None:
+        if n >= 2:
+            raise RuntimeError(CUDA_ERROR)
+
+    with monkeypatch.context() as patch:
+        asked = count_questions(patch, lost)
+        assert cli.main(arguments(job, tmp_path, "--json")) == 1
+    assert len(asked) == 2
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1
+    assert "the device failed" in shown.err
+    assert "CUDA error: device-side assert triggered" in shown.err
+    assert "3 rows were not asked, the same command goes on" in shown.err
+    summary = json.loads(shown.out)
+    assert (summary["done"], summary["failed"], summary["unasked"]) == (1, 1, 3)
+    assert states(tmp_path) == {"1": "done", "2": "unasked", "3": "unasked", "4": "failed", "5": "unasked"}
+    assert [record["failure"] for record in results(tmp_path)] == [None, "accelerator"]
+    asked = count_questions(monkeypatch)
+    assert cli.main(arguments(job, tmp_path)) == 1
+    assert len(asked) == 2
+    assert cli.main(arguments(job, tmp_path, "--retry-failed")) == 1
+    assert answers(tmp_path) == answers(finished)
+
+
+def test_a_retry_that_is_killed(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Failures stay in results and tables until their replacement is there."""
+
+    def broken(n: int) -> None:
+        if n != 1:
+            raise RuntimeError(f"something odd {'x' * n}")
+
+    def killed(n: int) -> None:
+        if n == 2:
+            (tmp_path / "copy").mkdir()
+            for path in (tmp_path / "out").glob("results*"):
+                shutil.copy(path, tmp_path / "copy")
+
+    with monkeypatch.context() as patch:
+        count_questions(patch, broken)
+        assert cli.main(arguments(job, tmp_path / "out")) == 1
+    before = results(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        count_questions(patch, killed)
+        assert cli.main(arguments(job, tmp_path / "out", "--retry-failed")) == 1
+    assert results(tmp_path / "copy") == before
+    assert len(states(tmp_path / "copy")) == 5
+    assert "unasked" not in states(tmp_path / "copy").values()
+    asked = count_questions(monkeypatch)
+    assert cli.main(arguments(job, tmp_path / "copy")) == 1
+    assert asked == []
+    assert Counter(states(tmp_path / "copy").values()) == {"done": 2, "failed": 3}
+    assert len(results(tmp_path / "copy")) == 5
+
+
+def test_tables_after_a_kill_say_what_is_missing(job: Path, finished: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    more = json.dumps({"id": "6", "video": "clips/a.mp4", "question": "word20"})
+    questions = Path(shutil.copytree(job, tmp_path / "job")) / "questions.jsonl"
+    questions.write_text(questions.read_text() + more)
+    command = [sys.executable, "-c", KILLED.replace("lines < 3", "lines < 1"), *arguments(tmp_path / "job", out)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert states(out)["6"] == "unasked"
+
+
+def test_no_older_table_is_left_behind(job: Path, finished: Path, tmp_path: Path) -> None:
+    """Also where the run is to write another kind; results without the columns of their settings get them."""
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    lines = [{name: value for name, value in one.items() if name not in ("model", "alpha_k")} for one in results(out)]
+    (out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = (job / "questions.jsonl").read_text().replace('"id": "4"', '"id": "four"').replace("clips/", f"{job}/clips/")
+    (tmp_path / "questions.jsonl").write_text(rows)
+    command = ["batch", str(tmp_path / "questions.jsonl"), *arguments(job, out, "--tables", "csv")[2:]]
+    assert cli.main(command) == 1
+    assert [row["input_id"] for row in table(out)] == ["1", "2", "3", "four", "5"]
+    assert {(row["model"], row["alpha_k"]) for row in table(out)} == {(str(job / "checkpoint"), "2.0")}
+
+
 def test_other_settings_are_other_rows(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They share the scores of the videos."""
     options = ("--question", "word5", "--tables", "csv")
     folder = ("batch", job / "clips", "--model", job / "checkpoint", "--out", tmp_path, *GATE, *SIZE, *options)
     assert cli.main([*map(str, folder)]) == 0
     assert cli.main([*map(str, folder), "--alpha-k", "8", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.split("\n", 4)[-1])["rows"] == 2
+    first, _, second = capsys.readouterr().out.partition("{")
+    assert "kept" not in first
+    assert json.loads("{" + second)["rows"] == 2
+    assert cli.main([*map(str, folder), "--alpha-k", "8"]) == 0
+    assert "kept      2 rows of other settings" in capsys.readouterr().out
     records = results(tmp_path)
     assert [record["ssc"]["cached"] for record in records] == [False, False, True, True]
     assert len({record["settings"] for record in records}) == 2
     assert [record["input"]["id"] for record in records] == ["a.mp4", "b.mp4"] * 2
     assert not (tmp_path / "results.parquet").exists()
+    with (tmp_path / "results.csv").open(newline="") as file:
+        assert [row["alpha_k"] for row in csv.DictReader(file)] == ["8.0", "8.0", "2.0", "2.0"]
 
 
 def test_fit(job: Path, tmp_path: Path) -> None:
@@ -391,7 +527,7 @@ def test_fit(job: Path, tmp_path: Path) -> None:
         pytest.param(("--engine", "ray", "--actors", "0"), "--actors", id="no-actors"),
         pytest.param(("--question", "?"), "its own column", id="question-twice"),
         pytest.param(("--alpha-k", "-1"), "alpha_k", id="alpha"),
-        pytest.param(("--model", "no/where/at/all"), "cannot be", id="model"),
+        pytest.param(("--model", "no/where/at/all"), "model no/where/at/all", id="model"),
     ],
 )
 def test_wrong_input(

@@ -13,10 +13,10 @@ from torch import Tensor
 import videoanchor_triton as va
 from videoanchor_triton.integrations import demo, pipeline
 from videoanchor_triton.integrations.batch.shared_prefill import SharedPrefill
-from videoanchor_triton.integrations.enable import find_multimodal_model
 from videoanchor_triton.integrations.errors import InputError
 from videoanchor_triton.integrations.score_cache import ScoreCache
 from videoanchor_triton.integrations.video.reader import VideoClip
+from videoanchor_triton.integrations.visual_tokens import find_multimodal_model
 
 CONFIG = va.VideoAnchorConfig(alpha_k=9.5, alpha_v=2.5, n_clusters=3, pca_rank=8, scorer="kmeans")
 QUESTIONS = ["word5 word6", "word7 word8", "word5 word6 word8 word9 word20", "word5 word7"]

@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
-from videoanchor_triton.integrations.batch.results import ResultsLog, write_tables
+from videoanchor_triton.integrations.batch.results import ResultsLog
+from videoanchor_triton.integrations.batch.rows import read_rows
+from videoanchor_triton.integrations.batch.tables import COLUMNS, VERSION, VERSION_KEY, json_schema, write_tables
+from videoanchor_triton.integrations.csv_text import text_of_cell
 from videoanchor_triton.integrations.errors import InputError
 
 
@@ -144,30 +147,106 @@ def test_drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert list(log.records) == ["a", "c", "b"]
 
 
+def test_a_result_that_replaces_another(tmp_path: Path) -> None:
+    """The old one stays until the log is closed, each key on one line; after a kill the new one is found."""
+    path = tmp_path / "results.jsonl"
+    with ResultsLog(path) as log:
+        for key in "abc":
+            log.append(record(key))
+        before = path.read_bytes()
+        assert log.append(record("b", answer="new"), again=True)
+        assert log.append(record("d"), again=True)
+        assert path.read_bytes()[: len(before)] == before
+        assert (tmp_path / "results.retried.jsonl").read_bytes().count(b"\n") == 1
+        killed = {one.name: one.read_bytes() for one in tmp_path.glob("*.jsonl")}
+    after = path.read_bytes()
+    assert [json.loads(line)["key"] for line in after.splitlines()] == ["a", "b", "c", "d"]
+    for torn in (b"", b'{"key": "a", "answer": "torn'):
+        for name, content in killed.items():
+            (tmp_path / name).write_bytes(content + torn)
+        with ResultsLog(path) as log:
+            assert log.records["b"]["answer"] == "new"
+        assert path.read_bytes() == after
+        assert [one.name for one in tmp_path.glob("*.jsonl")] == ["results.jsonl"]
+
+
+def line(key: str, **more: Any) -> dict[str, Any]:
+    return {"key": key, "status": "done", "video": "/a.mp4", "question": "?", "settings": "h", "line": 1, **more}
+
+
+ROWS = [
+    line("a", answer="left, or\nright", seconds={"vision": 1.5}, input={"answer": "=1+1", "n": 1}, notes=["x"]),
+    line("b", answer="-3", seconds={"vision": 2}, input={"answer": 7, "n": None, "big": 2**70}, n_clusters=24),
+    {**line("c", status="failed", reason="é\u2028", failure="input"), "input": {"answer": None}},
+    line("d", status="unasked", input={"list": [1, "@"], "answer": "\t=2"}, n_clusters="auto"),
+]
+
+
 def test_tables_hold_the_same(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
-    records = [
-        record("a", seconds={"vision": 1.5}, input={"answer": "left, or\nright", "n": 1}, notes=["x"], count=3),
-        record("b", seconds={"vision": 2}, input={"answer": 7, "n": None}, count=2**70, flag=True),
-        {"key": "c", "status": "failed", "reason": "é\u2028", "input": {"answer": None}},
-    ]
-    paths = write_tables(records, tmp_path, ["parquet", "csv"])
+    paths = write_tables(ROWS, tmp_path, ["parquet", "csv"])
     assert paths == [tmp_path / "results.csv", tmp_path / "results.parquet"]
     rows = parquet.read_table(paths[1]).to_pylist()
-    columns = ["key", "status", "answer", "seconds_vision", "input_answer", "input_n", "notes", "count"]
-    assert list(rows[0]) == [*columns, "flag", "reason"]
-    assert [row["seconds_vision"] for row in rows] == [1.5, 2.0, None]
-    assert [row["input_answer"] for row in rows] == ["left, or\nright", "7", None]
-    assert [row["count"] for row in rows] == ["3", str(2**70), None]
-    assert [row["input_n"] for row in rows] == [1, None, None]
+    inputs = ["input_answer", "input_n", "input_big", "input_list"]
+    assert list(rows[0]) == [*(name.replace(".", "_") for name in COLUMNS), *inputs]
+    assert [row["seconds_vision"] for row in rows] == [1.5, 2.0, None, None]
+    assert [row["input_answer"] for row in rows] == ["=1+1", "7", None, "\t=2"]
+    assert [row["input_n"] for row in rows] == ["1", None, None, None]
+    assert [row["input_big"] for row in rows] == [None, str(2**70), None, None]
+    assert [row["n_clusters"] for row in rows] == [None, "24", None, "auto"]
+    assert json.loads(rows[3]["input"]) == ROWS[3]["input"]
     assert rows[0]["notes"] == '["x"]'
     assert rows[2]["reason"] == "é\u2028"
     with paths[0].open(encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
+    assert [row["input_answer"] for row in table] == ["'=1+1", "7", "", "'\t=2"], "no formula"
+    assert table[1]["answer"] == "-3", "a number"
     for ours, theirs in zip(table, rows, strict=True):
         for name, value in theirs.items():
             expected = "" if value is None else str(value)
-            assert ours[name] == expected or float(ours[name]) == float(expected)
+            assert text_of_cell(ours[name]) == expected or float(ours[name]) == float(expected)
+    again = [row.question for row in read_rows(paths[0])]
+    assert again == ["?"] * 4, "a table of ours is an input as well"
+
+
+def test_a_question_that_looks_like_a_formula_comes_back_from_our_table(tmp_path: Path) -> None:
+    questions = ["=1+1", "'=1+1", "-5", "'-5", "''@x", "plain", "+49 30"]
+    write_tables([line(str(n), question=text) for n, text in enumerate(questions)], tmp_path, ["csv"])
+    assert [row.question for row in read_rows(tmp_path / "results.csv")] == questions
+
+
+@pytest.mark.parametrize("some", [ROWS, ROWS[2:3], ROWS[:1], []], ids=["mixed", "failed", "done", "none"])
+def test_the_schema_does_not_depend_on_the_data(tmp_path: Path, some: list[dict[str, Any]]) -> None:
+    pa = pytest.importorskip("pyarrow")
+    dataset = pytest.importorskip("pyarrow.dataset")
+    for name, rows in (("some", some), ("base", ROWS)):
+        (tmp_path / name).mkdir()
+        write_tables(rows, tmp_path / name, ["parquet"])
+    tables = [tmp_path / name / "results.parquet" for name in ("some", "base")]
+    schemas = [pa.parquet.read_schema(path) for path in tables]
+    assert schemas[0].names[: len(COLUMNS)] == [name.replace(".", "_") for name in COLUMNS]
+    assert not any(pa.types.is_null(schema.field(name).type) for schema in schemas for name in schema.names)
+    assert {schema.metadata[VERSION_KEY] for schema in schemas} == {VERSION.encode()}
+    for order in (tables, tables[::-1]):
+        assert dataset.dataset([dataset.dataset(path) for path in order]).count_rows() == len(some) + 4
+        assert dataset.dataset([str(path) for path in order]).to_table().num_rows == len(some) + 4
+
+
+def test_the_published_schema_is_the_declaration(tmp_path: Path) -> None:
+    published = json.loads((Path(__file__).parents[2] / "docs" / "results.schema.json").read_text(encoding="utf-8"))
+    assert published == json_schema()
+    jsonschema = pytest.importorskip("jsonschema")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    jsonschema.Draft202012Validator.check_schema(published)
+    validate = jsonschema.Draft202012Validator(published).validate
+    for one in ROWS[:3]:
+        validate(one)
+    write_tables(ROWS, tmp_path, ["parquet"])
+    for row in parquet.read_table(tmp_path / "results.parquet").to_pylist():
+        validate(row)
+    for wrong in ({**ROWS[0], "line": "1"}, {**ROWS[0], "new": 1}, {**ROWS[3]}):
+        with pytest.raises(jsonschema.ValidationError):
+            validate(wrong)
 
 
 def test_only_the_tables_asked_for(tmp_path: Path) -> None:

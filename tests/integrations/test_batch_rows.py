@@ -7,15 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from videoanchor_triton.integrations.batch import rows as rows_module
-from videoanchor_triton.integrations.batch.rows import (
-    BatchRow,
-    by_video,
-    fingerprint,
-    read_rows,
-    with_fingerprints,
-    without_repeats,
-)
+from videoanchor_triton.integrations.batch import matching
+from videoanchor_triton.integrations.batch.matching import fingerprint, matched, refreshed, with_fingerprints
+from videoanchor_triton.integrations.batch.rows import BatchRow, by_video, read_rows
 from videoanchor_triton.integrations.errors import InputError
 
 
@@ -41,6 +35,30 @@ def test_csv(tmp_path: Path) -> None:
         BatchRow(3, tmp_path / "a.mp4", "What, where?\nSay.", {"id": "1"}),
         BatchRow(5, tmp_path / "sub" / "b.mp4", 'Say "no"', {"id": "2"}),
     ]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_delimiters_of_csv(tmp_path: Path, delimiter: str) -> None:
+    fields = [("id", "question", "video"), ("1", "a,b;c\td", "a.mp4"), ("'=x", "=1", "b.mp4")]
+    text = "".join(delimiter.join(f'"{one}"' for one in some) + "\n" for some in fields)
+    (tmp_path / "q.csv").write_text("\ufeff" + text, encoding="utf-8")
+    assert [(row.question, row.columns) for row in read_rows(tmp_path / "q.csv")] == [
+        ("a,b;c\td", {"id": "1"}),
+        ("=1", {"id": "'=x"}),
+    ]
+
+
+def test_a_path_has_one_name(tmp_path: Path) -> None:
+    """Where `..` follows a link it leads out of the folder that the link names."""
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
+    names = ("clips/a.mp4", "./clips/../clips/a.mp4", "clips//a.mp4", "gone/../clips/./a.mp4", "link/../a.mp4")
+    rows = [json.dumps({"video": name, "question": "?"}) for name in (*names, f"../{tmp_path.name}/clips/a.mp4")]
+    (tmp_path / "q.jsonl").write_text("\n".join(rows))
+    found = [row.video for row in read_rows(tmp_path / "clips" / ".." / "q.jsonl")]
+    one = tmp_path / "clips" / "a.mp4"
+    assert found == [one, one, one, one, tmp_path / "link" / ".." / "a.mp4", one]
 
 
 def test_folder(tmp_path: Path) -> None:
@@ -107,9 +125,10 @@ def test_wrong_sources(tmp_path: Path) -> None:
 def test_repeats_and_groups(tmp_path: Path) -> None:
     pairs = [("a", "1"), ("b", "1"), ("a", "2"), ("a", "1"), ("b", "1")]
     (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({"video": v, "question": q}) for v, q in pairs))
-    rows, repeats = without_repeats(read_rows(tmp_path / "q.jsonl"))
-    assert repeats == [(4, 1), (5, 2)]
-    assert [[row.number for row in group] for group in by_video(rows)] == [[1, 3], [2]]
+    rows = read_rows(tmp_path / "q.jsonl")
+    assert [row.copy for row in rows] == [0, 0, 0, 1, 1]
+    assert len({row.key("h") for row in rows}) == 5
+    assert [[row.number for row in group] for group in by_video(rows)] == [[1, 3, 4], [2, 5]]
 
 
 def test_a_fingerprint_is_of_size_and_ends(tmp_path: Path) -> None:
@@ -184,44 +203,70 @@ def results_of(rows: list[BatchRow]) -> dict[str, dict[str, str | None]]:
 def test_results_of_other_content_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two questions about each of three videos: one stays, one is replaced, one is taken away."""
     read: list[str] = []
-    real = rows_module.fingerprint
+    real = matching.fingerprint
 
     def counted(video: Path) -> str | None:
         read.append(video.name)
         return real(video)
 
-    monkeypatch.setattr(rows_module, "fingerprint", counted)
+    monkeypatch.setattr(matching, "fingerprint", counted)
     asked = [BatchRow(0, tmp_path / name, question) for question in ("1", "2") for name in ("a", "b", "c")]
     for name in ("a", "b", "c"):
         (tmp_path / name).write_text(name)
-    before, replaced = with_fingerprints(asked, {}, "h")
+    before, replaced = matched(with_fingerprints(asked), {}, "h")
     assert read == ["a", "b", "c"], "each is read once"
     assert replaced == {}
     assert len({row.fingerprint for row in before}) == 3
     results = results_of(before)
     (tmp_path / "b").write_text("another")
     (tmp_path / "c").unlink()
-    now, replaced = with_fingerprints(asked, results, "h")
+    now, replaced = matched(with_fingerprints(asked), results, "h")
     assert [row == other for row, other in zip(now, before, strict=True)] == [True, False, True] * 2
     assert replaced == {before[n].key("h"): now[n].key("h") for n in (1, 4)}
-    assert with_fingerprints(asked, results, "other settings")[1] == {}
+    assert matched(with_fingerprints(asked), results, "other settings")[1] == {}
     results |= results_of(now)
-    assert with_fingerprints(asked, results, "h") == (now, replaced), "a run that was killed left both"
+    assert matched(with_fingerprints(asked), results, "h") == (now, replaced), "a run that was killed left both"
     (tmp_path / "b").unlink()
-    gone, replaced = with_fingerprints(asked, results, "h")
+    gone, replaced = matched(with_fingerprints(asked), results, "h")
     assert gone == now, "the last result stays"
     assert set(replaced) == {before[n].key("h") for n in (1, 4)}
 
 
 def test_a_missing_video_that_appears_is_another_row(tmp_path: Path) -> None:
     asked = [BatchRow(0, tmp_path / "a", "1")]
-    missing, _ = with_fingerprints(asked, {}, "h")
+    missing = with_fingerprints(asked)
     assert missing == asked
     results = results_of(missing)
-    assert with_fingerprints(asked, results, "h") == (asked, {})
+    assert matched(with_fingerprints(asked), results, "h") == (asked, {})
     (tmp_path / "a").touch()
-    now, replaced = with_fingerprints(asked, results, "h")
+    now, replaced = matched(with_fingerprints(asked), results, "h")
     assert replaced == {missing[0].key("h"): now[0].key("h")}
+
+
+def test_results_follow_the_rows_of_the_input(tmp_path: Path) -> None:
+    """Another line, other columns, a row gone, a video replaced; also for results of other settings."""
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text(name)
+    asked = [BatchRow(n, tmp_path / name, "1", {"id": name}) for n, name in enumerate("abc", 1)]
+    results = {
+        row.key(one): {
+            "key": row.key(one), "video": str(row.video), "question": "1", "settings": one, "line": row.number,
+            "fingerprint": row.fingerprint, "input": row.columns,
+        }
+        for row in with_fingerprints(asked)
+        for one in ("h", "i")
+    }  # fmt: skip
+    (tmp_path / "b").write_text("another")
+    edited = [BatchRow(1, tmp_path / "b", "1", {"id": "B"}), BatchRow(2, tmp_path / "a", "1", {"id": "A", "new": 1})]
+    found = refreshed(with_fingerprints(edited), results, {"i": {"alpha_k": 3.0}})
+    assert found.keys() == results.keys()
+    about = [(one["settings"], one.get("alpha_k"), one["line"], one["input"]) for one in found.values()]
+    assert about == [
+        (settings, alpha, line, columns)
+        for line, columns in ((2, {"id": "A", "new": 1}), (None, {"id": "b"}), (None, {"id": "c"}))
+        for settings, alpha in (("h", None), ("i", 3.0))
+    ]
+    assert refreshed(with_fingerprints(edited), found, {}) == found
 
 
 def test_a_key_is_video_question_and_settings() -> None:
@@ -229,5 +274,6 @@ def test_a_key_is_video_question_and_settings() -> None:
     assert row.key("h") == BatchRow(9, Path("/v/a"), "b", {"id": 1}).key("h")
     others = [BatchRow(1, Path("/v/b"), "b").key("h"), BatchRow(1, Path("/v/a"), "c").key("h"), row.key("i")]
     others.append(BatchRow(1, Path("/v/a"), "b", fingerprint="c").key("h"))
-    assert len({row.key("h"), *others}) == 5
+    others.append(BatchRow(1, Path("/v/a"), "b", copy=1).key("h"))
+    assert len({row.key("h"), *others}) == 6
     assert BatchRow(1, Path("/v"), '", "x').key("h") != BatchRow(1, Path('/v", "'), "x").key("h")

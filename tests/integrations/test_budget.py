@@ -14,7 +14,8 @@ from tiny_models_checkpoint import save_checkpoint
 
 from videoanchor_triton.anchor import memory
 from videoanchor_triton.anchor.config import VideoAnchorConfig
-from videoanchor_triton.integrations import cli, demo, pipeline
+from videoanchor_triton.anchor.problem import features_memory_bytes
+from videoanchor_triton.integrations import budget, cli, demo, pipeline
 from videoanchor_triton.integrations.budget import Planner, check_fits
 from videoanchor_triton.integrations.checkpoint import weight_bytes
 from videoanchor_triton.integrations.errors import InputError
@@ -128,6 +129,18 @@ def test_scores_past_their_own_budget(checkpoint: str, free: Any) -> None:
     assert planner.advice(clip, "Why?") == "try --max-frames 20"
     uniform_scores = VideoAnchorConfig(alpha_k=1, alpha_v=1, scorer="uniform", memory_budget=LIMIT)
     assert Planner(checkpoint, uniform_scores, max_new_tokens=10, device="cpu").budget(clip, "Why?").problem is None
+
+
+@pytest.mark.parametrize("scorer", ["ssc", "kmeans", "uniform"])
+def test_scores_count_the_tokens_and_their_pca(scorer: Any) -> None:
+    """The PCA of few wide tokens takes more than their self-expression; bf16 tokens half of what fp32 ones do."""
+    settings = VideoAnchorConfig(alpha_k=1, alpha_v=1, scorer=scorer, pca_rank=8)
+    half, full = (
+        budget._plan_scores(300, 2048, itemsize, settings, torch.device("cpu"), None)[0] for itemsize in (2, 4)
+    )
+    assert full - half == 300 * 2048 * 2
+    pca = 0 if scorer == "uniform" else features_memory_bytes(300, 2048, 8)
+    assert half >= 300 * 2048 * 2 + pca
 
 
 def test_weights_that_do_not_fit(checkpoint: str, free: Any) -> None:

@@ -1,8 +1,10 @@
 """The commands as a user runs them, in a process of their own."""
 
+import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors.numpy import load_file
 
 from videoanchor_triton.anchor import memory
-from videoanchor_triton.integrations import cli
+from videoanchor_triton.integrations import checkpoint, cli
 from videoanchor_triton.integrations import demo as demo_of_the_package
 from videoanchor_triton.integrations.commands import shared
+from videoanchor_triton.integrations.errors import InputError
 from videoanchor_triton.integrations.video.reader import write_video
 from videoanchor_triton.integrations.viz import contact_sheet
 
@@ -68,7 +77,19 @@ def test_demo_result_file(demo: tuple[Path, str]) -> None:
     assert result["config"]["alpha_k"] == 9.5
     assert result["tokens"]["generated"] > 0
     assert result["ssc"]["converged"] is True
-    for stage in ("decode_video", "load_model", "vision", "ssc", "prefill", "decode", "decode_per_token", "generate"):
+    for stage in (
+        "import",
+        "checkpoint",
+        "budget",
+        "decode_video",
+        "load_model",
+        "vision",
+        "ssc",
+        "prefill",
+        "decode",
+        "decode_per_token",
+        "generate",
+    ):
         assert result["seconds"][stage] > 0
     grid = result["grid"]
     n_tokens = grid["t"] * grid["h"] * grid["w"] + grid["n_extra"]
@@ -155,7 +176,12 @@ def test_run_with_a_solver_of_ones_choice(demo: tuple[Path, str], tmp_path: Path
         pytest.param(("--video", "clip.mp4", *GATE, "--fps", "-2"), "fps", id="negative-fps"),
         pytest.param(("--video", "clip.mp4", *GATE, "--max-new-tokens", "0"), "--max-new-tokens", id="no-new-tokens"),
         pytest.param(("--video", "clip.mp4", *GATE, "--dtype", "int3"), "dtype", id="dtype"),
-        pytest.param(("--video", "clip.mp4", *GATE, "--model", "nowhere"), "cannot be loaded", id="missing-model"),
+        pytest.param(("--video", "clip.mp4", *GATE, "--model", "nowhere"), "hub cannot be reached", id="missing-model"),
+        pytest.param(("--video", "broken.mp4", *GATE, "--model", "./no/model"), "no such folder", id="typo-first"),
+        pytest.param(("--video", "clip.mp4", *GATE, "--model", "clip.mp4"), "is a file", id="model-is-a-file"),
+        pytest.param(("--video", "clip.mp4", *GATE, "--model", "."), "no config.json", id="no-checkpoint"),
+        pytest.param(("--video", "clip.mp4", *GATE, "--question", " "), "question is empty", id="no-question"),
+        pytest.param(("--video", "clip.mp4", "--alpha-k", "1e9", "--alpha-v", "1"), "alpha_k", id="alpha-beyond"),
         pytest.param(("--video", "clip.mp4", *GATE, "--model", "text"), "no visual tokens", id="text-model"),
         pytest.param(("--video", "clip.mp4", *GATE, "--out", "clip.mp4"), "is a file", id="out-is-a-file"),
         pytest.param(("--video", "clip.mp4", *GATE, "--max-new-tokens", "4090"), "lower --max-new-tokens", id="answer"),
@@ -188,12 +214,10 @@ def test_wrong_input_is_one_line_and_exit_2(
     assert {path.name for path in tmp_path.iterdir()} == before, "nothing may be left behind"
 
 
-def test_wrong_input_in_a_process_of_its_own(tmp_path: Path) -> None:
-    done = videoanchor(
-        "run", "--model", "m", "--video", "missing.mp4", "--question", "?", "--out", "out", *GATE, cwd=tmp_path
-    )
+def test_wrong_input_in_a_process_of_its_own(demo: tuple[Path, str], tmp_path: Path) -> None:
+    done = videoanchor(*_run(demo[0], Path("out"), "--video", "missing.mp4"), cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["videoanchor run: no video file at missing.mp4: check the path"]
+    assert done.stderr.splitlines()[-1] == "videoanchor run: no video file at missing.mp4: check the path"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -225,31 +249,189 @@ def test_too_many_tokens_for_the_memory(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_while_writing_leaves_what_stood_there(
-    demo: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+SMALL = (*GATE, "--max-frames", "2", "--max-new-tokens", "1", "--n-clusters", "4", "--scorer", "kmeans")
+
+
+def _run(demo: Path, out: Path, *options: object, video: str = "clip.mp4") -> list[str]:
+    run = ("run", "--model", demo / "checkpoint", "--video", demo / video, "--question", "?", "--out", out)
+    return [*map(str, (*run, *SMALL, *options))]
+
+
+def test_results_that_cannot_be_written(
+    demo: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """What stood there stays, the line names the file, and the answer is not lost."""
     (tmp_path / "result.json").write_text("from before")
 
-    def failing(*_args: object) -> None:
-        raise OSError("disk full")
+    def full(_file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(contact_sheet, "draw", failing)
-    run = (
-        "run",
-        "--model",
-        demo[0] / "checkpoint",
-        "--video",
-        demo[0] / "clip.mp4",
-        "--question",
-        "?",
-        "--out",
-        tmp_path,
-    )
-    assert cli.main([*map(str, run), *GATE, "--max-frames", "2", "--max-new-tokens", "1", "--n-clusters", "4"]) == 1
+    monkeypatch.setattr(os, "fsync", full)
+    assert cli.main(_run(demo[0], tmp_path)) == 1
+    shown = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in shown[-1]
+    assert str(tmp_path) in shown[-1]
+    assert "answer" in shown[-2]
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     assert (tmp_path / "result.json").read_text() == "from before"
-    assert cli.main([*map(str, run[:-1]), str(tmp_path / "new"), *GATE, "--max-frames", "2", "--n-clusters", "4"]) == 1
+    assert cli.main(_run(demo[0], tmp_path / "new")) == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_a_picture_that_fails_is_a_warning(
+    demo: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "anchors.png").write_text("of another run")
+
+    def failing(path: Path, *_args: object) -> None:
+        path.write_text("half")
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(contact_sheet, "draw", failing)
+    assert cli.main(_run(demo[0], tmp_path)) == 0
+    shown = capsys.readouterr()
+    assert "no font" in shown.err
+    assert "anchors.png" not in shown.out
+    assert {path.name for path in tmp_path.iterdir()} == {"result.json", "anchors.safetensors"}
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize(
+    "name",
+    ["fig $x_{$ .mp4", "cost $5^ vs $6{ 会议 \u202e.mp4", b"a\n\x1b[31m\xff\x9b.mp4".decode(errors="surrogateescape")],
+)
+def test_any_file_name(demo: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    (tmp_path / name).symlink_to(demo[0] / "clip.mp4")
+    run = ("run", "--model", demo[0] / "checkpoint", "--video", tmp_path / name, "--question", "\x1b[2J?")
+    assert cli.main([*map(str, run), *SMALL, "--out", str(tmp_path / "out")]) == 0
+    assert cli.main(["viz", str(tmp_path / "out"), "--what", "sheet", "--format", "pdf"]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "result.json", "anchors.safetensors", "anchors.png", "viz",
+    }  # fmt: skip
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["video"] == str(tmp_path / name)
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir() if path.is_file()}) == 1
+    shown = capsys.readouterr()
+    assert all(line.isprintable() for line in (shown.out + shown.err).split("\n"))
+    assert cli.main([*map(str, run), *SMALL, "--out", str(tmp_path / name)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isprintable()
+
+
+def test_nothing_is_written_through_links(demo: tuple[Path, str], tmp_path: Path) -> None:
+    out, theirs = tmp_path / "out", tmp_path / "theirs"
+    out.mkdir()
+    theirs.write_text("precious")
+    for name in ("result.json", "anchors.safetensors", "anchors.png"):
+        (out / name).symlink_to(theirs)
+    assert cli.main(_run(demo[0], out)) == 0
+    assert theirs.read_text() == "precious"
+    assert not any(path.is_symlink() for path in out.iterdir())
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    assert cli.main(_run(demo[0], tmp_path / "dangling" / "out")) == 2
+
+
+def _foreign(demo: Path, folder: Path, changes: dict[str, Any]) -> Path:
+    """The checkpoint with another config.json, and code that leaves a trace in every file that could be run."""
+    shutil.copytree(demo / "checkpoint", folder)
+    for name in ("evil.py", *changes.get("files", ())):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"open({str(folder / 'EVIL')!r}, 'w')")
+    auto = ("Config", "Model", "ModelForImageTextToText", "Processor", "Tokenizer", "ImageProcessor", "VideoProcessor")
+    for file in folder.glob("*config.json"):
+        values = json.loads(file.read_text())
+        values["auto_map"] = {f"Auto{name}": f"evil.{name}" for name in auto}
+        values |= {name: value for name, value in changes.items() if name in values}
+        file.write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"model_type": "internvl_chat"}, "videoanchor convert foreign --out foreign-hf", id="internvl"),
+        pytest.param({"model_type": "llava_qwen"}, "videoanchor convert foreign --out foreign-hf", id="llava-video"),
+        pytest.param({"model_type": "my_vlm"}, "needs Python code of its own", id="unknown-model"),
+        pytest.param({"processor_class": "MyProcessor"}, "needs Python code of its own", id="unknown-processor"),
+        pytest.param({"vision_config": {"attn_implementation": "a/b"}}, "code of the hub", id="kernel"),
+        pytest.param({"files": ["custom_generate/generate.py"]}, "custom_generate", id="generate"),
+        pytest.param({}, None, id="known-to-transformers"),
+    ],
+)
+def test_code_of_a_repository_is_never_run(
+    demo: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    message: str | None,
+) -> None:
+    folder = _foreign(demo[0], tmp_path / "foreign", changes)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks"))
+    monkeypatch.chdir(tmp_path)
+    code = cli.main(_run(demo[0], Path("out"), "--model", "foreign"))
+    shown = capsys.readouterr().err
+    assert not (folder / "EVIL").exists()
+    if message is None:
+        assert code == 0
+    else:
+        assert code == 2
+        assert message in shown.splitlines()[-1]
+        assert "clip.mp4" not in shown, "the video is read after the checkpoint"
+        shutil.copytree(demo[0], "done", ignore=shutil.ignore_patterns("checkpoint"))
+        assert cli.main(["viz", "done", "--what", "sheet,attention", "--model", "foreign"]) == 2
+        assert not Path("done/viz").exists()
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (RepositoryNotFoundError, "no such name on the hub"),
+        (GatedRepoError, "hf auth login"),
+        (EntryNotFoundError, "has no config.json"),
+        (LocalEntryNotFoundError, "the hub cannot be reached"),
+    ],
+)
+def test_names_of_the_hub(cause: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise OSError("three\nlong\nlines") from cause.__new__(cause)
+
+    monkeypatch.setattr(checkpoint, "cached_file", failing)
+    with pytest.raises(InputError, match=message) as caught:
+        checkpoint.read_config("someone/model")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_published_format_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "internvl_chat"}')
+    monkeypatch.setattr(checkpoint, "cached_file", lambda *_: str(tmp_path / "config.json"))
+    command = "hf download OpenGVLab/InternVL2-8B --local-dir InternVL2-8B && videoanchor convert InternVL2-8B --out "
+    with pytest.raises(InputError, match=command):
+        checkpoint.read_config("OpenGVLab/InternVL2-8B")
+
+
+def test_the_revision_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = tmp_path / "models--org--name" / "snapshots" / "0123abcd" / "config.json"
+    monkeypatch.setattr(checkpoint, "cached_file", lambda *_: str(cached))
+    assert checkpoint.revision_of("org/name") == "0123abcd"
+    assert checkpoint.revision_of(str(tmp_path)) is None
+
+
+def test_sigterm(demo: tuple[Path, str], tmp_path: Path) -> None:
+    """Ends with a word and 143, however often it is sent; nothing half-written is left."""
+    command = _run(demo[0], tmp_path / "out", "--max-new-tokens", "3000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "videoanchor_triton.integrations.cli", *command], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("  tokens"):
+            break
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+    _, rest = process.communicate()
+    assert process.returncode == 143
+    assert rest.splitlines()[-1] == "videoanchor run: terminated"
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_extras_are_named_before_any_work(

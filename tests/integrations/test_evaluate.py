@@ -1,6 +1,7 @@
 """Questions, settings, replies that survive, and `videoanchor eval` as a user runs it."""
 
 import csv
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +14,21 @@ from videoanchor_triton.anchor.config import VideoAnchorConfig
 from videoanchor_triton.anchor.scores import anchor_scores
 from videoanchor_triton.integrations import cli, demo, pipeline, score_cache
 from videoanchor_triton.integrations.batch.results import ResultsLog
+from videoanchor_triton.integrations.batch.stopping import StoppedError
 from videoanchor_triton.integrations.errors import InputError
 from videoanchor_triton.integrations.evaluation import answerer
+from videoanchor_triton.integrations.evaluation.ablations import ablations
 from videoanchor_triton.integrations.evaluation.evaluate import (
-    Question,
     Setting,
-    ablations,
     evaluate,
-    forget_failures,
-    read_questions,
+    failures,
+    refreshed,
+    scores_of,
+    unreadable,
 )
 from videoanchor_triton.integrations.evaluation.paired import compare
-from videoanchor_triton.integrations.evaluation.report import ALL, MEAN_OF_TYPES, lines, markdown
+from videoanchor_triton.integrations.evaluation.questions import Question, read_questions
+from videoanchor_triton.integrations.evaluation.report import ALL, CSV_COLUMNS, MEAN_OF_TYPES, NO_REPLY, lines, markdown
 from videoanchor_triton.integrations.video.reader import read_video, write_video
 
 GATE = VideoAnchorConfig(alpha_k=4.0, alpha_v=2.0, alpha_q=1.0)
@@ -84,7 +88,6 @@ def test_rows(row: dict[str, Any], answer: str | float, metric: str, options: tu
         ({**ROW, "metric": "mra"}, '"choice"'),
         ({**NUMBER, "metric": "bleu"}, '"exact"'),
         ({**NUMBER, "type": 3}, "type: expected text"),
-        ({**NUMBER, "video": "b.mp4"}, "no video at"),
     ],
 )
 def test_rows_that_are_refused(row: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -93,6 +96,9 @@ def test_rows_that_are_refused(row: dict[str, Any], message: str, tmp_path: Path
 
 
 def test_repeated_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no video at .*b.mp4, nor at any other path"):
+        read_questions(write_rows(tmp_path, {**ROW, "video": "b.mp4"}))
+    assert len(read_questions(write_rows(tmp_path, {**ROW, "video": "b.mp4"}, ROW))) == 2, "one is there"
     with pytest.raises(InputError, match="line 2: repeats"):
         read_questions(write_rows(tmp_path, ROW, ROW))
     with pytest.raises(InputError, match="line 2: repeats"):
@@ -205,8 +211,72 @@ def test_failures_are_kept_left_out_and_asked_again(tmp_path: Path) -> None:
         assert "no such frame" in log.path.read_text()
         broken = False
         assert np.isnan(evaluate(questions, [setting], ask, log)).sum() == 1
-        forget_failures(log)
-        assert evaluate(questions, [setting], ask, log).tolist() == [[1, 1, 1]]
+        again = failures(log)
+        assert evaluate(questions, [setting], ask, log, again=again).tolist() == [[1, 1, 1]]
+        assert again == set()
+
+
+def test_replies_are_judged_by_the_questions_as_they_are_now(tmp_path: Path) -> None:
+    setting, other = Setting("gate", GATE, 8), Setting("another", replace(GATE, alpha_k=1.0), 8)
+    asked = [question(1, answer="A"), question(2, answer="B")]
+    with ResultsLog(tmp_path / "replies.jsonl") as log:
+        assert evaluate(asked, [setting, other], lambda *_: "A", log).tolist() == [[1, 0], [1, 0]]
+        edited = [replace(asked[0], answer="B", id="new", type="near")]
+        log.replace(refreshed(edited, log.records))
+        assert scores_of(edited, [setting, other], log).tolist() == [[0], [0]]
+        found = [[record[name] for name in ("id", "type", "answer", "score")] for record in log.records.values()]
+        assert sorted(found) == [["2", "all", "B", 0.0]] * 2 + [["new", "near", "B", 0.0]] * 2
+        assert [record["settings"]["alpha_k"] for record in log.records.values()] == [4.0, 1.0] * 2
+        assert refreshed(edited, log.records) == log.records
+
+
+@pytest.mark.parametrize(("garbage", "verdict"), [("both", NO_REPLY), ("gate", "loss"), ("none", "no gain shown")])
+def test_replies_that_nobody_can_read_are_counted(tmp_path: Path, garbage: str, verdict: str) -> None:
+    asked = [question(n, video=f"{n}.mp4") for n in range(20)]
+    setting = Setting("gate", GATE, 8)
+    pair = [setting, setting.baseline()]
+
+    def ask(_: Question, how: Setting) -> str:
+        return "zzz word" if garbage == "both" or (garbage == "gate" and how.gated) else "A"
+
+    with ResultsLog(tmp_path / "replies.jsonl") as log:
+        scores = evaluate(asked, pair, ask, log)
+        unread = [unreadable(asked, one, log) for one in pair]
+    (line,) = lines(asked, [(setting, setting.baseline())], [(scores[0], scores[1])], [(unread[0], unread[1])])
+    assert line.verdict == line.to_dict()["verdict"] == verdict
+    counts = {"both": (20, 20), "gate": (20, 0), "none": (0, 0)}[garbage]
+    assert (line.unreadable, line.baseline_unreadable) == counts
+    text = markdown([line], {})
+    assert f"| {counts[1]} / {counts[0]} | 0 | {verdict} |" in text
+    assert ("no letter or number could be read from any reply" in text) == (garbage == "both")
+
+
+@pytest.mark.parametrize(
+    ("error", "n_asked"),
+    [(RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), 4), (RuntimeError("odd"), 8)],
+    ids=["lost", "equal"],
+)
+def test_an_evaluation_stops_and_goes_on(tmp_path: Path, error: Exception, n_asked: int) -> None:
+    """Everything before it stays; the rerun asks what failed after all others."""
+    asked = [question(n, video=f"{n}.mp4") for n in range(20)]
+    setting, order = Setting("gate", GATE, 8), []
+
+    def ask(one: Question, _: Setting) -> str:
+        order.append(one.id)
+        if len(order) > 3:
+            raise error
+        return "A"
+
+    with ResultsLog(tmp_path / "replies.jsonl") as log:
+        with pytest.raises(StoppedError):
+            evaluate(asked, [setting], ask, log)
+        assert len(order) == len(log.records) == n_asked
+        failed, order, error = order[3:], [], KeyboardInterrupt()  # pyright: ignore[reportAssignmentType]
+        assert np.isfinite(scores_of(asked, [setting], log)).sum() == 3
+        everything = evaluate(asked, [setting], lambda one, _: order.append(one.id) or "A", log, again=failures(log))
+        assert everything.tolist() == [[1] * 20]
+    assert order[-len(failed) :] == failed
+    assert len(order) == 17
 
 
 def test_table_by_type() -> None:
@@ -216,9 +286,8 @@ def test_table_by_type() -> None:
     table = lines(questions, [(setting, setting.baseline())], [(after, before)])
     found = {line.type: (line.difference.n, line.difference.difference) for line in table}
     assert found == {ALL: (12, 0.25), MEAN_OF_TYPES: (12, 0.5), "far": (9, 0.0), "near": (3, 1.0)}
-    assert "| gate | near | 3 | 1 | 0.0 | 100.0 | +100.0 | +100.0 to +100.0 | 3 | 1 | no gain shown |" in markdown(
-        table
-    )
+    row = "| gate | near | 3 | 1 | 0.0 | 100.0 | +100.0 | +100.0 to +100.0 | 3 | 1 | 0 / 0 | 0 | no gain shown |"
+    assert row in markdown(table, {})
 
 
 def test_table_draws_whole_videos(tmp_path: Path) -> None:
@@ -298,8 +367,8 @@ def test_eval_as_a_user_runs_it(
         "baseline, 2 frames": 0,
         "terms K": 400,
     }
-    with (out / "eval.csv").open(newline="") as file:
-        table = list(csv.DictReader(file))
+    first = read_csv(out / "eval.csv")
+    table = first
     assert record["n_videos"] == 2
     assert [(row["setting"], row["type"], row["n"], row["n_videos"]) for row in table] == [
         (setting, kind, n, "2")
@@ -318,6 +387,82 @@ def test_eval_as_a_user_runs_it(
     assert str(out / "eval.png") in shown
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        table = csv.DictReader(file)
+        assert tuple(table.fieldnames or ()) == CSV_COLUMNS
+        return list(table)
+
+
+def test_a_report_can_be_cited_and_no_other_run_replaces_it(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    rows = [json.loads(line) for line in (clips / "questions.jsonl").read_text().splitlines()]
+    rows = [{**row, "video": str(clips / row["video"]), "type": f"={row['type']}"} for row in rows]
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    arguments = ("eval", questions, "--model", clips / "checkpoint", "--out", tmp_path / "out", *OPTIONS)
+    arguments = (*arguments, "--scorer", "kmeans")
+    reports = []
+    for strength in ("40", "400"):
+        assert cli.main([*map(str, arguments), "--alpha-k", strength, "--alpha-v", "1"]) == 0
+        shown = capsys.readouterr()
+        record = json.loads((tmp_path / "out" / "eval.json").read_text())
+        reports.append(tmp_path / "out" / f"eval-{record['tag']}.md")
+        assert shown.err.count("tokens") <= 2, "memory of the first clip alone"
+        text = (tmp_path / "out" / "eval.md").read_text()
+        sha256 = hashlib.sha256(questions.read_bytes()).hexdigest()
+        for fact in (
+            str(clips / "checkpoint"),
+            f"alpha_k {strength}",
+            "2 at most",
+            "scorer kmeans",
+            sha256,
+            "cpu",
+            "torch",
+        ):
+            assert fact in text
+        assert record["date"] in text
+        for row in read_csv(tmp_path / "out" / "eval.csv"):
+            assert (row["alpha_k"], row["alpha_v"], row["max_frames"]) == (f"{strength}.0", "1.0", "2")
+            assert (row["questions_sha256"], row["date"], row["n_failed"]) == (sha256, record["date"], "0")
+            assert row["type"] in (ALL, MEAN_OF_TYPES, "'=left", "'=count")
+        assert reports[-1].read_text() == text
+    assert f"kept      {reports[0]}" in shown.out
+    assert "alpha_k 40," in reports[0].read_text()
+    replies = [json.loads(line) for line in (tmp_path / "out" / "replies.jsonl").read_text().splitlines()]
+    strengths = sorted(reply["settings"]["alpha_k"] for reply in replies)
+    assert strengths == [0.0] * 4 + [40.0] * 4 + [400.0] * 4
+
+
+def lose_the_device_after(n: int, answer: Any) -> Any:
+    """`answer`, which fails from the n-th call on."""
+    calls = iter(range(10**6))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) >= n:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return answer(*args, **kwargs)
+
+    return call
+
+
+def test_eval_stops_where_the_device_is_lost(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "answer", lose_the_device_after(3, pipeline.answer))
+        assert run("eval", clips, tmp_path, *STRENGTHS, "--json") == 1
+    shown = capsys.readouterr()
+    record = json.loads(shown.out)
+    assert (record["n_failed"], record["n_unasked"]) == (1, 4)
+    assert "the device failed" in record["stopped"]
+    assert shown.err.splitlines()[-1].startswith("videoanchor eval: stopped, as the device failed")
+    assert run("eval", clips, tmp_path, *STRENGTHS, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["n_failed"], record["n_unasked"], record["stopped"]) == (0, 0, None)
+
+
 def test_the_baseline_is_the_model_without_a_gate(clips: Path, tmp_path: Path) -> None:
     model, processor = pipeline.load(str(clips / "checkpoint"), "cpu")
     asker = answerer.Asker(model, processor, lambda video, n: read_video(video, max_frames=n), tmp_path / "scores", 6)
@@ -333,14 +478,22 @@ def test_the_baseline_is_the_model_without_a_gate(clips: Path, tmp_path: Path) -
 def test_a_broken_video_leaves_the_others(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     rows = [json.loads(line) for line in (clips / "questions.jsonl").read_text().splitlines()][:2]
-    rows = [{**row, "video": str(clips / row["video"])} for row in rows] + [{**NUMBER, "video": "broken.mp4"}]
+    rows = [{**row, "video": str(clips / row["video"])} for row in rows] + [
+        {**NUMBER, "id": "broken", "video": "broken.mp4"},
+        {**NUMBER, "id": "gone", "video": "gone.mp4"},
+    ]
     questions = write_rows(tmp_path, *rows)
     arguments = ("eval", questions, "--model", clips / "checkpoint", "--out", tmp_path / "out", *STRENGTHS, *OPTIONS)
     assert cli.main([*map(str, arguments), "--json"]) == 1
     shown = capsys.readouterr()
     record = json.loads(shown.out)
-    assert (record["n_failed"], record["results"][0]["n"]) == (2, 2)
-    assert "2 replies failed" in shown.err
+    assert (record["n_failed"], record["results"][0]["n"], record["results"][0]["n_failed"]) == (4, 2, 2)
+    assert "4 replies failed" in shown.err
+    assert "1 of 3 videos are missing, their questions fail: " in shown.err
+    assert {failure["id"] for failure in record["failures"]} == {"broken", "gone"}
+    assert any("no video file at" in failure["error"] for failure in record["failures"])
+    for line in (tmp_path / "out" / "replies.jsonl").read_text().splitlines():
+        assert ("error" in (reply := json.loads(line))) == (reply.get("failure") == "input")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The frame of each visual token, as `score="cross_frame"` gets it."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from dense_eager import GENERATE
 from torch import Tensor
 
 import videoanchor_triton as va
-from videoanchor_triton.integrations.frames import frames_of_rows
+from videoanchor_triton.integrations.frames import Images, frames_of_rows, images_of
+from videoanchor_triton.integrations.visual_tokens import find_multimodal_model
 
 
 def row(text: str) -> tuple[Tensor, Tensor]:
@@ -17,9 +19,9 @@ def row(text: str) -> tuple[Tensor, Tensor]:
     return torch.tensor([letter in "vi" for letter in text]), torch.tensor([letter == "v" for letter in text])
 
 
-def frames(texts: list[str], steps: list[int] | None) -> list[list[int]]:
+def frames(texts: list[str], steps: list[int] | None, images: Images | None = None) -> list[list[int]]:
     visual, video = (torch.stack(side) for side in zip(*map(row, texts), strict=True))
-    return [frame.tolist() for frame in frames_of_rows(visual, video, steps)]
+    return [frame.tolist() for frame in frames_of_rows(visual, video, steps, images)]
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,47 @@ def frames(texts: list[str], steps: list[int] | None) -> list[list[int]]:
 )
 def test_frames(texts: list[str], steps: list[int] | None, expected: list[list[int]]) -> None:
     assert frames(texts, steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "lengths", "expected"),
+    [
+        pytest.param([".iiiii."], [2, 3], [[0, 0, 1, 1, 1]], id="nothing-between"),
+        pytest.param([".iiiiii."], [2, 2, 2], [[0, 0, 1, 1, 2, 2]], id="three"),
+        pytest.param([".ii.ii.i"], [4, 1], [[0, 0, 0, 0, 1]], id="line-breaks-within"),
+        pytest.param([".iivvvviii"], [2, 2, 1], [[0, 0, 1, 1, 2, 2, 3, 3, 4]], id="around-a-video"),
+        pytest.param(["iiii", ".ii."], [2, 2, 2], [[0, 0, 1, 1], [0, 0]], id="two-rows"),
+        pytest.param(["iiii", "iiii", ".ii.", ".ii."], [2, 2, 2], [[0, 0, 1, 1]] * 2 + [[0, 0]] * 2, id="two-beams"),
+    ],
+)
+def test_images_side_by_side(texts: list[str], lengths: list[int], expected: list[list[int]]) -> None:
+    steps = [2] if "v" in texts[0] else None
+    assert frames(texts, steps, Images(lengths, whole=True)) == expected
+
+
+def test_images_that_cannot_be_told_apart_are_refused() -> None:
+    with pytest.raises(ValueError, match="cannot tell one image in 2 tiles from several images"):
+        frames([".iiii."], None, Images([2, 2], whole=False))
+    assert frames([".ii.ii"], None, Images([2, 2], whole=False)) == [[0, 0, 1, 1]]
+    with pytest.raises(ValueError, match="2 of 5 tokens were encoded, and 4 stand in the prompt"):
+        frames(["iiii"], None, Images([2, 3], whole=True))
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "mistral3", "internvl", "qwen3_vl"])
+def test_images_of_an_encoder(name: str) -> None:
+    """Two images, and what says that they are two."""
+    model = tiny.build(name)
+    base: Any = find_multimodal_model(model)
+    batch = tiny.inputs(name, [["V"]])
+    encode = "get_video_features" if "pixel_values_videos" in batch else "get_image_features"
+    given = {key: batch[key] for key in inspect.signature(getattr(base, encode)).parameters if key in batch}
+    with torch.no_grad():
+        images = images_of(
+            {key.replace("video", "image"): x for key, x in given.items()}, getattr(base, encode)(**given), name
+        )
+    token = tiny.VIDEO if name == "qwen3_vl" else tiny.IMAGE
+    assert sum(images.lengths) == int((batch["input_ids"] == token).sum())
+    assert images.whole == (name != "internvl")
 
 
 def test_runs_that_fit_no_video_are_refused() -> None:

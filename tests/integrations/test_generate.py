@@ -9,7 +9,17 @@ import pytest
 import tiny_models as tiny
 import torch
 import torch.nn.functional as F
-from dense_eager import ALPHA_K, ALPHA_Q, ALPHA_V, GENERATE, generate_dense, merged_scores, pseudo_scores
+from dense_eager import (
+    ALPHA_K,
+    ALPHA_Q,
+    ALPHA_V,
+    GENERATE,
+    TOLERANCE,
+    assert_same,
+    generate_dense,
+    merged_scores,
+    pseudo_scores,
+)
 from largest_square import LargestSquare
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -17,19 +27,11 @@ from transformers import CompileConfig, DynamicCache
 
 import videoanchor_triton as va
 
-TOLERANCE = 1e-4
 TWO = [[3, 4, "V", 5], [7, 8, "V", 9, 10, 11, 12]]
 
 
 def config(**options: Any) -> va.VideoAnchorConfig:
     return va.VideoAnchorConfig(alpha_q=ALPHA_Q, alpha_k=ALPHA_K, alpha_v=ALPHA_V, scorer=pseudo_scores, **options)
-
-
-def assert_same(out: Any, expected: Any) -> None:
-    assert torch.equal(out.sequences, expected.sequences)
-    assert len(out.logits) == len(expected.logits)
-    for ours, dense in zip(out.logits, expected.logits, strict=True):
-        torch.testing.assert_close(ours, dense, atol=TOLERANCE, rtol=0)
 
 
 @pytest.fixture(params=tiny.BACKBONES)

@@ -1,8 +1,10 @@
 """Further ways of generating, against the eager model with a dense gate: greedy tokens equal, logits within 1e-4."""
 
 import copy
+import functools
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,22 @@ import dense_eager
 import pytest
 import tiny_models as tiny
 import torch
-from dense_eager import ALPHA_K, ALPHA_V, GENERATE, generate_dense, merged_scores, pseudo_scores
+from dense_eager import (
+    ALPHA_K,
+    ALPHA_V,
+    GENERATE,
+    TOLERANCE,
+    assert_same,
+    build,
+    generate_dense,
+    merged_scores,
+    pseudo_scores,
+)
 from torch import Tensor
 from transformers import BitsAndBytesConfig, DynamicCache
 
 import videoanchor_triton as va
 
-TOLERANCE = 1e-4
 ONE = [[3, 4, "V", 5, 6]]
 TWO = [[3, 4, "V", 5], [7, 8, "V", 9, 10, 11, 12]]
 CONFIG = va.VideoAnchorConfig(alpha_k=ALPHA_K, alpha_v=ALPHA_V, scorer=pseudo_scores)
@@ -36,18 +47,6 @@ class Counting:
 def counting_config() -> tuple[va.VideoAnchorConfig, Counting]:
     scorer = Counting()
     return va.VideoAnchorConfig(alpha_k=ALPHA_K, alpha_v=ALPHA_V, scorer=scorer), scorer
-
-
-def assert_same(out: Any, expected: Any) -> None:
-    assert torch.equal(out.sequences, expected.sequences)
-    for ours, dense in zip(out.logits, expected.logits, strict=True):
-        torch.testing.assert_close(ours, dense, atol=TOLERANCE, rtol=0)
-
-
-def build(name: str, **options: Any) -> Any:
-    model = tiny.build(name, **options)
-    model.set_attn_implementation("sdpa")
-    return model
 
 
 @pytest.fixture(params=tiny.BACKBONES)
@@ -95,8 +94,11 @@ def test_chunked_prefill_of_a_second_turn() -> None:
 
 def test_chunked_prefill_is_refused_where_transformers_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("qwen2_5_vl")
-    monkeypatch.delattr("transformers.generation.utils._slice_mm_encoder_output", raising=False)
-    with va.enable(model, CONFIG), pytest.raises(NotImplementedError, match="newer transformers"):
+
+    def forward(input_ids: Tensor, pixel_values_videos: Tensor) -> None: ...  # takes no mm_encoder_outputs
+
+    monkeypatch.setattr(model, "forward", forward)
+    with va.enable(model, CONFIG), pytest.raises(NotImplementedError, match="upgrade transformers"):
         model.generate(**tiny.inputs("qwen2_5_vl", ONE), **GENERATE, prefill_chunk_size=4)
 
 
@@ -441,6 +443,32 @@ def test_half_precision_stays_near_fp32(dtype: torch.dtype) -> None:
     assert (ours - exact).abs().max() <= 2 * (eager - exact).abs().max()
 
 
+def _compile(model: Any, what: str) -> Any:
+    base = model.base_model
+    compiled: Any = functools.partial(torch.compile, backend="eager")
+    if what == "forward":
+        model.forward = compiled(model.forward)
+    elif what == "language-model":
+        base.language_model = compiled(base.language_model)
+    elif what == "layers":
+        base.language_model.layers = torch.nn.ModuleList([compiled(layer) for layer in base.language_model.layers])
+    return compiled(model) if what in ("model", "given-scores") else model
+
+
+@pytest.mark.parametrize("what", ["model", "forward", "language-model", "layers", "given-scores"])
+def test_compiled_before_enable(what: str) -> None:
+    given = what == "given-scores"
+    model = build("internvl", num_hidden_layers=2)
+    batch = tiny.inputs("internvl", ONE)
+    scores = torch.rand(batch["input_ids"].shape) if given else merged_scores(model, batch)
+    expected = generate_dense(model, batch, scores)
+    torch._dynamo.reset()
+    compiled = _compile(model, what)
+    with va.enable(compiled, CONFIG) as handle, handle.use_scores(scores) if given else nullcontext():
+        out = compiled.generate(**batch, **GENERATE)
+    assert_same(out, expected)
+
+
 def _lora(model: Any) -> Any:
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)
@@ -475,6 +503,9 @@ def test_four_bit_weights(tmp_path: Path) -> None:
     model = type(build("internvl")).from_pretrained(
         tmp_path, quantization_config=quantization, device_map="cpu", dtype=torch.float32
     )
+    for layer in model.modules():  # on some CPUs layers are repacked for bf16 products, if their width allows
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     batch = tiny.inputs("internvl", TWO)
     scores = merged_scores(model, batch)
     expected = generate_dense(model, batch, scores)

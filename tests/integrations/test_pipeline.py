@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny_models_checkpoint import save_checkpoint
+from transformers import AutoModelForImageTextToText
 
+import videoanchor_triton as va
 from videoanchor_triton.integrations import cli, pipeline, prompt
 from videoanchor_triton.integrations.errors import InputError
 from videoanchor_triton.integrations.token_grid import TokenGrid
@@ -46,6 +48,40 @@ def test_the_processor_gets_the_frames_of_the_clip(tmp_path: Path) -> None:
     assert grid == TokenGrid(5, 2, 2)
     brightness = inputs["pixel_values"].mean((1, 2, 3))
     assert brightness.argsort().tolist() == values.argsort().tolist()
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    """transformers fills them with random numbers."""
+    save_checkpoint("internvl", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[next(name for name in weights if "k_proj" in name)]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks 1 of its weights \(.*k_proj.*would run with random ones"):
+        pipeline.load(str(tmp_path), "cpu")
+
+
+def test_a_loaded_checkpoint_is_known_as_tested(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Configs of transformers 4.57 answer otherwise once they were loaded."""
+    tiny.build("qwen2_5_vl").save_pretrained(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    va.enable(model, va.VideoAnchorConfig(alpha_k=2.0, alpha_v=1.0)).disable()
+    assert not [one for one in recwarn if "never compared" in str(one.message)]
+
+
+def test_a_device_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint("internvl", tmp_path / "checkpoint")
+    write_video(tmp_path / "clip.mp4", np.zeros((4, 32, 32, 3), dtype=np.uint8), fps=5)
+
+    def failing(*_args: object, **_options: object) -> None:
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered\nfurther lines")
+
+    monkeypatch.setattr(pipeline, "answer", failing)
+    options = ["--question", "?", "--alpha-k", "2", "--alpha-v", "1", "--out", str(tmp_path / "out")]
+    model, video = str(tmp_path / "checkpoint"), str(tmp_path / "clip.mp4")
+    assert cli.main(["run", "--model", model, "--video", video, *options]) == 1
+    assert "the device failed, and this process cannot use it" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_unknown_layout_is_refused() -> None:

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from videoanchor_triton.integrations.batch.job import run_batch
 from videoanchor_triton.integrations.batch.progress import STAGES, BatchProgress
 from videoanchor_triton.integrations.batch.results import Record, ResultsLog
 from videoanchor_triton.integrations.batch.rows import BatchRow
+from videoanchor_triton.integrations.batch.stopping import StoppedError
 from videoanchor_triton.integrations.batch.tensor_parallel import TensorParallelWorker
 from videoanchor_triton.integrations.batch.worker import BatchJob, failed
 from videoanchor_triton.integrations.errors import InputError
@@ -62,7 +64,10 @@ class Worker:
             n = len(begun.read_text().splitlines())
             if row.question == "kills-all" or (row.question == "kills-once" and n == 1):
                 os.kill(os.getpid(), signal.SIGKILL)
-            yield {**failed(row, self._settings_hash, ""), "status": "done", **NUMBERS}
+            if row.question == "loses-the-device":
+                yield failed(row, self._settings_hash, RuntimeError("CUDA error: an illegal memory access"))
+            else:
+                yield {**failed(row, self._settings_hash, ""), "status": "done", **NUMBERS}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -106,6 +111,20 @@ def test_two_actors_and_one_killed(tmp_path: Path) -> None:
     assert len((tmp_path / "kills-once").read_text().splitlines()) == 2
     assert len(list(tmp_path.glob("actor-*"))) >= 2 + 1 + MAX_DEATHS
     assert all(record["input"] == {"n": record["line"] % 10} for record in records)
+
+
+def test_an_actor_that_loses_its_device(tmp_path: Path) -> None:
+    """The batch stops there; a rerun asks the others."""
+    questions = ["q0", "loses-the-device", "q2", "q3"]
+    rows = [BatchRow(n, Path(f"/{n}.mp4"), question) for n, question in enumerate(questions)]
+    job, engine = make_job(tmp_path), partial(ray_engine, n_actors=1, make_worker=Worker)
+    with ResultsLog(tmp_path / "out" / "results.jsonl") as log:
+        with pytest.raises(StoppedError, match="CUDA error: an illegal memory access"):
+            run_batch(job, rows, log, engine, BatchProgress(enabled=False))
+        assert [record["failure"] for record in log.records.values() if record["status"] == "failed"] == ["accelerator"]
+        assert len(log.records) < 4
+        run_batch(job, rows, log, engine, BatchProgress(enabled=False))
+        assert Counter(record["question"] for record in log.records.values()) == Counter(questions)
 
 
 def test_what_is_there_is_not_asked_again(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The README's Python runs as written, with the demo's checkpoint and clip in place of a download."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,14 @@ def test_python_of_the_readme(block: str, tmp_path: Path, capsys: pytest.Capture
     exec(compile(block, "README.md", "exec"), names)
     if "handle" in names:
         assert "tensor([" in capsys.readouterr().out
+
+
+def test_imports_of_the_readme_in_a_fresh_python() -> None:
+    """In the order in which they stand there, beside whatever torchvision there is."""
+    lines = [line for line in BLOCKS[0].splitlines() if line.startswith(("import ", "from "))]
+    assert any("transformers" in line for line in lines)
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_command_of_the_readme_parses() -> None:

@@ -64,3 +64,30 @@ def test_transformers_imports_in_the_root_without_hugging_face_kernels(tmp_path:
         "from transformers.utils import is_kernels_available; print(is_kernels_available())"
     )
     assert python(code, "-S", PYTHONPATH=path) == "False"
+
+
+BROKEN_TORCHVISION = """
+import torch
+from . import first
+try:
+    torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU")
+except RuntimeError as error:
+    raise RuntimeError("operator torchvision::nms does not exist") from error
+whole = True
+"""
+
+
+@pytest.mark.parametrize("first", ["", "from importlib.util import find_spec; find_spec('torchvision'); "])
+def test_torchvision_of_another_torch_is_imported(first: str, tmp_path: Path) -> None:
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(BROKEN_TORCHVISION)
+    (tmp_path / "torchvision" / "first.py").touch()
+    path = os.pathsep.join([str(tmp_path), str(ROOT / "src")])
+    code = f"import videoanchor_triton; {first}import torchvision; print(torchvision.whole)"
+    assert python(code, PYTHONPATH=path) == "True"
+
+
+def test_another_failure_of_torchvision_stays(tmp_path: Path) -> None:
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('disk')")
+    code = "import videoanchor_triton\ntry:\n    import torchvision\nexcept RuntimeError as error:\n    print(error)"
+    assert python(code, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT / "src")])) == "disk"

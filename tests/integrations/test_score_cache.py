@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 import videoanchor_triton as va
@@ -166,34 +165,41 @@ def test_no_room_at_all(tmp_path: Path, computed: list[int]) -> None:
         ScoreCache(tmp_path, -1)
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), SafetensorError("I/O error")])
-def test_a_full_disk_costs_the_entry_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def full(_tensors: Any, path: str, **_options: Any) -> None:
-        Path(path).write_bytes(b"half")
-        raise error
+def test_a_full_disk_costs_the_entry_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(_file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left")
 
-    monkeypatch.setattr(score_cache, "save_file", full)
+    monkeypatch.setattr(os, "fsync", full)
     cache = ScoreCache(tmp_path, PLENTY)
     assert_same(cache.anchor_scores(tokens(), CONFIG), anchor_scores(tokens(), CONFIG))
     assert list(tmp_path.iterdir()) == []
+    assert str(tmp_path / cache_key(tokens(), CONFIG)) in caplog.text
 
 
 def test_an_interruption_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_tensors: Any, path: str, **_options: Any) -> None:
-        Path(path).write_bytes(b"half")
+    def interrupted(_file: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(score_cache, "save_file", interrupted)
+    monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ScoreCache(tmp_path, PLENTY).anchor_scores(tokens(), CONFIG)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_entry_can_be_read_by_whom_other_files_can(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    ScoreCache(tmp_path / "cache", PLENTY).anchor_scores(tokens(), CONFIG)
+    (entry,) = (tmp_path / "cache").iterdir()
+    assert entry.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_what_a_killed_process_left_is_removed_with_the_rest(tmp_path: Path) -> None:
     cache = ScoreCache(tmp_path, PLENTY)
     cache.anchor_scores(tokens(), CONFIG)
     (entry,) = tmp_path.iterdir()
-    left = entry.with_name(f"{entry.name}.ab_c1.tmp")
+    left = entry.with_name(".writing-0123456789abcdef.safetensors")
     left.write_bytes(b"x" * 5000)
     os.utime(left, (1, 1))
     cache.max_bytes = 2 * entry.stat().st_size

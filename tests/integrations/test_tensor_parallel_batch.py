@@ -200,6 +200,7 @@ SHARE = "the processes that share the model"
         pytest.param("dies within a line", f"{SHARE} ended: no reason given", id="dies-within-a-line"),
         pytest.param("hangs", f"{SHARE} did nothing for 1 s", id="hangs"),
         pytest.param("fails", None, id="fails"),
+        pytest.param("loses the device", None, id="loses-the-device"),
     ],
 )
 def test_others_answer_the_rows_after_a_mishap(
@@ -212,6 +213,7 @@ def test_others_answer_the_rows_after_a_mishap(
     assert [record["question"] for record in records] == ["q0", mishap, "q2", "q3", mishap]
     assert [record["status"] for record in records] == ["done", "failed", "done", "done", "failed"]
     assert [record.get("reason") for record in records] == [None, reason, None, None, reason]
+    assert [record.get("failure") for record in records if record["status"] == "failed"] == ["other"] * 2, "no stop"
     starts = ["2 processes", "q0", mishap, "2 processes", "q2", "q3", mishap]
     assert (tmp_path / "begun").read_text().splitlines() == starts, "each row once"
     assert progress.count(("tokens", 1, 0)) == 5

@@ -1,5 +1,6 @@
 """A search that finds what was planted, claims nothing of noise, and goes on where it stopped."""
 
+import csv
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_evaluate import clips, n_scored, run  # noqa: F401
+from test_evaluate import clips, lose_the_device_after, n_scored, run  # noqa: F401
 
 from videoanchor_triton.anchor.config import VideoAnchorConfig
 from videoanchor_triton.integrations import pipeline
 from videoanchor_triton.integrations.batch.results import ResultsLog
+from videoanchor_triton.integrations.batch.stopping import StoppedError
 from videoanchor_triton.integrations.errors import InputError
-from videoanchor_triton.integrations.evaluation.evaluate import read_questions
 from videoanchor_triton.integrations.evaluation.paired import compare
+from videoanchor_triton.integrations.evaluation.questions import read_questions
 from videoanchor_triton.integrations.evaluation.tune import Point, Trial, conclusion, coordinate_search, split
 from videoanchor_triton.integrations.evaluation.tune_gradient import answer_loss, learn, recomputed_layers
 from videoanchor_triton.integrations.evaluation.tune_report import draw_search
@@ -115,6 +117,7 @@ def test_failures_are_left_out_of_all_points_of_a_rung() -> None:
     point, trials = coordinate_search(evaluate, (0, 2), (0,), range(20))
     assert point == (2, 0)
     assert trials[-1].n == 10
+    assert conclusion(point, None, 7, 7).startswith("Nothing could be judged: ")
     with pytest.raises(InputError, match="no question was answered"):
         coordinate_search(lambda points, numbers: np.full((len(points), len(numbers)), np.nan), GRID, GRID, range(9))
 
@@ -188,6 +191,20 @@ def test_descent_finds_the_minimum_and_goes_on_where_it_stopped(tmp_path: Path) 
         assert learn(lambda *_: pytest.fail("asked again"), range(20), log, "a", n_steps=60) == (point, steps)
 
 
+def test_descent_stops_where_the_device_is_lost(tmp_path: Path) -> None:
+    def lost(alphas: torch.Tensor, number: int) -> torch.Tensor:
+        if number >= 8:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        if number == 1:
+            raise RuntimeError("one that is odd")
+        return (alphas**2).sum()
+
+    with ResultsLog(tmp_path / "log.jsonl") as log:
+        with pytest.raises(StoppedError, match="the device failed"):
+            learn(lost, range(20), log, "a", batch=4)
+        assert len(log.records) == 2, "the steps before it stay"
+
+
 def test_descent_refuses(tmp_path: Path) -> None:
     def fail(*_: object) -> torch.Tensor:
         raise InputError("no such video")
@@ -241,7 +258,7 @@ def test_gradient_through_the_model(clips: Path) -> None:  # noqa: F811
 @pytest.mark.parametrize(
     ("options", "columns"),
     [
-        (("--grid-k", "0,400", "--grid-v", "0"), {"rung", "mean", "kept"}),
+        (("--grid-k", "0,400", "--grid-v", "0"), {"rung", "mean", "kept", "model", "questions_sha256"}),
         (("--method", "gradient", "--steps", "2", "--batch", "1"), {"step", "loss"}),
     ],
     ids=["grid", "gradient"],
@@ -258,25 +275,44 @@ def test_tune_as_a_user_runs_it(
     assert run("tune", clips, out, "--held-out", "0.5", *options) == 0
     shown = capsys.readouterr().out
     record = json.loads((out / "tune.json").read_text())
-    assert shown.startswith("**No gain shown")
+    assert shown.startswith(("**No gain shown", "**Nothing could be judged: no letter or number could be read from"))
     assert record["conclusion"] in shown
-    assert columns <= record["search"][0].keys()
+    with (out / "tune.csv").open(newline="") as file:
+        assert columns <= next(csv.DictReader(file)).keys()
+    assert "mean (%)" in (out / "tune.md").read_text() or "mean" not in columns
     assert len(record["held_out_ids"]) == 2  # both about one of the two videos
     if record["held_out"] is not None:  # the search may prefer no gate
         assert (record["held_out"]["n"], record["held_out"]["n_videos"]) == (2, 1)
+    if record["held_out"] is not None and "could be judged" not in shown:
         assert "on 2 questions about 1 videos held out" in shown
     assert {path.name for path in out.iterdir()} >= {"tune.md", "tune.csv", "tune.json", "tune.png", "replies.jsonl"}
     assert n_scored[1] <= 2  # each clip once, whatever the strengths
     asked = n_scored[0]
     assert run("tune", clips, out, "--held-out", "0.5", *options, "--json") == 0
-    assert json.loads(capsys.readouterr().out) == record
+    assert {**json.loads(capsys.readouterr().out), "date": record["date"]} == record
     assert n_scored[0] == asked  # nothing is asked again
+
+
+def test_tune_stops_where_the_device_is_lost(
+    clips: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(pipeline, "answer", lose_the_device_after(3, pipeline.answer))
+    assert run("tune", clips, tmp_path, "--held-out", "0.5", "--grid-k", "0,400", "--grid-v", "0") == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("videoanchor tune: stopped, as the device failed")
+    assert last.endswith("replies.jsonl has what was done, the same command goes on")
+    assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--steps", "3"), "--steps is not for --method grid"),
+        (("--grid-k", "0,1e9"), "--grid-k: alpha_k"),
+        (("--grid-v", "-1"), "--grid-v: alpha_v"),
         (("--method", "gradient", "--grid-k", "0,1"), "--grid-k is not for"),
         (("--method", "gradient", "--start", "1"), "two strengths"),
         (("--held-out", "1.5"), "--held-out"),

@@ -103,7 +103,7 @@ def test_table_against_the_tensors(run_folder: Path, gallery: Path) -> None:
         token, first = int(row["token"]), 2 * place[0]
         assert tuple(int(row[name]) for name in ("step", "row", "column")) == place
         assert np.float32(row["score"]) == tensors["scores"][token]
-        assert int(row["subspace"]) == tensors["labels"][token]
+        assert int(row["label"]) == tensors["labels"][token]
         assert int(row["frame"]) == tensors["frame_indices"][first]
         assert float(row["time_s"]) == pytest.approx(tensors["timestamps"][first], abs=1e-6)
 
@@ -312,7 +312,7 @@ def test_another_model_is_told(run_folder: Path, tmp_path: Path, capsys: pytest.
             id="timeout-all-frames",
         ),
         pytest.param(("moved",), "is no longer at moved.mp4: give --video", id="video-moved"),
-        pytest.param(("run", "--what", "affinity", "--model", "./gone"), "cannot be loaded", id="model"),
+        pytest.param(("run", "--what", "affinity", "--model", "./gone"), "no such folder", id="model"),
         pytest.param(("run", "--out", "broken.mp4"), "is a file", id="out-is-a-file"),
         pytest.param(("mixed",), "files are of different runs", id="mixed"),
         pytest.param(("cut",), "cannot be read as a finished run", id="cut"),

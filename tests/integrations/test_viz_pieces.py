@@ -1,5 +1,6 @@
 """The pieces of `videoanchor viz` by themselves: odd sizes, newlines, one frame, and pictures without overlap."""
 
+import csv
 import itertools
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def test_table_leaves_cells_empty_where_a_token_has_no_place(tmp_path: Path) -> 
     run = finished(grid, 3)
     table.write(tmp_path / "tokens.csv", run)
     lines = (tmp_path / "tokens.csv").read_text().splitlines()
-    assert lines[0] == "token,step,frame,time_s,row,column,score,subspace"
+    assert lines[0] == "token,step,frame,time_s,row,column,score,subspace,label"
     cells = [line.split(",") for line in lines[1:]]
     assert len(cells) == 13
     assert cells[1][:6] == ["1", "0", "1", "0.100000", "0", "1"]
@@ -82,7 +83,22 @@ def test_table_leaves_cells_empty_where_a_token_has_no_place(tmp_path: Path) -> 
     assert cells[9][:6] == ["9", "1", "7", "0.700000", "1", "0"]
     assert cells[12][:6] == ["12", "", "", "", "", ""]
     assert [np.float32(row[6]) for row in cells] == run.scores.tolist()
-    assert [int(row[7]) for row in cells] == run.labels.tolist()
+    assert [int(row[8]) for row in cells] == run.labels.tolist()
+
+
+def test_table_names_subspaces_as_the_legend_does(tmp_path: Path) -> None:
+    grid = TokenGrid(1, 1, 200)
+    sizes = np.arange(1, 20)[::-1]
+    labels = np.repeat(np.random.default_rng(0).permutation(40)[:19], sizes)  # 19 subspaces, under numbers with gaps
+    run = finished(grid, 1, np.append(labels, [labels[0]] * (200 - len(labels))))
+    table.write(tmp_path / "tokens.csv", run)
+    with (tmp_path / "tokens.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["subspace"] for row in rows} == {name for name, _ in subspace_names(run.labels)}
+    painted = Painter.of(run, "subspaces")
+    for row in rows:
+        colour = painted.colours[0, 0, int(row["column"])].astype(int)
+        assert dict(painted.names)[row["subspace"]] == "#{:02X}{:02X}{:02X}".format(*colour)
 
 
 def test_colours_go_by_size_and_the_small_share_one() -> None:

@@ -1,7 +1,7 @@
 """Tiny random backbones and prompts for them, built offline, for transformers 4.57 and 5.x.
 
 A prompt is a list of text token ids and "V" for one video of `FRAMES` frames. The table of backbones is in
-tiny_models_table.py and tiny_models_images.py.
+tiny_models_table.py, tiny_models_images.py and tiny_models_decoders.py.
 """
 
 from collections.abc import Sequence
@@ -9,13 +9,26 @@ from typing import Any
 
 import torch
 import transformers as hf
+from tiny_models_decoders import DECODER_TABLE
 from tiny_models_images import IMAGE_TABLE
 from tiny_models_media import FRAMES, IMAGE, PAD, V5, VIDEO, VISION_END, VISION_START, VOCABULARY
 from tiny_models_table import VIDEO_TABLE
 
-__all__ = ["ALL_BACKBONES", "BACKBONES", "FRAMES", "IMAGE", "PAD", "SUPPRESSED", "TABLE", "V5", "VIDEO", "VOCABULARY"]
+__all__ = [
+    "ALL_BACKBONES",
+    "BACKBONES",
+    "CLASSES",
+    "FRAMES",
+    "IMAGE",
+    "PAD",
+    "SUPPRESSED",
+    "TABLE",
+    "V5",
+    "VIDEO",
+    "VOCABULARY",
+]
 
-TABLE = {**VIDEO_TABLE, **IMAGE_TABLE}
+TABLE = {**VIDEO_TABLE, **IMAGE_TABLE, **DECODER_TABLE}
 
 BACKBONES = ("qwen2_5_vl", "internvl", "llava_onevision", "qwen3_vl")
 """Over these every way of generating is tested."""
@@ -24,6 +37,9 @@ ALL_BACKBONES = tuple(
     name for name, row in TABLE.items() if hasattr(hf, row.model) and int(hf.__version__.split(".")[0]) >= row.since
 )
 """All that the installed transformers has: the generic test in test_backbones.py runs on them."""
+
+CLASSES = tuple(name for name in ALL_BACKBONES if name not in DECODER_TABLE)
+"""One of each class."""
 
 SUPPRESSED = [PAD, IMAGE, VIDEO, VISION_START, VISION_END]
 
@@ -56,6 +72,8 @@ def build(name: str, seed: int = 0, **text_options: Any) -> Any:
             if parameter.ndim >= 2:
                 width = 0.5 if "lm_head" in parameter_name else 0.15
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * width)
+            elif parameter_name.endswith("sinks"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 3)
             elif parameter_name.endswith("bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     model.generation_config.eos_token_id = None

@@ -228,7 +228,7 @@ def _lfm3_vl(text: Options) -> Options:
     return {"text_config": text, "vision_config": vision, "projector_hidden_size": 64, **QWEN_IDS}
 
 
-def _gemma4(text: Options) -> Options:
+def gemma4(text: Options) -> Options:
     text = {
         **text,
         **SLIDING,
@@ -248,23 +248,21 @@ def _muse_glimmer(text: Options) -> Options:
     return {"text_config": text, "vision_config": vision, "out_hidden_size": 128, "projector_hidden_size": 64, **IDS}
 
 
-_PINPOINTS = {"image_grid_pinpoints": [[16, 16]], "video_token_index": VIDEO}
+PINPOINTS = {"image_grid_pinpoints": [[16, 16]], "video_token_index": VIDEO}
 
 VIDEO_TABLE: dict[str, Backbone] = {
     "qwen2_5_vl": Backbone("Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl, PATCHES),
     "internvl": Backbone("InternVLForConditionalGeneration", internvl("qwen2"), image_media(4)),
     "llava_onevision": Backbone(
-        "LlavaOnevisionForConditionalGeneration", llava("qwen2", SIGLIP, **_PINPOINTS), VIDEO_FRAMES_AND_NEWLINE
+        "LlavaOnevisionForConditionalGeneration", llava("qwen2", SIGLIP, **PINPOINTS), VIDEO_FRAMES_AND_NEWLINE
     ),
     "qwen3_vl": Backbone("Qwen3VLForConditionalGeneration", _qwen3_vl, PATCHES_BY_FRAME),
     "qwen2_vl": Backbone("Qwen2VLForConditionalGeneration", _qwen2_vl, PATCHES),
     "qwen3_vl_moe": Backbone(
         "Qwen3VLMoeForConditionalGeneration", lambda text: _qwen3_vl({**text, **EXPERTS}), PATCHES_BY_FRAME
     ),
-    "internvl_llama": Backbone("InternVLForConditionalGeneration", internvl("llama"), image_media(4)),
-    "internvl_qwen3": Backbone("InternVLForConditionalGeneration", internvl("qwen3", head_dim=16), image_media(4)),
     "llava_next_video": Backbone(
-        "LlavaNextVideoForConditionalGeneration", llava("llama", CLIP, **_PINPOINTS), VIDEO_FRAMES
+        "LlavaNextVideoForConditionalGeneration", llava("llama", CLIP, **PINPOINTS), VIDEO_FRAMES
     ),
     "video_llava": Backbone(
         "VideoLlavaForConditionalGeneration", llava("llama", CLIP, video_token_index=VIDEO), VIDEO_FRAMES_UNPOOLED
@@ -291,6 +289,6 @@ VIDEO_TABLE: dict[str, Backbone] = {
     "hyperclovax": Backbone("HyperCLOVAXVisionV2ForConditionalGeneration", _hyperclovax, PATCHES_UNTYPED),
     "cohere_compass": Backbone("CohereCompassForConditionalGeneration", _cohere_compass, PATCHES_BY_FRAME),
     "lfm3_vl": Backbone("Lfm3VlForConditionalGeneration", _lfm3_vl, PATCHES_UNTYPED),
-    "gemma4": Backbone("Gemma4ForConditionalGeneration", _gemma4, PATCHES_WITH_POSITIONS),
+    "gemma4": Backbone("Gemma4ForConditionalGeneration", gemma4, PATCHES_WITH_POSITIONS),
     "muse_glimmer": Backbone("MuseGlimmerForConditionalGeneration", _muse_glimmer, PATCHES_UNTYPED),
 }
