@@ -16,11 +16,11 @@ test: $(INSTALLED)  ## the suite, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: test .venv-4.57/.installed $(TRITONS:%=.venv-triton-%/.installed)  ## the suite, then the integrations on the oldest supported transformers and the kernels on other Tritons
-	.venv-4.57/bin/python -m pytest -n 2 --dist loadfile tests/integrations
+	.venv-4.57/bin/python -m pytest -n 2 --dist loadfile tests/integrations tests/app
 	for version in $(TRITONS); do .venv-triton-$$version/bin/python -m pytest -n 2 --dist loadfile tests/kernels || exit 1; done
 
 test-lmms: .venv-lmms/.installed  ## the lmms-eval plug-in, beside lmms-eval
-	.venv-lmms/bin/python -m pytest tests/lmms_eval
+	.venv-lmms/bin/python -m pytest tests/integrations/lmms_eval
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .

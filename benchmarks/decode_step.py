@@ -61,7 +61,7 @@ def operations_of(step: Callable[[], Any]) -> Operations:
 @contextmanager
 def kernels_as_on_a_gpu() -> Iterator[None]:
     """Our kernels, in the interpreter on the CPU, without the checks of values that only the CPU gets."""
-    from videoanchor_triton.integrations import attention
+    from videoanchor_triton.integrations.transformers import attention
     from videoanchor_triton.kernels import api, validation
 
     attend = partial(api.anchored_attention, backend="triton")
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
         import interpreter_fixes
 
         interpreter_fixes.apply()
-    from videoanchor_triton.integrations.torchvision_compat import make_torchvision_importable
+    from videoanchor_triton.app.torchvision_compat import make_torchvision_importable
 
     make_torchvision_importable()
     from environment import environment, processor

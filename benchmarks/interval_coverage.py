@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from videoanchor_triton.integrations.evaluation.paired import compare
+from videoanchor_triton.app.evaluation.paired import compare
 
 SHAPES = ((40, 1), (6, 10), (10, 10), (20, 10), (40, 10), (288, 18))
 """Videos and questions a video; the last is about the size of VSI-Bench."""

@@ -26,8 +26,8 @@ from environment import environment, processor
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from videoanchor_triton.app.video.reader import VideoClip, read_video
 from videoanchor_triton.integrations.errors import InputError
-from videoanchor_triton.integrations.video.reader import VideoClip, read_video
 
 NAME = "video-damage"
 FRAMES, HEIGHT, WIDTH = 80, 120, 160

@@ -40,9 +40,9 @@ from environment import environment, processor
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from videoanchor_triton.integrations.video import sampling
-from videoanchor_triton.integrations.video.decoding import VideoFile
-from videoanchor_triton.integrations.video.reader import read_video
+from videoanchor_triton.app.video import sampling
+from videoanchor_triton.app.video.decoding import VideoFile
+from videoanchor_triton.app.video.reader import read_video
 
 NAME = "video-decoding"
 FPS = 20

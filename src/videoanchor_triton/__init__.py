@@ -7,7 +7,7 @@ is imported. Nothing heavy is imported before a name is used.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .integrations import registration
+from .integrations.transformers import registration
 
 if TYPE_CHECKING:
     from .anchor.config import VideoAnchorConfig
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .anchor.scores import AnchorResult, anchor_scores
     from .anchor.solver import SelfExpression, self_expression
     from .anchor.streaming import AnchorStream
-    from .integrations.enable import Handle, disable, enable
+    from .integrations.transformers.enable import Handle, disable, enable
     from .kernels.api import (
         anchored_attention,
         anchored_attention_decode,
@@ -50,7 +50,7 @@ __all__ = [
 _HOME = {
     "AnchorResult": ".anchor.scores",
     "AnchorStream": ".anchor.streaming",
-    "Handle": ".integrations.enable",
+    "Handle": ".integrations.transformers.enable",
     "SelfExpression": ".anchor.solver",
     "SolverOptions": ".anchor.options",
     "SparseSubspaceClustering": ".anchor.estimator",
@@ -61,8 +61,8 @@ _HOME = {
     "anchored_attention_varlen": ".kernels.api",
     "available_backends": ".kernels.api",
     "choose_gate_form": ".kernels.gates",
-    "disable": ".integrations.enable",
-    "enable": ".integrations.enable",
+    "disable": ".integrations.transformers.enable",
+    "enable": ".integrations.transformers.enable",
     "merge_attention": ".kernels.merge",
     "self_expression": ".anchor.solver",
 }

@@ -8,7 +8,7 @@ import torch
 
 from videoanchor_triton.anchor.config import Score, VideoAnchorConfig
 from videoanchor_triton.anchor.solver import SolverOptions
-from videoanchor_triton.integrations.commands.shared import add_config_options, config_of
+from videoanchor_triton.app.commands.shared import add_config_options, config_of
 from videoanchor_triton.integrations.errors import InputError
 
 

@@ -1,0 +1,270 @@
+"""What answers the questions of a batch: a model, and one video after another."""
+
+import hashlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...integrations.errors import InputError
+from ..video.limits import MAX_PIXELS
+from .results import Record
+from .rows import BatchRow
+from .stopping import Failure, failure_of
+
+if TYPE_CHECKING:  # these import torch, and the input is read before that
+    from ...anchor.config import VideoAnchorConfig
+    from ...anchor.timing import Progress
+    from ..pipeline import RunResult
+    from ..video.reader import VideoClip
+    from .tensor_parallel_process import Leader
+
+
+CONFIG_COLUMNS = (
+    *("alpha_q", "alpha_k", "alpha_v", "decode", "scorer", "score", "n_clusters", "pca_rank", "random_state"),
+    *("algorithm", "tol"),
+)
+_LATER_DEFAULTS = {"max_pixels": MAX_PIXELS, "strict": False}
+"""Options that came after the first results: at their defaults settings are those of before."""
+VIDEO_COLUMNS = ("max_frames", "fps", "sampling", "max_pixels", "strict")
+
+
+@dataclass(frozen=True)
+class BatchJob:
+    """What is the same for all rows of a batch. It can be sent to another process.
+
+    Args:
+        model, device, dtype: see `pipeline.load`.
+        config: scores and gate.
+        video: how videos are sampled, the keywords of `read_video`.
+        fit: take as many frames as fit, instead of failing.
+        max_new_tokens: of an answer.
+        score_folder, score_bytes: see `ScoreCache`.
+        share_prefill: see `SharedPrefill`.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    config: "VideoAnchorConfig"
+    video: dict[str, Any]
+    fit: bool
+    max_new_tokens: int
+    score_folder: Path
+    score_bytes: int
+    share_prefill: bool = True
+
+    def settings(self) -> dict[str, Any]:
+        """What an answer depends on, ready for JSON."""
+        folder = Path(self.model)
+        return {
+            "model": str(folder.absolute()) if folder.is_dir() else self.model,
+            "dtype": self.dtype,
+            "config": self.config.to_dict(),
+            "video": {
+                name: value
+                for name, value in self.video.items()
+                if name != "timeout" and value != _LATER_DEFAULTS.get(name, ...)
+            },
+            "fit": self.fit,
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+    def settings_hash(self) -> str:
+        """16 hexadecimal digits of `settings`."""
+        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def columns(self) -> Record:
+        """What tells these settings from others in each result."""
+        return setting_columns(self.settings())
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps({**vars(self), "config": self.config.to_dict(), "score_folder": str(self.score_folder)})
+
+    @classmethod
+    def from_json(cls, text: str) -> "BatchJob":
+        """What `to_json` has written."""
+        from ...anchor.config import VideoAnchorConfig
+
+        values = json.loads(text)
+        values["config"] = VideoAnchorConfig(**values["config"])
+        return cls(**{**values, "score_folder": Path(values["score_folder"])})
+
+
+def setting_columns(settings: dict[str, Any]) -> Record:
+    """The columns of `BatchJob.settings`."""
+    config, video = settings["config"], _LATER_DEFAULTS | settings["video"]
+    return {
+        "model": settings["model"],
+        "dtype": settings["dtype"],
+        **{name: config.get(name) for name in CONFIG_COLUMNS},
+        **{name: video.get(name) for name in VIDEO_COLUMNS},
+        "fit": settings["fit"],
+        "max_new_tokens": settings["max_new_tokens"],
+    }
+
+
+class BatchWorker:
+    """A model that answers rows.
+
+    Args:
+        leader: where the model is split among processes and this is the first of them.
+
+    Raises:
+        InputError: the checkpoint cannot be loaded.
+    """
+
+    def __init__(self, job: BatchJob, progress: "Progress | None" = None, leader: "Leader | None" = None) -> None:
+        from ..commands.shared import prepare_libraries
+
+        prepare_libraries()
+        from .. import pipeline
+        from ..budget import Planner
+        from ..score_cache import ScoreCache
+        from .shared_prefill import SharedPrefill
+
+        self._job, self._progress, self._settings_hash = job, progress, job.settings_hash()
+        self._scores = ScoreCache(job.score_folder, job.score_bytes)
+        self._planner = Planner(
+            job.model,
+            job.config,
+            max_new_tokens=job.max_new_tokens,
+            device=job.device,
+            dtype=job.dtype,
+            tensor_parallel=1 if leader is None else leader.size,
+        )
+        self._open_video = SharedPrefill if leader is None else leader.video
+        self._model, self._processor = (leader or pipeline).load(job.model, job.device, job.dtype)
+
+    def answer(self, rows: Sequence[BatchRow]) -> Iterator[Record]:
+        """Results of the rows of one video, each as it is there. What goes wrong with a row becomes its result."""
+        job = self._job
+        start = time.perf_counter()
+        try:
+            clip, too_long = self._read(rows)
+        except Exception as error:
+            yield from (failed(row, self._settings_hash, error) for row in rows)
+            return
+        decoded = time.perf_counter() - start
+        video = self._open_video(
+            self._model,
+            self._processor,
+            clip,
+            job.config,
+            share=job.share_prefill and len(rows) > 1,
+            max_new_tokens=job.max_new_tokens,
+            scores=self._scores,
+            progress=self._progress,
+        )
+        for row in rows:
+            hits = self._scores.hits
+            try:
+                if row.number in too_long:
+                    raise InputError(too_long[row.number])
+                result = video.answer(row.question)
+            except Exception as error:
+                yield failed(row, self._settings_hash, error)
+            else:
+                yield self._done(row, clip, result, decoded, self._scores.hits > hits)
+                decoded = 0.0
+
+    def _read(self, rows: Sequence[BatchRow]) -> "tuple[VideoClip, dict[int, str]]":
+        """The clip, and the numbers of the rows whose question does not fit beside it, with what would."""
+        from ..video.reader import read_video
+
+        path, options = rows[0].video, self._job.video
+        clip = read_video(path, **options, progress=self._progress)
+        too_long: dict[int, str] = {}
+        for row in sorted(rows, key=lambda row: -len(row.question)):
+            problem = self._planner.budget(clip, row.question).problem
+            while problem is not None and self._job.fit and (n := self._planner.largest(clip, row.question)):
+                clip = read_video(path, **{**options, "max_frames": n}, progress=self._progress)
+                problem = self._planner.budget(clip, row.question).problem
+            if problem is None:
+                break  # shorter questions fit as well
+            too_long[row.number] = f"{problem}: {self._planner.advice(clip, row.question)}"
+        return clip, too_long
+
+    def _done(
+        self, row: BatchRow, clip: "VideoClip", result: "RunResult", decoded: float, cached_scores: bool
+    ) -> Record:
+        anchor = result.anchor
+        return {
+            **_about(row, self._settings_hash),
+            "status": "done",
+            "answer": result.answer,
+            "failure": None,
+            "reason": None,
+            "tokens": {
+                "prompt": result.n_prompt_tokens,
+                "visual": result.n_visual_tokens,
+                "generated": result.n_generated_tokens,
+            },
+            "frames": len(clip.frames),
+            "notes": list(clip.notes),
+            "ssc": {
+                "algorithm": anchor.algorithm,
+                "n_iter": anchor.n_iter,
+                "residual": anchor.residual,
+                "converged": anchor.converged,
+                "cached": cached_scores,
+            },
+            "seconds": {"decode_video": decoded, **result.seconds},
+            "peak_memory_bytes": result.peak_memory_bytes,
+            "peak_host_memory_bytes": _peak_host_memory(),
+            "device": result.device,
+            "version": version("videoanchor-triton"),
+        }
+
+
+def failed(row: BatchRow, settings_hash: str, error: BaseException | str) -> Record:
+    """The result of a row that could not be answered."""
+    failure: Failure = "other" if isinstance(error, str) else failure_of(error)
+    reason = error if isinstance(error, str) else reason_of(error)
+    return {**_about(row, settings_hash), "status": "failed", "answer": None, "failure": failure, "reason": reason}
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says."""
+    text = str(error).strip() or type(error).__name__
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+
+
+def unasked(row: BatchRow, settings_hash: str) -> Record:
+    """The place of a row in the tables until it has a result."""
+    return {**_about(row, settings_hash), "status": "unasked"}
+
+
+def dump_rows(rows: Sequence[BatchRow]) -> str:
+    """One line of JSON."""
+    return json.dumps([{**asdict(row), "video": str(row.video)} for row in rows])
+
+
+def load_rows(text: str) -> list[BatchRow]:
+    """What `dump_rows` has written."""
+    return [BatchRow(**{**row, "video": Path(row["video"])}) for row in json.loads(text)]
+
+
+def _about(row: BatchRow, settings_hash: str) -> Record:
+    return {
+        "key": row.key(settings_hash),
+        "video": str(row.video),
+        "fingerprint": row.fingerprint,
+        "question": row.question,
+        "settings": settings_hash,
+        "line": row.number,
+        "copy": row.copy,
+        "input": row.columns,
+    }
+
+
+def _peak_host_memory() -> int:
+    """Bytes that this process has held at most."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,86 @@
+"""The command line, `videoanchor COMMAND`: a module of `commands` for each.
+
+Exit codes: 0 done, 2 wrong input, 1 failure, 130 interrupted, 143 terminated.
+"""
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+from ..integrations.errors import InputError, Terminated
+from .batch.stopping import failure_of
+from .commands import batch, convert, demo, eval, info, run, tune, viz
+from .termination import terminated_cleanly
+from .text import printable
+from .threads import settle_threads
+
+if TYPE_CHECKING:  # it imports torch
+    from .batch.tensor_parallel_process import Leader
+
+COMMANDS = (demo, run, batch, eval, tune, viz, convert, info)
+
+
+def main(argv: Sequence[str] | None = None, leader: "Leader | None" = None) -> int:
+    """Entry point of `videoanchor`.
+
+    Args:
+        leader: where the command's model is split among processes and this is the first of them.
+    """
+    settle_threads()
+    args = _parser().parse_args(argv)
+    args.argv, args.leader = sys.argv[1:] if argv is None else [*argv], leader
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer in letters that the terminal lacks is no failure
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with terminated_cleanly() if leader is None else nullcontext():  # torchrun ends those of a group
+        try:
+            if leader is None:
+                _refuse_torchrun()
+            return args.command(args)
+        except InputError as error:
+            return _ended(args.name, error, 2)
+        except OSError as error:  # a full disk, a folder that vanished
+            return _ended(args.name, error, 1)
+        except Terminated:
+            return _ended(args.name, "terminated", 143)
+        except KeyboardInterrupt:
+            return _ended(args.name, "interrupted", 130)
+        except Exception as error:
+            if failure_of(error) != "accelerator":
+                raise
+            line = str(error).split("\n", 1)[0]
+            return _ended(args.name, f"the device failed, and this process cannot use it any more ({line})", 1)
+
+
+def _ended(command: str, why: object, code: int) -> int:
+    print(f"videoanchor {command}: {printable(why)}", file=sys.stderr)
+    return code
+
+
+def _refuse_torchrun() -> None:
+    size = os.environ.get("WORLD_SIZE", "")
+    if size.isdecimal() and int(size) > 1:
+        raise InputError(
+            f"{size} processes (WORLD_SIZE, as torchrun sets it) would each do all of it and write over the others: "
+            "start one, without torchrun; `run` and `batch` split a model themselves, with --tensor-parallel N"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="videoanchor",
+        description="VideoAnchor for video language models: visual tokens are scored by sparse subspace clustering and "
+        "every decoder attention is gated by the scores.",
+        epilog="Start with: videoanchor demo",
+    )
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

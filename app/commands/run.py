@@ -1,0 +1,168 @@
+"""`videoanchor run`: one video, one question, one checkpoint."""
+
+import argparse
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...integrations.errors import InputError
+from ..text import check_question, json_text, printable
+from .shared import (
+    Commands,
+    ProgressLine,
+    add_config_options,
+    add_model_options,
+    add_tensor_parallel_option,
+    add_video_options,
+    check_extras,
+    check_tensor_parallel,
+    config_of,
+    fit_clip,
+    make_planner,
+    prepare_libraries,
+    read_clip,
+)
+
+if TYPE_CHECKING:  # it imports torch
+    from ..batch.tensor_parallel_process import Leader
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    run = commands.add_parser(
+        "run",
+        help="one video, one question, one checkpoint",
+        description="Asks a checkpoint about a video with the gate on. Writes result.json, anchors.safetensors "
+        "(scores, labels, grid, timestamps) and anchors.png to --out.",
+    )
+    add_model_options(run)
+    add_tensor_parallel_option(run)
+    run.add_argument(
+        "--video", required=True, type=Path, metavar="PATH", help="a video, an image, or a folder of images (views)"
+    )
+    run.add_argument("--question", required=True)
+    run.add_argument("--out", required=True, type=Path, metavar="DIR")
+    add_video_options(run)
+    run.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    run.add_argument("--json", action="store_true", help="print result.json instead of the report")
+    add_config_options(run)
+    run.set_defaults(command=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from ..output import check_folder
+    from ..video.reader import check_path
+
+    check_extras()
+    config = config_of(args)
+    if args.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens: expected 1 or more, got {args.max_new_tokens}")
+    check_question(args.question)
+    check_folder(args.out)
+    check_path(args.video)
+    check_tensor_parallel(args)
+    if args.tensor_parallel > 1 and args.leader is None:
+        from ..batch.tensor_parallel import run_split
+
+        return run_split(args.argv, args.tensor_parallel, args.device)
+    _, result, record = answer(args, config, ProgressLine(not args.json), args.leader)
+    if args.json:
+        print(json_text(record))
+    else:
+        report(result, record, args.out)
+    return 0
+
+
+def answer(args: argparse.Namespace, config: Any, progress: ProgressLine, leader: "Leader | None" = None) -> Any:
+    """Reads what the checkpoint says of itself, decodes, works out the budget, loads, asks and writes; what `run` and
+    `demo` share.
+
+    Args:
+        leader: where the model is split among processes and this is the first of them.
+
+    Returns:
+        the clip, the result, and what `result.json` holds.
+    """
+    try:
+        return _answer(args, config, progress, leader)
+    finally:
+        progress.close()
+
+
+def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine, leader: "Leader | None") -> Any:
+    times = [time.perf_counter()]
+
+    def stage(name: str) -> None:
+        times.append(time.perf_counter())
+        progress(name, 0, 0)
+
+    progress("import", 0, 0)
+    prepare_libraries()
+    from .. import output, pipeline
+
+    stage("checkpoint")
+    planner = make_planner(args, config, 1 if leader is None else leader.size)
+    stage("decode")
+    clip = read_clip(args, args.video, progress)
+    stage("budget")
+    clip, budget = fit_clip(args, args.video, clip, args.question, planner, progress)
+    stage("load")
+    model, processor = (leader or pipeline).load(args.model, args.device, args.dtype)
+    times.append(time.perf_counter())
+    progress.say(f"{args.model}: {type(model).__name__} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
+    result = (leader or pipeline).answer(
+        model, processor, clip, args.question, config, max_new_tokens=args.max_new_tokens, progress=progress
+    )
+    names = ("import", "checkpoint", "decode_video", "budget", "load_model")
+    about = {
+        "model": str(Path(args.model).absolute()) if Path(args.model).exists() else str(args.model),
+        "video": str(args.video.absolute()),
+        "question": args.question,
+        "notes": list(clip.notes),
+        "max_pixels": args.max_pixels,
+        "budget": budget.to_dict(),
+        "seconds": {name: end - start for name, (start, end) in zip(names, pairwise(times), strict=True)},
+    }
+    try:
+        record = output.write_run(args.out, result, clip, config, about)
+    except OSError:
+        progress.say(f"not written, so here: answer    {result.answer}")
+        raise
+    try:
+        output.draw_run(args.out, result, clip, record)
+    except Exception as error:
+        progress.say(f"anchors.png could not be made ({type(error).__name__}: {error}); the results are written")
+    return clip, result, record
+
+
+def report(result: Any, record: dict[str, Any], out: Path) -> None:
+    seconds = record["seconds"]
+    scores, sizes = result.anchor.scores, result.anchor.labels.bincount()
+    grid = result.grid
+    print(f"answer    {printable(result.answer, lines=True)}")
+    print(
+        f"tokens    {result.n_prompt_tokens} in the prompt, {result.n_visual_tokens} visual ({grid.t} x {grid.h} x "
+        f"{grid.w}{f' + {grid.n_extra}' if grid.n_extra else ''}), {result.n_generated_tokens} generated"
+    )
+    print(
+        f"scores    min {float(scores.min()):.3f}, median {float(scores.median()):.3f}, max {float(scores.max()):.3f}; "
+        f"{int((sizes > 0).sum())} subspaces of {int(sizes[sizes > 0].min())} to {int(sizes.max())} tokens; "
+        f"{result.anchor.n_iter} iterations"
+    )
+    stages = (
+        "import",
+        "checkpoint",
+        "decode_video",
+        "budget",
+        "load_model",
+        "vision",
+        "ssc",
+        "prefill",
+        "decode_per_token",
+        "generate",
+    )
+    print("seconds   " + ", ".join(f"{stage.replace('_', ' ')} {seconds[stage]:.3f}" for stage in stages))
+    for name in ("result.json", "anchors.safetensors", "anchors.png"):
+        if (out / name).exists():
+            print(f"wrote     {printable(out / name)}")

@@ -1,0 +1,265 @@
+"""What the commands share: the options of models, gate and scores, and what has to be there."""
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...integrations.errors import InputError
+from .progress_line import ProgressLine
+
+if TYPE_CHECKING:  # these import torch and transformers
+    from ..budget import Budget, Planner
+    from ..video.reader import VideoClip
+
+Commands = Any
+"""What `add_subparsers` returns."""
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --device, --dtype."""
+    parser.add_argument(
+        "--model", required=True, metavar="NAME_OR_PATH", help="a transformers checkpoint: folder or hub name"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16; default: the checkpoint's")
+
+
+def add_tensor_parallel_option(parser: argparse.ArgumentParser) -> None:
+    """--tensor-parallel; `check_tensor_parallel` refuses it."""
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="split the language model among N processes, each with a GPU of its own; default: %(default)s",
+    )
+
+
+def check_tensor_parallel(args: argparse.Namespace, here: bool = True) -> None:
+    """Refuses what cannot be split, before any process is started.
+
+    Args:
+        here: the processes will run on this machine.
+    """
+    if args.tensor_parallel < 1:
+        raise InputError(f"--tensor-parallel: expected 1 or more, got {args.tensor_parallel}")
+    if args.tensor_parallel > 1 and here:
+        prepare_libraries()
+        from ..checkpoint import check_splits
+
+        check_splits(args.model, args.tensor_parallel, args.device)
+
+
+def add_video_options(parser: argparse.ArgumentParser) -> None:
+    """What `read_clip` and `fit_clip` use."""
+    parser.add_argument(
+        "--fps", type=float, metavar="N", help="frames per second of video; default: --max-frames over all of it"
+    )
+    parser.add_argument("--max-frames", type=int, default=32, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--sampling",
+        choices=("uniform", "scene"),
+        default="uniform",
+        help="frames at even distances, or at least one of each scene; default: %(default)s",
+    )
+    from ..video.limits import MAX_PIXELS
+
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="scale larger frames and images down to so many; default: %(default)s, more than 5K video has",
+    )
+    add_timeout_option(parser)
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="take as many frames as fit the model's context and the memory, instead of refusing too many",
+    )
+
+
+def add_timeout_option(parser: argparse.ArgumentParser) -> None:
+    """--timeout and --strict, of `read_video`."""
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse a video that shows a sign of damage, instead of noting it (in VP8, VP9 and HEVC it may show none)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="give a video up that cannot be read any further for so long; default: %(default)g",
+    )
+
+
+def read_clip(
+    args: argparse.Namespace, path: Path, progress: ProgressLine, max_frames: int | None = None
+) -> "VideoClip":
+    """The frames that the options of `add_video_options` ask for, and a word about them on standard error.
+
+    Args:
+        path: a video, an image, or a folder of images.
+        max_frames: instead of --max-frames.
+
+    Raises:
+        InputError: see `read_video`.
+    """
+    from ..video.reader import read_video
+
+    clip = read_video(
+        path,
+        fps=args.fps,
+        max_frames=args.max_frames if max_frames is None else max_frames,
+        sampling=args.sampling,
+        max_pixels=args.max_pixels,
+        strict=args.strict,
+        timeout=args.timeout,
+        progress=progress,
+    )
+    what = "images" if clip.names else f"frames, {clip.duration:.1f} s"
+    progress.say(f"{path}: {len(clip.frames)} of {clip.n_source_frames} {what}")
+    for note in clip.notes:
+        progress.say(f"{path}: {note}")
+    return clip
+
+
+def make_planner(args: argparse.Namespace, config: Any, tensor_parallel: int = 1) -> "Planner":
+    """Of the token budget, by the options of `add_model_options` and --max-new-tokens; make it before the model is
+    loaded.
+
+    Args:
+        tensor_parallel: see `Planner`.
+
+    Raises:
+        InputError: see `Planner`.
+    """
+    from ..budget import Planner
+
+    return Planner(
+        str(args.model),
+        config,
+        max_new_tokens=args.max_new_tokens,
+        device=args.device,
+        dtype=args.dtype,
+        tensor_parallel=tensor_parallel,
+    )
+
+
+def fit_clip(
+    args: argparse.Namespace, path: Path, clip: "VideoClip", question: str, planner: "Planner", progress: ProgressLine
+) -> "tuple[VideoClip, Budget]":
+    """Prints the budget of `clip`; where it does not fit, with --fit, reads `path` again with as many frames as do.
+
+    Returns:
+        the clip to ask about, and its budget.
+
+    Raises:
+        InputError: it does not fit, with what would.
+    """
+    budget = planner.budget(clip, question)
+    while budget.problem is not None:
+        n = planner.largest(clip, question) if args.fit else 0
+        if n == 0:
+            raise InputError(f"{budget.problem}: {planner.advice(clip, question)}")
+        progress.say(f"--fit chose --max-frames {n}: {budget.problem}")
+        clip = read_clip(args, path, progress, max_frames=n)
+        budget = planner.budget(clip, question)
+    for line in budget.lines():
+        progress.say(line)
+    return clip, budget
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """The settings of `VideoAnchorConfig`, in two groups; `config_of` reads them."""
+    gate = parser.add_argument_group(
+        "gate", "published for one model only: --preset internvl2-8b; else give both alphas"
+    )
+    gate.add_argument("--preset", metavar="NAME", help="published settings of a model")
+    gate.add_argument("--alpha-k", type=float, metavar="A", help="strength on keys: gamma_k = 1 + A * score")
+    gate.add_argument("--alpha-v", type=float, metavar="A", help="strength on values: gamma_v = 1 + A * score")
+    gate.add_argument("--alpha-q", type=float, metavar="A", help="on queries; cancels in the softmax")
+    gate.add_argument(
+        "--decode", choices=("persist", "prefill"), help="gate also while decoding (paper, default) or not"
+    )
+    add_score_options(parser)
+
+
+def add_score_options(parser: argparse.ArgumentParser) -> None:
+    """The settings of the scores alone."""
+    scores = parser.add_argument_group("scores")
+    scores.add_argument("--scorer", choices=("ssc", "kmeans", "uniform"), help="default: ssc")
+    scores.add_argument(
+        "--score",
+        choices=("published", "size", "row_sum", "cross_frame"),
+        help="of scorer ssc: the paper's (default), its size of the subspace or row sum alone, or the share of a token "
+        "that other frames express",
+    )
+    scores.add_argument(
+        "--n-clusters", type=_count_or_auto, metavar="N", help='subspaces, or "auto"; default: 24 (published)'
+    )
+    scores.add_argument("--pca-rank", type=int, metavar="R", help="default: 64")
+    scores.add_argument("--random-state", type=int, metavar="SEED", help="default: 0")
+    scores.add_argument(
+        "--algorithm",
+        choices=("auto", "dense", "blocked", "working-set", "authors"),
+        help="of the self-expression; default: auto, by the number of tokens",
+    )
+    scores.add_argument("--tol", type=float, metavar="T", help="relative duality gap of every token; default: 0.001")
+    scores.add_argument(
+        "--memory-budget", type=_bytes, metavar="GIB", help="of the self-expression; default: half of what is free"
+    )
+
+
+def _count_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _bytes(gib: str) -> int:
+    return int(float(gib) * 2**30)
+
+
+_CONFIG_OPTIONS = (
+    *("alpha_k", "alpha_v", "alpha_q", "decode"),
+    *("scorer", "score", "n_clusters", "pca_rank", "random_state", "algorithm", "tol", "memory_budget"),
+)
+
+
+def config_of(args: argparse.Namespace) -> Any:
+    """The `VideoAnchorConfig` that the options of `add_config_options` ask for.
+
+    Raises:
+        InputError: the strengths are not given, or a setting is out of its range.
+    """
+    from ...anchor.config import VideoAnchorConfig
+
+    given = {name: getattr(args, name) for name in _CONFIG_OPTIONS if getattr(args, name) is not None}
+    if args.preset is None and not {"alpha_k", "alpha_v"} <= given.keys():
+        raise InputError(
+            "the strength of the gate is not known for this model: give --alpha-k and --alpha-v, which "
+            "`videoanchor tune` finds, or --preset internvl2-8b (4.0, 9.5, 2.5 for Q, K, V: the only published values)"
+        )
+    try:
+        return VideoAnchorConfig(**given) if args.preset is None else VideoAnchorConfig.preset(args.preset, **given)
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error)) from error
+
+
+def check_extras() -> None:
+    """Refuses before any work is done where the packages of the extras are missing."""
+    missing = [name for name in ("av", "torchvision", "PIL", "accelerate", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"missing {', '.join(missing)}: pip install 'videoanchor-triton[video,viz]'")
+
+
+def prepare_libraries() -> None:
+    """Imports what the pipeline needs, quietly."""
+    import huggingface_hub
+    import transformers
+
+    huggingface_hub.logging.set_verbosity_error()  # its retries without a network; the error says it in one line
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -1,0 +1,179 @@
+"""Questions with known answers, as a file gives them."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+import numpy as np
+
+from ...integrations.errors import InputError
+from ..batch.matching import fingerprint
+from ..batch.rows import BatchRow, read_rows
+from ..video.reader import refuse_url
+from .metrics import Metric, exact_match
+
+# The prompts of VSI-Bench (arXiv 2412.14171).
+_OPENING = "These are frames of a video."
+_CHOICE = "Answer with the option's letter from the given choices directly."
+_SHORT = "Please answer the question using a single word or phrase."
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its answer.
+
+    Args:
+        id: how reports name it.
+        video: absolute path.
+        text: the question alone.
+        answer: a letter for metric "choice", a number above 0 for "mra", else text.
+        metric: see `metrics.score`.
+        options: texts of the choices A, B, ..., without letters.
+        type: the kind of question; results are given for each.
+        fingerprint: of the video's content, see `batch.rows.fingerprint`.
+    """
+
+    id: str
+    video: Path
+    text: str
+    answer: str | float
+    metric: Metric
+    options: tuple[str, ...]
+    type: str
+    fingerprint: str | None = None
+
+    def prompt(self) -> str:
+        """The question as VSI-Bench asks it."""
+        if self.metric != "choice":
+            return "\n".join([_OPENING, self.text, _SHORT])
+        options = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, self.options, strict=False)]
+        return "\n".join([_OPENING, self.text, "Options:", *options, _CHOICE])
+
+
+def read_questions(source: Path) -> list[Question]:
+    """Reads a JSONL file of rows {video, question, answer} and, as wanted, options, type, id and metric.
+
+    With `options` (a list, with or without leading letters) the question is multiple choice and `answer` is a letter or
+    the text of an option. Without, a number as `answer` is scored by mean relative accuracy, and text by exact match;
+    "metric": "exact" asks for the latter, also for numbers.
+
+    A video that is missing is no error here, unless all are.
+
+    Raises:
+        InputError: a row cannot be read (its line is named) or repeats another; no video is there.
+    """
+    if source.suffix.lower() not in (".jsonl", ".json"):
+        raise InputError(f"{source}: expected a .jsonl file of questions with answers")
+    questions: dict[str, Question] = {}
+    for row in read_rows(source):
+        try:
+            question = _question(row)
+        except ValueError as error:
+            raise InputError(f"{source}, line {row.number}: {error}") from error
+        if questions.setdefault(question.id, question) is not question:
+            raise InputError(f"{source}, line {row.number}: repeats the id or the content of {question.id!r}")
+    videos = {question.video for question in questions.values()}
+    if not any(video.exists() for video in videos):
+        refuse_url(min(videos))
+        raise InputError(f"{source}: no video at {min(videos)}, nor at any other path: they start at the file's folder")
+    prints = {video: fingerprint(video) for video in videos}
+    return [replace(question, fingerprint=prints[question.video]) for question in questions.values()]
+
+
+def _question(row: BatchRow) -> Question:
+    columns = row.columns
+    if "answer" not in columns:
+        raise ValueError("answer: expected a letter, a number or text, got none")
+    options = _options(columns.get("options"))
+    given = columns["answer"]
+    if isinstance(given, bool) or not isinstance(given, str | int | float) or not str(given).strip():
+        raise ValueError(f"answer: expected a letter, a number or text, got {given!r}")
+    metric = columns.get("metric")
+    answer: str | float
+    if options:
+        if metric not in (None, "choice"):
+            raise ValueError(f'metric: expected "choice" for a question with options, got {metric!r}')
+        metric, answer = "choice", _letter(str(given), options)
+    elif metric not in (None, "mra", "exact"):
+        raise ValueError(f'metric: expected "mra" or "exact" for a question without options, got {metric!r}')
+    elif metric == "exact" or (metric is None and not _is_number(given)):
+        metric, answer = "exact", str(given).strip()
+    else:
+        metric, answer = "mra", _positive(given)
+    kind = columns.get("type", columns.get("question_type", "all"))
+    if not isinstance(kind, str) or not kind.strip():
+        raise ValueError(f"type: expected text, got {kind!r}")
+    content = digest(str(row.video), row.question, options)
+    return Question(
+        id=str(columns.get("id", content[:12])),
+        video=row.video,
+        text=row.question.strip(),
+        answer=answer,
+        metric=metric,
+        options=options,
+        type=kind.strip(),
+    )
+
+
+def _options(given: Any) -> tuple[str, ...]:
+    if given is None or given == []:
+        return ()
+    if not isinstance(given, list) or not all(isinstance(option, str | int | float) for option in given):
+        raise ValueError(f"options: expected a list of texts, got {given!r}")
+    options = [str(option).strip() for option in given]
+    if not 2 <= len(options) <= len(ascii_uppercase):
+        raise ValueError(f"options: expected 2 to {len(ascii_uppercase)}, got {len(options)}")
+    for form in ("{}.", "{})", "{}:", "({})"):
+        labels = [form.format(letter) for letter in ascii_uppercase]
+        if all(option.startswith(label) for option, label in zip(options, labels, strict=False)):
+            options = [option[len(label) :].strip() for option, label in zip(options, labels, strict=False)]
+    if not all(options) or len({option.casefold() for option in options}) < len(options):
+        raise ValueError(f"options: expected different texts, got {given!r}")
+    return tuple(options)
+
+
+def _letter(answer: str, options: Sequence[str]) -> str:
+    letters = ascii_uppercase[: len(options)]
+    bare = answer.strip().strip("().:")
+    chosen = {letter for letter, option in zip(letters, options, strict=True) if exact_match(answer, option)}
+    chosen |= {bare.upper()} & {*letters}
+    chosen |= {
+        letter for letter, option in zip(letters, options, strict=True) if answer.strip() == f"{letter}. {option}"
+    }
+    if len(chosen) != 1:
+        raise ValueError(
+            f"answer: expected a letter from A to {letters[-1]} or the text of one option, got {answer!r} for {options}"
+        )
+    return chosen.pop()
+
+
+def _is_number(answer: str | float) -> bool:
+    try:
+        return math.isfinite(float(answer))
+    except ValueError:
+        return False
+
+
+def _positive(answer: str | float) -> float:
+    if not (_is_number(answer) and float(answer) > 0):
+        raise ValueError(
+            f"answer: expected a number above 0, as relative accuracy divides by it, got {answer!r}: give the row "
+            '"metric": "exact"'
+        )
+    return float(answer)
+
+
+def videos_of(questions: Sequence[Question]) -> np.ndarray:
+    """(N,) the video of each question, by its real path: one name for one video however rows spell it."""
+    real = {video: str(video.resolve()) for video in {question.video for question in questions}}
+    return np.array([real[question.video] for question in questions])
+
+
+def digest(*parts: Any) -> str:
+    """32 hexadecimal digits that differ where the parts do."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

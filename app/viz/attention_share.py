@@ -1,0 +1,169 @@
+"""The share of attention that visual tokens get from the text after them, before and after the gate, by layer."""
+
+import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from ...integrations.errors import InputError
+from ...integrations.transformers import attention
+from ...kernels.api import anchored_attention
+from .plain_text import plain_text
+
+_OF_THE_GATE = ("gamma_k", "gamma_v", "gamma_q", "return_lse")
+"""What the measurement chooses itself; gamma_q cancels in a share."""
+
+
+@dataclass(frozen=True, eq=False)
+class VisualShare:
+    """Shares of attention in one layer.
+
+    Args:
+        layer: its number, from 0.
+        ungated, gated: (Hq,) float64 in [0, 1], the share of each head, mean over queries: of the same queries and
+            keys without and with the gate's factors.
+    """
+
+    layer: int
+    ungated: np.ndarray
+    gated: np.ndarray
+
+
+@dataclass(eq=False)
+class SharesRecord:
+    """What `record_visual_share` collects: the layers, the queries and keys of the prompt, and the visual keys."""
+
+    layers: list[VisualShare] = field(default_factory=list)
+    n_queries: int = 0
+    n_keys: int = 0
+    n_visual: int = 0
+
+
+def visual_share(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visual: Tensor,
+    *,
+    gamma_k: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """The part of each query's softmax that falls on the visual keys: exp(lse over them - lse over all keys).
+
+    Nothing of queries x keys is built: the two log-sum-exps come from `anchored_attention`.
+
+    Args:
+        q: (B, Hq, M, D); k, v: (B, Hkv, N, D).
+        visual: (N,) bool, True at visual keys.
+        gamma_k, key_padding_mask, options: as in `anchored_attention`.
+
+    Returns:
+        (B, Hq, M) float32; 0 for a query that sees no visual key, NaN for one that sees no key.
+    """
+    seen = visual.expand(k.shape[0], -1)
+    only = seen if key_padding_mask is None else seen & key_padding_mask
+    lse_all, lse_visual = (
+        anchored_attention(q, k, v, gamma_k=gamma_k, key_padding_mask=mask, return_lse=True, **options)[1]
+        for mask in (key_padding_mask, only)
+    )
+    return (lse_visual - lse_all).exp()
+
+
+@contextmanager
+def record_visual_share(text: nn.Module, visual: Tensor) -> Iterator[SharesRecord]:
+    """While this is open, the gated attention of each layer of a prefill is measured; nothing of it is kept.
+
+    Measured are the queries after the last visual token, of a batch of one row. Not for several threads at once.
+
+    Args:
+        text: the language model; modules of it that know their `layer_idx` tell the layer.
+        visual: (N,) bool, True at the visual tokens of the prompt.
+    """
+    n_after = len(visual) - 1 - int(visual.nonzero()[-1])
+    record = SharesRecord(n_queries=n_after, n_keys=len(visual), n_visual=int(visual.sum()))
+    layer, attend = 0, attention.anchored_attention  # pyright: ignore[reportPrivateImportUsage]
+
+    def entered(module: nn.Module, _args: Any) -> None:
+        nonlocal layer
+        layer = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
+
+    def measured(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if q.shape[2] == k.shape[2] == len(visual):
+            if options.get("return_lse"):
+                raise InputError("attention with sinks is not measured: leave 'attention' out of --what")
+            rest = {name: value for name, value in options.items() if name not in _OF_THE_GATE}
+            here = visual.to(q.device)
+            ungated, gated = (
+                visual_share(q[:, :, -n_after:], k, v, here, gamma_k=gamma, **rest).double().mean((0, 2)).cpu().numpy()
+                for gamma in (None, options.get("gamma_k"))
+            )
+            record.layers.append(VisualShare(layer, ungated, gated))
+        return attend(q, k, v, **options)
+
+    with_index = [module for module in text.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    hooks = [module.register_forward_pre_hook(entered) for module in with_index]
+    attention.anchored_attention = measured  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield record
+    finally:
+        attention.anchored_attention = attend  # pyright: ignore[reportPrivateImportUsage]
+        for hook in hooks:
+            hook.remove()
+
+
+@plain_text()
+def draw(path: Path, record: SharesRecord, video_name: str) -> None:
+    """Draws both shares over the layers: the mean over heads, and between which values the heads lie. The suffix of
+    `path` is the format."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    from .palette import COLOURS
+
+    layers = np.array([one.layer for one in record.layers])
+    figure = Figure((5.6, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    styles = (("before the gate", "ungated", COLOURS[1], "o", "--"), ("after the gate", "gated", COLOURS[5], "s", "-"))
+    among = 100 * record.n_visual / record.n_keys
+    low = high = among
+    for name, which, colour, marker, line in styles:
+        share = 100 * np.stack([getattr(one, which) for one in record.layers])
+        low, high = min(low, share.min()), max(high, share.max())
+        axis.plot(
+            layers, share.mean(1), line, color=colour, marker=marker, markersize=4, label=f"{name}, mean of heads"
+        )
+        band = f"{name}, range of heads"
+        axis.fill_between(layers, share.min(1), share.max(1), color=colour, alpha=0.2, linewidth=0, label=band)
+    axis.axhline(among, color="0.35", linestyle=":", linewidth=1, label="share of visual tokens in the prompt")
+    margin = max(0.06 * (high - low), 0.5)
+    axis.set_ylim(low - margin, high + margin)
+    axis.set_yticks([tick for tick in axis.get_yticks() if 0 <= tick <= 100 and low - margin <= tick <= high + margin])
+    axis.set_xlim(layers.min() - 0.5, layers.max() + 0.5)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axis.set_xlabel("decoder layer")
+    axis.set_ylabel("attention on visual tokens (%)")
+    axis.set_title(f"{video_name}\nattention of the {record.n_queries} text tokens after the video", fontsize=10)
+    lines, bands = axis.get_lines(), axis.collections
+    figure.legend(
+        handles=[*lines, *bands], loc="outside lower center", ncols=2, fontsize=8, frameon=False, handlelength=3
+    )
+    figure.savefig(path, dpi=300)
+
+
+def write(path: Path, record: SharesRecord) -> None:
+    """The shares as CSV: a row for each layer and head, and a row with head "mean" for each layer."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("layer", "head", "share_before_gate", "share_after_gate"))
+        for one in record.layers:
+            heads = zip(one.ungated.tolist(), one.gated.tolist(), strict=True)
+            writer.writerows((one.layer, head, *map(repr, shares)) for head, shares in enumerate(heads))
+            writer.writerow((one.layer, "mean", repr(float(one.ungated.mean())), repr(float(one.gated.mean()))))

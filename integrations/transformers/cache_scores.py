@@ -1,0 +1,179 @@
+"""The scores of a prompt, kept on its cache by position, so that whatever happens to the cache happens to them.
+
+Every cache that an enabled model fills carries a mark. A cache with scores refuses to grow where the gate is off.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from ...anchor.config import VideoAnchorConfig
+from ...kernels.gates import POST_EXP_LIMIT
+from .attention import LayerGate
+
+AUTHORS_EPS = 1e-6
+_SCORES, _SWITCH = "videoanchor_scores", "videoanchor_switch"
+
+
+class GateSwitch:
+    """Whether the gate of an enabled model is on. Caches share it; a cache that was stored and loaded has one that is
+    off, until an enabled model continues it."""
+
+    def __init__(self, on: bool = False) -> None:
+        self.on = on
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GateSwitch":
+        return self
+
+    def __reduce__(self) -> tuple[type["GateSwitch"], tuple[()]]:
+        return GateSwitch, ()
+
+
+class CacheScores:
+    """The scores of a prompt, (B, T) fp32 by cache position; positions from T on are text and score 0.
+
+    Args:
+        scores: (B, T), T at least 1.
+        given: the tensor of `use_scores` that they were taken from.
+    """
+
+    def __init__(self, scores: Tensor, given: Tensor | None = None) -> None:
+        self.scores, self.given = scores, given
+        self._gate: tuple[VideoAnchorConfig, LayerGate] | None = None
+
+    def __reduce__(self) -> tuple[type["CacheScores"], tuple[Tensor]]:
+        return CacheScores, (self.scores,)
+
+    def first(self, positions: int) -> "CacheScores | None":
+        """The scores of the first cache positions: less of them where a cache was cropped, None where it is empty."""
+        if self.scores.shape[1] <= positions:
+            return self
+        return CacheScores(self.scores[:, :positions]) if positions else None
+
+    def gate(self, config: VideoAnchorConfig) -> LayerGate:
+        """The factors 1 + alpha * score (arXiv 2509.25151), computed once for each config."""
+        if self._gate is None or self._gate[0] is not config:
+            self._gate = (
+                config,
+                _authors_gate(self.scores, config)
+                if config.arithmetic == "authors"
+                else _exact_gate(self.scores, config),
+            )
+        return self._gate[1]
+
+
+def _exact_gate(scores: Tensor, config: VideoAnchorConfig) -> LayerGate:
+    return LayerGate(
+        gamma_k=1.0 + config.alpha_k * scores if config.alpha_k else None,
+        gamma_v=1.0 + config.alpha_v * scores if config.alpha_v else None,
+        gate_form="post-exp" if 1.0 + config.alpha_k <= POST_EXP_LIMIT else "log-bias",
+        gamma_q=1.0 + config.alpha_q * scores if config.alpha_q else None,
+    )
+
+
+def _authors_gate(scores: Tensor, config: VideoAnchorConfig) -> LayerGate:
+    """Factors, and the logarithm of the keys' plus 1e-6, rounded to bf16 at each step. The queries' acts on sinks
+    only, which their models do not have."""
+    scores = scores.bfloat16()
+    bias = torch.log((1.0 + config.alpha_k * scores) + AUTHORS_EPS)
+    gamma_v, gamma_q = ((1.0 + alpha * scores).float() for alpha in (config.alpha_v, config.alpha_q))
+    return LayerGate(gamma_k=bias.float().exp(), gamma_v=gamma_v, gamma_q=gamma_q)
+
+
+def cached_scores(cache: Any) -> CacheScores | None:
+    """The scores that a cache carries, or None."""
+    return getattr(cache, _SCORES, None)
+
+
+def cached_positions(cache: Cache | None, n_queries: int, asked: bool) -> int | None:
+    """Positions that a cache holds; None while decoding with a static cache whose length only the device knows, unless
+    it is `asked`."""
+    if cache is None:
+        return 0
+    if asked or n_queries > 1 or not getattr(cache, "is_compileable", False):
+        return int(cache.get_seq_length())
+    layers: list[Any] = cache.layers
+    sliding = next((layer for layer in layers if getattr(layer, "is_sliding", False)), None)  # counts on the host
+    return None if sliding is None else int(sliding.get_seq_length())
+
+
+def for_rows(scores: Tensor, batch: int, embeds: Tensor | None) -> Tensor:
+    """Scores of prompts for a batch in which each may stand several times, side by side (beams)."""
+    if batch % scores.shape[0]:
+        raise ValueError(f"got scores of {scores.shape[0]} rows for a batch of {batch}")
+    scores = scores.repeat_interleave(batch // scores.shape[0], 0)
+    return scores if embeds is None else scores.to(embeds.device)
+
+
+def is_marked(cache: Cache) -> bool:
+    """Whether an enabled model has filled the cache from its start."""
+    return hasattr(cache, _SCORES)
+
+
+def keep_scores(cache: Cache, held: CacheScores | None, switch: GateSwitch) -> None:
+    """Marks a cache, and makes it carry scores, which follow what happens to it, as long as the switch is on."""
+    if is_marked(cache) and cached_scores(cache) is held and getattr(cache, _SWITCH) is switch:
+        return
+    setattr(cache, _SCORES, held)
+    setattr(cache, _SWITCH, switch)
+    if not isinstance(cache, _ScoredCache):
+        cache.__class__ = _scored(type(cache))
+
+
+class _ScoredCache:
+    """What a marked cache does when it is cropped or emptied, and when its rows are reordered, chosen or repeated: the
+    same to the scores. It grows with scores only where the gate is on, and loses its mark where it grows without."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        if not getattr(self, _SWITCH).on:
+            if cached_scores(self) is not None:
+                raise RuntimeError(
+                    "this cache was filled with VideoAnchor's gate, and the model that continues it has none: continue "
+                    "it within videoanchor_triton.enable(model, config), or start from a new cache"
+                )
+            vars(self).pop(_SCORES, None)  # what comes now is not known to be text
+        return super().update(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def reset(self) -> None:
+        super().reset()  # pyright: ignore[reportAttributeAccessIssue]
+        setattr(self, _SCORES, None)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        held = cached_scores(self)
+        if held is not None:
+            setattr(self, _SCORES, held.first(int(self.get_seq_length())))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # pyright: ignore[reportAttributeAccessIssue]
+        self._choose(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # pyright: ignore[reportAttributeAccessIssue]
+        self._choose(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # pyright: ignore[reportAttributeAccessIssue]
+        held = cached_scores(self)
+        if held is not None:
+            setattr(self, _SCORES, CacheScores(held.scores.repeat_interleave(repeats, 0), held.given))
+
+    def _choose(self, rows: Tensor) -> None:
+        held = cached_scores(self)
+        if held is not None:
+            setattr(self, _SCORES, CacheScores(held.scores[rows.to(held.scores.device)], held.given))
+
+    def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
+        return _empty_scored, (type(self).__mro__[2],), self.__dict__
+
+
+@functools.cache
+def _scored(kind: type[Any]) -> type[Any]:
+    return type(kind.__name__, (_ScoredCache, kind), {"__module__": kind.__module__})
+
+
+def _empty_scored(kind: type[Any]) -> Any:
+    return object.__new__(_scored(kind))

@@ -1,0 +1,492 @@
+"""The commands as a user runs them, in a process of their own."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors.numpy import load_file
+
+from videoanchor_triton.anchor import memory
+from videoanchor_triton.app import checkpoint, cli
+from videoanchor_triton.app import demo as demo_of_the_package
+from videoanchor_triton.app.commands import shared
+from videoanchor_triton.app.video.reader import write_video
+from videoanchor_triton.app.viz import contact_sheet
+from videoanchor_triton.integrations.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def videoanchor(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "videoanchor_triton.app.cli", *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("demo")
+    done = videoanchor("demo", "--out", folder / "out", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "out", done.stdout
+
+
+def test_demo_shows_what_it_made(demo: tuple[Path, str]) -> None:
+    folder, shown = demo
+    assert {path.name for path in folder.iterdir()} == {
+        "anchors.png",
+        "anchors.safetensors",
+        "cameras.json",
+        "checkpoint",
+        "clip.mp4",
+        "result.json",
+    }
+    assert str(folder / "anchors.png") in shown
+    for word in ("answer", "scores", "seconds", "kernels", "camera"):
+        assert word in shown
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+def test_demo_compares_the_kernels_with_the_reference(demo: tuple[Path, str], backend: str) -> None:
+    line = next(line for line in demo[1].splitlines() if line.split()[:1] == [backend])
+    assert float(line.split()[1]) < 1e-4
+
+
+def test_demo_result_file(demo: tuple[Path, str]) -> None:
+    folder, _ = demo
+    result = json.loads((folder / "result.json").read_text())
+    assert result["config"]["alpha_k"] == 9.5
+    assert result["tokens"]["generated"] > 0
+    assert result["ssc"]["converged"] is True
+    for stage in (
+        "import",
+        "checkpoint",
+        "budget",
+        "decode_video",
+        "load_model",
+        "vision",
+        "ssc",
+        "prefill",
+        "decode",
+        "decode_per_token",
+        "generate",
+    ):
+        assert result["seconds"][stage] > 0
+    grid = result["grid"]
+    n_tokens = grid["t"] * grid["h"] * grid["w"] + grid["n_extra"]
+    assert result["tokens"]["visual"] == n_tokens
+    tensors = load_file(folder / "anchors.safetensors")
+    assert tensors["scores"].shape == tensors["labels"].shape == (n_tokens,)
+    assert tensors["scores"].dtype == np.float32
+    assert (tensors["scores"].min(), tensors["scores"].max()) == pytest.approx((0, 1), abs=1e-5)
+    assert 2 <= len(np.unique(tensors["labels"])) <= 24
+    assert tensors["grid"].tolist() == [grid["t"], grid["h"], grid["w"]]
+    np.testing.assert_allclose(tensors["timestamps"], result["frames"]["timestamps"])
+    np.testing.assert_allclose(tensors["timestamps"], tensors["frame_indices"] / 8, atol=1e-6)
+
+
+def test_demo_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(calls: list[Any], backend: str, _progress: Any) -> Any:
+        if backend == "triton":
+            raise ValueError("no GPU")
+        return 1e-6, float(len(calls))
+
+    monkeypatch.setattr(demo_of_the_package, "compare_with_reference", refused)
+    assert cli.main(["demo", "--out", str(tmp_path / "out"), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["video"] == str(tmp_path / "out" / "clip.mp4")
+    assert shown["kernels"]["triton"] == {"refused": "no GPU"}
+    assert shown["kernels"]["sdpa"]["error"] == 1e-6
+    assert 0 <= shown["camera"]["agree"] <= 1
+
+
+def test_demo_picture(demo: tuple[Path, str]) -> None:
+    from PIL import Image
+
+    with Image.open(demo[0] / "anchors.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert pixels.shape[0] > 300
+    assert pixels.shape[1] > 1000
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000
+
+
+def test_run_again_on_the_demo_checkpoint(demo: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = demo
+    arguments = ("run", "--model", folder / "checkpoint", "--video", folder / "clip.mp4", "--question", "What is left?")
+    options = ("--preset", "internvl2-8b", "--fps", "1", "--max-new-tokens", "3", "--scorer", "kmeans", "--json")
+    done = videoanchor(*arguments, *options, "--out", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result == json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["question"] == "What is left?"
+    assert result["config"]["scorer"] == "kmeans"
+    assert len(result["frames"]["timestamps"]) == 6
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"result.json", "anchors.safetensors", "anchors.png"}
+
+
+GATE = ("--alpha-k", "9.5", "--alpha-v", "2.5")
+
+
+def test_run_with_a_solver_of_ones_choice(demo: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = demo
+    arguments = ("run", "--model", folder / "checkpoint", "--video", folder / "clip.mp4", "--question", "What is left?")
+    solver = ("--algorithm", "blocked", "--tol", "0.05", "--memory-budget", "0.5", "--n-clusters", "auto")
+    options = (*GATE, "--max-frames", "4", "--max-new-tokens", "1", "--json")
+    done = videoanchor(*arguments, *options, *solver, "--out", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["ssc"]["algorithm"] == "blocked"
+    assert 0.001 < result["ssc"]["residual"] <= 0.05
+    assert (result["config"]["n_clusters"], result["config"]["memory_budget"]) == ("auto", 2**29)
+    refused = videoanchor(*arguments, *options, "--memory-budget", "0.001", "--out", tmp_path / "none", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "may use 0.001 GiB" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param(("--video", "missing.mp4", *GATE), "no video file at missing.mp4", id="missing-video"),
+        pytest.param(("--video", "broken.mp4", *GATE), "cannot be read as a video", id="broken-video"),
+        pytest.param(("--video", "clip.mp4"), "--alpha-k and --alpha-v", id="no-alphas"),
+        pytest.param(("--video", "clip.mp4", "--alpha-k", "1"), "--alpha-k and --alpha-v", id="one-alpha"),
+        pytest.param(("--video", "clip.mp4", "--preset", "gpt"), "internvl2-8b", id="unknown-preset"),
+        pytest.param(("--video", "clip.mp4", "--alpha-k", "-1", "--alpha-v", "1"), "alpha_k", id="negative-alpha"),
+        pytest.param(("--video", "clip.mp4", "--alpha-k", "nan", "--alpha-v", "1"), "alpha_k", id="alpha-nan"),
+        pytest.param(("--video", "clip.mp4", *GATE, "--max-frames", "0"), "max_frames", id="no-frames"),
+        pytest.param(("--video", "clip.mp4", *GATE, "--fps", "-2"), "fps", id="negative-fps"),
+        pytest.param(("--video", "clip.mp4", *GATE, "--max-new-tokens", "0"), "--max-new-tokens", id="no-new-tokens"),
+        pytest.param(("--video", "clip.mp4", *GATE, "--dtype", "int3"), "dtype", id="dtype"),
+        pytest.param(("--video", "clip.mp4", *GATE, "--model", "nowhere"), "hub cannot be reached", id="missing-model"),
+        pytest.param(("--video", "broken.mp4", *GATE, "--model", "./no/model"), "no such folder", id="typo-first"),
+        pytest.param(("--video", "clip.mp4", *GATE, "--model", "clip.mp4"), "is a file", id="model-is-a-file"),
+        pytest.param(("--video", "clip.mp4", *GATE, "--model", "."), "no config.json", id="no-checkpoint"),
+        pytest.param(("--video", "clip.mp4", *GATE, "--question", " "), "question is empty", id="no-question"),
+        pytest.param(("--video", "clip.mp4", "--alpha-k", "1e9", "--alpha-v", "1"), "alpha_k", id="alpha-beyond"),
+        pytest.param(("--video", "clip.mp4", *GATE, "--model", "text"), "no visual tokens", id="text-model"),
+        pytest.param(("--video", "clip.mp4", *GATE, "--out", "clip.mp4"), "is a file", id="out-is-a-file"),
+        pytest.param(("--video", "clip.mp4", *GATE, "--max-new-tokens", "4090"), "lower --max-new-tokens", id="answer"),
+        pytest.param(
+            ("--video", "long.mp4", *GATE, "--max-frames", "48", "--max-new-tokens", "2000"),
+            "try --max-frames 38",
+            id="context",
+        ),
+        pytest.param(("--video", "clip.mp4", *GATE, "--n-clusters", "0"), "n_clusters", id="clusters"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_2(
+    demo: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    write_video(tmp_path / "clip.mp4", np.zeros((8, 48, 64, 3), np.uint8), fps=8)
+    (tmp_path / "broken.mp4").write_bytes(b"\0" * 5000)
+    (tmp_path / "long.mp4").symlink_to(demo[0] / "clip.mp4")
+    if "text" in options:
+        _save_text_model(tmp_path / "text")
+    before = {path.name for path in tmp_path.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    arguments = ["run", "--model", str(demo[0] / "checkpoint"), "--question", "?", "--out", "out", *options]
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert {path.name for path in tmp_path.iterdir()} == before, "nothing may be left behind"
+
+
+def test_wrong_input_in_a_process_of_its_own(demo: tuple[Path, str], tmp_path: Path) -> None:
+    done = videoanchor(*_run(demo[0], Path("out"), "--video", "missing.mp4"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "videoanchor run: no video file at missing.mp4: check the path"
+    assert list(tmp_path.iterdir()) == []
+
+
+def _save_text_model(folder: Path) -> None:
+    import transformers as hf
+
+    config = hf.Qwen2Config(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    hf.Qwen2ForCausalLM(config).save_pretrained(folder)
+
+
+def test_too_many_tokens_for_the_memory(
+    demo: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With little memory left, the run says before the model works how to need less."""
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda _device: 1000)
+    monkeypatch.chdir(tmp_path)
+    run = ("run", "--model", demo[0] / "checkpoint", "--video", demo[0] / "clip.mp4", "--question", "?", "--out", "out")
+    assert cli.main([*map(str, run), *GATE]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "1728 tokens" in line
+    assert "--max-frames" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+SMALL = (*GATE, "--max-frames", "2", "--max-new-tokens", "1", "--n-clusters", "4", "--scorer", "kmeans")
+
+
+def _run(demo: Path, out: Path, *options: object, video: str = "clip.mp4") -> list[str]:
+    run = ("run", "--model", demo / "checkpoint", "--video", demo / video, "--question", "?", "--out", out)
+    return [*map(str, (*run, *SMALL, *options))]
+
+
+def test_results_that_cannot_be_written(
+    demo: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What stood there stays, the line names the file, and the answer is not lost."""
+    (tmp_path / "result.json").write_text("from before")
+
+    def full(_file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert cli.main(_run(demo[0], tmp_path)) == 1
+    shown = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in shown[-1]
+    assert str(tmp_path) in shown[-1]
+    assert "answer" in shown[-2]
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    assert (tmp_path / "result.json").read_text() == "from before"
+    assert cli.main(_run(demo[0], tmp_path / "new")) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_picture_that_fails_is_a_warning(
+    demo: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "anchors.png").write_text("of another run")
+
+    def failing(path: Path, *_args: object) -> None:
+        path.write_text("half")
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(contact_sheet, "draw", failing)
+    assert cli.main(_run(demo[0], tmp_path)) == 0
+    shown = capsys.readouterr()
+    assert "no font" in shown.err
+    assert "anchors.png" not in shown.out
+    assert {path.name for path in tmp_path.iterdir()} == {"result.json", "anchors.safetensors"}
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize(
+    "name",
+    ["fig $x_{$ .mp4", "cost $5^ vs $6{ 会议 \u202e.mp4", b"a\n\x1b[31m\xff\x9b.mp4".decode(errors="surrogateescape")],
+)
+def test_any_file_name(demo: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    (tmp_path / name).symlink_to(demo[0] / "clip.mp4")
+    run = ("run", "--model", demo[0] / "checkpoint", "--video", tmp_path / name, "--question", "\x1b[2J?")
+    assert cli.main([*map(str, run), *SMALL, "--out", str(tmp_path / "out")]) == 0
+    assert cli.main(["viz", str(tmp_path / "out"), "--what", "sheet", "--format", "pdf"]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "result.json", "anchors.safetensors", "anchors.png", "viz",
+    }  # fmt: skip
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["video"] == str(tmp_path / name)
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir() if path.is_file()}) == 1
+    shown = capsys.readouterr()
+    assert all(line.isprintable() for line in (shown.out + shown.err).split("\n"))
+    assert cli.main([*map(str, run), *SMALL, "--out", str(tmp_path / name)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isprintable()
+
+
+def test_nothing_is_written_through_links(demo: tuple[Path, str], tmp_path: Path) -> None:
+    out, theirs = tmp_path / "out", tmp_path / "theirs"
+    out.mkdir()
+    theirs.write_text("precious")
+    for name in ("result.json", "anchors.safetensors", "anchors.png"):
+        (out / name).symlink_to(theirs)
+    assert cli.main(_run(demo[0], out)) == 0
+    assert theirs.read_text() == "precious"
+    assert not any(path.is_symlink() for path in out.iterdir())
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    assert cli.main(_run(demo[0], tmp_path / "dangling" / "out")) == 2
+
+
+def _foreign(demo: Path, folder: Path, changes: dict[str, Any]) -> Path:
+    """The checkpoint with another config.json, and code that leaves a trace in every file that could be run."""
+    shutil.copytree(demo / "checkpoint", folder)
+    for name in ("evil.py", *changes.get("files", ())):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"open({str(folder / 'EVIL')!r}, 'w')")
+    auto = ("Config", "Model", "ModelForImageTextToText", "Processor", "Tokenizer", "ImageProcessor", "VideoProcessor")
+    for file in folder.glob("*config.json"):
+        values = json.loads(file.read_text())
+        values["auto_map"] = {f"Auto{name}": f"evil.{name}" for name in auto}
+        values |= {name: value for name, value in changes.items() if name in values}
+        file.write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"model_type": "internvl_chat"}, "videoanchor convert foreign --out foreign-hf", id="internvl"),
+        pytest.param({"model_type": "llava_qwen"}, "videoanchor convert foreign --out foreign-hf", id="llava-video"),
+        pytest.param({"model_type": "my_vlm"}, "needs Python code of its own", id="unknown-model"),
+        pytest.param({"processor_class": "MyProcessor"}, "needs Python code of its own", id="unknown-processor"),
+        pytest.param({"vision_config": {"attn_implementation": "a/b"}}, "code of the hub", id="kernel"),
+        pytest.param({"files": ["custom_generate/generate.py"]}, "custom_generate", id="generate"),
+        pytest.param({}, None, id="known-to-transformers"),
+    ],
+)
+def test_code_of_a_repository_is_never_run(
+    demo: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    message: str | None,
+) -> None:
+    folder = _foreign(demo[0], tmp_path / "foreign", changes)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks"))
+    monkeypatch.chdir(tmp_path)
+    code = cli.main(_run(demo[0], Path("out"), "--model", "foreign"))
+    shown = capsys.readouterr().err
+    assert not (folder / "EVIL").exists()
+    if message is None:
+        assert code == 0
+    else:
+        assert code == 2
+        assert message in shown.splitlines()[-1]
+        assert "clip.mp4" not in shown, "the video is read after the checkpoint"
+        shutil.copytree(demo[0], "done", ignore=shutil.ignore_patterns("checkpoint"))
+        assert cli.main(["viz", "done", "--what", "sheet,attention", "--model", "foreign"]) == 2
+        assert not Path("done/viz").exists()
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (RepositoryNotFoundError, "no such name on the hub"),
+        (GatedRepoError, "hf auth login"),
+        (EntryNotFoundError, "has no config.json"),
+        (LocalEntryNotFoundError, "the hub cannot be reached"),
+    ],
+)
+def test_names_of_the_hub(cause: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise OSError("three\nlong\nlines") from cause.__new__(cause)
+
+    monkeypatch.setattr(checkpoint, "cached_file", failing)
+    with pytest.raises(InputError, match=message) as caught:
+        checkpoint.read_config("someone/model")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_published_format_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "internvl_chat"}')
+    monkeypatch.setattr(checkpoint, "cached_file", lambda *_: str(tmp_path / "config.json"))
+    command = "hf download OpenGVLab/InternVL2-8B --local-dir InternVL2-8B && videoanchor convert InternVL2-8B --out "
+    with pytest.raises(InputError, match=command):
+        checkpoint.read_config("OpenGVLab/InternVL2-8B")
+
+
+def test_the_revision_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = tmp_path / "models--org--name" / "snapshots" / "0123abcd" / "config.json"
+    monkeypatch.setattr(checkpoint, "cached_file", lambda *_: str(cached))
+    assert checkpoint.revision_of("org/name") == "0123abcd"
+    assert checkpoint.revision_of(str(tmp_path)) is None
+
+
+def test_sigterm(demo: tuple[Path, str], tmp_path: Path) -> None:
+    """Ends with a word and 143, however often it is sent; nothing half-written is left."""
+    command = _run(demo[0], tmp_path / "out", "--max-new-tokens", "3000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "videoanchor_triton.app.cli", *command], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("  tokens"):
+            break
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+    _, rest = process.communicate()
+    assert process.returncode == 143
+    assert rest.splitlines()[-1] == "videoanchor run: terminated"
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_extras_are_named_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shared, "find_spec", lambda name: None if name == "matplotlib" else name)
+    run = ("run", "--model", "m", "--video", "v.mp4", "--question", "?", "--out", tmp_path / "out")
+    assert cli.main([*map(str, run), *GATE]) == 2
+    line = capsys.readouterr().err
+    assert line == "videoanchor run: missing matplotlib: pip install 'videoanchor-triton[video,viz]'\n"
+
+
+def _copy_checkpoint(demo: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(demo / "checkpoint", folder))
+
+
+def _run_on(checkpoint: Path, demo: Path, out: Path) -> list[str]:
+    run = ("run", "--model", checkpoint, "--video", demo / "clip.mp4", "--question", "?", "--out", out)
+    return [*map(str, run), *GATE]
+
+
+def test_truncated_checkpoint(demo: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = _copy_checkpoint(demo[0], tmp_path / "checkpoint") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert cli.main([*_run_on(weights.parent, demo[0], tmp_path / "out")]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_weights_that_overflow(demo: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file as load
+    from safetensors.torch import save_file
+
+    weights = _copy_checkpoint(demo[0], tmp_path / "checkpoint") / "model.safetensors"
+    tensors = load(weights)
+    tensors["visual.patch_embed.proj.weight"][:] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert cli.main([*_run_on(weights.parent, demo[0], tmp_path / "out"), "--max-frames", "2"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "X must be finite" in line
+    assert "--dtype" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_info(tmp_path: Path) -> None:
+    done = videoanchor("info", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("torch", "transformers", "triton", "sdpa", "reference"):
+        assert word in done.stdout
+    report = json.loads(videoanchor("info", "--json", cwd=tmp_path).stdout)
+    assert {"triton", "sdpa", "reference"} <= report["devices"][0]["backends"].keys()
+    assert report["versions"]["torch"] in done.stdout
+
+
+@pytest.mark.parametrize("command", [(), ("demo",), ("run",), ("info",)])
+def test_help(command: tuple[str, ...], tmp_path: Path) -> None:
+    done = videoanchor(*command, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "usage: videoanchor" in done.stdout

@@ -1,0 +1,513 @@
+"""Questions, settings, replies that survive, and `videoanchor eval` as a user runs it."""
+
+import csv
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from videoanchor_triton.anchor.config import VideoAnchorConfig
+from videoanchor_triton.anchor.scores import anchor_scores
+from videoanchor_triton.app import cli, demo, pipeline, score_cache
+from videoanchor_triton.app.batch.results import ResultsLog
+from videoanchor_triton.app.batch.stopping import StoppedError
+from videoanchor_triton.app.evaluation import answerer
+from videoanchor_triton.app.evaluation.ablations import ablations
+from videoanchor_triton.app.evaluation.evaluate import (
+    Setting,
+    evaluate,
+    failures,
+    refreshed,
+    scores_of,
+    unreadable,
+)
+from videoanchor_triton.app.evaluation.paired import compare
+from videoanchor_triton.app.evaluation.questions import Question, read_questions
+from videoanchor_triton.app.evaluation.report import ALL, CSV_COLUMNS, MEAN_OF_TYPES, NO_REPLY, lines, markdown
+from videoanchor_triton.app.video.reader import read_video, write_video
+from videoanchor_triton.integrations.errors import InputError
+
+GATE = VideoAnchorConfig(alpha_k=4.0, alpha_v=2.0, alpha_q=1.0)
+ROW = {"video": "a.mp4", "question": "Which is nearer?", "options": ["sofa", "lamp", "bed"], "answer": "B"}
+NUMBER = {"video": "a.mp4", "question": "How many?", "answer": 4}
+
+
+def write_rows(folder: Path, *rows: Any) -> Path:
+    (folder / "a.mp4").touch()
+    path = folder / "questions.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def question(number: int, kind: str = "all", answer: str = "A", video: str = "a.mp4") -> Question:
+    return Question(str(number), Path(video), f"question {number}", answer, "choice", ("x", "y"), kind)
+
+
+@pytest.mark.parametrize(
+    ("row", "answer", "metric", "options"),
+    [
+        (ROW, "B", "choice", ("sofa", "lamp", "bed")),
+        ({**ROW, "answer": "lamp"}, "B", "choice", ("sofa", "lamp", "bed")),
+        ({**ROW, "answer": "(c)"}, "C", "choice", ("sofa", "lamp", "bed")),
+        ({**ROW, "options": ["A. sofa", "B. lamp"], "answer": "B. lamp"}, "B", "choice", ("sofa", "lamp")),
+        ({**ROW, "options": ["(A) sofa", "(B) lamp"]}, "B", "choice", ("sofa", "lamp")),
+        ({**ROW, "options": [1, 2, 3], "answer": 3}, "C", "choice", ("1", "2", "3")),
+        (NUMBER, 4.0, "mra", ()),
+        ({**NUMBER, "answer": "3.5"}, 3.5, "mra", ()),
+        ({**NUMBER, "answer": 0, "metric": "exact"}, "0", "exact", ()),
+        ({**NUMBER, "answer": "kitchen", "options": []}, "kitchen", "exact", ()),
+        ({**NUMBER, "answer": "nan"}, "nan", "exact", ()),
+    ],
+)
+def test_rows(row: dict[str, Any], answer: str | float, metric: str, options: tuple[str, ...], tmp_path: Path) -> None:
+    (read,) = read_questions(write_rows(tmp_path, row))
+    assert (read.answer, read.metric, read.options) == (answer, metric, options)
+    assert read.video == tmp_path / "a.mp4"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**NUMBER, "answer": 0}, "above 0"),
+        ({**NUMBER, "answer": -3}, "above 0"),
+        ({**NUMBER, "answer": "kitchen", "metric": "mra"}, "above 0"),
+        ({**NUMBER, "answer": None}, "answer: expected"),
+        ({**NUMBER, "answer": True}, "answer: expected"),
+        ({**NUMBER, "answer": " "}, "answer: expected"),
+        ({"video": "a.mp4", "question": "How many?"}, "got none"),
+        ({**ROW, "answer": "D"}, "from A to C"),
+        ({**ROW, "answer": "chair"}, "from A to C"),
+        ({**ROW, "options": ["B", "A"], "answer": "A"}, "from A to B"),
+        ({**ROW, "options": ["sofa", "Sofa"]}, "different"),
+        ({**ROW, "options": ["sofa"]}, "2 to 26"),
+        ({**ROW, "options": "sofa,lamp"}, "a list"),
+        ({**ROW, "metric": "mra"}, '"choice"'),
+        ({**NUMBER, "metric": "bleu"}, '"exact"'),
+        ({**NUMBER, "type": 3}, "type: expected text"),
+    ],
+)
+def test_rows_that_are_refused(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        read_questions(write_rows(tmp_path, {**ROW, "id": "first"}, row))
+
+
+def test_repeated_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no video at .*b.mp4, nor at any other path"):
+        read_questions(write_rows(tmp_path, {**ROW, "video": "b.mp4"}))
+    assert len(read_questions(write_rows(tmp_path, {**ROW, "video": "b.mp4"}, ROW))) == 2, "one is there"
+    with pytest.raises(InputError, match="line 2: repeats"):
+        read_questions(write_rows(tmp_path, ROW, ROW))
+    with pytest.raises(InputError, match="line 2: repeats"):
+        read_questions(write_rows(tmp_path, {**ROW, "id": 1}, {**NUMBER, "id": 1}))
+
+
+def test_prompts_are_those_of_vsi_bench(tmp_path: Path) -> None:
+    choice, number = read_questions(write_rows(tmp_path, ROW, NUMBER))
+    assert choice.prompt() == (
+        "These are frames of a video.\nWhich is nearer?\nOptions:\nA. sofa\nB. lamp\nC. bed\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+    assert number.prompt() == (
+        "These are frames of a video.\nHow many?\nPlease answer the question using a single word or phrase."
+    )
+
+
+def test_keys_change_with_what_replies_depend_on() -> None:
+    setting, asked = Setting("gate", GATE, 8, (("model", "m"),)), question(1)
+    others = [
+        (Setting("gate", VideoAnchorConfig(alpha_k=4.0, alpha_v=2.5, alpha_q=1.0), 8, (("model", "m"),)), asked),
+        (Setting("gate", GATE, 9, (("model", "m"),)), asked),
+        (Setting("gate", GATE, 8, (("model", "n"),)), asked),
+        (setting, question(2)),
+        (setting, question(1, video="b.mp4")),
+        (setting, replace(asked, fingerprint="of another file of this name")),
+    ]
+    assert len({setting.key(asked), *(one.key(other) for one, other in others)}) == 7
+    assert Setting("another name", GATE, 8, (("model", "m"),)).key(asked) == setting.key(asked)
+    assert setting.key(question(1, answer="B")) == setting.key(asked)  # replies do not depend on the right answer
+
+
+def test_ablations_change_one_thing_at_a_time() -> None:
+    setting = Setting("gate", GATE, 16)
+    found = ablations(setting, ["scorer", "score", "clusters=8,24,auto", "terms=K,V,QK", "frames=8,16"])
+    names = [one.name for one in found]
+    assert names == [
+        *("gate", "scorer kmeans", "scorer uniform", "score size", "score row_sum", "clusters 8", "clusters auto"),
+        *("terms K", "terms V", "terms QK", "frames 8"),
+    ]
+    by_name = dict(zip(names, found, strict=True))
+    terms = {name: (one.config.alpha_q, one.config.alpha_k, one.config.alpha_v) for name, one in by_name.items()}
+    assert terms["terms K"] == (0, 4, 0)
+    assert terms["terms V"] == (0, 0, 2)
+    assert terms["terms QK"] == (1, 4, 0)
+    assert by_name["scorer kmeans"].config.scorer == "kmeans"
+    assert by_name["score size"].config.score == "size"
+    assert by_name["frames 8"].max_frames == 8
+    assert by_name["frames 8"].baseline().max_frames == 8
+    assert not by_name["frames 8"].baseline().gated
+
+
+@pytest.mark.parametrize(
+    "wanted", ["colour", "scorer=best", "score=median", "clusters=0", "clusters=x", "terms=KX", "terms=", "frames=0"]
+)
+def test_ablations_that_are_refused(wanted: str) -> None:
+    if wanted == "terms=":
+        wanted = "terms=,"
+    with pytest.raises(InputError, match="--ablate"):
+        ablations(Setting("gate", GATE, 16), [wanted])
+
+
+def test_an_ablation_of_a_term_without_strength_is_refused() -> None:
+    with pytest.raises(InputError, match="strength of Q is 0"):
+        ablations(Setting("gate", VideoAnchorConfig(alpha_k=1.0, alpha_v=1.0), 16), ["terms=Q"])
+
+
+def test_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    questions = [question(n, video=f"{n % 2}.mp4", answer="AB"[n % 2]) for n in range(6)]
+    setting = Setting("gate", GATE, 8)
+    settings = [setting.baseline(), setting]
+    asked: list[tuple[str, str, str]] = []
+
+    def ask(one: Question, how: Setting) -> str:
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        asked.append((one.video.name, one.id, how.name))
+        return "A" if how.gated else "(B)."
+
+    with ResultsLog(tmp_path / "replies.jsonl") as log, pytest.raises(KeyboardInterrupt):
+        evaluate(questions, settings, ask, log)
+    with (tmp_path / "replies.jsonl").open("a") as file:
+        file.write('{"key": "torn by a ki')
+    first, asked = asked, []
+    with ResultsLog(tmp_path / "replies.jsonl") as log:
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(questions, settings, ask, log)
+        first, asked = first + asked, []
+        scores = evaluate(questions, settings, ask, log)
+    everything = first + asked
+    assert len(everything) == len({*everything}) == 12
+    assert [video for video, _, _ in everything] == ["0.mp4"] * 6 + ["1.mp4"] * 6
+    np.testing.assert_array_equal(scores, [[0, 1] * 3, [1, 0] * 3])
+
+
+def test_failures_are_kept_left_out_and_asked_again(tmp_path: Path) -> None:
+    questions = [question(n) for n in range(3)]
+    setting, broken = Setting("gate", GATE, 8), True
+
+    def ask(one: Question, how: Setting) -> str:
+        if broken and one.id == "1" and how.gated:
+            raise InputError("no such frame")
+        return "A" if how.gated else "B"
+
+    with ResultsLog(tmp_path / "replies.jsonl") as log:
+        before, after = evaluate(questions, [setting.baseline(), setting], ask, log)
+        assert np.isnan(after).tolist() == [False, True, False]
+        table = lines(questions, [(setting, setting.baseline())], [(after, before)])
+        assert [(line.type, line.difference.n, line.difference.difference) for line in table] == [(ALL, 2, 1.0)]
+        assert "no such frame" in log.path.read_text()
+        broken = False
+        assert np.isnan(evaluate(questions, [setting], ask, log)).sum() == 1
+        again = failures(log)
+        assert evaluate(questions, [setting], ask, log, again=again).tolist() == [[1, 1, 1]]
+        assert again == set()
+
+
+def test_replies_are_judged_by_the_questions_as_they_are_now(tmp_path: Path) -> None:
+    setting, other = Setting("gate", GATE, 8), Setting("another", replace(GATE, alpha_k=1.0), 8)
+    asked = [question(1, answer="A"), question(2, answer="B")]
+    with ResultsLog(tmp_path / "replies.jsonl") as log:
+        assert evaluate(asked, [setting, other], lambda *_: "A", log).tolist() == [[1, 0], [1, 0]]
+        edited = [replace(asked[0], answer="B", id="new", type="near")]
+        log.replace(refreshed(edited, log.records))
+        assert scores_of(edited, [setting, other], log).tolist() == [[0], [0]]
+        found = [[record[name] for name in ("id", "type", "answer", "score")] for record in log.records.values()]
+        assert sorted(found) == [["2", "all", "B", 0.0]] * 2 + [["new", "near", "B", 0.0]] * 2
+        assert [record["settings"]["alpha_k"] for record in log.records.values()] == [4.0, 1.0] * 2
+        assert refreshed(edited, log.records) == log.records
+
+
+@pytest.mark.parametrize(("garbage", "verdict"), [("both", NO_REPLY), ("gate", "loss"), ("none", "no gain shown")])
+def test_replies_that_nobody_can_read_are_counted(tmp_path: Path, garbage: str, verdict: str) -> None:
+    asked = [question(n, video=f"{n}.mp4") for n in range(20)]
+    setting = Setting("gate", GATE, 8)
+    pair = [setting, setting.baseline()]
+
+    def ask(_: Question, how: Setting) -> str:
+        return "zzz word" if garbage == "both" or (garbage == "gate" and how.gated) else "A"
+
+    with ResultsLog(tmp_path / "replies.jsonl") as log:
+        scores = evaluate(asked, pair, ask, log)
+        unread = [unreadable(asked, one, log) for one in pair]
+    (line,) = lines(asked, [(setting, setting.baseline())], [(scores[0], scores[1])], [(unread[0], unread[1])])
+    assert line.verdict == line.to_dict()["verdict"] == verdict
+    counts = {"both": (20, 20), "gate": (20, 0), "none": (0, 0)}[garbage]
+    assert (line.unreadable, line.baseline_unreadable) == counts
+    text = markdown([line], {})
+    assert f"| {counts[1]} / {counts[0]} | 0 | {verdict} |" in text
+    assert ("no letter or number could be read from any reply" in text) == (garbage == "both")
+
+
+@pytest.mark.parametrize(
+    ("error", "n_asked"),
+    [(RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), 4), (RuntimeError("odd"), 8)],
+    ids=["lost", "equal"],
+)
+def test_an_evaluation_stops_and_goes_on(tmp_path: Path, error: Exception, n_asked: int) -> None:
+    """Everything before it stays; the rerun asks what failed after all others."""
+    asked = [question(n, video=f"{n}.mp4") for n in range(20)]
+    setting, order = Setting("gate", GATE, 8), []
+
+    def ask(one: Question, _: Setting) -> str:
+        order.append(one.id)
+        if len(order) > 3:
+            raise error
+        return "A"
+
+    with ResultsLog(tmp_path / "replies.jsonl") as log:
+        with pytest.raises(StoppedError):
+            evaluate(asked, [setting], ask, log)
+        assert len(order) == len(log.records) == n_asked
+        failed, order, error = order[3:], [], KeyboardInterrupt()  # pyright: ignore[reportAssignmentType]
+        assert np.isfinite(scores_of(asked, [setting], log)).sum() == 3
+        everything = evaluate(asked, [setting], lambda one, _: order.append(one.id) or "A", log, again=failures(log))
+        assert everything.tolist() == [[1] * 20]
+    assert order[-len(failed) :] == failed
+    assert len(order) == 17
+
+
+def test_table_by_type() -> None:
+    questions = [question(n, "far" if n < 9 else "near") for n in range(12)]
+    setting = Setting("gate", GATE, 8)
+    after, before = np.r_[np.zeros(9), np.ones(3)], np.zeros(12)
+    table = lines(questions, [(setting, setting.baseline())], [(after, before)])
+    found = {line.type: (line.difference.n, line.difference.difference) for line in table}
+    assert found == {ALL: (12, 0.25), MEAN_OF_TYPES: (12, 0.5), "far": (9, 0.0), "near": (3, 1.0)}
+    row = "| gate | near | 3 | 1 | 0.0 | 100.0 | +100.0 | +100.0 to +100.0 | 3 | 1 | 0 / 0 | 0 | no gain shown |"
+    assert row in markdown(table, {})
+
+
+def test_table_draws_whole_videos(tmp_path: Path) -> None:
+    """Ten videos, eight questions each, all or none of which change: 80 questions are as good as ten. A video is one
+    however rows spell its path."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    spellings = ("folder", "link", "folder/../folder")
+    videos = [str(tmp_path / spellings[n % 3] / f"{n // 8}.mp4") for n in range(80)]
+    questions = [question(n, "ab"[n % 2], video=video) for n, video in enumerate(videos)]
+    setting = Setting("gate", GATE, 8)
+    after, before = (np.arange(80) // 8 < 7).astype(float), (np.arange(80) // 8 >= 7).astype(float)
+    table = lines(questions, [(setting, setting.baseline())], [(after, before)])
+    assert [line.difference.n_videos for line in table] == [10] * 4
+    few = compare(after[::8], before[::8], np.arange(10))
+    for line in table:
+        found = line.difference
+        assert (found.low, found.high, found.n_videos_changed) == (few.low, few.high, 10)
+        assert found.verdict == "no gain shown"
+    assert compare(after, before, np.arange(80)).verdict == "gain"  # what asking a video eight times pretends
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two clips, four questions and the tiny random checkpoint."""
+    folder = tmp_path_factory.mktemp("eval")
+    demo.make_checkpoint(folder / "checkpoint")
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for n in range(2):
+        frames = rng.integers(0, 255, (6, 7, 9, 3), dtype=np.uint8).repeat(10, 1).repeat(10, 2)
+        write_video(folder / f"{n}.mp4", frames, fps=4)
+        rows += [
+            {"video": f"{n}.mp4", "question": "Left?", "options": ["yes", "no"], "answer": "AB"[n % 2], "type": "left"},
+            {"video": f"{n}.mp4", "question": "How many?", "answer": n + 1, "type": "count"},
+        ]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+OPTIONS = ("--max-frames", "2", "--max-new-tokens", "1", "--n-clusters", "3", "--pca-rank", "8")
+STRENGTHS = ("--alpha-k", "400", "--alpha-v", "40")
+
+
+def run(command: str, folder: Path, out: Path, *options: str) -> int:
+    arguments = (command, folder / "questions.jsonl", "--model", folder / "checkpoint", "--out", out)
+    return cli.main([*map(str, arguments), *OPTIONS, *options])
+
+
+@pytest.fixture
+def n_scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts of calls: of the model, of the scorer."""
+    counts = [0, 0]
+
+    def counted(place: int, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[place] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(pipeline, "answer", counted(0, pipeline.answer))
+    monkeypatch.setattr(score_cache, "anchor_scores", counted(1, anchor_scores))
+    return counts
+
+
+def test_eval_as_a_user_runs_it(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], n_scored: list[int]
+) -> None:
+    out = tmp_path / "out"
+    assert run("eval", clips, out, *STRENGTHS, "--ablate", "terms=K", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record == json.loads((out / "eval.json").read_text())
+    assert n_scored == [12, 2]  # four questions in three settings; each clip scored once
+    assert {name: setting["alpha_k"] for name, setting in record["settings"].items()} == {
+        "gate": 400,
+        "baseline, 2 frames": 0,
+        "terms K": 400,
+    }
+    first = read_csv(out / "eval.csv")
+    table = first
+    assert record["n_videos"] == 2
+    assert [(row["setting"], row["type"], row["n"], row["n_videos"]) for row in table] == [
+        (setting, kind, n, "2")
+        for setting in ("gate", "terms K")
+        for kind, n in ((ALL, "4"), (MEAN_OF_TYPES, "4"), ("count", "2"), ("left", "2"))
+    ]
+    replies = [json.loads(line) for line in (out / "replies.jsonl").read_text().splitlines()]
+    by_setting = {name: [r["reply"] for r in replies if r["setting"] == name] for name in record["settings"]}
+    assert by_setting["gate"] != by_setting["baseline, 2 frames"]
+    assert (out / "eval.png").stat().st_size > 10_000
+
+    assert run("eval", clips, out, *STRENGTHS, "--ablate", "terms=K,V") == 0
+    assert n_scored == [16, 2]  # four questions in one new setting, scores from the disk
+    shown = capsys.readouterr().out
+    assert "| terms V | all questions | 4 | 2 |" in shown
+    assert str(out / "eval.png") in shown
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        table = csv.DictReader(file)
+        assert tuple(table.fieldnames or ()) == CSV_COLUMNS
+        return list(table)
+
+
+def test_a_report_can_be_cited_and_no_other_run_replaces_it(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    rows = [json.loads(line) for line in (clips / "questions.jsonl").read_text().splitlines()]
+    rows = [{**row, "video": str(clips / row["video"]), "type": f"={row['type']}"} for row in rows]
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    arguments = ("eval", questions, "--model", clips / "checkpoint", "--out", tmp_path / "out", *OPTIONS)
+    arguments = (*arguments, "--scorer", "kmeans")
+    reports = []
+    for strength in ("40", "400"):
+        assert cli.main([*map(str, arguments), "--alpha-k", strength, "--alpha-v", "1"]) == 0
+        shown = capsys.readouterr()
+        record = json.loads((tmp_path / "out" / "eval.json").read_text())
+        reports.append(tmp_path / "out" / f"eval-{record['tag']}.md")
+        assert shown.err.count("tokens") <= 2, "memory of the first clip alone"
+        text = (tmp_path / "out" / "eval.md").read_text()
+        sha256 = hashlib.sha256(questions.read_bytes()).hexdigest()
+        for fact in (
+            str(clips / "checkpoint"),
+            f"alpha_k {strength}",
+            "2 at most",
+            "scorer kmeans",
+            sha256,
+            "cpu",
+            "torch",
+        ):
+            assert fact in text
+        assert record["date"] in text
+        for row in read_csv(tmp_path / "out" / "eval.csv"):
+            assert (row["alpha_k"], row["alpha_v"], row["max_frames"]) == (f"{strength}.0", "1.0", "2")
+            assert (row["questions_sha256"], row["date"], row["n_failed"]) == (sha256, record["date"], "0")
+            assert row["type"] in (ALL, MEAN_OF_TYPES, "'=left", "'=count")
+        assert reports[-1].read_text() == text
+    assert f"kept      {reports[0]}" in shown.out
+    assert "alpha_k 40," in reports[0].read_text()
+    replies = [json.loads(line) for line in (tmp_path / "out" / "replies.jsonl").read_text().splitlines()]
+    strengths = sorted(reply["settings"]["alpha_k"] for reply in replies)
+    assert strengths == [0.0] * 4 + [40.0] * 4 + [400.0] * 4
+
+
+def lose_the_device_after(n: int, answer: Any) -> Any:
+    """`answer`, which fails from the n-th call on."""
+    calls = iter(range(10**6))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) >= n:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return answer(*args, **kwargs)
+
+    return call
+
+
+def test_eval_stops_where_the_device_is_lost(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "answer", lose_the_device_after(3, pipeline.answer))
+        assert run("eval", clips, tmp_path, *STRENGTHS, "--json") == 1
+    shown = capsys.readouterr()
+    record = json.loads(shown.out)
+    assert (record["n_failed"], record["n_unasked"]) == (1, 4)
+    assert "the device failed" in record["stopped"]
+    assert shown.err.splitlines()[-1].startswith("videoanchor eval: stopped, as the device failed")
+    assert run("eval", clips, tmp_path, *STRENGTHS, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["n_failed"], record["n_unasked"], record["stopped"]) == (0, 0, None)
+
+
+def test_the_baseline_is_the_model_without_a_gate(clips: Path, tmp_path: Path) -> None:
+    model, processor = pipeline.load(str(clips / "checkpoint"), "cpu")
+    asker = answerer.Asker(model, processor, lambda video, n: read_video(video, max_frames=n), tmp_path / "scores", 6)
+    asked = read_questions(clips / "questions.jsonl")[0]
+    setting = Setting("gate", VideoAnchorConfig(alpha_k=9.0, alpha_v=9.0, n_clusters=3), 2)
+    inputs, _ = pipeline.prepare(model, processor, asker.clip(asked.video, 2), asked.prompt())
+    model.set_attn_implementation({"text_config": "sdpa"})
+    output = model.generate(**inputs, max_new_tokens=6, do_sample=False)  # pyright: ignore[reportCallIssue]
+    expected = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+    assert asker(asked, setting.baseline()) == expected
+
+
+def test_a_broken_video_leaves_the_others(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    rows = [json.loads(line) for line in (clips / "questions.jsonl").read_text().splitlines()][:2]
+    rows = [{**row, "video": str(clips / row["video"])} for row in rows] + [
+        {**NUMBER, "id": "broken", "video": "broken.mp4"},
+        {**NUMBER, "id": "gone", "video": "gone.mp4"},
+    ]
+    questions = write_rows(tmp_path, *rows)
+    arguments = ("eval", questions, "--model", clips / "checkpoint", "--out", tmp_path / "out", *STRENGTHS, *OPTIONS)
+    assert cli.main([*map(str, arguments), "--json"]) == 1
+    shown = capsys.readouterr()
+    record = json.loads(shown.out)
+    assert (record["n_failed"], record["results"][0]["n"], record["results"][0]["n_failed"]) == (4, 2, 2)
+    assert "4 replies failed" in shown.err
+    assert "1 of 3 videos are missing, their questions fail: " in shown.err
+    assert {failure["id"] for failure in record["failures"]} == {"broken", "gone"}
+    assert any("no video file at" in failure["error"] for failure in record["failures"])
+    for line in (tmp_path / "out" / "replies.jsonl").read_text().splitlines():
+        assert ("error" in (reply := json.loads(line))) == (reply.get("failure") == "input")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--alpha-k and --alpha-v"),
+        (("--alpha-k", "0", "--alpha-v", "0"), "is the baseline itself"),
+        ((*STRENGTHS, "--ablate", "size"), "--ablate size"),
+        ((*STRENGTHS, "--max-new-tokens", "0"), "--max-new-tokens"),
+    ],
+)
+def test_wrong_options(
+    clips: Path, tmp_path: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("eval", clips, tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "eval.json").exists()

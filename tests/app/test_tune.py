@@ -1,0 +1,329 @@
+"""A search that finds what was planted, claims nothing of noise, and goes on where it stopped."""
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_evaluate import clips, lose_the_device_after, n_scored, run  # noqa: F401
+
+from videoanchor_triton.anchor.config import VideoAnchorConfig
+from videoanchor_triton.app import pipeline
+from videoanchor_triton.app.batch.results import ResultsLog
+from videoanchor_triton.app.batch.stopping import StoppedError
+from videoanchor_triton.app.evaluation.paired import compare
+from videoanchor_triton.app.evaluation.questions import read_questions
+from videoanchor_triton.app.evaluation.tune import Point, Trial, conclusion, coordinate_search, split
+from videoanchor_triton.app.evaluation.tune_gradient import answer_loss, learn, recomputed_layers
+from videoanchor_triton.app.evaluation.tune_report import draw_search
+from videoanchor_triton.app.video.reader import read_video
+from videoanchor_triton.integrations.errors import InputError
+
+GRID = (0, 0.5, 1, 2, 4, 8)
+
+
+def answers(right: Callable[[Point], float], seed: int, asked: list[int] | None = None):
+    """Questions that a model gets right with probability `right(point)`. Each has a difficulty of its own, the same for
+    all points, and for each point a little luck."""
+
+    def evaluate(points: Sequence[Point], numbers: Sequence[int]) -> np.ndarray:
+        if asked is not None:
+            asked.append(len(points) * len(numbers))
+        difficulty = np.array([np.random.default_rng([seed, n]).random() for n in numbers])
+        luck = [
+            [np.random.default_rng([seed, n, *np.array(p).view(np.uint32)]).normal() for n in numbers] for p in points
+        ]
+        chance = np.array([right(point) for point in points])
+        return (difficulty + 0.05 * np.array(luck) < chance[:, None]).astype(float)
+
+    return evaluate
+
+
+def planted(point: Point) -> float:
+    """0.4 without a gate, 0.8 at (4, 1)."""
+    distance = np.hypot(np.log1p(point[0]) - np.log1p(4), np.log1p(point[1]) - np.log1p(1))
+    return 0.35 + 0.45 * float(np.exp(-(distance**2)))
+
+
+def tune(evaluate, n_questions: int = 200, seed: int = 0):
+    order, held = split(["a", "b"] * (n_questions // 2), np.arange(n_questions), 0.3, seed)
+    point, trials = coordinate_search(evaluate, GRID, GRID, order)
+    after, before = evaluate([point, (0.0, 0.0)], held)
+    return point, trials, compare(after, before, np.array(held)) if any(point) else None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_planted_optimum_is_found(seed: int) -> None:
+    point, _, held_out = tune(answers(planted, seed), seed=seed)
+    assert planted(point) > 0.75
+    assert held_out is not None
+    assert held_out.verdict == "gain"
+    assert conclusion(point, held_out).startswith(f"Gain shown for alpha_k = {point[0]:g}, alpha_v = {point[1]:g}: +")
+
+
+def test_noise_is_no_gain() -> None:
+    """The gate does nothing but shuffle answers: of 40 searches, each of which picks the luckiest point, about one in
+    forty shows a gain by chance."""
+    verdicts = []
+    for seed in range(40):
+        point, _, held_out = tune(answers(lambda _: 0.5, seed), n_questions=80, seed=seed)
+        verdicts.append("no gain shown" if held_out is None else held_out.verdict)
+        if verdicts[-1] == "no gain shown":
+            assert conclusion(point, held_out).startswith("No gain shown")
+    assert verdicts.count("gain") <= 3
+
+
+def test_what_the_search_itself_saw_would_have_been_a_gain() -> None:
+    """Why questions are held out: on those it was chosen on, the luckiest of many points looks better."""
+    gains = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        table = {(k, v): (rng.random(40) < 0.5).astype(float) for k in map(float, GRID) for v in map(float, GRID)}
+        point, _ = coordinate_search(
+            lambda points, numbers, table=table: np.stack([table[p][numbers] for p in points]), GRID, GRID, range(28)
+        )
+        gains.append((table[point][:28].mean() - 0.5, table[point][28:].mean() - 0.5))
+    on_search, on_held_out = np.mean(gains, 0)
+    assert on_search > 0.1
+    assert abs(on_held_out) < 0.06
+
+
+def test_halving_asks_less_than_the_grid() -> None:
+    asked: list[int] = []
+    _, trials, _ = tune(answers(planted, 0, asked))
+    assert sum(asked) < 0.6 * len(GRID) ** 2 * 140
+    first = [trial for trial in trials if (trial.search_pass, trial.coordinate) == (1, "alpha_k")]
+    assert [(trial.rung, trial.n) for trial in first] == [(1, 35)] * 6 + [(2, 70)] * 3 + [(3, 140)] * 2
+    assert [sum(trial.kept for trial in first if trial.rung == rung) for rung in (1, 2, 3)] == [3, 2, 1]
+
+
+def test_ties_go_to_the_weaker_gate() -> None:
+    point, _ = coordinate_search(lambda points, numbers: np.ones((len(points), len(numbers))), GRID, GRID, range(20))
+    assert point == (0, 0)
+    assert "prefers no gate" in conclusion(point, None)
+
+
+def test_failures_are_left_out_of_all_points_of_a_rung() -> None:
+    """The better point failed on the questions that all others get right."""
+
+    def evaluate(points: Sequence[Point], numbers: Sequence[int]) -> np.ndarray:
+        hard = np.array(numbers) % 2 == 1
+        return np.array([np.where(hard, float(k == 2), np.nan if k == 2 else 1.0) for k, _ in points])
+
+    point, trials = coordinate_search(evaluate, (0, 2), (0,), range(20))
+    assert point == (2, 0)
+    assert trials[-1].n == 10
+    assert conclusion(point, None, 7, 7).startswith("Nothing could be judged: ")
+    with pytest.raises(InputError, match="no question was answered"):
+        coordinate_search(lambda points, numbers: np.full((len(points), len(numbers)), np.nan), GRID, GRID, range(9))
+
+
+def test_split_takes_its_share_of_every_type() -> None:
+    types = ["a"] * 50 + ["b"] * 10 + ["c"] * 2 + ["d"]
+    videos = np.arange(63)
+    order, held = split(types, videos, 0.3, 7)
+    assert sorted(order + held) == list(range(63))
+    assert {kind: [types[n] for n in held].count(kind) for kind in "abc"} == {"a": 15, "b": 3, "c": 1}
+    assert split(types, videos, 0.3, 7) == (order, held)
+    assert split(types, videos, 0.3, 8) != (order, held)
+    assert 3 <= [types[n] for n in order[:24]].count("b") <= 5  # mixed evenly from the start
+    order, held = split([str(n) for n in range(10)], videos[:10], 0.3, 0)  # types of a single question each
+    assert (len(order), len(held)) == (7, 3)
+    for share in (0, 1, float("nan")):
+        with pytest.raises(InputError, match="--held-out"):
+            split(types, videos, share, 0)
+    with pytest.raises(InputError, match="more videos"):
+        split(["a"], videos[:1], 0.3, 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_video_is_in_both_parts(seed: int) -> None:
+    """40 videos of 1 to 20 questions of three types, rows in any order: about the share of each type is held out."""
+    rng = np.random.default_rng(seed)
+    videos = rng.permutation(np.repeat(np.arange(40), rng.integers(1, 21, 40)))
+    types = rng.choice(["a", "b", "c"], len(videos), p=[0.6, 0.3, 0.1]).tolist()
+    order, held = split(types, videos, 0.3, seed)
+    assert sorted(order + held) == list(range(len(videos)))
+    assert not {*videos[order]} & {*videos[held]}
+    for kind in "abc":
+        assert [types[n] for n in held].count(kind) / types.count(kind) == pytest.approx(0.3, abs=0.1)
+    one_large = np.r_[np.zeros(50), np.arange(1, 51)]
+    assert {len(split(["a"] * 100, one_large, 0.1, other)[1]) for other in range(20)} == {10}  # of the small ones
+    with pytest.raises(InputError, match="9 questions about 1 videos"):
+        split(["a"] * 9, np.zeros(9), 0.3, seed)
+
+
+@pytest.mark.parametrize("grid", [(), (-1, 2), (float("nan"),), (float("inf"), 1)])
+def test_grids_that_are_refused(grid: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match="--grid-v"):
+        coordinate_search(answers(planted, 0), GRID, grid, range(20))
+
+
+def test_picture_of_a_search_over_one_coordinate(tmp_path: Path) -> None:
+    trials = [Trial("alpha_k", 1, 1, k, 1.0, 9, 0.1 * k, k == 2.0) for k in (0.0, 2.0)]
+    draw_search(tmp_path / "tune.png", trials, None, "No gain shown.")
+    assert (tmp_path / "tune.png").stat().st_size > 10_000
+
+
+def test_descent_finds_the_minimum_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """Losses with their minimum at (4, 0.5), seen with noise; interrupted after 20 steps of 60."""
+    target = torch.tensor([4.0, 0.5]).log()
+
+    def loss(alphas: torch.Tensor, number: int) -> torch.Tensor:
+        if number == 3:
+            raise InputError("no such video")
+        noise = torch.from_numpy(np.random.default_rng(number).normal(0, 0.1, 2)).float()
+        return ((alphas.log() - target - noise) ** 2).sum()
+
+    with ResultsLog(tmp_path / "whole.jsonl") as log:
+        point, steps = learn(loss, range(20), log, "a", n_steps=60)
+    assert point == pytest.approx((4.0, 0.5), rel=0.15)
+    assert np.mean([step["loss"] for step in steps[-5:]]) < 0.1 * steps[0]["loss"]
+    with ResultsLog(tmp_path / "parts.jsonl") as log:
+        learn(loss, range(20), log, "a", n_steps=20)
+    with ResultsLog(tmp_path / "parts.jsonl") as log:
+        assert learn(loss, range(20), log, "a", n_steps=60) == (point, steps)
+        assert len(log.records) == 60
+        assert learn(lambda *_: pytest.fail("asked again"), range(20), log, "a", n_steps=60) == (point, steps)
+
+
+def test_descent_stops_where_the_device_is_lost(tmp_path: Path) -> None:
+    def lost(alphas: torch.Tensor, number: int) -> torch.Tensor:
+        if number >= 8:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        if number == 1:
+            raise RuntimeError("one that is odd")
+        return (alphas**2).sum()
+
+    with ResultsLog(tmp_path / "log.jsonl") as log:
+        with pytest.raises(StoppedError, match="the device failed"):
+            learn(lost, range(20), log, "a", batch=4)
+        assert len(log.records) == 2, "the steps before it stay"
+
+
+def test_descent_refuses(tmp_path: Path) -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise InputError("no such video")
+
+    with ResultsLog(tmp_path / "log.jsonl") as log:
+        with pytest.raises(InputError, match="no such video"):
+            learn(fail, range(4), log, "a")
+        with pytest.raises(InputError, match="not finite"):
+            learn(lambda alphas, _: alphas.sum() * float("nan"), range(4), log, "a")
+        wrong: tuple[dict[str, Any], ...] = ({"n_steps": 0}, {"batch": 0}, {"rate": 0.0}, {"start": (0.0, 1.0)})
+        for option in wrong:
+            with pytest.raises(InputError, match="above 0"):
+                learn(fail, range(4), log, "a", **option)
+        assert not log.records
+
+
+def test_gradient_through_the_model(clips: Path) -> None:  # noqa: F811
+    """The derivative by both alphas against finite differences, on a checkpoint; its weights stay as they are."""
+    model, processor = pipeline.load(str(clips / "checkpoint"), "cpu")
+    question = read_questions(clips / "questions.jsonl")[0]
+    clip = read_video(question.video, max_frames=2)
+    config = VideoAnchorConfig(alpha_k=7.0, alpha_v=7.0, n_clusters=3, pca_rank=8)
+
+    def loss(*alphas: float) -> torch.Tensor:
+        return answer_loss(model, processor, clip, question, config, torch.tensor(alphas))
+
+    alphas, h = torch.tensor([2.0, 1.0], requires_grad=True), 0.05
+    with recomputed_layers(model):
+        value = answer_loss(model, processor, clip, question, config, alphas)
+        value.backward()
+        with torch.no_grad():
+            numeric = [
+                float(loss(2 + h, 1) - loss(2 - h, 1)) / (2 * h),
+                float(loss(2, 1 + h) - loss(2, 1 - h)) / (2 * h),
+            ]
+    assert alphas.grad is not None
+    assert alphas.grad.tolist() == pytest.approx(numeric, rel=0.02, abs=1e-3)
+    assert min(abs(alphas.grad)) > 0.01
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())
+    with torch.no_grad():  # the loss is that of the ordinary gate
+        inputs, _ = pipeline.prepare(model, processor, clip, question.prompt())
+        from videoanchor_triton.integrations.transformers.enable import enable
+
+        with enable(model, VideoAnchorConfig(alpha_k=2.0, alpha_v=1.0, n_clusters=3, pca_rank=8)):
+            logits = model(**inputs).logits[0, -1]
+    letter = processor.tokenizer(str(question.answer)).input_ids[0]
+    assert float(value.detach()) == pytest.approx(-float(logits.log_softmax(-1)[letter]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "columns"),
+    [
+        (("--grid-k", "0,400", "--grid-v", "0"), {"rung", "mean", "kept", "model", "questions_sha256"}),
+        (("--method", "gradient", "--steps", "2", "--batch", "1"), {"step", "loss"}),
+    ],
+    ids=["grid", "gradient"],
+)
+def test_tune_as_a_user_runs_it(
+    clips: Path,  # noqa: F811
+    n_scored: list[int],  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    columns: set[str],
+) -> None:
+    out = tmp_path / "out"
+    assert run("tune", clips, out, "--held-out", "0.5", *options) == 0
+    shown = capsys.readouterr().out
+    record = json.loads((out / "tune.json").read_text())
+    assert shown.startswith(("**No gain shown", "**Nothing could be judged: no letter or number could be read from"))
+    assert record["conclusion"] in shown
+    with (out / "tune.csv").open(newline="") as file:
+        assert columns <= next(csv.DictReader(file)).keys()
+    assert "mean (%)" in (out / "tune.md").read_text() or "mean" not in columns
+    assert len(record["held_out_ids"]) == 2  # both about one of the two videos
+    if record["held_out"] is not None:  # the search may prefer no gate
+        assert (record["held_out"]["n"], record["held_out"]["n_videos"]) == (2, 1)
+    if record["held_out"] is not None and "could be judged" not in shown:
+        assert "on 2 questions about 1 videos held out" in shown
+    assert {path.name for path in out.iterdir()} >= {"tune.md", "tune.csv", "tune.json", "tune.png", "replies.jsonl"}
+    assert n_scored[1] <= 2  # each clip once, whatever the strengths
+    asked = n_scored[0]
+    assert run("tune", clips, out, "--held-out", "0.5", *options, "--json") == 0
+    assert {**json.loads(capsys.readouterr().out), "date": record["date"]} == record
+    assert n_scored[0] == asked  # nothing is asked again
+
+
+def test_tune_stops_where_the_device_is_lost(
+    clips: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(pipeline, "answer", lose_the_device_after(3, pipeline.answer))
+    assert run("tune", clips, tmp_path, "--held-out", "0.5", "--grid-k", "0,400", "--grid-v", "0") == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("videoanchor tune: stopped, as the device failed")
+    assert last.endswith("replies.jsonl has what was done, the same command goes on")
+    assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--steps", "3"), "--steps is not for --method grid"),
+        (("--grid-k", "0,1e9"), "--grid-k: alpha_k"),
+        (("--grid-v", "-1"), "--grid-v: alpha_v"),
+        (("--method", "gradient", "--grid-k", "0,1"), "--grid-k is not for"),
+        (("--method", "gradient", "--start", "1"), "two strengths"),
+        (("--held-out", "1.5"), "--held-out"),
+    ],
+)
+def test_wrong_options(
+    clips: Path,  # noqa: F811
+    tmp_path: Path,
+    options: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("tune", clips, tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,385 @@
+"""The pieces of `videoanchor viz` by themselves: odd sizes, newlines, one frame, and pictures without overlap."""
+
+import csv
+import itertools
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from torch import nn
+
+from videoanchor_triton.app.token_grid import TokenGrid
+from videoanchor_triton.app.video.reader import VideoClip
+from videoanchor_triton.app.viz import affinity, attention_share, contact_sheet, table
+from videoanchor_triton.app.viz.affinity import FrameAffinity, frame_affinity
+from videoanchor_triton.app.viz.attention_share import (
+    SharesRecord,
+    VisualShare,
+    record_visual_share,
+    visual_share,
+)
+from videoanchor_triton.app.viz.finished_run import FinishedRun
+from videoanchor_triton.app.viz.frames import read_clip, source_frames
+from videoanchor_triton.app.viz.layout import first_frames, frames_per_step, token_places
+from videoanchor_triton.app.viz.overlay import MIN_WIDTH, Painter, write_video
+from videoanchor_triton.app.viz.palette import COLOURS, OTHER, rank_colours, size_ranks, subspace_names
+from videoanchor_triton.integrations.errors import InputError
+from videoanchor_triton.integrations.transformers import attention
+
+GRIDS = [
+    pytest.param(TokenGrid(3, 5, 7), id="plain"),
+    pytest.param(TokenGrid(3, 5, 7, row_newlines=True), id="newlines"),
+    pytest.param(TokenGrid(3, 5, 7, n_extra=2), id="extra"),
+    pytest.param(TokenGrid(1, 1, 1), id="one-token"),
+    pytest.param(TokenGrid(1, 3, 1, n_extra=1, row_newlines=True), id="one-column"),
+]
+
+
+def finished(grid: TokenGrid, n_frames: int, labels: np.ndarray | None = None, video: str = "clip.mp4") -> FinishedRun:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 5, grid.n_tokens) if labels is None else labels
+    scores = rng.random(grid.n_tokens, dtype=np.float32)
+    indices = np.arange(n_frames) * 3 + 1
+    return FinishedRun(Path("run"), {"video": video}, grid, scores, labels, indices / 10, indices)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_places_are_those_of_the_grid(grid: TokenGrid) -> None:
+    places = token_places(grid)
+    assert places.shape == (grid.n_tokens, 3)
+    placed = places[:, 2] >= 0
+    assert placed.sum() == grid.t * grid.h * grid.w
+    arranged = grid.arrange(np.arange(grid.n_tokens))
+    np.testing.assert_array_equal(arranged[tuple(places[placed].T)], np.flatnonzero(placed))
+    assert (places[~placed, 0] >= 0).sum() == grid.t * grid.h * grid.row_newlines
+    assert (places[:, 0] < 0).sum() == grid.n_extra
+
+
+@pytest.mark.parametrize(("n_frames", "t"), [(1, 1), (5, 3), (6, 3), (7, 4), (4, 4), (1023, 512)])
+def test_first_frames_of_steps_of_one_or_two_frames(n_frames: int, t: int) -> None:
+    """Frame n lies in step n // 2 where two frames make a step, as the processors pair them."""
+    grid = TokenGrid(t, 2, 2)
+    per_step = 1 if t == n_frames else 2
+    assert frames_per_step(grid, n_frames) == per_step
+    steps = np.arange(n_frames) // per_step
+    np.testing.assert_array_equal(first_frames(grid, n_frames), [np.flatnonzero(steps == step)[0] for step in range(t)])
+
+
+def test_table_leaves_cells_empty_where_a_token_has_no_place(tmp_path: Path) -> None:
+    grid = TokenGrid(2, 2, 2, n_extra=1, row_newlines=True)
+    run = finished(grid, 3)
+    table.write(tmp_path / "tokens.csv", run)
+    lines = (tmp_path / "tokens.csv").read_text().splitlines()
+    assert lines[0] == "token,step,frame,time_s,row,column,score,subspace,label"
+    cells = [line.split(",") for line in lines[1:]]
+    assert len(cells) == 13
+    assert cells[1][:6] == ["1", "0", "1", "0.100000", "0", "1"]
+    assert cells[2][:6] == ["2", "0", "1", "0.100000", "0", ""]
+    assert cells[9][:6] == ["9", "1", "7", "0.700000", "1", "0"]
+    assert cells[12][:6] == ["12", "", "", "", "", ""]
+    assert [np.float32(row[6]) for row in cells] == run.scores.tolist()
+    assert [int(row[8]) for row in cells] == run.labels.tolist()
+
+
+def test_table_names_subspaces_as_the_legend_does(tmp_path: Path) -> None:
+    grid = TokenGrid(1, 1, 200)
+    sizes = np.arange(1, 20)[::-1]
+    labels = np.repeat(np.random.default_rng(0).permutation(40)[:19], sizes)  # 19 subspaces, under numbers with gaps
+    run = finished(grid, 1, np.append(labels, [labels[0]] * (200 - len(labels))))
+    table.write(tmp_path / "tokens.csv", run)
+    with (tmp_path / "tokens.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["subspace"] for row in rows} == {name for name, _ in subspace_names(run.labels)}
+    painted = Painter.of(run, "subspaces")
+    for row in rows:
+        colour = painted.colours[0, 0, int(row["column"])].astype(int)
+        assert dict(painted.names)[row["subspace"]] == "#{:02X}{:02X}{:02X}".format(*colour)
+
+
+def test_colours_go_by_size_and_the_small_share_one() -> None:
+    labels = np.repeat(np.arange(20), [3, 9, 9, *range(20, 37)])
+    ranks = size_ranks(labels)
+    assert (ranks[labels == 19] == 0).all()
+    assert (ranks[labels == 1] == len(COLOURS)).all()
+    assert (ranks[labels == 8] == 11).all()
+    assert (ranks[labels == 7] == 12).all()
+    names = subspace_names(labels)
+    assert names == [*((str(n + 1), colour) for n, colour in enumerate(COLOURS)), ("rest", OTHER)]
+    assert subspace_names(np.array([7, 7, 2])) == [("1", COLOURS[0]), ("2", COLOURS[1])]
+    np.testing.assert_array_equal(rank_colours(np.array([0, 12])), [[0, 180, 255], [138, 138, 138]])
+
+
+_TO_LMS_LIKE = {  # Machado, Oliveira and Fernandes 2009, severity 1
+    "normal": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+@pytest.mark.parametrize("sight", _TO_LMS_LIKE)
+def test_colours_stay_apart_for_every_sight(sight: str) -> None:
+    rgb = rank_colours(np.arange(len(COLOURS) + 1)) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ np.array(_TO_LMS_LIKE[sight]).T
+    to_xyz = np.array(
+        [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]]
+    )
+    xyz = np.clip(linear, 0, 1) @ to_xyz.T / (0.95047, 1, 1.08883)
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    lab = np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
+    distance = np.linalg.norm(lab[:, None] - lab[None], axis=-1) + 1000 * np.eye(len(lab))
+    assert distance.min() > 20
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_affinity_against_a_dense_matrix(grid: TokenGrid) -> None:
+    n, generator = grid.n_tokens, torch.Generator().manual_seed(0)
+    k = min(4, n)
+    indices = torch.stack([torch.randperm(n, generator=generator)[:k] for _ in range(n)])
+    values = torch.randn(n, k, generator=generator)
+    dense = torch.zeros(n, n).scatter_add_(1, indices, values).T.abs().double().numpy()
+    step = token_places(grid)[:, 0]
+    expected = np.array([[dense[step == i][:, step == j].sum() for j in range(grid.t)] for i in range(grid.t)])
+    found = frame_affinity(indices, values, grid)
+    np.testing.assert_allclose(found.share, expected / expected.sum(), rtol=1e-9)
+    assert found.outside == pytest.approx(1 - expected.sum() / dense.sum(), abs=1e-12)
+    assert found.between == pytest.approx(1 - np.trace(expected) / expected.sum(), abs=1e-12)
+
+
+def test_affinity_of_nothing_and_of_other_tokens() -> None:
+    grid = TokenGrid(2, 1, 2)
+    found = frame_affinity(torch.zeros(4, 1, dtype=torch.int64), torch.zeros(4, 1), grid)
+    assert (found.share.sum(), found.outside, found.between) == (0, 0, 0)
+    with pytest.raises(ValueError, match=r"expected \(4, k\)"):
+        frame_affinity(torch.zeros(5, 1, dtype=torch.int64), torch.zeros(5, 1), grid)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 9}, {"softcap": 3.0}, {"scale": 0.3}], ids=str)
+def test_share_against_a_dense_softmax(options: dict[str, Any]) -> None:
+    """GQA, padding, fewer queries than keys, visual tokens in two blocks."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, heads, n, 16, generator=generator) for heads, n in ((6, 5), (2, 37), (2, 37)))
+    gamma = 1 + 9.5 * torch.rand(2, 37, generator=generator)
+    visual, padding = torch.zeros(37, dtype=torch.bool), torch.ones(2, 37, dtype=torch.bool)
+    visual[4:19] = visual[23:30] = True
+    padding[1, :7] = False
+    found = visual_share(q, k, v, visual, gamma_k=gamma, key_padding_mask=padding, causal=True, **options)
+
+    logits = q.double() @ k.double().repeat_interleave(3, 1).transpose(-1, -2) * options.get("scale", 0.25)
+    cap = options.get("softcap")
+    logits = logits if cap is None else cap * (logits / cap).tanh()
+    ahead = torch.arange(37) - (torch.arange(5) + 32)[:, None]
+    hidden = (ahead > 0) | (ahead <= -options.get("window", 1000)) | ~padding[:, None, None, :]
+    weights = (logits + gamma.double().log()[:, None, None]).masked_fill(hidden, -torch.inf).softmax(-1)
+    np.testing.assert_allclose(found.double(), weights[..., visual].sum(-1), atol=2e-6)
+    assert 0.05 < found.mean() < 0.95
+
+
+def test_share_is_0_where_the_window_ends_before_the_video() -> None:
+    q, k, v = (torch.ones(1, 1, n, 8) for n in (2, 20, 20))
+    visual = torch.arange(20) < 10
+    assert visual_share(q, k, v, visual, causal=True, window=4).tolist() == [[[0, 0]]]
+
+
+NAME = "anchored_attention"
+
+
+class _Layer(nn.Module):
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+        return getattr(attention, NAME)(q, k, k, gamma_k=gamma, causal=True)
+
+
+def test_record_names_the_layers_and_leaves_things_as_they_were() -> None:
+    """Layer 1 has no such attention (a linear one); a step of decoding is not measured."""
+    before = getattr(attention, NAME)
+    text = nn.Sequential(_Layer(0), _Layer(2))
+    q, visual = torch.randn(1, 2, 12, 8), torch.arange(12) < 9
+    with record_visual_share(text, visual) as record:
+        outputs = [layer(q, q, torch.full((12,), 3.0)) for layer in text]
+        text[0](q[:, :, -1:], torch.cat([q, q], 2), torch.ones(1))
+    torch.testing.assert_close(outputs[1], before(q, q, q, gamma_k=torch.full((12,), 3.0), causal=True))
+    assert getattr(attention, NAME) is before
+    assert not any(layer._forward_pre_hooks for layer in text)
+    assert [one.layer for one in record.layers] == [0, 2]
+    assert (record.n_queries, record.n_keys, record.n_visual) == (3, 12, 9)
+
+
+SIZES = [(MIN_WIDTH, 270), (37, 23), (481, 15), (1, 1), (271, 480)]
+
+
+@pytest.mark.parametrize("kind", ["scores", "subspaces"])
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_painted_frames_of_odd_sizes(kind: Any, width: int, height: int, tmp_path: Path) -> None:
+    """Each pixel is its token's colour over the grey; the video has even sides and as many frames."""
+    grid = TokenGrid(2, 3, 5, n_extra=1, row_newlines=True)
+    run = finished(grid, 3)
+    frames = np.random.default_rng(1).integers(0, 256, (3, height, width, 3), dtype=np.uint8)
+    painter = Painter.of(run, kind)
+    picture = painter.paint(frames[2], 0.7)
+    times = picture.shape[1] // width
+    assert picture.shape[1] >= MIN_WIDTH > (times - 1) * width
+    assert picture.shape[0] % 2 == picture.shape[1] % 2 == 0
+    large_h, large_w = height * times, width * times
+    row, column = np.arange(large_h) * 3 // large_h, np.arange(large_w) * 5 // large_w
+    colours = painter.colours[1][row][:, column]
+    grey = frames[2].mean(-1).repeat(times, 0).repeat(times, 1)[..., None]
+    expected = 0.62 * colours + 0.38 * (127.5 + 0.7 * (grey - 127.5))
+    np.testing.assert_allclose(picture[:large_h, :large_w], expected, atol=0.51)
+    path = tmp_path / "o.mp4"
+    assert write_video(path, painter, zip(run.timestamps, frames, strict=True), slides=True) == 3
+    with av.open(str(path)) as container:
+        shapes = [(frame.height, frame.width) for frame in container.decode(video=0)]
+    assert shapes == [picture.shape[:2]] * 3
+
+
+def test_one_frame() -> None:
+    run = finished(TokenGrid(1, 2, 2), 1)
+    painter = Painter.of(run, "scores")
+    assert [painter.step_at(seconds) for seconds in (-5, 0.1, 99)] == [0, 0, 0]
+
+
+def test_step_of_the_nearest_sampled_frame() -> None:
+    painter = Painter.of(finished(TokenGrid(3, 2, 2), 5), "scores")  # at 0.1, 0.4, 0.7, 1.0, 1.3
+    assert [painter.step_at(seconds) for seconds in (0, 0.54, 0.56, 1.1, 1.16, 9)] == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were saved."""
+    saved: list[Figure] = []
+    save = Figure.savefig
+
+    def kept(figure: Figure, *args: Any, **options: Any) -> None:
+        save(figure, *args, **options)
+        saved.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    return saved
+
+
+def check_texts(figure: Figure) -> None:
+    """No text lies over another one or leaves the figure."""
+    figure.draw_without_rendering()
+    width, height = figure.bbox.size
+    texts: list[Any] = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    for axes, name in itertools.product(figure.axes, ("xaxis", "yaxis")):
+        axis = getattr(axes, name)
+        low, high = sorted(axis.get_view_interval())
+        unseen = {id(tick.label1) for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
+        texts = [text for text in texts if id(text) not in unseen]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
+    for name, box in boxes:
+        assert box.x0 >= -1, name
+        assert box.y0 >= -1, name
+        assert box.x1 <= width + 1, name
+        assert box.y1 <= height + 1, name
+    for (name, box), (other, other_box) in itertools.combinations(boxes, 2):
+        assert not box.padded(-0.5).overlaps(other_box.padded(-0.5)), (name, other)
+
+
+LONG = "a-video-with-a-name-that-would-never-fit-into-any-title-of-a-figure-take-7.mp4"
+
+
+@pytest.mark.parametrize(
+    ("n_frames", "shape", "n_clusters"),
+    [(1, (90, 160), 1), (1, (160, 90), 24), (3, (50, 400), 24), (40, (90, 160), 24)],
+)
+def test_sheet_has_no_overlap(
+    n_frames: int, shape: tuple[int, int], n_clusters: int, figures: list[Figure], tmp_path: Path
+) -> None:
+    grid = TokenGrid(n_frames, 5, 6, row_newlines=True)
+    run = finished(grid, n_frames, np.arange(grid.n_tokens) % n_clusters, LONG)
+    clip = VideoClip(np.zeros((n_frames, *shape, 3), np.uint8), run.timestamps + 3600, run.indices, 200, 10.0)
+    title = f"{LONG}: {grid.n_tokens} visual tokens, scorer ssc"
+    contact_sheet.draw(tmp_path / "sheet.png", clip, grid, run.scores, run.labels, title)
+    check_texts(figures[0])
+
+
+@pytest.mark.parametrize(("t", "last"), [(1, 0.0), (2, 0.5), (5, 20.0), (40, 3600.0), (36, 36000.0)])
+def test_affinity_has_no_overlap(t: int, last: float, figures: list[Figure], tmp_path: Path) -> None:
+    share = np.random.default_rng(0).random((t, t)) ** 8
+    run = finished(TokenGrid(t, 1, 1), t, video=LONG)
+    seconds = np.linspace(0, last, t)
+    affinity.draw(tmp_path / "a.pdf", FrameAffinity(share / share.sum(), 0.0), seconds, run.video_name)
+    affinity.draw(tmp_path / "b.png", FrameAffinity(share * 0, 0.0), seconds, run.video_name)
+    for figure in figures:
+        check_texts(figure)
+
+
+@pytest.mark.parametrize("n_layers", [1, 4, 80])
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0])
+def test_attention_has_no_overlap(n_layers: int, scale: float, figures: list[Figure], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    layers = [VisualShare(n, rng.random(8) * scale, rng.random(8) * scale) for n in range(n_layers)]
+    name = finished(TokenGrid(1, 1, 1), 1, video=LONG).video_name
+    attention_share.draw(tmp_path / "a.png", SharesRecord(layers, 123, 4567, 4000), name)
+    check_texts(figures[0])
+
+
+def test_the_frame_of_a_step_is_its_own(figures: list[Figure], tmp_path: Path) -> None:
+    """Of five frames in three steps the second step begins with the third frame."""
+    frames = np.repeat(np.array([10, 60, 110, 160, 210], np.uint8), 12).reshape(5, 2, 2, 3)
+    run = finished(TokenGrid(3, 1, 1), 5)
+    clip = VideoClip(frames, run.timestamps, run.indices, 20, 10.0)
+    contact_sheet.draw(tmp_path / "sheet.png", clip, run.grid, run.scores, run.labels, "title")
+    shown = [axis.images[0].get_array()[0, 0, 0] for axis in figures[0].axes[:3]]  # pyright: ignore
+    assert shown == [10, 110, 210]
+    assert [axis.get_title() for axis in figures[0].axes[:3]] == ["0.10 s", "0.70 s", "1.30 s"]
+
+
+def test_frames_of_a_video_with_uneven_times(tmp_path: Path) -> None:
+    """The frames are found by their recorded positions, whatever sampling chose them."""
+    from fractions import Fraction
+
+    path, times, levels = tmp_path / "vfr.mp4", [0, 4, 5, 11, 30, 31], [20, 60, 100, 140, 180, 220]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"  # pyright: ignore[reportAttributeAccessIssue]
+        stream.codec_context.time_base = Fraction(1, 10)
+        for time, level in zip(times, levels, strict=True):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), level, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 10)
+            container.mux(stream.encode(frame))  # pyright: ignore[reportAttributeAccessIssue]
+        container.mux(stream.encode(None))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def silent(*_args: Any) -> None: ...
+
+    scores = np.zeros(3, np.float32)
+    run = FinishedRun(
+        tmp_path, {"video": str(path)}, TokenGrid(3, 1, 1), scores, scores.astype(int), np.array([0.4, 1.1, 3.1]),
+        np.array([1, 3, 5]),
+    )  # fmt: skip
+    clip = read_clip(run, path, silent)
+    np.testing.assert_allclose(clip.frames.mean((1, 2, 3)), [60, 140, 220], atol=3)
+    assert clip.n_source_frames == 6
+    found = list(source_frames(run, path, silent))
+    np.testing.assert_allclose([seconds for seconds, _ in found], np.array(times) / 10, atol=1e-6)
+    np.testing.assert_allclose([frame.mean() for _, frame in found], levels, atol=3)
+    other = FinishedRun(tmp_path, {}, run.grid, scores, run.labels, run.timestamps + 0.1, run.indices)
+    with pytest.raises(InputError, match="another video"):
+        read_clip(other, path, silent)
+    with pytest.raises(InputError, match="another video"):
+        next(source_frames(other, path, silent))
+
+
+def test_views_of_a_folder(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for n in range(4):
+        Image.new("RGB", (31, 17), (40 * n + 20,) * 3).save(tmp_path / f"view{n}.png")
+    scores = np.zeros(2, np.float32)
+    run = FinishedRun(
+        tmp_path, {}, TokenGrid(2, 1, 1), scores, scores.astype(int), np.array([1.0, 3.0]), np.array([1, 3])
+    )
+    clip = read_clip(run, tmp_path, lambda *_: None)
+    assert clip.frames[:, 0, 0, 0].tolist() == [60, 140]
+    assert [float(frame.mean()) for _, frame in source_frames(run, tmp_path, lambda *_: None)] == [20, 60, 100, 140]
