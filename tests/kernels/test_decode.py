@@ -12,7 +12,7 @@ from oracle import Result, assert_results_as_exact_as_eager, eager_attention, fp
 from torch._dynamo.testing import CompileCounter
 
 from videoanchor_triton.kernels import validation
-from videoanchor_triton.kernels.api import anchored_attention_decode
+from videoanchor_triton.kernels.api_cache import anchored_attention_decode
 from videoanchor_triton.kernels.reference import reference_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
