@@ -87,8 +87,8 @@ def anchored_attention(
     Args:
         q: (B, Hq, Nq, D), floating.
         k, v: (B, Hkv, Nk, D) of q's dtype and device; Hq must be a multiple of Hkv.
-        gamma_k, gamma_v: factors of keys and values, (N,), (B, N) or (B, Hkv, N) with N <= Nk, floating, finite,
-            >= 0. Keys from N on are neutral (factor 1). A key with gamma_k = 0 is invisible, and the gradient of that
+        gamma_k, gamma_v: factors of keys and values, (N,), (B, N) or (B, Hkv, N), N <= Nk, floating, finite, >= 0.
+            Keys from N on are neutral (factor 1). A key with gamma_k = 0 is invisible, and the gradient of that
             gamma_k is 0. fp64 factors become fp32 unless q is fp64, and must fit. Values are checked where that costs
             no synchronisation, on the CPU outside torch.compile and torch.func; elsewhere a bad gamma_k gives NaN with
             "log-bias", and with "post-exp" may go unnoticed. In fp16 gamma_v * v may exceed what fp16 holds where the
@@ -107,7 +107,7 @@ def anchored_attention(
             dtype, no Nq x Nk tensor; "reference", dense fp64, for tests; "auto", the best on a GPU that can take the
             call, else sdpa. Under torch.func.grad and the like, "triton" and "hopper" cannot take a call.
         gate_form: "log-bias" takes any gamma_k >= 0. "post-exp" is cheaper in prefill, and the caller promises that
-            every gamma_k is within [2**-20, 2**20]. `choose_gate_form` reads off a gate which form it allows.
+            every gamma_k is within `[2**-20, 2**20]`. `choose_gate_form` reads off a gate which form it allows.
 
     Returns:
         out (B, Hq, Nq, D) in q's dtype, or (out, lse) with lse (B, Hq, Nq) in fp32, natural logarithm. A row that sees

@@ -7,7 +7,7 @@ POST_EXP_LIMIT = 2.0**20
 
 
 def choose_gate_form(gamma_k: torch.Tensor) -> str:
-    """The cheapest `gate_form` that every value of gamma_k allows: "post-exp" within [2**-20, 2**20], else "log-bias".
+    """The cheapest `gate_form` that all of gamma_k allows: "post-exp" within `[2**-20, 2**20]`, else "log-bias".
 
     Reads the values on the host, once: call it when a gate is built, not in every attention call.
 
