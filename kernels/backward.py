@@ -39,6 +39,12 @@ def sum_of_gate(d_gate: torch.Tensor, gamma: torch.Tensor, packed: bool) -> torc
     return d_gate if gamma.dim() == 3 else d_gate.sum(1) if gamma.dim() == 2 else d_gate.sum((0, 1))
 
 
+def gradient_of_gamma_k(d_log_gate: torch.Tensor, gamma_k: torch.Tensor, packed: bool) -> torch.Tensor:
+    """From that of log gamma_k; 0 where no weight reaches: gamma_k is 0 there, or hidden and then perhaps NaN."""
+    d_gamma_k = sum_of_gate(d_log_gate, gamma_k, packed)
+    return torch.where(d_gamma_k == 0, 0.0, d_gamma_k / gamma_k.float())
+
+
 def backward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -159,9 +165,7 @@ def backward(
     )
     d_gamma_k = d_gamma_v = None
     if gamma_k is not None and d_log_gate is not None:
-        d_gamma_k = sum_of_gate(d_log_gate, gamma_k, packed)
-        # 0 where no weight reaches: gamma_k is 0 there, or hidden and then perhaps NaN
-        d_gamma_k = torch.where(d_gamma_k == 0, 0.0, d_gamma_k / gamma_k.float())
+        d_gamma_k = gradient_of_gamma_k(d_log_gate, gamma_k, packed)
     if gamma_v is not None and d_value_gate is not None:
         d_gamma_v = sum_of_gate(d_value_gate, gamma_v, packed)
     return tokens_first(d_q), tokens_first(d_k), tokens_first(d_v), d_gamma_k, d_gamma_v
