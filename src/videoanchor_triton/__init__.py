@@ -17,12 +17,9 @@ if TYPE_CHECKING:
     from .anchor.solver import SelfExpression, self_expression
     from .anchor.streaming import AnchorStream
     from .integrations.transformers.enable import Handle, disable, enable
-    from .kernels.api import (
-        anchored_attention,
-        anchored_attention_decode,
-        anchored_attention_varlen,
-        available_backends,
-    )
+    from .kernels.api import anchored_attention, anchored_attention_varlen
+    from .kernels.api_cache import anchored_attention_decode
+    from .kernels.dispatch import available_backends
     from .kernels.gates import choose_gate_form
     from .kernels.merge import merge_attention
 
@@ -57,9 +54,9 @@ _HOME = {
     "VideoAnchorConfig": ".anchor.config",
     "anchor_scores": ".anchor.scores",
     "anchored_attention": ".kernels.api",
-    "anchored_attention_decode": ".kernels.api",
+    "anchored_attention_decode": ".kernels.api_cache",
     "anchored_attention_varlen": ".kernels.api",
-    "available_backends": ".kernels.api",
+    "available_backends": ".kernels.dispatch",
     "choose_gate_form": ".kernels.gates",
     "disable": ".integrations.transformers.enable",
     "enable": ".integrations.transformers.enable",
