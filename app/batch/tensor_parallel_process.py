@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # these import transformers, which has to be prepared
     from transformers import PreTrainedModel
 
     from ...anchor.config import VideoAnchorConfig
-    from ..pipeline import RunResult
+    from ..pipeline import Answer
     from ..video.reader import VideoClip
     from .shared_prefill import SharedPrefill
 
@@ -83,7 +83,7 @@ class Channel:
             dist.broadcast(torch.from_numpy(frame), 0, group=self._group)
         return VideoClip(frames, **about)
 
-    def agreed(self, result: "RunResult") -> "RunResult":
+    def agreed(self, result: "Answer") -> "Answer":
         """`result` with the memory of all processes.
 
         Raises:
@@ -144,7 +144,7 @@ class Leader:
         question: str,
         config: "VideoAnchorConfig",
         **options: Any,
-    ) -> "RunResult":
+    ) -> "Answer":
         return self.video(model, processor, clip, config, share=False, **options).answer(question)
 
     def end(self) -> None:
@@ -158,7 +158,7 @@ class _LedVideo:
     def __init__(self, leader: Leader, video: "SharedPrefill", channel: Channel) -> None:
         self._leader, self._video, self._channel = leader, video, channel
 
-    def answer(self, question: str) -> "RunResult":
+    def answer(self, question: str) -> "Answer":
         try:
             self._channel.send({"question": question})
             return self._channel.agreed(self._video.answer(question))

@@ -20,7 +20,7 @@ from .stopping import Failure, failure_of
 if TYPE_CHECKING:  # these import torch, and the input is read before that
     from ...anchor.config import VideoAnchorConfig
     from ...anchor.timing import Progress
-    from ..pipeline import RunResult
+    from ..pipeline import Answer
     from ..video.reader import VideoClip
     from .tensor_parallel_process import Leader
 
@@ -192,7 +192,7 @@ class BatchWorker:
         return clip, too_long
 
     def _done(
-        self, row: BatchRow, clip: "VideoClip", result: "RunResult", decoded: float, cached_scores: bool
+        self, row: BatchRow, clip: "VideoClip", result: "Answer", decoded: float, cached_scores: bool
     ) -> Record:
         anchor = result.anchor
         return {
