@@ -74,7 +74,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
 def test_there_is_one_way_to_replace_a_file() -> None:
     """No temporary name that can be guessed: nothing else in the package renames over a file."""
     found = subprocess.run(
-        ["grep", "-rlE", r"os\.replace|os\.rename|\.writing", "anchor", "kernels", "integrations", "app", "--include=*.py"],
+        ["grep", "-rlE", r"os\.replace|os\.rename|\.writing", *("anchor", "kernels", "integrations", "app", "--include=*.py")],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert set(found.stdout.split()) == {"app/atomic_write.py", "app/score_cache.py"}
