@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from transformers import PretrainedConfig
 
@@ -21,9 +22,10 @@ from .token_grid import TokenGrid
 from .video.reader import VideoClip, read_video
 
 Medium: TypeAlias = VideoClip | Image.Image | np.ndarray | str | Path
-"""A video as `read_video` returns it or the path of what it reads, or an image: (height, width, 3) uint8 or Pillow's."""
+"""A video as `read_video` returns it, the path of one, or an image, (height, width, 3) uint8 or Pillow's."""
 Messages: TypeAlias = str | Sequence[Mapping[str, Any]]
 """A question, asked after all media, or chat messages as `apply_chat_template` takes them."""
+_RATES_FROM_METADATA = int(transformers.__version__.split(".")[0]) >= 5
 _Read: TypeAlias = Callable[[str | Path], VideoClip]
 
 
@@ -121,8 +123,12 @@ def build_inputs(
     if clips:
         given["videos"] = [torch.from_numpy(clip.frames).permute(0, 3, 1, 2) for clip in clips]
         given["video_metadata"] = [video_metadata(clip) for clip in clips]
+        given["do_sample_frames"] = False
         rates = [clip.sampled_fps for clip in clips]
-        given |= {"do_sample_frames": False, "fps": rates[0] if len(set(rates)) == 1 else rates}
+        if len(set(rates)) == 1:
+            given["fps"] = rates[0]
+        elif not _RATES_FROM_METADATA:
+            given["fps"] = rates
     if len(clips) < len(items):
         given["images"] = [item for item in items if not isinstance(item, VideoClip)]
     try:
@@ -130,7 +136,9 @@ def build_inputs(
         inputs = processor(text=[prompt], **given, return_tensors="pt")
     except (ValueError, ImportError) as error:
         what = "this video" if len(items) == len(clips) == 1 else "these videos and images"
-        raise InputError(f"{type(processor).__name__} cannot take {what}: {first_line(error)}") from error
+        uneven = len({len(clip.frames) for clip in clips}) > 1
+        hint = "; most models take videos of equally many frames" if uneven else ""
+        raise InputError(f"{type(processor).__name__} cannot take {what}: {first_line(error)}{hint}") from error
     if "newline" in visual_token_ids(config):
         inputs["input_ids"] = insert_grid_newlines(inputs["input_ids"], config)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

@@ -89,7 +89,7 @@ class Channel:
         Raises:
             RuntimeError: they have not generated the same.
         """
-        mine = [zlib.crc32(result.answer.encode()), result.n_generated_tokens, result.peak_memory_bytes or 0]
+        mine = [zlib.crc32(result.text.encode()), result.n_generated_tokens, result.peak_memory_bytes or 0]
         all_of_them = [torch.zeros(len(mine), dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(all_of_them, torch.tensor(mine), group=self._group)
         if len({tuple(one.tolist()[:2]) for one in all_of_them}) > 1:
