@@ -43,12 +43,12 @@ class Budget:
     n_prompt_tokens: int
     max_new_tokens: int
     context: int | None
-    weights: int | None
-    kv_cache: int
-    activations: int
     scores: int
-    available: int | None
     device: str
+    weights: int | None = None
+    kv_cache: int = 0
+    activations: int = 0
+    available: int | None = None
     problem: str | None = None
 
     @property
@@ -237,11 +237,7 @@ def check_fits(
             n_prompt_tokens=n_prompt - n_all + n_visual,
             max_new_tokens=max_new_tokens,
             context=getattr(text, "max_position_embeddings", None),
-            weights=None,
-            kv_cache=0,
-            activations=0,
             scores=scores,
-            available=None,
             device=str(model.device),
         )
         return replace(taken, problem=_problem(taken) or problem)
