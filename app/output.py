@@ -20,7 +20,7 @@ from .viz import contact_sheet
 
 if TYPE_CHECKING:  # these import transformers, and the folder is checked before that
     from ..anchor.scores import AnchorResult
-    from .pipeline import RunResult
+    from .pipeline import Answer
 
 
 def check_folder(path: Path) -> None:
@@ -66,7 +66,7 @@ def _tensors(result: "AnchorResult", grid: TokenGrid, clip: VideoClip) -> dict[s
 
 
 def write_run(
-    folder: Path, result: "RunResult", clip: VideoClip, config: VideoAnchorConfig, about: dict[str, Any]
+    folder: Path, result: "Answer", clip: VideoClip, config: VideoAnchorConfig, about: dict[str, Any]
 ) -> dict[str, Any]:
     """Writes `result.json` and `anchors.safetensors` into `folder`, both or none; `draw_run` makes the picture.
 
@@ -81,7 +81,7 @@ def write_run(
     """
     anchor = result.anchor
     record = {
-        "answer": result.answer,
+        "answer": result.text,
         **about,
         "config": config.to_dict(),
         "tokens": {
@@ -125,7 +125,7 @@ def write_run(
     return record
 
 
-def draw_run(folder: Path, result: "RunResult", clip: VideoClip, record: dict[str, Any]) -> None:
+def draw_run(folder: Path, result: "Answer", clip: VideoClip, record: dict[str, Any]) -> None:
     """Adds `anchors.png` to what `write_run` has written.
 
     Args:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # these import transformers, which has to be prepared
     from transformers import PreTrainedModel
 
     from ...anchor.config import VideoAnchorConfig
-    from ..pipeline import RunResult
+    from ..pipeline import Answer
     from ..video.reader import VideoClip
     from .shared_prefill import SharedPrefill
 
@@ -83,13 +83,13 @@ class Channel:
             dist.broadcast(torch.from_numpy(frame), 0, group=self._group)
         return VideoClip(frames, **about)
 
-    def agreed(self, result: "RunResult") -> "RunResult":
+    def agreed(self, result: "Answer") -> "Answer":
         """`result` with the memory of all processes.
 
         Raises:
             RuntimeError: they have not generated the same.
         """
-        mine = [zlib.crc32(result.answer.encode()), result.n_generated_tokens, result.peak_memory_bytes or 0]
+        mine = [zlib.crc32(result.text.encode()), result.n_generated_tokens, result.peak_memory_bytes or 0]
         all_of_them = [torch.zeros(len(mine), dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(all_of_them, torch.tensor(mine), group=self._group)
         if len({tuple(one.tolist()[:2]) for one in all_of_them}) > 1:
@@ -144,7 +144,7 @@ class Leader:
         question: str,
         config: "VideoAnchorConfig",
         **options: Any,
-    ) -> "RunResult":
+    ) -> "Answer":
         return self.video(model, processor, clip, config, share=False, **options).answer(question)
 
     def end(self) -> None:
@@ -158,7 +158,7 @@ class _LedVideo:
     def __init__(self, leader: Leader, video: "SharedPrefill", channel: Channel) -> None:
         self._leader, self._video, self._channel = leader, video, channel
 
-    def answer(self, question: str) -> "RunResult":
+    def answer(self, question: str) -> "Answer":
         try:
             self._channel.send({"question": question})
             return self._channel.agreed(self._video.answer(question))

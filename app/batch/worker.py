@@ -20,7 +20,7 @@ from .stopping import Failure, failure_of
 if TYPE_CHECKING:  # these import torch, and the input is read before that
     from ...anchor.config import VideoAnchorConfig
     from ...anchor.timing import Progress
-    from ..pipeline import RunResult
+    from ..pipeline import Answer
     from ..video.reader import VideoClip
     from .tensor_parallel_process import Leader
 
@@ -191,14 +191,12 @@ class BatchWorker:
             too_long[row.number] = f"{problem}: {self._planner.advice(clip, row.question)}"
         return clip, too_long
 
-    def _done(
-        self, row: BatchRow, clip: "VideoClip", result: "RunResult", decoded: float, cached_scores: bool
-    ) -> Record:
+    def _done(self, row: BatchRow, clip: "VideoClip", result: "Answer", decoded: float, cached_scores: bool) -> Record:
         anchor = result.anchor
         return {
             **_about(row, self._settings_hash),
             "status": "done",
-            "answer": result.answer,
+            "answer": result.text,
             "failure": None,
             "reason": None,
             "tokens": {

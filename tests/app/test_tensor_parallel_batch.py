@@ -25,7 +25,7 @@ from videoanchor_triton.app.batch.rows import BatchRow
 from videoanchor_triton.app.batch.tensor_parallel import TensorParallelWorker
 from videoanchor_triton.app.batch.worker import BatchJob
 from videoanchor_triton.app.budget import Planner
-from videoanchor_triton.app.pipeline import RunResult
+from videoanchor_triton.app.pipeline import Answer
 from videoanchor_triton.app.token_grid import TokenGrid
 from videoanchor_triton.app.video.reader import read_video, write_video
 from videoanchor_triton.integrations.errors import InputError
@@ -125,9 +125,9 @@ class NoOthers(tensor_parallel_process.Channel):
 def test_processes_that_answer_differently(monkeypatch: pytest.MonkeyPatch, other: tuple[str, int]) -> None:
     """It is no answer; where they agree, their memory adds up."""
 
-    def result(answer: str, n_tokens: int) -> RunResult:
+    def result(answer: str, n_tokens: int) -> Answer:
         anchor = AnchorResult(torch.zeros(1), torch.zeros(1))
-        return RunResult(answer, 9, 1, n_tokens, TokenGrid(1, 1, 1), anchor, {}, "GPU", 1000)
+        return Answer(answer, 9, 1, n_tokens, TokenGrid(1, 1, 1), anchor, {}, "GPU", 1000)
 
     def gather(out: list[torch.Tensor], mine: torch.Tensor, **_: Any) -> None:
         out[0].copy_(mine)
