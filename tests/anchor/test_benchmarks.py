@@ -3,7 +3,6 @@
 import csv
 import importlib
 import json
-import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,12 +15,11 @@ import torch
 
 from .reference import textbook_iterates, textbook_weights
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-ssc_reference: Any = importlib.import_module("ssc_reference")
-ssc_speed: Any = importlib.import_module("ssc_speed")
-ssc_tokens: Any = importlib.import_module("ssc_tokens")
-ssc_quality: Any = importlib.import_module("ssc_quality")
-record: Any = importlib.import_module("record")
+ssc_reference: Any = importlib.import_module("benchmarks.scores.helpers.reference")
+ssc_speed: Any = importlib.import_module("benchmarks.scores.speed")
+ssc_tokens: Any = importlib.import_module("benchmarks.scores.helpers.token_sets")
+ssc_quality: Any = importlib.import_module("benchmarks.scores.quality")
+record: Any = importlib.import_module("benchmarks.helpers.record")
 
 SPEED = ["--sizes", "48", "--rank", "24", "--checked", "6", "--targets", "1e-2"]
 
@@ -29,7 +27,7 @@ SPEED = ["--sizes", "48", "--rank", "24", "--checked", "6", "--targets", "1e-2"]
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "kernels"))
-    return importlib.import_module("ssc_gpu")
+    return importlib.import_module("benchmarks.scores.helpers.gpu_tasks")
 
 
 def features(n_tokens: int = 40, rank: int = 12) -> np.ndarray:
