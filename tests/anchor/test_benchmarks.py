@@ -3,6 +3,8 @@
 import csv
 import importlib
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -52,6 +54,15 @@ def test_the_textbook_is_the_textbook(factorised: bool, affine: bool, alpha_e: f
 def test_the_problem_is_the_published_one() -> None:
     problem = ssc_speed.published_problem(features())
     assert (problem.lambda_e, problem.lambda_z) == pytest.approx(textbook_weights(features(), 800.0, 800.0))
+
+
+def test_a_command_runs_from_any_folder(tmp_path: Path) -> None:
+    """As a script, whose folder is all that Python knows of the benchmarks."""
+    command = Path(__file__).parents[2] / "benchmarks" / "scores" / "long_video.py"
+    arguments = ["--tokens", "40", "--rank", "6", "--out", "out"]
+    subprocess.run([sys.executable, command, *arguments], cwd=tmp_path, check=True, capture_output=True)
+    (row,) = json.loads((tmp_path / "out" / "ssc-long.json").read_text())["rows"]
+    assert (row["tokens"], row["rank"], row["unconverged"]) == (40, 6, 0)
 
 
 def test_the_bounds_hold_whatever_the_coefficients() -> None:
