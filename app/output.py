@@ -16,7 +16,6 @@ from .atomic_write import replacing
 from .text import json_text, printable
 from .token_grid import TokenGrid
 from .video.reader import VideoClip
-from .viz import contact_sheet
 
 if TYPE_CHECKING:  # these import transformers, and the folder is checked before that
     from ..anchor.scores import AnchorResult
@@ -131,6 +130,8 @@ def draw_run(folder: Path, result: "Answer", clip: VideoClip, record: dict[str, 
     Args:
         record: what `write_run` has returned.
     """
+    from .viz import contact_sheet  # it imports matplotlib, and the folder is checked before that
+
     tensors = _tensors(result.anchor, result.grid, clip)
     scores, labels = tensors["scores"].numpy(), tensors["labels"].numpy()
     name = printable(Path(record["video"]).name)

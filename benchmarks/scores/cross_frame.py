@@ -1,6 +1,6 @@
 """Which score finds the objects that all frames share, and does it depend on how large they are?
 
-    python benchmarks/cross_frame.py --out DIR [--quick]
+    python benchmarks/scores/cross_frame.py --out DIR [--quick]
 
 Clips of six frames with known truth; `clips` says what they are:
 
@@ -32,15 +32,16 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import ssc_report
 import torch
-from environment import environment, processor
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
-from ssc_tokens import HIDDEN, POOLED
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.helpers import report
+from benchmarks.helpers.environment import environment, processor
+from benchmarks.scores.helpers.token_sets import HIDDEN, POOLED
 from videoanchor_triton.anchor.affinity import affinity_matrix
 from videoanchor_triton.anchor.config import VideoAnchorConfig
 from videoanchor_triton.anchor.problem import token_features
@@ -276,7 +277,7 @@ def summary(rows: list[Row]) -> str:
         here = [row for row in rows if row.case == case]
         tokens, seeds = {row.tokens for row in here}, {row.seed for row in here}
         parts.append(f"## {case}: {min(tokens)} to {max(tokens)} tokens, {len(seeds)} seeds")
-        parts.append(ssc_report.table([(case, size) for size in sorted({row.size for row in here})], columns))
+        parts.append(report.table([(case, size) for size in sorted({row.size for row in here})], columns))
     return "\n\n".join(parts)
 
 
@@ -288,11 +289,9 @@ def draw(rows: list[Row], path: Path, measured_on: dict[str, str]) -> None:
         sizes = sorted({row.size for row in rows if row.case == case})
         for number, method in enumerate(METHODS):
             here = [[r.auc for r in rows if (r.case, r.size, r.method) == (case, size, method)] for size in sizes]
-            ssc_report.line(
-                panel, number, method, zip(sizes, map(np.mean, here), strict=True), dashed=method == "uniform"
-            )
+            report.line(panel, number, method, zip(sizes, map(np.mean, here), strict=True), dashed=method == "uniform")
             if method in ("published", "cross_frame"):
-                colour = ssc_report.COLOURS[number]
+                colour = report.COLOURS[number]
                 panel.fill_between(sizes, [*map(min, here)], [*map(max, here)], color=colour, alpha=0.15, linewidth=0)
         if case.startswith("subspaces"):
             panel.set_xscale("log", base=2)
@@ -304,8 +303,7 @@ def draw(rows: list[Row], path: Path, measured_on: dict[str, str]) -> None:
         panel.set_visible(False)
     for panel in axes[:, 0]:
         panel.set_ylabel("AUC, seen in all frames")
-    ssc_report.save(figure, path, measured_on, axes[0, 0])
-    plt.close(figure)
+    report.save(figure, path, measured_on, axes[0, 0])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -321,7 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{case} {size:g}, seed {seed}: " + "  ".join(f"{r.method} {r.auc:.3f}" for r in found), flush=True)
     cases = list(dict.fromkeys(row.case for row in rows))
     rows.sort(key=lambda row: (cases.index(row.case), row.size, row.seed))
-    ssc_report.write(options.out, NAME, measured_on, rows, summary(rows))
+    report.write(options.out, NAME, measured_on, rows, summary(rows))
     draw(rows, options.out / f"{NAME}.png", measured_on)
     print(f"-> {options.out}")
     return 0

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from checks import gradient_finding
-from contenders import HEADS, dense_mask
-from measure import Inputs, Shape, Task, judged, skip_for_memory, timed, with_peak
 from oracle import eager_attention
-from record import Row
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import videoanchor_triton as va
+from benchmarks.attention.helpers.checks import gradient_finding
+from benchmarks.attention.helpers.contenders import HEADS, dense_mask
+from benchmarks.helpers.measure import Inputs, Shape, Task, judged, skip_for_memory, timed, with_peak
+from benchmarks.helpers.record import Row
 from videoanchor_triton.kernels.reference import reference_attention
 
 BACKWARD_WORK = 3.5

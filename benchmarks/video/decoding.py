@@ -1,6 +1,6 @@
 """Is torchcodec faster than the package's own video reading, which is PyAV in a process of its own?
 
-    python benchmarks/video_decoding.py --out DIR [--quick]
+    python benchmarks/video/decoding.py --out DIR [--quick]
 
 A camera pans over two photographs with grain: H.264 with three B-frames, a keyframe every 30 s in one file and every
 2 s in the other. Frames in the middles of equal shares of the duration are read by their indices, each time from
@@ -34,12 +34,13 @@ from typing import Any
 
 import av
 import numpy as np
-import ssc_report
 import torch
-from environment import environment, processor
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.helpers import report
+from benchmarks.helpers.environment import environment, processor
 from videoanchor_triton.app.video import sampling
 from videoanchor_triton.app.video.decoding import VideoFile
 from videoanchor_triton.app.video.reader import read_video
@@ -174,7 +175,7 @@ def summary(rows: list[Row], what: str, repeats: int) -> str:
         "by CPU seconds": lambda row: row.cpu_speedup,
         "why not": lambda row: row.reason,
     }
-    return f"# Video reading: PyAV in a child process, and torchcodec\n\n{what}\n\n{ssc_report.table(rows, columns)}"
+    return f"# Video reading: PyAV in a child process, and torchcodec\n\n{what}\n\n{report.table(rows, columns)}"
 
 
 def import_seconds(module: str) -> float:
@@ -225,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"interpreter imports torchcodec in {import_seconds('torchcodec.decoders'):.2f} s, PyAV in "
         f"{import_seconds('av'):.2f} s; that is not in the table."
     )
-    ssc_report.write(options.out, NAME, measured_on, rows, summary(rows, what, repeats))
+    report.write(options.out, NAME, measured_on, rows, summary(rows, what, repeats))
     print(f"-> {options.out}")
     return 0
 

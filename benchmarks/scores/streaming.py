@@ -1,11 +1,11 @@
 """How far are the scores of a stream from those of all tokens solved at once?
 
-    python benchmarks/ssc_streaming.py --out DIR [--quick]
+    python benchmarks/scores/streaming.py --out DIR [--quick]
 
 A clip arrives in chunks: first a quarter of its tokens, then equal parts. Once the bound on the dictionary varies, once
 the size of the later chunks. Clips: tokens of subspaces that all frames share, tokens as a vision encoder leaves them,
 and a camera over two photographs, once in turn and once one after the other, which is a cut that the first chunk does
-not show. `ssc_tokens.py` says what they are.
+not show. `token_sets.py` says what they are.
 
     row_sum    Spearman correlation of the row sums with those of all tokens solved at once, of the tokens after the
                first chunk; score: the same of the scores
@@ -28,14 +28,15 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import ssc_report
-import ssc_tokens
 import torch
-from environment import environment, processor
 from scipy.stats import spearmanr
 from sklearn.metrics import adjusted_rand_score
-from ssc_tokens import Tokens
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.helpers import report
+from benchmarks.helpers.environment import environment, processor
+from benchmarks.scores.helpers import token_sets
+from benchmarks.scores.helpers.token_sets import Tokens
 from videoanchor_triton.anchor.config import VideoAnchorConfig
 from videoanchor_triton.anchor.streaming import AnchorStream
 
@@ -144,12 +145,12 @@ def reordered(tokens: Tokens, order: np.ndarray) -> Tokens:
 
 def clips(quick: bool) -> Iterator[tuple[str, Tokens]]:
     """Names and tokens, in the order in which they arrive."""
-    subspaces = ssc_tokens.random_subspaces(*((4, 3, 20, 24) if quick else (8, 4, 40, 80)), noise=0.3)
+    subspaces = token_sets.random_subspaces(*((4, 3, 20, 24) if quick else (8, 4, 40, 80)), noise=0.3)
     yield "shared subspaces", reordered(subspaces, np.random.default_rng(0).permutation(len(subspaces.X)))
     if not quick:
-        yield "as a vision encoder's", ssc_tokens.vit_like(768)
+        yield "as a vision encoder's", token_sets.vit_like(768)
     n_steps, patch = (2, 84) if quick else (3, 28)
-    camera = ssc_tokens.camera(n_steps, patch)
+    camera = token_sets.camera(n_steps, patch)
     in_turn = np.arange(len(camera.X)).reshape(2, n_steps, -1).swapaxes(0, 1).ravel()
     yield "camera, photographs in turn", reordered(camera, in_turn)
     if not quick:
@@ -176,7 +177,7 @@ def summary(rows: list[Row]) -> str:
         truth = here[0].truth_at_once
         at_once = f"at once {here[0].at_once:.3g} s" + ("" if truth is None else f", ARI against the truth {truth:.3g}")
         parts.append(f"## {case}: N = {here[0].tokens}, first chunk {here[0].first_chunk}; {at_once}")
-        parts.append(ssc_report.table(here, columns))
+        parts.append(report.table(here, columns))
     return "\n\n".join(parts)
 
 
@@ -189,15 +190,14 @@ def draw(rows: list[Row], path: Path, measured_on: dict[str, str]) -> None:
             chosen = [row for row in here if getattr(row, fixed) == int(row.tokens * share)]
             for panel, measure in zip(axes[:, column], ("score", "ari"), strict=True):
                 points = [(getattr(row, varied) / row.tokens, getattr(row, measure)) for row in chosen]
-                ssc_report.line(panel, number, case, points)
+                report.line(panel, number, case, points)
     for panel, (_, shares, _, _, label) in zip(axes[1], SWEEPS, strict=True):
         panel.set(xlabel=label, xscale="log")
         panel.set_xticks(shares, [f"1/{round(1 / share)}" if share < 1 else "all" for share in shares])
         panel.minorticks_off()
     axes[0, 0].set(ylabel="Spearman of new scores\nwith all at once", ylim=(-0.05, 1.05))
     axes[1, 0].set(ylabel="ARI of labels\nwith all at once", ylim=(-0.05, 1.05))
-    ssc_report.save(figure, path, measured_on, axes[0, 0])
-    plt.close(figure)
+    report.save(figure, path, measured_on, axes[0, 0])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"scores {row.score:.3f}  ARI {row.ari:.3f}",
                 flush=True,
             )
-    ssc_report.write(options.out, NAME, measured_on, rows, summary(rows))
+    report.write(options.out, NAME, measured_on, rows, summary(rows))
     draw(rows, options.out / f"{NAME}.png", measured_on)
     print(f"-> {options.out}")
     return 0

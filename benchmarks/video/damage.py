@@ -1,6 +1,6 @@
 """Of damaged videos that are read, how many say so?
 
-    python benchmarks/video_damage.py --out DIR [--files N] [--quick]
+    python benchmarks/video/damage.py --out DIR [--files N] [--quick]
 
 A short pan over a photograph is written in every format of `SEEDS`; each file is damaged in five ways, N times each,
 at places drawn at random, and eight frames are read. A file is "changed" where a frame that came back is not, pixel for
@@ -12,6 +12,7 @@ Writes DIR/video-damage.csv, .json and .md.
 """
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,12 +21,13 @@ from typing import Any
 
 import av
 import numpy as np
-import ssc_report
 import torch
-from environment import environment, processor
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.helpers import report
+from benchmarks.helpers.environment import environment, processor
 from videoanchor_triton.app.video.reader import VideoClip, read_video
 from videoanchor_triton.integrations.errors import InputError
 
@@ -155,7 +157,7 @@ def summary(rows: list[Row]) -> str:
         f"Of {everything.files} damaged files {everything.refused} are refused; {everything.changed} are read and "
         f"changed, {everything.changed_noted} of them with a note. No whole file has one."
     )
-    tables = f"{ssc_report.table(formats, columns)}\n\n{ssc_report.table(rows, columns)}"
+    tables = f"{report.table(formats, columns)}\n\n{report.table(rows, columns)}"
     return f"# Damaged videos: what is said about them\n\n{said}\n\n{tables}"
 
 
@@ -181,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
         "av": av.__version__,
         "FFmpeg": av.ffmpeg_version_info,
     }
-    ssc_report.write(options.out, NAME, measured_on, rows, summary(rows))
+    report.write(options.out, NAME, measured_on, rows, summary(rows))
     print(f"-> {options.out}")
     return 0
 

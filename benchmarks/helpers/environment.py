@@ -10,7 +10,7 @@ import sklearn
 import torch
 import triton
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(device: torch.device, cpu: str) -> dict[str, str]:

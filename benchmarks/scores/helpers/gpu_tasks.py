@@ -14,14 +14,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import ssc_tokens
 import torch
-from measure import Task, judged, skip_for_memory, with_peak
-from record import OK, SKIPPED, Row
 from sklearn.exceptions import ConvergenceWarning
-from ssc_reference import Optimum, Problem, certified_optimum, objectives, textbook_iterates
 
 import videoanchor_triton as va
+from benchmarks.helpers.measure import Task, judged, skip_for_memory, with_peak
+from benchmarks.helpers.record import OK, SKIPPED, Row
+from benchmarks.scores.helpers import token_sets
+from benchmarks.scores.helpers.reference import Optimum, Problem, certified_optimum, objectives, textbook_iterates
 from videoanchor_triton.anchor.options import Algorithm, SolverOptions
 from videoanchor_triton.anchor.problem import penalty_weights, token_features
 from videoanchor_triton.anchor.solver import self_expression
@@ -70,7 +70,7 @@ class Scores:
         self.runs: list[va.AnchorResult] = []
 
     def tokens(self) -> torch.Tensor:
-        return torch.from_numpy(ssc_tokens.vit_like(self.n_tokens).X).float().to(self.device)
+        return torch.from_numpy(token_sets.vit_like(self.n_tokens).X).float().to(self.device)
 
     def check(self, row: Row) -> Row:
         self.checked = self.distance(row, self.config)

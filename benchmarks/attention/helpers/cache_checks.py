@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from findings import Check, Finding, generator, outcome, worst
 
 import videoanchor_triton as va
+from benchmarks.attention.helpers.findings import Check, Finding, generator, outcome, worst
 
 GARBAGE = -(2**30)
 

@@ -9,14 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from cache_checks import cache_check, caches
-from findings import Check, Finding, generator, gradient_finding, gradients, outcome
-from measure import Task, judged
 from oracle import Problem, eager_attention
-from packed_checks import gradient_check, packed_cases, packed_check
-from record import SKIPPED, Row
 
 import videoanchor_triton as va
+from benchmarks.attention.helpers.cache_checks import cache_check, caches
+from benchmarks.attention.helpers.findings import Check, Finding, generator, gradient_finding, gradients, outcome
+from benchmarks.attention.helpers.packed_checks import gradient_check, packed_cases, packed_check
+from benchmarks.helpers.measure import Task, judged
+from benchmarks.helpers.record import SKIPPED, Row
 from videoanchor_triton.kernels.hopper import gluon_refusal
 from videoanchor_triton.kernels.reference import reference_attention
 

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 import torch
-from checks import correctness
-from contenders import attention_tasks
-from environment import environment
-from gradients import backward_tasks
-from measure import Task, ceiling_tasks
-from record import FAILED, Row
-from ssc_gpu import score_tasks
+
+from benchmarks.attention.helpers.checks import correctness
+from benchmarks.attention.helpers.contenders import attention_tasks
+from benchmarks.attention.helpers.gradients import backward_tasks
+from benchmarks.helpers.environment import environment
+from benchmarks.helpers.measure import Task, ceiling_tasks
+from benchmarks.helpers.record import FAILED, Row
+from benchmarks.scores.helpers.gpu_tasks import score_tasks
 
 SECTIONS = {
     "ceiling": ceiling_tasks,

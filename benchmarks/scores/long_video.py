@@ -1,7 +1,7 @@
 """Scores of a long video within a memory budget: seconds by stage, peak memory, and the certificate of every token.
 
-    python benchmarks/ssc_long.py --out benchmarks/results/ssc-long
-    python benchmarks/ssc_long.py --tokens 8192 --rank 64 --memory-gib 0.5 --out out/ssc-long
+    python benchmarks/scores/long_video.py --out benchmarks/results/ssc-long
+    python benchmarks/scores/long_video.py --tokens 8192 --rank 64 --memory-gib 0.5 --out out/ssc-long
 
 The numbers of tokens and components set the time: 100,000 tokens take half an hour and more on a CPU. The exit status
 is 1 if a token is not within the tolerance or the solver's budget was exceeded.
@@ -12,14 +12,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import ssc_report
-import ssc_tokens
 import torch
-from environment import environment, processor
-from ssc_speed import PeakMemory
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import videoanchor_triton as va
+from benchmarks.helpers import report
+from benchmarks.helpers.environment import environment, processor
+from benchmarks.scores.helpers import token_sets
+from benchmarks.scores.helpers.peak_memory import PeakMemory
 
 NAME = "ssc-long"
 
@@ -47,7 +48,7 @@ class Row:
 
 
 def measured(n_tokens: int, rank: int, memory_gib: float) -> Row:
-    tokens = torch.from_numpy(ssc_tokens.vit_like(n_tokens).X).float()
+    tokens = torch.from_numpy(token_sets.vit_like(n_tokens).X).float()
     budget = int(memory_gib * 2**30)
     config = va.VideoAnchorConfig(alpha_k=0, alpha_v=0, pca_rank=rank, n_clusters=24, memory_budget=budget)
     peak = PeakMemory()
@@ -89,8 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
     for n_tokens in options.tokens:
         rows.append(measured(n_tokens, options.rank, options.memory_gib))
         columns = {name: lambda row, name=name: getattr(row, name) for name in Row.__dataclass_fields__}
-        summary = f"# Scores of a long video within a memory budget\n\n{ssc_report.table(rows, columns)}"
-        ssc_report.write(options.out, NAME, environment(torch.device("cpu"), processor()), rows, summary)
+        summary = f"# Scores of a long video within a memory budget\n\n{report.table(rows, columns)}"
+        report.write(options.out, NAME, environment(torch.device("cpu"), processor()), rows, summary)
         print(rows[-1], flush=True)
     kept = all(
         row.unconverged == 0 and (row.solver_peak_mib is None or row.solver_peak_mib <= row.budget_mib) for row in rows

@@ -6,10 +6,10 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from findings import Check, Finding, generator, gradient_finding, gradients, outcome, worst
 from oracle import Tensors, eager_attention
 
 import videoanchor_triton as va
+from benchmarks.attention.helpers.findings import Check, Finding, generator, gradient_finding, gradients, outcome, worst
 from videoanchor_triton.kernels.reference import reference_attention
 
 

@@ -1,4 +1,4 @@
-"""What ssc_speed.py and ssc_quality.py share: rows to CSV, JSON and Markdown, and the look of their figures."""
+"""What the measurements of scores and of video share: rows to CSV, JSON and Markdown, and the look of their figures."""
 
 import csv
 import json
@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -58,7 +59,8 @@ def line(panel: Axes, number: int, name: str, points: Iterable[tuple[float, floa
 
 
 def save(figure: Figure, path: Path, environment: dict[str, str], legend: Axes) -> None:
-    """Write the figure with the legend of one of its panels below, and the device and commit it was measured on."""
+    """Write the figure with the legend of one of its panels below, and the device and commit it was measured on, and
+    close it."""
     handles, names = legend.get_legend_handles_labels()
     bottom = (0.5 + 0.25 * -(-len(names) // 3)) / figure.get_figheight()
     figure.tight_layout(rect=(0, bottom, 1, 1))
@@ -67,3 +69,4 @@ def save(figure: Figure, path: Path, environment: dict[str, str], legend: Axes) 
     caption = f"{environment['device']}, torch {environment['torch']}, commit {environment['commit'][:10]}{changed}"
     figure.text(0.5, 0.01, caption, ha="center", fontsize=7, color="#555555")
     figure.savefig(path, dpi=150)
+    plt.close(figure)

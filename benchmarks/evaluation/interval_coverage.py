@@ -4,7 +4,7 @@ the command does, and by question, as if the questions had nothing in common.
 Made-up evaluations: without the gate a question is right with probability 0.5, with it with 0.5 + the effect on its
 video, which differs from video to video by a normal distribution of mean 0. The true difference is 0.
 
-    python benchmarks/interval_coverage.py --out benchmarks/results/interval-coverage
+    python benchmarks/evaluation/interval_coverage.py --out benchmarks/results/interval-coverage
 """
 
 import argparse

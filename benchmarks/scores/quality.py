@@ -1,9 +1,9 @@
 """How good are subspaces and scores, beside k-means and the authors' stopping rule, and how stable are they?
 
-    python benchmarks/ssc_quality.py --out DIR [--quick]
+    python benchmarks/scores/quality.py --out DIR [--quick]
 
 Unions of subspaces, where noise, dimension, angle and number of tokens vary over a few seeds; and five sets of tokens,
-on which algorithms, and seeds of the spectral step, are compared with each other. `ssc_tokens.py` says what they are.
+on which algorithms, and seeds of the spectral step, are compared with each other. `token_sets.py` says what they are.
 
     ari, purity   labels against the truth (adjusted Rand index; share of tokens in their cluster's largest class)
     mass          share of sum |W| whose two tokens have the same true subspace; for "uniform", W is constant
@@ -28,16 +28,17 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import ssc_report
-import ssc_tokens
 import torch
-from environment import environment, processor
 from scipy.stats import spearmanr
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
 from sklearn.metrics.cluster import contingency_matrix
-from ssc_tokens import Tokens
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.helpers import report
+from benchmarks.helpers.environment import environment, processor
+from benchmarks.scores.helpers import token_sets
+from benchmarks.scores.helpers.token_sets import Tokens
 from videoanchor_triton.anchor.affinity import affinity_matrix
 from videoanchor_triton.anchor.config import VideoAnchorConfig
 from videoanchor_triton.anchor.options import SolverOptions
@@ -174,13 +175,13 @@ def unions(quick: bool) -> dict[str, dict[float, Callable[[int], Tokens]]]:
     each = 12 if quick else 40
 
     def subspaces(dim: int = 4, noise: float = 0.0) -> Callable[[int], Tokens]:
-        return lambda seed: ssc_tokens.random_subspaces(5, dim, 30, each, noise, seed)
+        return lambda seed: token_sets.random_subspaces(5, dim, 30, each, noise, seed)
 
     def at_angle(angle: float) -> Callable[[int], Tokens]:
-        return lambda seed: ssc_tokens.disjoint_subspaces(angle, each, seed=seed)
+        return lambda seed: token_sets.disjoint_subspaces(angle, each, seed=seed)
 
     def in_nine(each: int) -> Callable[[int], Tokens]:
-        return lambda seed: ssc_tokens.random_subspaces(5, 6, 9, each, seed=seed)
+        return lambda seed: token_sets.random_subspaces(5, 6, 9, each, seed=seed)
 
     found: dict[str, dict[float, Callable[[int], Tokens]]] = {
         "noise": {noise: subspaces(noise=noise) for noise in (0.0, 0.1, 0.2, 0.4, 0.6, 0.8)},
@@ -213,16 +214,16 @@ def union_rows(quick: bool, seeds: int) -> Iterator[Row]:
                     yield judged(row, tokens, found, exact)
 
 
-def token_sets(quick: bool) -> dict[str, Callable[[], Tokens]]:
+def sets_of_tokens(quick: bool) -> dict[str, Callable[[], Tokens]]:
     """Sets of tokens on which algorithms and seeds are compared."""
     if quick:
-        return {"digits": partial(ssc_tokens.digits, 60), "camera over photographs": partial(ssc_tokens.camera, 2, 84)}
+        return {"digits": partial(token_sets.digits, 60), "camera over photographs": partial(token_sets.camera, 2, 84)}
     return {
-        "subspaces, no noise": partial(ssc_tokens.random_subspaces, 8, 4, 40, 50),
-        "subspaces, noise 0.6": partial(ssc_tokens.random_subspaces, 8, 4, 40, 50, 0.6),
-        "as a vision encoder's": partial(ssc_tokens.vit_like, 768),
-        "digits": partial(ssc_tokens.digits, 900),
-        "camera over photographs": partial(ssc_tokens.camera, 4),
+        "subspaces, no noise": partial(token_sets.random_subspaces, 8, 4, 40, 50),
+        "subspaces, noise 0.6": partial(token_sets.random_subspaces, 8, 4, 40, 50, 0.6),
+        "as a vision encoder's": partial(token_sets.vit_like, 768),
+        "digits": partial(token_sets.digits, 900),
+        "camera over photographs": partial(token_sets.camera, 4),
     }
 
 
@@ -325,12 +326,12 @@ def summary(rows: list[Row]) -> str:
     for name, title in TITLES.items():
         chosen = averaged([row for row in rows if row.section == "unions" and row.case == name])
         columns: dict[str, Callable[[Row], object]] = {name: lambda row: row.value}
-        parts += [f"## {title}", ssc_report.table(chosen, columns | common | solver)]
+        parts += [f"## {title}", report.table(chosen, columns | common | solver)]
     chosen = [row for row in rows if row.section == "sets"]
-    parts += ["## Sets of tokens", ssc_report.table(chosen, case | common | matches | solver)]
+    parts += ["## Sets of tokens", report.table(chosen, case | common | matches | solver)]
     chosen = [row for row in rows if row.section == "algorithms"]
     agreement: dict[str, Callable[[Row], object]] = {"algorithm": lambda row: row.method, "ARI": lambda row: row.ari}
-    parts += ["## Algorithms against exact SSC (auto)", ssc_report.table(chosen, case | agreement | solver)]
+    parts += ["## Algorithms against exact SSC (auto)", report.table(chosen, case | agreement | solver)]
     return "\n\n".join(parts)
 
 
@@ -341,37 +342,34 @@ def draw_unions(rows: list[Row], path: Path, measured_on: dict[str, str]) -> Non
         chosen = averaged([row for row in rows if row.section == "unions" and row.case == name])
         for panel, measure in zip(axes[:, column], ("ari", "mass"), strict=True):
             for number, method in enumerate(METHODS):
-                points = [(row.value, getattr(row, measure)) for row in chosen if row.method == method]
-                points = [(x, y) for x, y in points if x is not None and y is not None]
-                ssc_report.line(panel, number, method, points, dashed=method == AUTHORS)
+                here = [row for row in chosen if row.method == method and getattr(row, measure) is not None]
+                points = [(row.value, getattr(row, measure)) for row in here if row.value is not None]
+                report.line(panel, number, method, points, dashed=method == AUTHORS)
             panel.set_xlabel(name)
             panel.set_ylim(-0.05, 1.05)
         axes[0, column].set_title(textwrap.fill(title, 40), fontsize=8)
     axes[0, 0].set_ylabel("ARI of the labels")
     axes[1, 0].set_ylabel("mass of W in the true subspace")
-    ssc_report.save(figure, path, measured_on, axes[0, 0])
-    plt.close(figure)
+    report.save(figure, path, measured_on, axes[0, 0])
 
 
 def draw_stability(rows: list[Row], path: Path, measured_on: dict[str, str]) -> None:
     """Every ARI between two seeds, two algorithms or two assignments, for each set of tokens."""
     figure, panel = plt.subplots(figsize=(8, 4.2))
     cases = list(dict.fromkeys(row.case for row in rows if row.section == "seeds"))
-    for number, (section, name) in enumerate(
-        (("seeds", "two seeds, same W"), ("algorithms", "another algorithm"), ("assignment", "another assignment"))
-    ):
+    names = {"seeds": "two seeds, same W", "algorithms": "another algorithm", "assignment": "another assignment"}
+    for number, (section, name) in enumerate(names.items()):
         chosen = [row for row in rows if row.section == section]
         places = [cases.index(row.case) + 0.2 * (number - 1) for row in chosen]
         panel.scatter(
-            places, [row.ari or 0.0 for row in chosen], label=name, color=ssc_report.COLOURS[number],
-            marker=ssc_report.MARKERS[number], alpha=0.7, s=26,
+            places, [row.ari or 0.0 for row in chosen], label=name, color=report.COLOURS[number],
+            marker=report.MARKERS[number], alpha=0.7, s=26,
         )  # fmt: skip
     panel.axhline(STABLE, color="#555555", linestyle=":", linewidth=1.2)
     panel.set_xticks(range(len(cases)), cases, fontsize=8)
     panel.set(ylabel="ARI", ylim=(min(0.5, panel.get_ylim()[0]), 1.03), title="agreement of labels on the same tokens")
     panel.spines[["top", "right"]].set_visible(False)
-    ssc_report.save(figure, path, measured_on, panel)
-    plt.close(figure)
+    report.save(figure, path, measured_on, panel)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -381,9 +379,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     measured_on = environment(torch.device("cpu"), processor())
     rows: list[Row] = []
-    sets = token_sets(options.quick)
     sources = [union_rows(options.quick, 1 if options.quick else 3)]
-    sources += [set_rows(case, make(), 2 if options.quick else 8) for case, make in sets.items()]
+    n_seeds = 2 if options.quick else 8
+    sources += [set_rows(case, make(), n_seeds) for case, make in sets_of_tokens(options.quick).items()]
     for source in sources:
         for row in source:
             rows.append(row)
@@ -391,7 +389,7 @@ def main(arguments: list[str] | None = None) -> int:
                 value = "" if row.value is None else f" {row.value:g}"
                 ari = "" if row.ari is None else f"  ARI {row.ari:.3f}"
                 print(f"{row.section:10} {row.case}{value} | {row.method}{ari}", flush=True)
-    ssc_report.write(options.out, NAME, measured_on, rows, summary(rows))
+    report.write(options.out, NAME, measured_on, rows, summary(rows))
     draw_unions(rows, options.out / f"{NAME}-unions.png", measured_on)
     draw_stability(rows, options.out / f"{NAME}-stability.png", measured_on)
     print("\n".join(stability(rows)), f"-> {options.out}", sep="\n")

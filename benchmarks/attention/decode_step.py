@@ -1,6 +1,6 @@
 """What the gate adds to one decoding step of a whole model: operations, kernel launches, waits for the device, time.
 
-    python benchmarks/decode_step.py --out DIR [--device cpu]
+    python benchmarks/attention/decode_step.py --out DIR [--device cpu]
 
 A decoder with random weights (on a GPU of Qwen2.5-7B's shape, on the CPU a tiny one) prefills a prompt and decodes,
 once with torch's SDPA, once with videoanchor_triton ungated, once gated. Operations are what PyTorch dispatches in a
@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WAITING = ("aten._local_scalar_dense", "aten.item", "aten.nonzero", "aten.is_nonzero", "aten.equal")
 """Operations that read a value on the host, and on a GPU wait for it."""
 STEPS = 20
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("no CUDA device: use --device cpu, which counts but does not time")
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
-    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
     if device.type == "cpu":
         import interpreter_fixes
 
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     from videoanchor_triton.app.torchvision_compat import make_torchvision_importable
 
     make_torchvision_importable()
-    from environment import environment, processor
+    from benchmarks.helpers.environment import environment, processor
 
     tokens = options.tokens or (8192 if device.type == "cuda" else 40)
     shape = (28, 3584, 28, 4, torch.bfloat16) if device.type == "cuda" else (4, 64, 4, 2, torch.float32)

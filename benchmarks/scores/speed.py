@@ -1,9 +1,9 @@
 """How fast is the self-expression on a CPU, beside the textbook ADMM, at the same distance from the optimum?
 
-    python benchmarks/ssc_speed.py --out DIR [--sizes 512 1024 2048] [--targets 1e-2 1e-3] [--minutes 60]
+    python benchmarks/scores/speed.py --out DIR [--sizes 512 1024 2048] [--targets 1e-2 1e-3] [--minutes 60]
 
-Tokens as a vision encoder leaves them (`ssc_tokens.vit_like`), rank 64, affine, published weights. The optimum of some
-tokens is certified first (ssc_reference.py); a result of ours that is further from it than it promised is "wrong" and
+Tokens as a vision encoder leaves them (`token_sets.vit_like`), rank 64, affine, published weights. The optimum of some
+tokens is certified first (helpers/reference.py); a result of ours that is further from it than promised is "wrong" and
 gets no time. A target bounds the relative distance of the objective from the optimum.
 
 The textbook ADMM solves an N x N system in each iteration, with the published penalty 300, in float64. Some of its
@@ -16,7 +16,6 @@ Writes DIR/ssc-speed.csv, .json, .md and .png after each size.
 """
 
 import argparse
-import ctypes
 import sys
 import time
 import warnings
@@ -30,14 +29,16 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import ssc_report
-import ssc_tokens
 import torch
-from environment import environment, processor
-from record import FAILED, OK, SKIPPED, TIME_BUDGET, WRONG
 from sklearn.exceptions import ConvergenceWarning
-from ssc_reference import Optimum, Problem, certified_optimum, objectives, textbook_iterates
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.helpers import report
+from benchmarks.helpers.environment import environment, processor
+from benchmarks.helpers.record import FAILED, OK, SKIPPED, TIME_BUDGET, WRONG
+from benchmarks.scores.helpers import token_sets
+from benchmarks.scores.helpers.peak_memory import PeakMemory
+from benchmarks.scores.helpers.reference import Optimum, Problem, certified_optimum, objectives, textbook_iterates
 from videoanchor_triton.anchor.options import SolverOptions
 from videoanchor_triton.anchor.problem import token_features
 from videoanchor_triton.anchor.solver import SelfExpression, self_expression
@@ -154,26 +155,6 @@ def measured(bench: Bench, row: Row, dtype: torch.dtype, **options: Any) -> Row:
     while len(times) < MOST_RUNS and sum(times) < REPEAT_SECONDS and time.time() < bench.deadline:
         times.append(bench.timed(dtype, **options)[1])
     return replace(row, seconds=median(times), ms_per_iteration=1e3 * median(times) / solution.n_iter)
-
-
-class PeakMemory:
-    """The most memory that the process held since this was made, beyond what it held then (Linux with glibc)."""
-
-    def __init__(self) -> None:
-        try:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that it counts when it is taken again
-            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-            self.before = self._kib("VmRSS")
-        except (OSError, AttributeError):
-            self.before = None
-
-    @staticmethod
-    def _kib(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-    def mib(self) -> float | None:
-        return None if self.before is None else max(0, self._kib("VmHWM") - self.before) / 1024
 
 
 def textbook(bench: Bench, factorised: bool) -> tuple[Row, list[np.ndarray]]:
@@ -295,7 +276,7 @@ def summary(rows: list[Row], certified: dict[int, str]) -> str:
         "": lambda row: "" if row.status == OK else f"{row.status}: {row.reason}",
     }
     for size in dict.fromkeys(row.tokens for row in rows):
-        parts.append(f"## N = {size}\n\n{ssc_report.table([row for row in rows if row.tokens == size], columns)}")
+        parts.append(f"## N = {size}\n\n{report.table([row for row in rows if row.tokens == size], columns)}")
     return "\n\n".join(parts)
 
 
@@ -325,17 +306,16 @@ def draw(rows: list[Row], path: Path, measured_on: dict[str, str]) -> None:
     for number, name in enumerate(contenders):
         here = [row for row in rows if row.contender == name and row.target == smallest and row.status == OK]
         dashed = name in (TEXTBOOK, FACTORISED)
-        ssc_report.line(
+        report.line(
             left, number, name, [(x.tokens, x.ms_per_iteration / 1e3) for x in here if x.ms_per_iteration], dashed
         )
-        ssc_report.line(right, number, name, [(x.tokens, x.seconds) for x in here if x.seconds], dashed)
+        report.line(right, number, name, [(x.tokens, x.seconds) for x in here if x.seconds], dashed)
     for panel, title in ((left, "time of one iteration"), (right, right_title)):
         sizes = sorted({row.tokens for row in rows})
         panel.set(xscale="log", yscale="log", title=title, xlabel="tokens", ylabel="seconds")
         panel.set_xticks(sizes, [str(size) for size in sizes])
         panel.minorticks_off()
-    ssc_report.save(figure, path, measured_on, left)
-    plt.close(figure)
+    report.save(figure, path, measured_on, left)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -353,7 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     certified: dict[int, str] = {}
     for size in options.sizes:
-        tokens = ssc_tokens.vit_like(size).X
+        tokens = token_sets.vit_like(size).X
         Y = token_features(torch.from_numpy(tokens), options.rank)
         problem = published_problem(Y.numpy())
         chosen = np.random.default_rng(0).permutation(len(tokens))[: options.checked]
@@ -364,7 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(row.line(), flush=True)
             rows.append(row)
         rows = with_ratios(rows)
-        ssc_report.write(options.out, NAME, measured_on, rows, summary(rows, certified))
+        report.write(options.out, NAME, measured_on, rows, summary(rows, certified))
         draw(rows, options.out / f"{NAME}.png", measured_on)
     print("\n".join(aims(rows)), f"-> {options.out}")
     return 1 if any(row.status in (WRONG, FAILED) for row in rows) else 0

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from oracle import eager_attention, error
-from record import OK, SKIPPED, WRONG, Row
 
+from benchmarks.helpers.record import OK, SKIPPED, WRONG, Row
 from videoanchor_triton.kernels.reference import reference_attention
 
 REPETITION_MS = 60.0

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from checks import hopper_absence
-from measure import Inputs, Shape, Task, skip_for_memory, timed, with_peak
-from record import SKIPPED, Row
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import videoanchor_triton as va
+from benchmarks.attention.helpers.checks import hopper_absence
+from benchmarks.helpers.measure import Inputs, Shape, Task, skip_for_memory, timed, with_peak
+from benchmarks.helpers.record import SKIPPED, Row
 
 Run = Callable[[], torch.Tensor]
 HEADS = ((28, 4), (32, 8))
