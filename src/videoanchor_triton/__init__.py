@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .kernels.gates import choose_gate_form
     from .kernels.merge import merge_attention
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AnchorResult",
     "AnchorStream",
