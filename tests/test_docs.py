@@ -49,6 +49,14 @@ def test_messages_of_the_page_occur_in_the_code() -> None:
     assert not _occurs("no video file at …: check the address", strings), "the check can fail"
 
 
+def test_paths_of_the_pages_exist() -> None:
+    pages = [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")]
+    path = re.compile(r"`(?:python )?((?:kernels|anchor|integrations|app|benchmarks|tests|docs|src)/[\w./-]*)")
+    named = {found for page in pages for found in path.findall(page.read_text(encoding="utf-8"))}
+    assert len(named) > 20
+    assert not [one for one in named if not (ROOT / one).exists() and "NAME" not in one]
+
+
 def test_each_public_name_is_on_one_page() -> None:
     pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
     named = re.findall(r"^::: videoanchor_triton\.(\w+)$", pages, re.MULTILINE)
