@@ -71,6 +71,6 @@ def test_docstrings_show_as_meant(name: str) -> None:
     """The site takes docstrings for Markdown and for Google's sections."""
     text = inspect.getdoc(getattr(va, name)) or ""
     plain = re.sub(r"`[^`]*`", "", text)
-    assert not re.search(r"^ *>(?!>>)", plain, re.MULTILINE), "a quotation"
+    assert not re.search(r"^ *>(?!>> )", plain, re.MULTILINE), "a quotation"
     assert not re.search(r"\d\*\*", plain), "emphasis"
     assert not re.search(r"^ *Example:$", plain, re.MULTILINE), "the section is Examples:"
