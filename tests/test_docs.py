@@ -66,6 +66,12 @@ def test_each_public_name_is_on_one_page() -> None:
     assert len(named) == len(set(named))
 
 
+def test_the_version_is_one() -> None:
+    citation, changes = ((ROOT / name).read_text(encoding="utf-8") for name in ("CITATION.cff", "CHANGELOG.md"))
+    assert f"\nversion: {va.__version__}\n" in citation
+    assert re.findall(r"^## \[(.+?)\]", changes, re.MULTILINE)[0] == va.__version__
+
+
 @pytest.mark.parametrize("name", va.__all__)
 def test_docstrings_show_as_meant(name: str) -> None:
     """The site takes docstrings for Markdown and for Google's sections."""
