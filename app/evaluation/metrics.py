@@ -16,10 +16,10 @@ MRA_THRESHOLDS = tuple(Fraction(k, 20) for k in range(10, 20))
 _ASCII = {0x2212: "-", 0x2013: "-", 0x2014: "-", 0xD7: "x", 0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'}
 """Minus sign, dashes, times and typographic quotes."""
 _NUMBER_WORDS = (
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+    "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|"
+    "eighteen|nineteen|twenty"
 )
-_NUMBER_WORD = re.compile(rf"\b({'|'.join(_NUMBER_WORDS)})\b", re.IGNORECASE)
+_NUMBER_WORD = re.compile(rf"\b({_NUMBER_WORDS})\b", re.IGNORECASE)
 _DIGITS = re.compile(r"[-+]?\.?[0-9](?:[0-9.,/:^]*[0-9])?(?:[eE][-+]?[0-9]+)?")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _JOINER = re.compile(r"\s*(?:[-/,x]|to|or|and)\s*")
@@ -33,35 +33,29 @@ _DENIED_BEFORE = re.compile(
     r"(?:(?:the|an?|be|option|choice|answer|letter)\s+)*\(?$",
     re.I,
 )
-_DENIED_AFTER = re.compile(
-    r"\)?\s*(?:is|was|are|can|could)(?:n't|\s*not|\s+(?:wrong|incorrect|false|ruled out))",
-    re.I,
-)
+_DENIED_AFTER = re.compile(r"\)?\s*(?:is|was|are|can|could)(?:n't|\s*not|\s+(?:wrong|incorrect|false|ruled out))", re.I)
 _ARTICLE = re.compile(r"\s+(?!(?:and|or|is|was|because|since|as|but|not|seems)\b)[a-z]")
 
 
-def score(reply: str, answer: str | float, metric: Metric, options: Sequence[str] = ()) -> float:
-    """What a reply is worth, in [0, 1]; 0 where no letter or number can be read from it.
+def score(reply: str, answer: str | float, metric: Metric, options: Sequence[str] = ()) -> float | None:
+    """What a reply is worth, in [0, 1].
 
     Args:
         reply: the generated text.
         answer: a letter for "choice", a number above 0 for "mra", text for "exact".
         metric: "choice" (accuracy), "mra" or "exact".
         options: the texts of the choices, without letters.
+
+    Returns:
+        None, which counts as 0, where no letter or number can be read from it, or no text is there.
     """
-    if metric == "choice":
-        return float(choice_letter(reply, options) == answer)
     if metric == "mra":
         number = number_in(reply)
-        return 0.0 if number is None else mean_relative_accuracy(number, float(answer))
-    return exact_match(reply, str(answer))
-
-
-def readable(reply: str, metric: Metric, options: Sequence[str] = ()) -> bool:
-    """Whether `score` finds in a reply what it looks for: a letter, a number, or for "exact" any text."""
+        return None if number is None else mean_relative_accuracy(number, float(answer))
     if metric == "choice":
-        return choice_letter(reply, options) is not None
-    return bool(_plain(_answer_part(reply))) if metric == "exact" else number_in(reply) is not None
+        letter = choice_letter(reply, options)
+        return None if letter is None else float(letter == answer)
+    return exact_match(reply, str(answer)) if _plain(_answer_part(reply)) else None
 
 
 def mean_relative_accuracy(predicted: float, answer: float) -> float:
@@ -105,7 +99,9 @@ def number_in(reply: str) -> float | None:
     Returns:
         None where there is none, or no saying which: ranges, fractions, decimal commas, several numbers in prose.
     """
-    text = _NUMBER_WORD.sub(lambda word: str(_NUMBER_WORDS.index(word[0].lower())), _stated(_answer_part(reply)))
+    text = _NUMBER_WORD.sub(
+        lambda word: str(_NUMBER_WORDS.split("|").index(word[0].lower())), _stated(_answer_part(reply))
+    )
     outside = re.sub(r"\([^)]*\)", " ", text)
     text = outside if _DIGITS.search(outside) else text
     found = list(_DIGITS.finditer(text))
@@ -156,7 +152,8 @@ def _letter(text: str, options: Sequence[str]) -> str | None:
         for lone in re.finditer(rf"(?<![\w'])([{letters}])(?![\w'])", text)
         if not _denied(text, lone.start(), lone.end()) and not (lone[1] in "AI" and _ARTICLE.match(text, lone.end()))
     }
-    return _only(named or _options_named(text, options))
+    named = named or _options_named(text, options)
+    return named.pop() if len(named) == 1 else None
 
 
 def _options_named(text: str, options: Sequence[str]) -> set[str]:
@@ -172,10 +169,6 @@ def _options_named(text: str, options: Sequence[str]) -> set[str]:
 
 def _denied(text: str, start: int, end: int) -> bool:
     return bool(_DENIED_BEFORE.search(text[:start]) or _DENIED_AFTER.match(text, end))
-
-
-def _only(letters: set[str]) -> str | None:
-    return next(iter(letters)) if len(letters) == 1 else None
 
 
 def _answer_part(reply: str) -> str:

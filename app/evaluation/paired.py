@@ -1,7 +1,7 @@
 """Whether one run is better than another on the same questions, or whether the difference may be noise."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -39,9 +39,6 @@ class Difference:
     n_changed: int
     n_videos_changed: int
     verdict: Verdict
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def interval(sums: np.ndarray, counts: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
