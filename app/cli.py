@@ -42,8 +42,10 @@ def main(argv: Sequence[str] | None = None, leader: "Leader | None" = None) -> i
             return args.command(args)
         except InputError as error:
             return _ended(args.name, error, 2)
-        except (OSError, StoppedError) as error:  # a full disk, a folder that vanished; a device that was lost
+        except OSError as error:  # a full disk, a folder that vanished
             return _ended(args.name, error, 1)
+        except StoppedError as error:
+            return _ended(args.name, f"{error}: {args.out} has what was done, the same command goes on", 1)
         except Terminated:
             return _ended(args.name, "terminated", 143)
         except KeyboardInterrupt:

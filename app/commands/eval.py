@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...integrations.errors import InputError
+from ..atomic_write import write_whole
 from ..batch.stopping import StoppedError
 from ..csv_text import csv_text
 from ..text import json_text, printable
@@ -34,8 +36,6 @@ if TYPE_CHECKING:  # they import torch
     from ..evaluation.settings import Setting
     from ..video.reader import VideoClip
 
-SCORES_BYTES = 2**30
-"""The most that scores may take on disk."""
 QUESTIONS_HELP = (
     "rows of the file (paths start at its folder):\n"
     '  {"video": "a.mp4", "question": "Which is nearer?", "options": ["sofa", "lamp"], "answer": "B"}\n'
@@ -65,9 +65,8 @@ def add(commands: Commands) -> None:
         "  videoanchor eval questions.jsonl --model DIR --alpha-k 4 --alpha-v 1 --out out/eval --ablate scorer",
     )
     add_questions_options(parser)
-    parser.add_argument(
-        "--ablate", action="append", default=[], metavar="NAME[=A,B,...]", help="see below; may be repeated"
-    )
+    about = "see below; may be repeated"
+    parser.add_argument("--ablate", action="append", default=[], metavar="NAME[=A,B,...]", help=about)
     add_config_options(parser)
     parser.set_defaults(command=_eval)
 
@@ -89,7 +88,7 @@ def _eval(args: argparse.Namespace) -> int:
     from ..evaluation.settings import ablations
 
     setting, questions = session.setting, session.questions
-    if not setting.gated:
+    if not (setting.config.alpha_k or setting.config.alpha_v):
         raise InputError("--alpha-k 0 --alpha-v 0 is the baseline itself: give a strength above 0")
     settings = list(dict.fromkeys(one for gate in ablations(setting, args.ablate) for one in (gate.baseline(), gate)))
     configs = {one.name: {"max_frames": one.max_frames, **one.config.to_dict()} for one in settings}
@@ -99,29 +98,25 @@ def _eval(args: argparse.Namespace) -> int:
             judged = session.evaluate(questions, settings)
         except StoppedError as error:
             stopped, judged = error, judge(questions, settings, log)
-    replies = [(one, question, log.records.get(one.key(question))) for one in settings for question in questions]
-    failures = [
-        {"id": question.id, "setting": one.name, "error": reply["error"]}
-        for one, question, reply in replies
-        if reply is not None and "error" in reply
-    ]
+    asked = {one.key(question): (one.name, question.id) for one in settings for question in questions}
+    errors = {key: reply["error"] for key in asked if "error" in (reply := log.records.get(key, {}))}
     table = report.compared(questions, settings, judged)
     results = {
-        "n_failed": len(failures),
-        "n_unasked": sum(reply is None for *_, reply in replies),
+        "n_failed": len(errors),
+        "n_unasked": len(asked.keys() - log.records.keys()),
         "n_unreadable": {one.name: int(some.sum()) for one, some in zip(settings, judged.unreadable, strict=True)},
         "settings": configs,
         "results": table,
-        "failures": failures,
+        "failures": [{"id": asked[key][1], "setting": asked[key][0], "error": error} for key, error in errors.items()],
         "note": report.NOTE,
         "stopped": None if stopped is None else str(stopped),
     }
     counts = ("n_failed", "n_unasked", "n_unreadable")
-    about = {**session.facts, "gate": setting.columns(), **{name: results[name] for name in counts}}
+    about = {**session.facts, "run": setting.columns(), **{name: results[name] for name in counts}}
     session.leave(results, report.eval_markdown(about, table), table, pictures.draw_eval(table))
     if stopped is not None:
         raise stopped
-    return int(bool(failures))
+    return int(bool(errors))
 
 
 class Session:
@@ -130,8 +125,7 @@ class Session:
     Attributes:
         setting: the gate that is asked for, and what else replies depend on.
         questions: of the file.
-        evaluate: once it is opened, `evaluation.evaluate.evaluate` of questions and settings.
-        facts: once it is opened, where the numbers come from.
+        evaluate, facts: once it is opened, `evaluate` of questions and settings, and where the numbers come from.
 
     Raises:
         InputError: an option or a question is wrong.
@@ -165,7 +159,10 @@ class Session:
 
         from .. import pipeline
         from ..batch.results import ResultsLog
+        from ..checkpoint import revision_of
         from ..evaluation import evaluate as ev
+        from ..evaluation.questions import digest, videos_of
+        from ..output import versions
         from ..score_cache import ScoreCache
 
         args, progress = self.args, ProgressLine(not self.args.json)
@@ -175,23 +172,32 @@ class Session:
             if missing := sorted(str(video) for video in videos if not video.exists()):
                 some = ", ".join(missing[:3])
                 progress.say(f"{len(missing)} of {len(videos)} videos are missing, their questions fail: {some}")
-            clip, cache = self._reader(progress), ScoreCache(args.out / "scores", SCORES_BYTES)
+            clip, cache = self._reader(progress), ScoreCache(args.out / "scores", max_bytes=2**30)
             model, processor = pipeline.load(args.model, args.device, args.dtype)
             dtype = str(model.dtype).removeprefix("torch.")
             progress.say(f"{args.model}: {type(model).__name__} on {model.device}, {dtype}")
             progress.say(f"{what}; {len(log.records)} replies in {log.path}")
             device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device
-            self.facts = self._facts(f"{device}, {dtype}", settings)
+            run, sha256 = dict(self.setting.run), hashlib.sha256(args.questions.read_bytes()).hexdigest()
+            self.facts = {
+                "run": run,
+                "revision": revision_of(args.model),
+                "questions": str(args.questions),
+                "n_questions": len(self.questions),
+                "n_videos": len({*videos_of(self.questions)}),
+                "questions_sha256": sha256,
+                "device": f"{device}, {dtype}",
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": versions(),
+                "tag": digest(settings, run, sha256, version("videoanchor-triton"))[:8],
+            }
+
+            answer = partial(pipeline.answer, model, processor, max_new_tokens=args.max_new_tokens, progress=progress)
 
             def ask(question: "Question", setting: "Setting") -> str:
                 scores = None if setting.config.scorer == "uniform" else cache  # nothing to keep
-                options: dict[str, Any] = {
-                    "max_new_tokens": args.max_new_tokens,
-                    "scores": scores,
-                    "progress": progress,
-                }
                 frames = clip(question.video, setting.max_frames)
-                return pipeline.answer(model, processor, frames, question.prompt(), setting.config, **options).answer
+                return answer(frames, question.prompt(), setting.config, scores=scores).answer
 
             self.evaluate = partial(ev.evaluate, ask=ask, log=log, progress=progress, again=again)
             yield log
@@ -216,48 +222,30 @@ class Session:
 
         return read
 
-    def _facts(self, device: str, settings: Any) -> dict[str, Any]:
-        from ..checkpoint import revision_of
-        from ..evaluation.questions import digest, videos_of
-        from ..output import versions
-
-        run, found = dict(self.setting.run), versions()
-        sha256, version = hashlib.sha256(self.args.questions.read_bytes()).hexdigest(), found["videoanchor-triton"]
-        return {
-            "run": run,
-            "revision": revision_of(run["model"]),
-            "questions": str(self.args.questions),
-            "n_questions": len(self.questions),
-            "n_videos": len({*videos_of(self.questions)}),
-            "questions_sha256": sha256,
-            "device": device,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": found,
-            "tag": digest(settings, run, sha256, version)[:8],
-        }
-
     def leave(self, results: dict[str, Any], text: str, rows: Sequence[dict[str, Any]], picture: bytes) -> None:
-        """Writes a report, prints it, and says what is missing.
+        """Writes a report, prints it, and says what is missing. Its files are written with their tag in their names as
+        well: those stay when another run writes the others.
 
         Args:
             results: for the JSON, beside `facts`.
             text: Markdown.
             rows: of the CSV; what they lack is the same in all of them.
         """
-        from ..evaluation import report
+        from ..evaluation.report import COLUMNS
 
         args, tag, record = self.args, self.facts["tag"], {**results, **self.facts}
-        same = {"n_unasked": 0, **record, **record["run"], "version": record["versions"]["videoanchor-triton"]}
-        table = csv_text(report.COLUMNS[args.name], [{**same, **row} for row in rows])
-        as_json = json_text(record)
+        same = {"n_unasked": 0, **record, **record["run"], "version": version("videoanchor-triton")}
+        table, as_json = csv_text(COLUMNS[args.name], [{**same, **row} for row in rows]), json_text(record)
         contents = {"md": text.encode(), "csv": table.encode(), "json": f"{as_json}\n".encode(), "png": picture}
-        files, others = report.write(args.out, args.name, tag, contents)
+        for stem in (f"{args.name}-{tag}", args.name):
+            for suffix, content in contents.items():
+                write_whole(args.out / f"{stem}.{suffix}", content)
         print(as_json if args.json else printable(text, lines=True))
         if not args.json:
-            for path in files:
-                print(f"wrote     {printable(path)}")
+            for suffix in contents:
+                print(f"wrote     {printable(args.out / f'{args.name}.{suffix}')}")
             print(f"          and the same with -{tag} in their names, which no other run replaces")
-            for path in others:
+            for path in sorted({*args.out.glob(f"{args.name}-*.md")} - {args.out / f"{args.name}-{tag}.md"}):
                 print(f"kept      {printable(path)}")
         if n := results["n_failed"]:
             where = printable(args.out / "replies.jsonl")

@@ -3,9 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from ...integrations.errors import InputError
 from .eval import QUESTIONS_HELP, Session, add_questions_options
@@ -32,13 +30,8 @@ def add(commands: Commands) -> None:
     )
     add_questions_options(parser)
     search = parser.add_argument_group("search, of one coordinate after the other, with successive halving")
-    search.add_argument(
-        "--held-out",
-        type=float,
-        default=0.3,
-        metavar="SHARE",
-        help="in whole videos, of each type; default: %(default)s",
-    )
+    about = "in whole videos, of each type; default: %(default)s"
+    search.add_argument("--held-out", type=float, default=0.3, metavar="SHARE", help=about)
     search.add_argument("--seed", type=int, default=0, metavar="N", help="of the split; default: %(default)s")
     for name in ("k", "v"):
         about = f"values of alpha_{name}; default: %(default)s"
@@ -61,6 +54,8 @@ def _tune(args: argparse.Namespace) -> int:
                 replace(setting.config, **{f"alpha_{name}": value})
             except ValueError as error:
                 raise InputError(f"--grid-{name}: {error}") from error
+    import numpy as np
+
     from ..evaluation import pictures, report
     from ..evaluation.paired import compare
     from ..evaluation.questions import videos_of
@@ -70,11 +65,8 @@ def _tune(args: argparse.Namespace) -> int:
     order, held = split([question.type for question in questions], videos, args.held_out, args.seed)
     replies: dict[tuple[Point, int], tuple[float, bool]] = {}
     search = {"grid_k": args.grid_k, "grid_v": args.grid_v, "held_out_share": args.held_out, "seed": args.seed}
-    columns = {
-        name: value for name, value in setting.columns().items() if name not in ("alpha_q", "alpha_k", "alpha_v")
-    }
 
-    def scores(points: "Sequence[Point]", numbers: Sequence[int]) -> np.ndarray:
+    def scores(points: "Sequence[Point]", numbers: Sequence[int]) -> Any:
         found = session.evaluate([questions[n] for n in numbers], [_at(setting, point) for point in points])
         pairs = [(point, number) for point in points for number in numbers]
         replies.update(zip(pairs, zip(found.scores.flat, found.unreadable.flat, strict=True), strict=True))
@@ -83,20 +75,18 @@ def _tune(args: argparse.Namespace) -> int:
     what = f"{len(order)} questions to search on, {len(held)} held out"
     with session.opened(what, [setting.config.to_dict(), args.max_frames, search]) as log:
         point, trials = coordinate_search(scores, args.grid_k, args.grid_v, order)
-        difference, judged = None, order
+        difference, judged = None, held if any(point) else order
         if any(point):
-            judged = held
             after, before = scores([point, (0.0, 0.0)], held)
             known = ~np.isnan(after) & ~np.isnan(before)
             if not known.any():
                 raise InputError(f"no question held out was answered: see {log.path}")
             difference = compare(after[known], before[known], videos[held][known])
-    unreadable = [garbage for (_, n), (score, garbage) in replies.items() if n in judged and not np.isnan(score)]
-    counts = {
-        "n_failed": sum(bool(np.isnan(score)) for score, _ in replies.values()),
-        "n_unreadable": int(sum(unreadable)),
-    }
+    failed = {pair for pair, (score, _) in replies.items() if np.isnan(score)}
+    unreadable = [garbage for pair, (_, garbage) in replies.items() if pair[1] in judged and pair not in failed]
+    counts = {"n_failed": len(failed), "n_unreadable": int(sum(unreadable))}
     said = conclusion(point, difference, counts["n_unreadable"], len(unreadable))
+    found = replace(setting, config=replace(setting.config, alpha_k=point[0], alpha_v=point[1]))
     rows = [asdict(trial) for trial in trials]
     results = {
         "conclusion": said,
@@ -104,17 +94,15 @@ def _tune(args: argparse.Namespace) -> int:
         "alpha_v": point[1],
         "held_out": None if difference is None else asdict(difference),
         "held_out_ids": [questions[number].id for number in held],
+        "config": found.config.to_dict(),
+        "max_frames": args.max_frames,
         **counts,
         **search,
-        "config": {
-            name: value for name, value in setting.config.to_dict().items() if name not in ("alpha_k", "alpha_v")
-        },
-        "max_frames": args.max_frames,
         "search": rows,
     }
-    text = report.tune_markdown({**session.facts, "scores": columns, "search": search, **counts}, said, trials)
+    text = report.tune_markdown({**session.facts, "run": found.columns(), "search": search, **counts}, said, trials)
     session.leave(results, text, rows, pictures.draw_search(trials, difference, said))
-    return int(counts["n_failed"] > 0)
+    return int(bool(failed))
 
 
 def _at(setting: "Setting", point: "Point") -> "Setting":

@@ -7,7 +7,7 @@ import numpy as np
 
 from ...anchor.timing import Progress
 from ..batch.results import ResultsLog
-from ..batch.stopping import StoppedError, StopRule, failure_of
+from ..batch.stopping import StopRule, failure_of
 from ..batch.worker import reason_of
 from .questions import Question
 from .settings import Setting
@@ -57,14 +57,10 @@ def evaluate(
             record = {"key": key, **_record(question, setting, ask)}
             log.append(record, again=True)
             again.discard(key)
-            if "error" not in record:
-                rule.answered()
+            if "error" in record:
+                rule.failed(record["failure"], record["error"], record["video"])
             else:
-                try:
-                    rule.failed(record["failure"], record["error"], record["video"])
-                except StoppedError as error:
-                    rest = "has what was done, the same command goes on"
-                    raise StoppedError(f"{error}: {log.path} {rest}") from None
+                rule.answered()
         if progress is not None:
             progress("questions", done, len(pairs))
     return judge(questions, settings, log)

@@ -1,6 +1,7 @@
 """Pictures of an evaluation and of a search of strengths, as PNG."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from io import BytesIO
 from typing import Any
 
@@ -19,12 +20,8 @@ MARKERS = "osD^vP*X"
 
 @plain_text()
 def draw_eval(table: Sequence[Row]) -> bytes:
-    """Bars of the scores with and without the gate, and beside them the differences with their intervals. Of several
-    settings only the rows over all questions.
-
-    Args:
-        table: of `report.compared`.
-    """
+    """Rows of `report.compared`: bars of the scores with and without the gate, and beside them the differences with
+    their intervals. Of several settings only the rows over all questions."""
     several = len({row["setting"] for row in table}) > 1
     shown = [row for row in table if row["type"] == ALL or not several]
     y = np.arange(len(shown))
@@ -34,11 +31,10 @@ def draw_eval(table: Sequence[Row]) -> bytes:
         found = bars.barh(y + offset, [100 * row[name] for row in shown], 0.36, color=colour, label=label)
         bars.bar_label(found, fmt="%.1f", padding=3, fontsize=8, color=DARK)
     bars.set(xlim=(0, 112), xlabel="score (%)", xticks=range(0, 101, 20))
-    labels = [row["setting" if several else "type"][:40] for row in shown]
-    named = [f"{label}\nn = {row['n']}, {row['n_videos']} videos" for label, row in zip(labels, shown, strict=True)]
-    bars.set_yticks(y, named, fontsize=9)
+    name = "setting" if several else "type"
+    bars.set_yticks(y, [f"{row[name][:40]}\nn = {row['n']}, {row['n_videos']} videos" for row in shown], fontsize=9)
     bars.invert_yaxis()
-    _draw_differences(changes, [(row["difference"], row["low"], row["high"], row["verdict"]) for row in shown])
+    _draw_differences(changes, shown)
     changes.set_xlabel("difference (points), 95% interval")
     figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     for axes in (bars, changes):
@@ -60,7 +56,7 @@ def draw_search(trials: Sequence[Trial], held_out: Difference | None, conclusion
     if held_out is None:
         _say(judged, "no gate chosen")
     else:
-        _draw_differences(judged, [(held_out.difference, held_out.low, held_out.high, held_out.verdict)])
+        _draw_differences(judged, [asdict(held_out)])
         judged.set_title(held_out.verdict, fontsize=9)
     judged.set(yticks=[], ylim=(-1, 1))
     return _png(figure)
@@ -89,15 +85,15 @@ def _draw_line_search(axes: Any, trials: Sequence[Trial], colour: str) -> None:
     axes.legend(frameon=False, fontsize=8, labelspacing=0.8)
 
 
-def _draw_differences(axes: Any, found: Sequence[tuple[float, float, float, str]]) -> None:
-    """Points with intervals, filled where a gain or a loss is shown: difference, low, high, verdict of each. The axis
-    has no less than 5 points to both sides, so that nothing looks large."""
+def _draw_differences(axes: Any, rows: Sequence[Row]) -> None:
+    """Points with intervals, filled where a gain or a loss is shown. The axis has no less than 5 points to both sides,
+    so that nothing looks large."""
     axes.axvline(0, color=DARK, linewidth=0.8)
     edges = [0.0]
     for name, filled in (("gain or loss shown", True), ("no gain shown", False)):
-        some = [n for n, (*_, verdict) in enumerate(found) if (verdict in ("gain", "loss")) == filled]
+        some = [n for n, row in enumerate(rows) if (row["verdict"] in ("gain", "loss")) == filled]
         if some:
-            middle, low, high = 100 * np.array([found[n][:3] for n in some]).T
+            middle, low, high = (np.array([100 * rows[n][one] for n in some]) for one in ("difference", "low", "high"))
             axes.errorbar(
                 middle, some, xerr=np.maximum([middle - low, high - middle], 0), fmt="o", color=BLUE, capsize=3,
                 label=name, markerfacecolor=BLUE if filled else "white",

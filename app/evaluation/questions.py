@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...integrations.errors import InputError
-from ..batch.matching import fingerprint
+from ..batch.matching import with_fingerprints
 from ..batch.rows import BatchRow, read_rows
 from ..video.reader import refuse_url
 from .metrics import Metric, exact_match, score
@@ -31,11 +31,9 @@ class Question:
         id: how reports name it.
         video: absolute path.
         text: the question alone.
-        answer: a letter for metric "choice", a number above 0 for "mra", else text.
-        metric: see `metrics.score`.
-        options: texts of the choices A, B, ..., without letters.
+        answer, metric, options: see `metrics.score`.
         type: the kind of question; results are given for each.
-        fingerprint: of the video's content, see `batch.rows.fingerprint`.
+        fingerprint: of the video's content, see `batch.matching.fingerprint`.
     """
 
     id: str
@@ -71,10 +69,10 @@ def read_questions(source: Path) -> list[Question]:
     Raises:
         InputError: a row cannot be read (its line is named) or repeats another; no video is there.
     """
-    if source.suffix.lower() not in (".jsonl", ".json"):
+    if source.suffix.lower() != ".jsonl":
         raise InputError(f"{source}: expected a .jsonl file of questions with answers")
     questions: dict[str, Question] = {}
-    for row in read_rows(source):
+    for row in with_fingerprints(read_rows(source)):
         try:
             question = _question(row)
         except ValueError as error:
@@ -85,25 +83,20 @@ def read_questions(source: Path) -> list[Question]:
     if not any(video.exists() for video in videos):
         refuse_url(min(videos))
         raise InputError(f"{source}: no video at {min(videos)}, nor at any other path: they start at the file's folder")
-    prints = {video: fingerprint(video) for video in videos}
-    return [replace(question, fingerprint=prints[question.video]) for question in questions.values()]
+    return list(questions.values())
 
 
 def _question(row: BatchRow) -> Question:
     columns = row.columns
-    if "answer" not in columns:
-        raise ValueError("answer: expected a letter, a number or text, got none")
-    options = _options(columns.get("options"))
-    answer, metric = columns["answer"], columns.get("metric")
+    options, answer, metric = _options(columns.get("options")), columns.get("answer"), columns.get("metric")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
         raise ValueError(f"answer: expected a letter, a number or text, got {answer!r}")
-    number = _number(answer)
+    number, allowed = _number(answer), ("choice",) if options else ("mra", "exact")
+    if metric not in (None, *allowed):
+        which = f"{' or '.join(map(json.dumps, allowed))} for a question {'with' if options else 'without'} options"
+        raise ValueError(f"metric: expected {which}, got {metric!r}")
     if options:
-        if metric not in (None, "choice"):
-            raise ValueError(f'metric: expected "choice" for a question with options, got {metric!r}')
         metric, answer = "choice", _letter(str(answer).strip(), options)
-    elif metric not in (None, "mra", "exact"):
-        raise ValueError(f'metric: expected "mra" or "exact" for a question without options, got {metric!r}')
     elif metric == "exact" or (metric is None and not math.isfinite(number)):
         metric, answer = "exact", str(answer).strip()
     elif not 0 < number < math.inf:
@@ -117,7 +110,7 @@ def _question(row: BatchRow) -> Question:
     if not isinstance(kind, str) or not kind.strip():
         raise ValueError(f"type: expected text, got {kind!r}")
     name = str(columns.get("id", digest(str(row.video), row.question, options)[:12]))
-    return Question(name, row.video, row.question.strip(), answer, metric, options, kind.strip())
+    return Question(name, row.video, row.question.strip(), answer, metric, options, kind.strip(), row.fingerprint)
 
 
 def _options(given: Any) -> tuple[str, ...]:

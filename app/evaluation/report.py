@@ -1,13 +1,11 @@
-"""What an evaluation or a search of strengths leaves: a table for people and for programs, in files that stay."""
+"""What an evaluation or a search of strengths shows: its table, for people and for programs."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..atomic_write import write_whole
 from ..batch.worker import CONFIG_COLUMNS, VIDEO_COLUMNS
 from .evaluate import Judged
 from .paired import Difference, compare
@@ -76,9 +74,8 @@ def compared(questions: Sequence[Question], settings: Sequence[Setting], judged:
         judged: (S, N) their replies; a question without one in a setting or in its baseline is left out of this pair.
 
     Returns:
-        rows of the CSV, without `RUN_COLUMNS`: see `paired.Difference`. n_failed counts the questions left out,
-        unreadable and baseline_unreadable the replies from which no letter or number could be read; where those are
-        all, the verdict is `NO_REPLY`.
+        see `paired.Difference`; with n_failed questions left out. Where all replies are unreadable, the verdict is
+        `NO_REPLY`.
     """
     table: list[Row] = []
     videos, types = videos_of(questions), np.array([question.type for question in questions])
@@ -95,13 +92,13 @@ def compared(questions: Sequence[Question], settings: Sequence[Setting], judged:
             groups += [(MEAN_OF_TYPES, everything, types), *((kind, types == kind, everything) for kind in kinds)]
         for name, group, within in groups:
             chosen = known & group
-            difference = compare(after[chosen], before[chosen], videos[chosen], within[chosen])
-            n_unreadable = unreadable[:, chosen].sum(1).tolist()
-            row = {"setting": setting.name, "baseline_setting": baseline.name, "type": name, **asdict(difference)}
-            if n_unreadable == [difference.n] * 2:
+            difference = asdict(compare(after[chosen], before[chosen], videos[chosen], within[chosen]))
+            row = {"setting": setting.name, "baseline_setting": baseline.name, "type": name, **difference}
+            row["n_failed"] = int((group & ~known).sum())
+            row["unreadable"], row["baseline_unreadable"] = unreadable[:, chosen].sum(1).tolist()
+            if row["unreadable"] == row["baseline_unreadable"] == row["n"]:
                 row["verdict"] = NO_REPLY
-            row |= {"n_failed": int((group & ~known).sum()), **setting.columns()}
-            table.append(row | dict(zip(("unreadable", "baseline_unreadable"), n_unreadable, strict=True)))
+            table.append(row | setting.columns())
     return table
 
 
@@ -125,7 +122,7 @@ def _markdown(about: Mapping[str, Any], columns: Mapping[str, tuple[str, str]], 
     """Two tables; scores in percent."""
     lines = ["| | |", "|:--|:--|"]
     for name, value in about.items():
-        listed = ", ".join(f"{key} {_shown(one)}" for key, one in value.items()) if isinstance(value, dict) else value
+        listed = "; ".join(f"{key} {_shown(one)}" for key, one in value.items()) if isinstance(value, dict) else value
         lines.append(_line([name, _shown(listed)]))
     lines += ["", _line(columns), f"|{'|'.join(alignment for alignment, _ in columns.values())}|"]
     for row in rows:
@@ -141,17 +138,3 @@ def _shown(value: Any) -> str:
 def _line(cells: Iterable[str]) -> str:
     escaped = (" ".join(cell.split()).replace("|", r"\|") for cell in cells)
     return f"| {' | '.join(escaped)} |"
-
-
-def write(folder: Path, name: str, tag: str, contents: Mapping[str, bytes]) -> tuple[list[Path], list[Path]]:
-    """Writes NAME.SUFFIX for each of `contents`, and the same as NAME-TAG.SUFFIX: those stay when another run writes
-    NAME.SUFFIX. Each file is replaced whole.
-
-    Returns:
-        the files NAME.SUFFIX, and the reports of other tags that are there.
-    """
-    for stem in (f"{name}-{tag}", name):
-        for suffix, content in contents.items():
-            write_whole(folder / f"{stem}.{suffix}", content)
-    others = sorted({*folder.glob(f"{name}-*.md")} - {folder / f"{name}-{tag}.md"})
-    return [folder / f"{name}.{suffix}" for suffix in contents], others

@@ -36,10 +36,6 @@ class Setting:
     max_frames: int
     run: tuple[tuple[str, str], ...] = ()
 
-    @property
-    def gated(self) -> bool:
-        return bool(self.config.alpha_k or self.config.alpha_v)
-
     def key(self, question: Question) -> str:
         """32 hexadecimal digits that differ where the reply may."""
         config = {name: value for name, value in self.config.to_dict().items() if name != "memory_budget"}

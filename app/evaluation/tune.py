@@ -85,12 +85,11 @@ def split(
             f"{len(types)} questions about {len(counts)} videos cannot be split with --held-out {held_out}, in whole "
             "videos: give questions about more videos"
         )
-    search: list[tuple[float, int]] = []
+    places = np.zeros(len(types))
     for name in names:
         rest = rng.permutation(np.flatnonzero((kinds == name) & ~held))
-        places = (np.arange(len(rest)) + rng.random()) / max(len(rest), 1)
-        search += zip(places.tolist(), rest.tolist(), strict=True)
-    return [number for _, number in sorted(search)], np.flatnonzero(held).tolist()
+        places[rest] = (np.arange(len(rest)) + rng.random()) / max(len(rest), 1)
+    return sorted(np.flatnonzero(~held).tolist(), key=places.__getitem__), np.flatnonzero(held).tolist()
 
 
 def coordinate_search(
@@ -142,16 +141,10 @@ def coordinate_search(
 
 
 def conclusion(point: Point, held_out: Difference | None, n_unreadable: int = 0, n_replies: int = 1) -> str:
-    """What the search shows, in one sentence.
-
-    Args:
-        point: what was chosen.
-        held_out: the point against no gate on the questions held out; None if the point is no gate.
-        n_unreadable, n_replies: of the replies that are judged: those of the questions held out, or of the search.
-    """
+    """What the search shows, in one sentence, by the point against no gate on the questions held out (None if the point
+    is no gate), and by the replies that are judged: those of the questions held out, or of the search."""
     if n_unreadable == n_replies:
         return f"Nothing could be judged: no letter or number could be read from any of {n_replies} replies."
-    strengths = f"alpha_k = {point[0]:g}, alpha_v = {point[1]:g}"
     if held_out is None:
         return "No gain shown: the search itself prefers no gate (alpha_k = alpha_v = 0)."
     numbers = (
@@ -160,4 +153,4 @@ def conclusion(point: Point, held_out: Difference | None, n_unreadable: int = 0,
         f"{held_out.n_videos_changed} of which changed"
     )
     said = {"gain": "Gain shown", "loss": "Loss shown", "no gain shown": "No gain shown"}[held_out.verdict]
-    return f"{said} for {strengths}: {numbers}."
+    return f"{said} for alpha_k = {point[0]:g}, alpha_v = {point[1]:g}: {numbers}."

@@ -59,6 +59,7 @@ def question(number: int, kind: str = "all", answer: str = "A", video: str = "a.
         ({**NUMBER, "answer": 0, "metric": "exact"}, "0", "exact", ()),
         ({**NUMBER, "answer": "kitchen", "options": []}, "kitchen", "exact", ()),
         ({**NUMBER, "answer": "nan"}, "nan", "exact", ()),
+        ({**NUMBER, "answer": 10**400}, str(10**400), "exact", ()),
     ],
 )
 def test_rows(row: dict[str, Any], answer: str | float, metric: str, options: tuple[str, ...], tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_rows(row: dict[str, Any], answer: str | float, metric: str, options: tu
         ({**NUMBER, "answer": None}, "answer: expected"),
         ({**NUMBER, "answer": True}, "answer: expected"),
         ({**NUMBER, "answer": " "}, "answer: expected"),
-        ({"video": "a.mp4", "question": "How many?"}, "got none"),
+        ({"video": "a.mp4", "question": "How many?"}, "answer: expected a letter, a number or text, got None"),
         ({**ROW, "answer": "D"}, "from A to C"),
         ({**ROW, "answer": "chair"}, "from A to C"),
         ({**ROW, "options": ["B", "A"], "answer": "A"}, "from A to B"),
@@ -146,7 +147,8 @@ def test_ablations_change_one_thing_at_a_time() -> None:
     assert by_name["score size"].config.score == "size"
     assert by_name["frames 8"].max_frames == 8
     assert by_name["frames 8"].baseline().max_frames == 8
-    assert not by_name["frames 8"].baseline().gated
+    baseline = by_name["frames 8"].baseline().config
+    assert (baseline.alpha_q, baseline.alpha_k, baseline.alpha_v) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,7 @@ def test_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
         if len(asked) == 5:
             raise KeyboardInterrupt
         asked.append((one.video.name, one.id, how.name))
-        return "A" if how.gated else "(B)."
+        return "A" if how == setting else "(B)."
 
     with ResultsLog(tmp_path / "replies.jsonl") as log, pytest.raises(KeyboardInterrupt):
         evaluate(questions, settings, ask, log)
@@ -197,9 +199,9 @@ def test_failures_are_kept_left_out_and_asked_again(tmp_path: Path) -> None:
     setting, broken = Setting("gate", GATE, 8), True
 
     def ask(one: Question, how: Setting) -> str:
-        if broken and one.id == "1" and how.gated:
+        if broken and one.id == "1" and how == setting:
             raise InputError("no such frame")
-        return "A" if how.gated else "B"
+        return "A" if how == setting else "B"
 
     with ResultsLog(tmp_path / "replies.jsonl") as log:
         settings = [setting.baseline(), setting]
@@ -240,7 +242,7 @@ def test_replies_that_nobody_can_read_are_counted(tmp_path: Path, garbage: str, 
     settings = [setting, setting.baseline()]
 
     def ask(_: Question, how: Setting) -> str:
-        return "zzz word" if garbage == "both" or (garbage == "gate" and how.gated) else "A"
+        return "zzz word" if garbage == "both" or (garbage == "gate" and how == setting) else "A"
 
     with ResultsLog(tmp_path / "replies.jsonl") as log:
         (row,) = compared(asked, settings, evaluate(asked, settings, ask, log))
@@ -269,7 +271,7 @@ def test_an_evaluation_stops_and_goes_on(tmp_path: Path, error: Exception, n_ask
         return "A"
 
     with ResultsLog(tmp_path / "replies.jsonl") as log:
-        with pytest.raises(StoppedError, match=r"replies\.jsonl has what was done, the same command goes on"):
+        with pytest.raises(StoppedError):
             evaluate(asked, [setting], ask, log)
         assert len(order) == len(log.records) == n_asked
         failed, order, error = order[3:], [], KeyboardInterrupt()  # pyright: ignore[reportAssignmentType]
@@ -429,10 +431,23 @@ def test_a_report_can_be_cited_and_no_other_run_replaces_it(
             assert row["type"] in (ALL, MEAN_OF_TYPES, "'=left", "'=count")
         assert reports[-1].read_text() == text
     assert f"kept      {reports[0]}" in shown.out
-    assert "alpha_k 40," in reports[0].read_text()
+    assert "alpha_k 40;" in reports[0].read_text()
     replies = [json.loads(line) for line in (tmp_path / "out" / "replies.jsonl").read_text().splitlines()]
     strengths = sorted(reply["settings"]["alpha_k"] for reply in replies)
     assert strengths == [0.0] * 4 + [40.0] * 4 + [400.0] * 4
+
+
+def test_a_report_without_a_reply(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise InputError("no such frame")
+
+    monkeypatch.setattr(pipeline, "answer", fail)
+    assert run("eval", clips, tmp_path, *STRENGTHS) == 1
+    assert "**Nothing could be judged**: no question has a reply with the gate and without." in capsys.readouterr().out
+    assert read_csv(tmp_path / "eval.csv") == []
+    assert (tmp_path / "eval.png").read_bytes() == draw_eval([])
 
 
 def lose_the_device_after(n: int, answer: Any) -> Any:

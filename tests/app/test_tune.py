@@ -204,7 +204,7 @@ def test_tune_stops_where_the_device_is_lost(
     assert run("tune", clips, tmp_path, "--held-out", "0.5", "--grid-k", "0,400", "--grid-v", "0") == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("videoanchor tune: stopped, as the device failed")
-    assert last.endswith("replies.jsonl has what was done, the same command goes on")
+    assert last.endswith(f"{tmp_path} has what was done, the same command goes on")
     assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == 4
 
 
