@@ -12,7 +12,7 @@ Metric = Literal["choice", "mra", "exact"]
 
 _ASCII = {0x2212: "-", 0x2013: "-", 0x2014: "-", 0xD7: "x", 0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'}
 """Minus sign, dashes, times and typographic quotes."""
-_NUMBER_WORDS = (
+_NUMBER_WORDS: str = (
     "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|"
     "eighteen|nineteen|twenty"
 )
