@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from ..integrations.errors import InputError, Terminated
-from .batch.stopping import failure_of
+from .batch.stopping import StoppedError, failure_of
 from .commands import batch, convert, demo, eval, info, run, tune, viz
 from .termination import terminated_cleanly
 from .text import printable
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None, leader: "Leader | None" = None) -> i
             return _ended(args.name, error, 2)
         except OSError as error:  # a full disk, a folder that vanished
             return _ended(args.name, error, 1)
+        except StoppedError as error:
+            return _ended(args.name, f"{error}: {args.out} has what was done, the same command goes on", 1)
         except Terminated:
             return _ended(args.name, "terminated", 143)
         except KeyboardInterrupt:

@@ -147,6 +147,10 @@ def ask(
         model, found = load(str(model), device, dtype)
         processor = processor or found
     elif processor is None:
+        if not model.name_or_path:
+            raise InputError(
+                "processor: this model does not say which checkpoint it was loaded from: give its processor"
+            )
         processor = read_processor(model.name_or_path)
     times.append(time.perf_counter())
     result = answer(model, processor, items, messages, config, max_new_tokens=max_new_tokens, progress=progress)

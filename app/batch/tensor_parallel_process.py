@@ -247,7 +247,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_code = main()
+    exit_code = int(main() or 0)
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: a thread of gloo that lets go of a tensor while the interpreter ends aborts the process.

@@ -3,13 +3,17 @@
 import argparse
 import hashlib
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
+from functools import lru_cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...integrations.errors import InputError
+from ..atomic_write import write_whole
+from ..batch.stopping import StoppedError
 from ..csv_text import csv_text
 from ..text import json_text, printable
 from .shared import (
@@ -26,8 +30,11 @@ from .shared import (
     read_clip,
 )
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # they import torch
     from ..batch.results import ResultsLog
+    from ..evaluation.questions import Question
+    from ..evaluation.settings import Setting
+    from ..video.reader import VideoClip
 
 QUESTIONS_HELP = (
     "rows of the file (paths start at its folder):\n"
@@ -58,15 +65,14 @@ def add(commands: Commands) -> None:
         "  videoanchor eval questions.jsonl --model DIR --alpha-k 4 --alpha-v 1 --out out/eval --ablate scorer",
     )
     add_questions_options(parser)
-    parser.add_argument(
-        "--ablate", action="append", default=[], metavar="NAME[=A,B,...]", help="see below; may be repeated"
-    )
+    about = "see below; may be repeated"
+    parser.add_argument("--ablate", action="append", default=[], metavar="NAME[=A,B,...]", help=about)
     add_config_options(parser)
     parser.set_defaults(command=_eval)
 
 
 def add_questions_options(parser: argparse.ArgumentParser) -> None:
-    """What `eval` and `tune` share."""
+    """The options of a `Session`."""
     parser.add_argument("questions", type=Path, metavar="QUESTIONS.jsonl", help="see below")
     add_model_options(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
@@ -76,201 +82,174 @@ def add_questions_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from ..output import check_folder
+    session = Session(args)
+    from ..evaluation import pictures, report
+    from ..evaluation.evaluate import judge
+    from ..evaluation.settings import ablations
 
-    check_extras()
-    config = config_of(args)
-    check_folder(args.out)
-    from ..evaluation import evaluate as ev
-    from ..evaluation.ablations import ablations
-    from ..evaluation.questions import read_questions
-
-    setting = ev.Setting("gate", config, args.max_frames, run_facts(args))
-    if not setting.gated:
+    setting, questions = session.setting, session.questions
+    if not (setting.config.alpha_k or setting.config.alpha_v):
         raise InputError("--alpha-k 0 --alpha-v 0 is the baseline itself: give a strength above 0")
-    settings = ablations(setting, args.ablate)
-    questions = read_questions(args.questions)
-    from ..batch.results import ResultsLog
-    from ..batch.stopping import StoppedError
-
-    progress = ProgressLine(not args.json)
+    settings = list(dict.fromkeys(one for gate in ablations(setting, args.ablate) for one in (gate.baseline(), gate)))
+    configs = {one.name: {"max_frames": one.max_frames, **one.config.to_dict()} for one in settings}
     stopped = None
-    with ResultsLog(args.out / "replies.jsonl") as log, closing(progress):
-        again = replies_as_of_now(log, questions, progress)
-        asker = load_asker(args, config, questions, progress)
-        pairs = [(setting, setting.baseline()) for setting in settings]
-        distinct = list(dict.fromkeys(one for pair in pairs for one in reversed(pair)))
-        progress.say(
-            f"{len(questions)} questions in {len(distinct)} settings, {len(log.records)} replies in {log.path}"
-        )
+    with session.opened(f"{len(questions)} questions in {len(settings)} settings", configs) as log:
         try:
-            ev.evaluate(questions, distinct, asker, log, progress, again)
+            judged = session.evaluate(questions, settings)
         except StoppedError as error:
-            stopped = str(error)
-        record, table = _judge(args, questions, pairs, distinct, log, asker)
-    return _write(args, {**record, "stopped": stopped}, table)
-
-
-def replies_as_of_now(log: "ResultsLog", questions: Sequence[Any], progress: ProgressLine) -> set[str]:
-    """Has the replies in `log` judged by the questions as they are now, and says what is missing.
-
-    Returns:
-        keys of the failures, which are asked again.
-    """
-    from ..evaluation.evaluate import failures, refreshed
-
-    current = refreshed(questions, log.records)
-    if current != log.records:
-        log.replace(current)
-    videos = {question.video for question in questions}
-    missing = sorted(str(video) for video in videos if not video.exists())
-    if missing:
-        progress.say(
-            f"{len(missing)} of {len(videos)} videos are missing, their questions fail: {', '.join(missing[:3])}"
-        )
-    return failures(log)
-
-
-def _judge(
-    args: argparse.Namespace,
-    questions: Sequence[Any],
-    pairs: Sequence[Any],
-    distinct: Sequence[Any],
-    log: Any,
-    asker: Any,
-) -> tuple[dict[str, Any], list[Any]]:
-    """All of the results, and those of the table."""
-    from ..evaluation import evaluate as ev
-    from ..evaluation import report
-    from ..evaluation.questions import digest, videos_of
-
-    scores = dict(zip(distinct, ev.scores_of(questions, distinct, log), strict=True))
-    unread = {one: ev.unreadable(questions, one, log) for one in distinct}
-    table = report.lines(
-        questions, pairs, *([(of[after], of[before]) for after, before in pairs] for of in (scores, unread))
-    )
-    asked = {one.key(question): (one, question) for one in distinct for question in questions}
-    failed = {key: log.records[key]["error"] for key in asked if "error" in log.records.get(key, {})}
-    record = {
-        "questions": str(args.questions),
-        "n_questions": len(questions),
-        "n_videos": len({*videos_of(questions)}),
-        "n_failed": len(failed),
-        "n_unasked": sum(key not in log.records for key in asked),
-        "n_unreadable": {one.name: int(unread[one].sum()) for one in distinct},
-        "settings": {one.name: {"max_frames": one.max_frames, **one.config.to_dict()} for one in distinct},
-        "results": [line.to_dict() for line in table],
-        "failures": [
-            {"id": asked[key][1].id, "setting": asked[key][0].name, "error": error} for key, error in failed.items()
-        ],
+            stopped, judged = error, judge(questions, settings, log)
+    asked = {one.key(question): (one.name, question.id) for one in settings for question in questions}
+    errors = {key: reply["error"] for key in asked if "error" in (reply := log.records.get(key, {}))}
+    table = report.compared(questions, settings, judged)
+    results = {
+        "n_failed": len(errors),
+        "n_unasked": len(asked.keys() - log.records.keys()),
+        "n_unreadable": {one.name: int(some.sum()) for one, some in zip(settings, judged.unreadable, strict=True)},
+        "settings": configs,
+        "results": table,
+        "failures": [{"id": asked[key][1], "setting": asked[key][0], "error": error} for key, error in errors.items()],
         "note": report.NOTE,
-        **about(args, asker),
+        "stopped": None if stopped is None else str(stopped),
     }
-    parts = [(one.config.to_dict(), one.max_frames, one.run) for one in distinct]
-    record["tag"] = digest(parts, record["questions_sha256"], record["versions"]["videoanchor-triton"])[:8]
-    return record, table
+    counts = ("n_failed", "n_unasked", "n_unreadable")
+    about = {**session.facts, "run": setting.columns(), **{name: results[name] for name in counts}}
+    session.leave(results, report.eval_markdown(about, table), table, pictures.draw_eval(table))
+    if stopped is not None:
+        raise stopped
+    return int(bool(errors))
 
 
-def _write(args: argparse.Namespace, record: dict[str, Any], table: Sequence[Any]) -> int:
-    from ..evaluation import report
+class Session:
+    """What `eval` and `tune` share: a setting, questions, the replies so far, a checkpoint that gives others, a report.
 
-    gate = record["settings"]["gate"]
-    unread = ", ".join(f"{n} of {record['n_questions']} ({name})" for name, n in record["n_unreadable"].items())
-    counts = {
-        "gate": ", ".join(f"{name} {gate[name]:g}" for name in ("alpha_q", "alpha_k", "alpha_v"))
-        + f", decode {gate['decode']}",
-        "scores": ", ".join(f"{name} {gate[name]}" for name in ("scorer", "score", "n_clusters", "pca_rank")),
-        "frames": f"{gate['max_frames']} at most, sampling {args.sampling}, fps {args.fps}",
-        "replies": f"{record['n_failed']} failed, {record['n_unasked']} not asked; nothing could be read from {unread}",
-    }
-    text = report.markdown(table, {**facts(record), **counts})
-    texts = {
-        "md": text,
-        "csv": csv_text(report.CSV_COLUMNS, [{**line.to_dict(), **cited(record)} for line in table]),
-        "json": json_text(record) + "\n",
-    }
-    written = report.write(args.out, "eval", record["tag"], texts, lambda path: report.draw(path, table))
-    return tell(args, record, text, written)
+    Attributes:
+        setting: the gate that is asked for, and what else replies depend on.
+        questions: of the file.
+        evaluate, facts: once it is opened, `evaluate` of questions and settings, and where the numbers come from.
 
-
-def facts(record: dict[str, Any]) -> dict[str, str]:
-    """Where the numbers come from, for people."""
-    revision = record["revision"] or "not known"
-    run = record["run"]
-    return {
-        "model": f"{run['model']}, revision {revision}, dtype {run['dtype']}, max_new_tokens {run['max_new_tokens']}",
-        "questions": f"{record['questions']}, {record['n_questions']} about {record['n_videos']} videos, "
-        f"sha256 {record['questions_sha256']}",
-        "run": f"{record['date']} on {record['device']}",
-        "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
-        "this report": f"tag {record['tag']}",
-    }
-
-
-def cited(record: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a table that are the same in all of its rows."""
-    names = ("revision", "device", "date", "questions", "questions_sha256", "n_unasked", "tag")
-    return {**{name: record[name] for name in names}, "version": record["versions"]["videoanchor-triton"]}
-
-
-def tell(args: argparse.Namespace, record: dict[str, Any], text: str, written: tuple[list[Path], list[Path]]) -> int:
-    """Prints a report, and says what was written, what is missing, and why.
-
-    Returns:
-        the exit code.
+    Raises:
+        InputError: an option or a question is wrong.
     """
-    print(json_text(record) if args.json else printable(text, lines=True), end="\n")
-    files, others = written
-    if not args.json:
-        for path in files:
-            print(f"wrote     {printable(path)}")
-        print(f"          and the same with -{record['tag']} in their names, which no other run replaces")
-        for path in others:
-            print(f"kept      {printable(path)}")
-    replies = printable(args.out / "replies.jsonl")
-    if record["n_failed"]:
-        failed = f"{record['n_failed']} replies failed and are left out"
-        print(f"{failed}: see {replies}; a rerun asks again", file=sys.stderr)
-    if record["stopped"] is not None:
-        rest = f"what was answered is in {replies}, the same command goes on"
-        print(f"videoanchor {args.name}: {printable(record['stopped'])}: {rest}", file=sys.stderr)
-    return 1 if record["n_failed"] or record["stopped"] is not None else 0
 
+    def __init__(self, args: argparse.Namespace) -> None:
+        check_extras()
+        config = config_of(args)
+        if args.max_new_tokens < 1:
+            raise InputError(f"--max-new-tokens: expected 1 or more, got {args.max_new_tokens}")
+        from ..evaluation.questions import read_questions
+        from ..evaluation.settings import Setting
+        from ..output import check_folder
 
-def run_facts(args: argparse.Namespace) -> tuple[tuple[str, Any], ...]:
-    """What replies depend on beside the gate, the question and the number of frames."""
-    if args.max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens: expected 1 or more, got {args.max_new_tokens}")
-    names = ("model", "dtype", "max_new_tokens", "fps", "sampling", "max_pixels", "strict", "fit")
-    return tuple((name, str(getattr(args, name))) for name in names)
+        check_folder(args.out)
+        names = ("model", "dtype", "max_new_tokens", "fps", "sampling", "max_pixels", "strict", "fit")
+        run = tuple((name, str(getattr(args, name))) for name in names)
+        self.args, self.setting = args, Setting("gate", config, args.max_frames, run)
+        self.questions = read_questions(args.questions)
+        prepare_libraries()
 
+    @contextmanager
+    def opened(self, what: str, settings: Any) -> "Iterator[ResultsLog]":
+        """The replies so far, judged by the questions as they are now.
 
-def load_asker(args: argparse.Namespace, config: Any, questions: Sequence[Any], progress: ProgressLine) -> Any:
-    """The checkpoint, ready to be asked; every clip leaves room for the longest of the questions."""
-    prepare_libraries()
-    from .. import pipeline
-    from ..evaluation.answerer import Asker
+        Args:
+            what: will be asked, for people.
+            settings: in which; reports of others have another tag.
+        """
+        import torch
 
-    planner = make_planner(args, config)
-    longest = max((question.prompt() for question in questions), key=len)
+        from .. import pipeline
+        from ..batch.results import ResultsLog
+        from ..checkpoint import revision_of
+        from ..evaluation import evaluate as ev
+        from ..evaluation.questions import digest, videos_of
+        from ..output import versions
+        from ..score_cache import ScoreCache
 
-    told: set[tuple[Path, int]] = set()
+        args, progress = self.args, ProgressLine(not self.args.json)
+        with ResultsLog(args.out / "replies.jsonl") as log, closing(progress):
+            again = ev.refresh(self.questions, log)
+            videos = {question.video for question in self.questions}
+            if missing := sorted(str(video) for video in videos if not video.exists()):
+                some = ", ".join(missing[:3])
+                progress.say(f"{len(missing)} of {len(videos)} videos are missing, their questions fail: {some}")
+            clip, cache = self._reader(progress), ScoreCache(args.out / "scores", max_bytes=2**30)
+            model, processor = pipeline.load(args.model, args.device, args.dtype)
+            dtype = str(model.dtype).removeprefix("torch.")
+            progress.say(f"{args.model}: {type(model).__name__} on {model.device}, {dtype}")
+            progress.say(f"{what}; {len(log.records)} replies in {log.path}")
+            device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device
+            run, sha256 = dict(self.setting.run), hashlib.sha256(args.questions.read_bytes()).hexdigest()
+            self.facts = {
+                "run": run,
+                "revision": revision_of(args.model),
+                "questions": str(args.questions),
+                "n_questions": len(self.questions),
+                "n_videos": len({*videos_of(self.questions)}),
+                "questions_sha256": sha256,
+                "device": f"{device}, {dtype}",
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": versions(),
+                "tag": digest(settings, run, sha256, version("videoanchor-triton"))[:8],
+            }
 
-    def read(video: Path, max_frames: int) -> Any:
-        line = _Quiet(False) if told else progress  # the frames and the memory of the first clip stand for the others
-        clip = read_clip(args, video, line, max_frames)
-        fitted = fit_clip(args, video, clip, longest, planner, line)[0]
-        if told and (video, max_frames) not in told:
-            for note in clip.notes:
-                progress.say(f"{video}: {note}")
-            if len(fitted.frames) < len(clip.frames):
-                progress.say(f"{video}: --fit took {len(fitted.frames)} frames in place of {len(clip.frames)}")
-        told.add((video, max_frames))
-        return fitted
+            answer = partial(pipeline.answer, model, processor, max_new_tokens=args.max_new_tokens, progress=progress)
 
-    model, processor = pipeline.load(args.model, args.device, args.dtype)
-    progress.say(f"{args.model}: {type(model).__name__} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
-    return Asker(model, processor, read, args.out / "scores", args.max_new_tokens, progress)
+            def ask(question: "Question", setting: "Setting") -> str:
+                scores = None if setting.config.scorer == "uniform" else cache  # nothing to keep
+                frames = clip(question.video, setting.max_frames)
+                return answer(frames, question.prompt(), setting.config, scores=scores).text
+
+            self.evaluate = partial(ev.evaluate, ask=ask, log=log, progress=progress, again=again)
+            yield log
+
+    def _reader(self, progress: ProgressLine) -> "Callable[[Path, int], VideoClip]":
+        """Reads clips that leave room for the longest of the questions, and keeps the last."""
+        args, planner, told = self.args, make_planner(self.args, self.setting.config), set[tuple[Path, int]]()
+        longest = max((question.prompt() for question in self.questions), key=len)
+
+        @lru_cache(maxsize=1)
+        def read(video: Path, max_frames: int) -> "VideoClip":
+            line = _Quiet(False) if told else progress  # frames and memory of the first clip stand for the others
+            clip = read_clip(args, video, line, max_frames)
+            fitted = fit_clip(args, video, clip, longest, planner, line)[0]
+            if told and (video, max_frames) not in told:
+                for note in clip.notes:
+                    progress.say(f"{video}: {note}")
+                if len(fitted.frames) < len(clip.frames):
+                    progress.say(f"{video}: --fit took {len(fitted.frames)} frames in place of {len(clip.frames)}")
+            told.add((video, max_frames))
+            return fitted
+
+        return read
+
+    def leave(self, results: dict[str, Any], text: str, rows: Sequence[dict[str, Any]], picture: bytes) -> None:
+        """Writes a report, prints it, and says what is missing. Its files are written with their tag in their names as
+        well: those stay when another run writes the others.
+
+        Args:
+            results: for the JSON, beside `facts`.
+            text: Markdown.
+            rows: of the CSV; what they lack is the same in all of them.
+        """
+        from ..evaluation.report import COLUMNS
+
+        args, tag, record = self.args, self.facts["tag"], {**results, **self.facts}
+        same = {"n_unasked": 0, **record, **record["run"], "version": version("videoanchor-triton")}
+        table, as_json = csv_text(COLUMNS[args.name], [{**same, **row} for row in rows]), json_text(record)
+        contents = {"md": text.encode(), "csv": table.encode(), "json": f"{as_json}\n".encode(), "png": picture}
+        for stem in (f"{args.name}-{tag}", args.name):
+            for suffix, content in contents.items():
+                write_whole(args.out / f"{stem}.{suffix}", content)
+        print(as_json if args.json else printable(text, lines=True))
+        if not args.json:
+            for suffix in contents:
+                print(f"wrote     {printable(args.out / f'{args.name}.{suffix}')}")
+            print(f"          and the same with -{tag} in their names, which no other run replaces")
+            for path in sorted({*args.out.glob(f"{args.name}-*.md")} - {args.out / f"{args.name}-{tag}.md"}):
+                print(f"kept      {printable(path)}")
+        if n := results["n_failed"]:
+            where = printable(args.out / "replies.jsonl")
+            print(f"{n} replies failed and are left out: see {where}; a rerun asks again", file=sys.stderr)
 
 
 class _Quiet(ProgressLine):
@@ -278,22 +257,3 @@ class _Quiet(ProgressLine):
 
     def say(self, text: str) -> None:
         pass
-
-
-def about(args: argparse.Namespace, asker: Any) -> dict[str, Any]:
-    """Where the numbers come from."""
-    import torch
-
-    from ..checkpoint import revision_of
-    from ..output import versions
-
-    model = asker.model
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
-    return {
-        "run": dict(run_facts(args)),
-        "revision": revision_of(str(args.model)),
-        "questions_sha256": hashlib.sha256(args.questions.read_bytes()).hexdigest(),
-        "device": f"{device}, {str(model.dtype).removeprefix('torch.')}",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-    }

@@ -1,18 +1,15 @@
 """Whether one run is better than another on the same questions, or whether the difference may be noise."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 N_RESAMPLES = 10_000
-CONFIDENCE = 0.95
 LEAST_CHANGED = 6
 """If m videos changed and all to the better, a two-sided sign test gives p = 2^(1 - m): below 0.05 from 6 on."""
 _DRAWS_AT_ONCE = 1000
 """Bounds the memory: 40 MB for 5,000 videos that all differ."""
-
-Verdict = Literal["gain", "loss", "no gain shown"]
 
 
 @dataclass(frozen=True)
@@ -38,10 +35,7 @@ class Difference:
     high: float
     n_changed: int
     n_videos_changed: int
-    verdict: Verdict
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    verdict: Literal["gain", "loss", "no gain shown"]
 
 
 def interval(sums: np.ndarray, counts: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
@@ -56,19 +50,17 @@ def interval(sums: np.ndarray, counts: np.ndarray, *, seed: int = 0) -> tuple[fl
 
     Args:
         sums, counts: (videos, groups) sum of the values of each video in each group, and how many there are.
-        seed: of the 10,000 draws.
     """
     n_videos, n_groups = sums.shape
     distinct, repeats = np.unique(np.hstack([sums, counts]), axis=0, return_counts=True)
     rng = np.random.default_rng(seed)
-    means: list[np.ndarray] = []
-    for _ in range(N_RESAMPLES // _DRAWS_AT_ONCE):
-        drawn = rng.multinomial(n_videos, repeats / n_videos, _DRAWS_AT_ONCE)  # how often each distinct video is drawn
-        totals = drawn @ distinct
-        with np.errstate(invalid="ignore"):
-            means.append(np.nanmean(totals[:, :n_groups] / totals[:, n_groups:], axis=1))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.concatenate(means).round(12), (tail, 1 - tail))  # a sum that cancels is 0
+    draws = (
+        rng.multinomial(n_videos, repeats / n_videos, _DRAWS_AT_ONCE) for _ in range(N_RESAMPLES // _DRAWS_AT_ONCE)
+    )
+    totals = np.concatenate([times @ distinct for times in draws])  # how often each distinct video is drawn
+    with np.errstate(invalid="ignore"):
+        means = np.nanmean(totals[:, :n_groups] / totals[:, n_groups:], axis=1)
+    low, high = np.quantile(means.round(12), (0.025, 0.975))  # a sum that cancels is 0
     return float(low), float(high)
 
 
@@ -82,7 +74,6 @@ def compare(
         videos: (n,) what names the video of each question.
         groups: (n,) a group for each question: means are then taken within each group first and over the groups after,
             as VSI-Bench does over its tasks. None for one group.
-        seed: of the bootstrap.
 
     Raises:
         ValueError: the shapes differ, a score is not finite, or there is no question.
@@ -105,9 +96,7 @@ def compare(
     low, high = interval(sums.round(12), counts, seed=seed)
     group_sizes = counts.sum(0)
     n_videos_changed = int(np.count_nonzero((sums / group_sizes).sum(1).round(12)))
-    verdict: Verdict = "no gain shown"
-    if n_videos_changed >= LEAST_CHANGED and (low > 0 or high < 0):
-        verdict = "gain" if low > 0 else "loss"
+    shown = n_videos_changed >= LEAST_CHANGED and (low > 0 or high < 0)
     before, after = (float((np.bincount(group, one) / group_sizes).mean()) for one in (baseline, scores))
     return Difference(
         n=len(scores),
@@ -119,5 +108,5 @@ def compare(
         high=high,
         n_changed=int(np.count_nonzero(changes)),
         n_videos_changed=n_videos_changed,
-        verdict=verdict,
+        verdict=("gain" if low > 0 else "loss") if shown else "no gain shown",
     )

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from ...integrations.errors import InputError
-from ..batch.matching import fingerprint
+from ...integrations.lmms_eval.metrics import Metric, exact_match, score
+from ..batch.matching import with_fingerprints
 from ..batch.rows import BatchRow, read_rows
 from ..video.reader import refuse_url
-from .metrics import Metric, exact_match
 
 # The prompts of VSI-Bench (arXiv 2412.14171).
 _OPENING = "These are frames of a video."
@@ -31,11 +31,9 @@ class Question:
         id: how reports name it.
         video: absolute path.
         text: the question alone.
-        answer: a letter for metric "choice", a number above 0 for "mra", else text.
-        metric: see `metrics.score`.
-        options: texts of the choices A, B, ..., without letters.
+        answer, metric, options: see `metrics.score`.
         type: the kind of question; results are given for each.
-        fingerprint: of the video's content, see `batch.rows.fingerprint`.
+        fingerprint: of the video's content, see `batch.matching.fingerprint`.
     """
 
     id: str
@@ -54,6 +52,10 @@ class Question:
         options = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, self.options, strict=False)]
         return "\n".join([_OPENING, self.text, "Options:", *options, _CHOICE])
 
+    def score(self, reply: str) -> float | None:
+        """See `metrics.score`."""
+        return score(reply, self.answer, self.metric, self.options)
+
 
 def read_questions(source: Path) -> list[Question]:
     """Reads a JSONL file of rows {video, question, answer} and, as wanted, options, type, id and metric.
@@ -67,10 +69,10 @@ def read_questions(source: Path) -> list[Question]:
     Raises:
         InputError: a row cannot be read (its line is named) or repeats another; no video is there.
     """
-    if source.suffix.lower() not in (".jsonl", ".json"):
+    if source.suffix.lower() != ".jsonl":
         raise InputError(f"{source}: expected a .jsonl file of questions with answers")
     questions: dict[str, Question] = {}
-    for row in read_rows(source):
+    for row in with_fingerprints(read_rows(source)):
         try:
             question = _question(row)
         except ValueError as error:
@@ -81,43 +83,34 @@ def read_questions(source: Path) -> list[Question]:
     if not any(video.exists() for video in videos):
         refuse_url(min(videos))
         raise InputError(f"{source}: no video at {min(videos)}, nor at any other path: they start at the file's folder")
-    prints = {video: fingerprint(video) for video in videos}
-    return [replace(question, fingerprint=prints[question.video]) for question in questions.values()]
+    return list(questions.values())
 
 
 def _question(row: BatchRow) -> Question:
     columns = row.columns
-    if "answer" not in columns:
-        raise ValueError("answer: expected a letter, a number or text, got none")
-    options = _options(columns.get("options"))
-    given = columns["answer"]
-    if isinstance(given, bool) or not isinstance(given, str | int | float) or not str(given).strip():
-        raise ValueError(f"answer: expected a letter, a number or text, got {given!r}")
-    metric = columns.get("metric")
-    answer: str | float
+    options, answer, metric = _options(columns.get("options")), columns.get("answer"), columns.get("metric")
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+        raise ValueError(f"answer: expected a letter, a number or text, got {answer!r}")
+    number, allowed = _number(answer), ("choice",) if options else ("mra", "exact")
+    if metric not in (None, *allowed):
+        which = f"{' or '.join(map(json.dumps, allowed))} for a question {'with' if options else 'without'} options"
+        raise ValueError(f"metric: expected {which}, got {metric!r}")
     if options:
-        if metric not in (None, "choice"):
-            raise ValueError(f'metric: expected "choice" for a question with options, got {metric!r}')
-        metric, answer = "choice", _letter(str(given), options)
-    elif metric not in (None, "mra", "exact"):
-        raise ValueError(f'metric: expected "mra" or "exact" for a question without options, got {metric!r}')
-    elif metric == "exact" or (metric is None and not _is_number(given)):
-        metric, answer = "exact", str(given).strip()
+        metric, answer = "choice", _letter(str(answer).strip(), options)
+    elif metric == "exact" or (metric is None and not math.isfinite(number)):
+        metric, answer = "exact", str(answer).strip()
+    elif not 0 < number < math.inf:
+        raise ValueError(
+            f"answer: expected a number above 0, as relative accuracy divides by it, got {answer!r}: give the row "
+            '"metric": "exact"'
+        )
     else:
-        metric, answer = "mra", _positive(given)
+        metric, answer = "mra", number
     kind = columns.get("type", columns.get("question_type", "all"))
     if not isinstance(kind, str) or not kind.strip():
         raise ValueError(f"type: expected text, got {kind!r}")
-    content = digest(str(row.video), row.question, options)
-    return Question(
-        id=str(columns.get("id", content[:12])),
-        video=row.video,
-        text=row.question.strip(),
-        answer=answer,
-        metric=metric,
-        options=options,
-        type=kind.strip(),
-    )
+    name = str(columns.get("id", digest(str(row.video), row.question, options)[:12]))
+    return Question(name, row.video, row.question.strip(), answer, metric, options, kind.strip(), row.fingerprint)
 
 
 def _options(given: Any) -> tuple[str, ...]:
@@ -129,43 +122,35 @@ def _options(given: Any) -> tuple[str, ...]:
     if not 2 <= len(options) <= len(ascii_uppercase):
         raise ValueError(f"options: expected 2 to {len(ascii_uppercase)}, got {len(options)}")
     for form in ("{}.", "{})", "{}:", "({})"):
-        labels = [form.format(letter) for letter in ascii_uppercase]
-        if all(option.startswith(label) for option, label in zip(options, labels, strict=False)):
-            options = [option[len(label) :].strip() for option, label in zip(options, labels, strict=False)]
+        labelled = [(option, form.format(letter)) for option, letter in zip(options, ascii_uppercase, strict=False)]
+        if all(option.startswith(label) for option, label in labelled):
+            options = [option.removeprefix(label).strip() for option, label in labelled]
     if not all(options) or len({option.casefold() for option in options}) < len(options):
         raise ValueError(f"options: expected different texts, got {given!r}")
     return tuple(options)
 
 
 def _letter(answer: str, options: Sequence[str]) -> str:
-    letters = ascii_uppercase[: len(options)]
-    bare = answer.strip().strip("().:")
-    chosen = {letter for letter, option in zip(letters, options, strict=True) if exact_match(answer, option)}
-    chosen |= {bare.upper()} & {*letters}
-    chosen |= {
-        letter for letter, option in zip(letters, options, strict=True) if answer.strip() == f"{letter}. {option}"
-    }
+    bare = answer.strip("().:").upper()
+    chosen = [
+        letter
+        for letter, option in zip(ascii_uppercase, options, strict=False)
+        if letter == bare or answer == f"{letter}. {option}" or exact_match(answer, option)
+    ]
     if len(chosen) != 1:
         raise ValueError(
-            f"answer: expected a letter from A to {letters[-1]} or the text of one option, got {answer!r} for {options}"
+            f"answer: expected a letter from A to {ascii_uppercase[len(options) - 1]} or the text of one option, got "
+            f"{answer!r} for {options}"
         )
-    return chosen.pop()
+    return chosen[0]
 
 
-def _is_number(answer: str | float) -> bool:
+def _number(answer: str | float) -> float:
+    """NaN where it is none."""
     try:
-        return math.isfinite(float(answer))
-    except ValueError:
-        return False
-
-
-def _positive(answer: str | float) -> float:
-    if not (_is_number(answer) and float(answer) > 0):
-        raise ValueError(
-            f"answer: expected a number above 0, as relative accuracy divides by it, got {answer!r}: give the row "
-            '"metric": "exact"'
-        )
-    return float(answer)
+        return float(answer)
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 def videos_of(questions: Sequence[Question]) -> np.ndarray:

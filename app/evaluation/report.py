@@ -1,21 +1,22 @@
-"""What an evaluation leaves: a table as Markdown and CSV, a picture, and all of it as JSON."""
+"""What an evaluation or a search of strengths shows: its table, for people and for programs."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
 
-from ..atomic_write import replacing, write_whole
 from ..batch.worker import CONFIG_COLUMNS, VIDEO_COLUMNS
-from ..viz.plain_text import plain_text
-from .evaluate import Setting
+from .evaluate import Judged
 from .paired import Difference, compare
 from .questions import Question, videos_of
+from .settings import Setting
+from .tune import Trial
+
+Row = dict[str, Any]
 
 ALL, MEAN_OF_TYPES = "all questions", "mean of types"
-BLUE, GREY, DARK = "#0072B2", "#BBBBBB", "#333333"  # of Okabe and Ito's palette: apart in print and for all eyes
+NO_REPLY = "nothing could be judged"
 NOTE = (
     "Score: accuracy of multiple choice, mean relative accuracy of numbers (VSI-Bench), exact match of text. Interval: "
     "95%, bootstrap over videos with all their questions, each paired with the same question without the gate; of few "
@@ -24,197 +25,116 @@ NOTE = (
     "of one taken together; with many rows, one in twenty intervals leaves out 0 by chance."
 )
 
-
-CSV_COLUMNS = (
-    *("setting", "baseline_setting", "type", "n", "n_videos", "baseline", "mean", "difference", "low", "high"),
-    *("n_changed", "n_videos_changed", "verdict", "n_failed", "unreadable", "baseline_unreadable", "n_unasked"),
-    *("model", "revision", "dtype", "device", *CONFIG_COLUMNS, *VIDEO_COLUMNS, "fit", "max_new_tokens"),
-    *("questions", "questions_sha256", "date", "version", "tag"),
-)
-"""Scores are shares of 1."""
-NO_REPLY = "nothing could be judged"
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of the table: a setting against its baseline on the questions of one type.
-
-    Attributes:
-        n_failed: questions left out, as one of the two has no reply.
-        unreadable, baseline_unreadable: replies from which no letter or number could be read; they count as wrong.
-    """
-
-    setting: Setting
-    baseline: str
-    type: str
-    difference: Difference
-    n_failed: int = 0
-    unreadable: int = 0
-    baseline_unreadable: int = 0
-
-    @property
-    def verdict(self) -> str:
-        garbage = self.unreadable == self.baseline_unreadable == self.difference.n
-        return NO_REPLY if garbage else self.difference.verdict
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "setting": self.setting.name,
-            "baseline_setting": self.baseline,
-            "type": self.type,
-            **self.difference.to_dict(),
-            "verdict": self.verdict,
-            "n_failed": self.n_failed,
-            "unreadable": self.unreadable,
-            "baseline_unreadable": self.baseline_unreadable,
-            **self.setting.columns(),
-        }
+RUN_COLUMNS = ("revision", "device", "date", "questions", "questions_sha256", "n_unasked", "version", "tag")
+"""Where the numbers come from: the same in all rows of a table."""
+COLUMNS = {
+    "eval": (
+        *("setting", "baseline_setting", "type", *(field.name for field in fields(Difference)), "n_failed"),
+        *("unreadable", "baseline_unreadable", "model", "dtype", *CONFIG_COLUMNS, *VIDEO_COLUMNS, "fit"),
+        *("max_new_tokens", *RUN_COLUMNS),
+    ),
+    "tune": (*(field.name for field in fields(Trial)), "model", *RUN_COLUMNS),
+}
+"""Of the CSV of a command; scores are shares of 1."""
+_SHARES = ("baseline", "mean", "difference", "low", "high")
+_EVAL_TABLE = {
+    "setting": (":--", "{setting}"),
+    "questions": (":--", "{type}"),
+    "n": ("--:", "{n}"),
+    "videos": ("--:", "{n_videos}"),
+    "without gate": ("--:", "{baseline:.1f}"),
+    "with gate": ("--:", "{mean:.1f}"),
+    "difference": ("--:", "{difference:+.1f}"),
+    "95% interval": (":-:", "{low:+.1f} to {high:+.1f}"),
+    "changed": ("--:", "{n_changed}"),
+    "videos changed": ("--:", "{n_videos_changed}"),
+    "unreadable without / with gate": (":-:", "{baseline_unreadable} / {unreadable}"),
+    "failed": ("--:", "{n_failed}"),
+    "": (":--", "{verdict}"),
+}
+"""Columns for people: alignment and content."""
+_TUNE_TABLE = {
+    "coordinate": (":--", "{coordinate}"),
+    "search_pass": ("--:", "{search_pass}"),
+    "rung": ("--:", "{rung}"),
+    "alpha_k": ("--:", "{alpha_k:.4g}"),
+    "alpha_v": ("--:", "{alpha_v:.4g}"),
+    "n": ("--:", "{n}"),
+    "mean (%)": ("--:", "{mean:.1f}"),
+    "kept": (":--", "{kept}"),
+}
 
 
-Pair = tuple[np.ndarray, np.ndarray]
-
-
-def lines(
-    questions: Sequence[Question],
-    pairs: Sequence[tuple[Setting, Setting]],
-    scores: Sequence[Pair],
-    unreadable: Sequence[Pair] | None = None,
-) -> list[Line]:
+def compared(questions: Sequence[Question], settings: Sequence[Setting], judged: Judged) -> list[Row]:
     """Each setting against its baseline: all questions, the mean of the types (VSI-Bench's overall score), each type.
 
     Args:
         questions: N of them.
-        pairs: settings and their baselines.
-        scores: (N,) of each setting, and of its baseline; NaN for failures, which leave the question out of this pair.
-        unreadable: (N,) bool, see `evaluate.unreadable`, of each setting, and of its baseline; None for none.
+        settings: S of them, the baselines among them.
+        judged: (S, N) their replies; a question without one in a setting or in its baseline is left out of this pair.
+
+    Returns:
+        see `paired.Difference`; with n_failed questions left out. Where all replies are unreadable, the verdict is
+        `NO_REPLY`.
     """
-    table = []
+    table: list[Row] = []
     videos, types = videos_of(questions), np.array([question.type for question in questions])
-    nothing = np.zeros(len(questions), dtype=bool)
-    unreadable = [(nothing, nothing)] * len(pairs) if unreadable is None else unreadable
-    for (setting, baseline), (after, before), unread in zip(pairs, scores, unreadable, strict=True):
+    everything = np.ones(len(questions), dtype=bool)
+    for setting in settings:
+        baseline = setting.baseline()
+        pair = [settings.index(setting), settings.index(baseline)]
+        (after, before), unreadable = judged.scores[pair], judged.unreadable[pair]
         known = ~np.isnan(after) & ~np.isnan(before)
-        everything = ~nothing
-        groups: list[tuple[str, np.ndarray, np.ndarray | None]] = [(ALL, everything, None)]
-        if len({*types[known]}) > 1:
-            groups.append((MEAN_OF_TYPES, everything, types))
-            groups += [(kind, types == kind, None) for kind in np.unique(types[known])]
-        for name, group, kinds in groups:
+        if setting == baseline or not known.any():
+            continue
+        groups = [(ALL, everything, everything)]
+        if len(kinds := np.unique(types[known])) > 1:
+            groups += [(MEAN_OF_TYPES, everything, types), *((kind, types == kind, everything) for kind in kinds)]
+        for name, group, within in groups:
             chosen = known & group
-            if chosen.any():
-                within = None if kinds is None else kinds[chosen]
-                difference = compare(after[chosen], before[chosen], videos[chosen], within)
-                counts = (int((group & ~known).sum()), *(int((chosen & one).sum()) for one in unread))
-                table.append(Line(setting, baseline.name, name, difference, *counts))
+            difference = asdict(compare(after[chosen], before[chosen], videos[chosen], within[chosen]))
+            row = {"setting": setting.name, "baseline_setting": baseline.name, "type": name, **difference}
+            row["n_failed"] = int((group & ~known).sum())
+            row["unreadable"], row["baseline_unreadable"] = unreadable[:, chosen].sum(1).tolist()
+            if row["unreadable"] == row["baseline_unreadable"] == row["n"]:
+                row["verdict"] = NO_REPLY
+            table.append(row | setting.columns())
     return table
 
 
-def markdown(table: Sequence[Line], about: Mapping[str, str]) -> str:
-    """What was run and the table, for people; scores in percent."""
-    rows = ["| | |", "|:--|:--|", *(f"| {name} | {markdown_cell(text)} |" for name, text in about.items()), ""]
-    rows += [
-        "| setting | questions | n | videos | without gate | with gate | difference | 95% interval | changed | "
-        "videos changed | unreadable without / with gate | failed | |",
-        "|:--|:--|--:|--:|--:|--:|--:|:-:|--:|--:|:-:|--:|:--|",
-    ]
-    for line in table:
-        d = line.difference
-        rows.append(
-            f"| {markdown_cell(line.setting.name)} | {markdown_cell(line.type)} | {d.n} | {d.n_videos} | "
-            f"{100 * d.baseline:.1f} | {100 * d.mean:.1f} | "
-            f"{100 * d.difference:+.1f} | {100 * d.low:+.1f} to {100 * d.high:+.1f} | {d.n_changed} | "
-            f"{d.n_videos_changed} | {line.baseline_unreadable} / {line.unreadable} | {line.n_failed} | "
-            f"{line.verdict} |"
-        )
+def eval_markdown(about: Mapping[str, Any], table: Sequence[Row]) -> str:
+    """What was run and `compared`, for people."""
+    text = _markdown(about, _EVAL_TABLE, table)
     if not table:
-        rows += ["", f"**{NO_REPLY.capitalize()}**: no question has a reply with the gate and without."]
-    if any(line.verdict == NO_REPLY for line in table):
-        rows += ["", f"**{NO_REPLY.capitalize()}** where no letter or number could be read from any reply."]
-    return "\n".join(rows) + f"\n\n{NOTE}\n"
+        text += f"\n**{NO_REPLY.capitalize()}**: no question has a reply with the gate and without.\n"
+    if any(row["verdict"] == NO_REPLY for row in table):
+        text += f"\n**{NO_REPLY.capitalize()}** where no letter or number could be read from any reply.\n"
+    return f"{text}\n{NOTE}\n"
 
 
-def markdown_cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+def tune_markdown(about: Mapping[str, Any], conclusion: str, trials: Sequence[Trial]) -> str:
+    """The conclusion, what was run, and each step of the search, for people."""
+    rows = [{**asdict(trial), "kept": "yes" if trial.kept else ""} for trial in trials]
+    return f"**{conclusion}**\n\n{_markdown(about, _TUNE_TABLE, rows)}"
 
 
-def write(
-    folder: Path, name: str, tag: str, texts: Mapping[str, str], draw_to: Callable[[Path], None]
-) -> tuple[list[Path], list[Path]]:
-    """Writes NAME.SUFFIX for each of `texts` and NAME.png, and the same as NAME-TAG.SUFFIX: those stay when another run
-    writes NAME.SUFFIX. Each file is replaced whole.
-
-    Returns:
-        the files NAME.SUFFIX, and the reports of other tags that are there.
-    """
-    for stem in (f"{name}-{tag}", name):
-        for suffix, text in texts.items():
-            write_whole(folder / f"{stem}.{suffix}", text.encode())
-        replace_file(folder / f"{stem}.png", draw_to)
-    others = sorted({*folder.glob(f"{name}-*.md")} - {folder / f"{name}-{tag}.md"})
-    return [folder / f"{name}.{suffix}" for suffix in (*texts, "png")], others
+def _markdown(about: Mapping[str, Any], columns: Mapping[str, tuple[str, str]], rows: Iterable[Row]) -> str:
+    """Two tables; scores in percent."""
+    lines = ["| | |", "|:--|:--|"]
+    for name, value in about.items():
+        listed = "; ".join(f"{key} {_shown(one)}" for key, one in value.items()) if isinstance(value, dict) else value
+        lines.append(_line([name, _shown(listed)]))
+    lines += ["", _line(columns), f"|{'|'.join(alignment for alignment, _ in columns.values())}|"]
+    for row in rows:
+        shown = row | {name: 100 * row[name] for name in _SHARES if name in row}
+        lines.append(_line(content.format_map(shown) for _, content in columns.values()))
+    return "\n".join(lines) + "\n"
 
 
-def replace_file(path: Path, write_to: Any) -> None:
-    """Writes beside `path` and moves: the file is the old one or the new one, never a part."""
-    with replacing(path) as scratch:
-        write_to(scratch)
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-@plain_text()
-def draw(path: Path, table: Sequence[Line]) -> None:
-    """Bars of the scores with and without the gate, and beside them the differences with their intervals. Of several
-    settings only the lines over all questions."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    several = len({line.setting.name for line in table}) > 1
-    shown = [line for line in table if line.type == ALL or not several]
-    labels = [line.setting.name if several else line.type for line in shown]
-    y = np.arange(len(shown))
-    figure = Figure((9, 1.6 + 0.5 * len(shown)), layout="constrained")
-    FigureCanvasAgg(figure)
-    bars, changes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    found = [line.difference for line in shown]
-    bars.barh(y - 0.19, [100 * d.baseline for d in found], 0.36, color=GREY, label="without gate")
-    bars.barh(y + 0.19, [100 * d.mean for d in found], 0.36, color=BLUE, label="with gate")
-    for place, d in zip(y, found, strict=True):
-        for offset, value in ((-0.19, d.baseline), (0.19, d.mean)):
-            bars.text(100 * value + 1, place + offset, f"{100 * value:.1f}", va="center", fontsize=8, color=DARK)
-    bars.set(xlim=(0, 112), xlabel="score (%)", xticks=range(0, 101, 20))
-    named = [f"{label[:40]}\nn = {d.n}, {d.n_videos} videos" for label, d in zip(labels, found, strict=True)]
-    bars.set_yticks(y, named, fontsize=9)
-    bars.invert_yaxis()
-    changes.axvline(0, color=DARK, linewidth=0.8)
-    draw_differences(changes, y, found)
-    edges = [0, *(100 * edge for d in found for edge in (d.low, d.high))]
-    changes.set(xlabel="difference (points), 95% interval", xlim=difference_range(edges))
-    figure.legend(*_merged(bars, changes), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    changes.spines["left"].set_visible(False)
-    for axes in (bars, changes):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-    figure.savefig(path, dpi=150, format="png")
-
-
-def difference_range(points: Sequence[float]) -> tuple[float, float]:
-    """Limits of an axis of differences: no less than 5 points to both sides, so that nothing looks large."""
-    return min(1.1 * min(points), -5), max(1.1 * max(points), 5)
-
-
-def draw_differences(axes: Any, y: np.ndarray, found: Sequence[Difference]) -> None:
-    """Points with intervals, filled where a gain or a loss is shown."""
-    for name, filled in (("gain or loss shown", True), ("no gain shown", False)):
-        some = [n for n, d in enumerate(found) if (d.verdict != "no gain shown") == filled]
-        if some:
-            middle = np.array([100 * found[n].difference for n in some])
-            low = middle - [100 * found[n].low for n in some]
-            high = np.array([100 * found[n].high for n in some]) - middle
-            axes.errorbar(
-                middle, y[some], xerr=np.maximum([low, high], 0), fmt="o", color=BLUE, capsize=3, label=name,
-                markerfacecolor=BLUE if filled else "white",
-            )  # fmt: skip
-
-
-def _merged(*axes: Any) -> tuple[list[Any], list[str]]:
-    found = [item.get_legend_handles_labels() for item in axes]
-    return [handle for handles, _ in found for handle in handles], [label for _, labels in found for label in labels]
+def _line(cells: Iterable[str]) -> str:
+    escaped = (" ".join(cell.split()).replace("|", r"\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"

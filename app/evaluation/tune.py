@@ -3,8 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -46,9 +45,6 @@ class Trial:
     mean: float
     kept: bool
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def split(
     types: Sequence[str], videos: Sequence[str] | np.ndarray, held_out: float, seed: int
@@ -89,12 +85,11 @@ def split(
             f"{len(types)} questions about {len(counts)} videos cannot be split with --held-out {held_out}, in whole "
             "videos: give questions about more videos"
         )
-    search: list[tuple[float, int]] = []
+    places = np.zeros(len(types))
     for name in names:
         rest = rng.permutation(np.flatnonzero((kinds == name) & ~held))
-        places = (np.arange(len(rest)) + rng.random()) / max(len(rest), 1)
-        search += zip(places.tolist(), rest.tolist(), strict=True)
-    return [number for _, number in sorted(search)], np.flatnonzero(held).tolist()
+        places[rest] = (np.arange(len(rest)) + rng.random()) / max(len(rest), 1)
+    return sorted(np.flatnonzero(~held).tolist(), key=places.__getitem__), np.flatnonzero(held).tolist()
 
 
 def coordinate_search(
@@ -108,72 +103,48 @@ def coordinate_search(
 
     Args:
         evaluate: scores of points on questions; asked again for what it has answered before.
-        grid_k, grid_v: values to try, >= 0.
+        grid_k, grid_v: values to try, >= 0, at least one of each.
         order: numbers of the questions; a rung takes the first ones.
 
     Returns:
         the point found, and all trials.
 
     Raises:
-        InputError: a grid is empty or holds a value that is no strength; all answers failed.
+        InputError: all answers failed.
     """
-    grids = {"alpha_k": _grid("--grid-k", grid_k), "alpha_v": _grid("--grid-v", grid_v)}
+    grids = {"alpha_k": sorted(map(float, {*grid_k})), "alpha_v": sorted(map(float, {*grid_v}))}
     best: Point = grids["alpha_k"][0], grids["alpha_v"][0]
     trials: list[Trial] = []
     for search_pass in range(1, MAX_PASSES + 1):
         before = best
         for coordinate, values in grids.items():
             points = [(value, best[1]) if coordinate == "alpha_k" else (best[0], value) for value in values]
-            if len(points) > 1:
-                best = _halve(evaluate, points, order, coordinate, search_pass, trials)
+            n_rungs = math.ceil(math.log(len(points), KEEP))
+            for rung in range(1, n_rungs + 1):
+                n = min(len(order), max(math.ceil(len(order) / KEEP ** (n_rungs - rung)), LEAST_QUESTIONS))
+                scores = evaluate(points, order[:n])
+                known = ~np.isnan(scores).any(0)
+                if not known.any():
+                    raise InputError(f"no question was answered with all of {len(points)} strengths: see the failures")
+                means = scores[:, known].mean(1).round(12)
+                n_kept = 1 if rung == n_rungs else math.ceil(len(points) / KEEP)
+                kept = sorted(np.argsort(-means, kind="stable")[:n_kept].tolist())
+                trials += [
+                    Trial(coordinate, search_pass, rung, *point, int(known.sum()), float(means[p]), p in kept)
+                    for p, point in enumerate(points)
+                ]
+                points = [points[p] for p in kept]
+            best = points[0]
         if best == before:
             break
     return best, trials
 
 
-def _grid(name: str, values: Sequence[float]) -> list[float]:
-    if not values or not all(math.isfinite(value) and value >= 0 for value in values):
-        raise InputError(f"{name}: expected strengths of 0 and more, such as 0,1,2,4, got {list(values)}")
-    return sorted({float(value) for value in values})
-
-
-def _halve(
-    evaluate: Evaluate,
-    points: Sequence[Point],
-    order: Sequence[int],
-    coordinate: str,
-    search_pass: int,
-    trials: list[Trial],
-) -> Point:
-    n_rungs = math.ceil(math.log(len(points), KEEP))
-    for rung in range(1, n_rungs + 1):
-        n = min(len(order), max(math.ceil(len(order) / KEEP ** (n_rungs - rung)), LEAST_QUESTIONS))
-        scores = evaluate(points, order[:n])
-        known = ~np.isnan(scores).any(0)
-        if not known.any():
-            raise InputError(f"no question was answered with all of {len(points)} strengths: see the failures")
-        means = scores[:, known].mean(1).round(12)
-        n_kept = 1 if rung == n_rungs else math.ceil(len(points) / KEEP)
-        kept = sorted(np.argsort(-means, kind="stable")[:n_kept].tolist())
-        trials += [
-            Trial(coordinate, search_pass, rung, *point, n=int(known.sum()), mean=float(means[p]), kept=p in kept)
-            for p, point in enumerate(points)
-        ]
-        points = [points[p] for p in kept]
-    return points[0]
-
-
 def conclusion(point: Point, held_out: Difference | None, n_unreadable: int = 0, n_replies: int = 1) -> str:
-    """What the search shows, in one sentence.
-
-    Args:
-        point: what was chosen.
-        held_out: the point against no gate on the questions held out; None if the point is no gate.
-        n_unreadable, n_replies: of the replies that are judged: those of the questions held out, or of the search.
-    """
+    """What the search shows, in one sentence, by the point against no gate on the questions held out (None if the point
+    is no gate), and by the replies that are judged: those of the questions held out, or of the search."""
     if n_unreadable == n_replies:
         return f"Nothing could be judged: no letter or number could be read from any of {n_replies} replies."
-    strengths = f"alpha_k = {point[0]:g}, alpha_v = {point[1]:g}"
     if held_out is None:
         return "No gain shown: the search itself prefers no gate (alpha_k = alpha_v = 0)."
     numbers = (
@@ -182,4 +153,4 @@ def conclusion(point: Point, held_out: Difference | None, n_unreadable: int = 0,
         f"{held_out.n_videos_changed} of which changed"
     )
     said = {"gain": "Gain shown", "loss": "Loss shown", "no gain shown": "No gain shown"}[held_out.verdict]
-    return f"{said} for {strengths}: {numbers}."
+    return f"{said} for alpha_k = {point[0]:g}, alpha_v = {point[1]:g}: {numbers}."

@@ -147,6 +147,13 @@ def test_what_does_not_fit_is_refused(qwen: Any, media: Any, messages: Any, erro
         va.prepare(*qwen, media, messages)
 
 
+def test_a_model_without_a_name_needs_its_processor(qwen: Any) -> None:
+    nameless = type(qwen[0])(qwen[0].config)
+    nameless.name_or_path = ""
+    with pytest.raises(InputError, match="give its processor"):
+        va.ask(nameless, IMAGE, "Why?", CONFIG)
+
+
 def test_several_media_beyond_the_context_are_refused(qwen: Any) -> None:
     with pytest.raises(InputError, match=r"context holds 4096: give fewer or shorter videos, or smaller images"):
         va.ask(qwen[0], [IMAGE, IMAGE], "Why?", CONFIG, processor=qwen[1], max_new_tokens=4096)

@@ -15,19 +15,12 @@ from videoanchor_triton.anchor.scores import anchor_scores
 from videoanchor_triton.app import cli, demo, pipeline, score_cache
 from videoanchor_triton.app.batch.results import ResultsLog
 from videoanchor_triton.app.batch.stopping import StoppedError
-from videoanchor_triton.app.evaluation import answerer
-from videoanchor_triton.app.evaluation.ablations import ablations
-from videoanchor_triton.app.evaluation.evaluate import (
-    Setting,
-    evaluate,
-    failures,
-    refreshed,
-    scores_of,
-    unreadable,
-)
+from videoanchor_triton.app.evaluation.evaluate import Judged, evaluate, judge, refresh
 from videoanchor_triton.app.evaluation.paired import compare
+from videoanchor_triton.app.evaluation.pictures import draw_eval
 from videoanchor_triton.app.evaluation.questions import Question, read_questions
-from videoanchor_triton.app.evaluation.report import ALL, CSV_COLUMNS, MEAN_OF_TYPES, NO_REPLY, lines, markdown
+from videoanchor_triton.app.evaluation.report import ALL, COLUMNS, MEAN_OF_TYPES, NO_REPLY, compared, eval_markdown
+from videoanchor_triton.app.evaluation.settings import Setting, ablations
 from videoanchor_triton.app.video.reader import read_video, write_video
 from videoanchor_triton.integrations.errors import InputError
 
@@ -41,6 +34,11 @@ def write_rows(folder: Path, *rows: Any) -> Path:
     path = folder / "questions.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     return path
+
+
+def compare_both(questions: list[Question], setting: Setting, after: Any, before: Any) -> list[dict[str, Any]]:
+    scores = np.array([before, after], dtype=float)
+    return compared(questions, [setting.baseline(), setting], Judged(scores, np.zeros(scores.shape, dtype=bool)))
 
 
 def question(number: int, kind: str = "all", answer: str = "A", video: str = "a.mp4") -> Question:
@@ -61,6 +59,7 @@ def question(number: int, kind: str = "all", answer: str = "A", video: str = "a.
         ({**NUMBER, "answer": 0, "metric": "exact"}, "0", "exact", ()),
         ({**NUMBER, "answer": "kitchen", "options": []}, "kitchen", "exact", ()),
         ({**NUMBER, "answer": "nan"}, "nan", "exact", ()),
+        ({**NUMBER, "answer": 10**400}, str(10**400), "exact", ()),
     ],
 )
 def test_rows(row: dict[str, Any], answer: str | float, metric: str, options: tuple[str, ...], tmp_path: Path) -> None:
@@ -78,7 +77,7 @@ def test_rows(row: dict[str, Any], answer: str | float, metric: str, options: tu
         ({**NUMBER, "answer": None}, "answer: expected"),
         ({**NUMBER, "answer": True}, "answer: expected"),
         ({**NUMBER, "answer": " "}, "answer: expected"),
-        ({"video": "a.mp4", "question": "How many?"}, "got none"),
+        ({"video": "a.mp4", "question": "How many?"}, "answer: expected a letter, a number or text, got None"),
         ({**ROW, "answer": "D"}, "from A to C"),
         ({**ROW, "answer": "chair"}, "from A to C"),
         ({**ROW, "options": ["B", "A"], "answer": "A"}, "from A to B"),
@@ -148,7 +147,8 @@ def test_ablations_change_one_thing_at_a_time() -> None:
     assert by_name["score size"].config.score == "size"
     assert by_name["frames 8"].max_frames == 8
     assert by_name["frames 8"].baseline().max_frames == 8
-    assert not by_name["frames 8"].baseline().gated
+    baseline = by_name["frames 8"].baseline().config
+    assert (baseline.alpha_q, baseline.alpha_k, baseline.alpha_v) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
         if len(asked) == 5:
             raise KeyboardInterrupt
         asked.append((one.video.name, one.id, how.name))
-        return "A" if how.gated else "(B)."
+        return "A" if how == setting else "(B)."
 
     with ResultsLog(tmp_path / "replies.jsonl") as log, pytest.raises(KeyboardInterrupt):
         evaluate(questions, settings, ask, log)
@@ -187,7 +187,7 @@ def test_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             evaluate(questions, settings, ask, log)
         first, asked = first + asked, []
-        scores = evaluate(questions, settings, ask, log)
+        scores = evaluate(questions, settings, ask, log).scores
     everything = first + asked
     assert len(everything) == len({*everything}) == 12
     assert [video for video, _, _ in everything] == ["0.mp4"] * 6 + ["1.mp4"] * 6
@@ -199,20 +199,23 @@ def test_failures_are_kept_left_out_and_asked_again(tmp_path: Path) -> None:
     setting, broken = Setting("gate", GATE, 8), True
 
     def ask(one: Question, how: Setting) -> str:
-        if broken and one.id == "1" and how.gated:
+        if broken and one.id == "1" and how == setting:
             raise InputError("no such frame")
-        return "A" if how.gated else "B"
+        return "A" if how == setting else "B"
 
     with ResultsLog(tmp_path / "replies.jsonl") as log:
-        before, after = evaluate(questions, [setting.baseline(), setting], ask, log)
-        assert np.isnan(after).tolist() == [False, True, False]
-        table = lines(questions, [(setting, setting.baseline())], [(after, before)])
-        assert [(line.type, line.difference.n, line.difference.difference) for line in table] == [(ALL, 2, 1.0)]
+        settings = [setting.baseline(), setting]
+        judged = evaluate(questions, settings, ask, log)
+        assert np.isnan(judged.scores[1]).tolist() == [False, True, False]
+        assert not judged.unreadable.any()
+        table = compared(questions, settings, judged)
+        assert [(row["type"], row["n"], row["n_failed"], row["difference"]) for row in table] == [(ALL, 2, 1, 1.0)]
         assert "no such frame" in log.path.read_text()
         broken = False
-        assert np.isnan(evaluate(questions, [setting], ask, log)).sum() == 1
-        again = failures(log)
-        assert evaluate(questions, [setting], ask, log, again=again).tolist() == [[1, 1, 1]]
+        assert np.isnan(evaluate(questions, [setting], ask, log).scores).sum() == 1
+        again = refresh(questions, log)
+        assert again == {setting.key(questions[1])}
+        assert evaluate(questions, [setting], ask, log, again=again).scores.tolist() == [[1, 1, 1]]
         assert again == set()
 
 
@@ -220,33 +223,33 @@ def test_replies_are_judged_by_the_questions_as_they_are_now(tmp_path: Path) -> 
     setting, other = Setting("gate", GATE, 8), Setting("another", replace(GATE, alpha_k=1.0), 8)
     asked = [question(1, answer="A"), question(2, answer="B")]
     with ResultsLog(tmp_path / "replies.jsonl") as log:
-        assert evaluate(asked, [setting, other], lambda *_: "A", log).tolist() == [[1, 0], [1, 0]]
+        assert evaluate(asked, [setting, other], lambda *_: "A", log).scores.tolist() == [[1, 0], [1, 0]]
         edited = [replace(asked[0], answer="B", id="new", type="near")]
-        log.replace(refreshed(edited, log.records))
-        assert scores_of(edited, [setting, other], log).tolist() == [[0], [0]]
+        refresh(edited, log)
+        assert judge(edited, [setting, other], log).scores.tolist() == [[0], [0]]
         found = [[record[name] for name in ("id", "type", "answer", "score")] for record in log.records.values()]
         assert sorted(found) == [["2", "all", "B", 0.0]] * 2 + [["new", "near", "B", 0.0]] * 2
         assert [record["settings"]["alpha_k"] for record in log.records.values()] == [4.0, 1.0] * 2
-        assert refreshed(edited, log.records) == log.records
+        records, written = log.records, log.path.stat().st_mtime_ns
+        refresh(edited, log)
+        assert (log.records, log.path.stat().st_mtime_ns) == (records, written)
 
 
 @pytest.mark.parametrize(("garbage", "verdict"), [("both", NO_REPLY), ("gate", "loss"), ("none", "no gain shown")])
 def test_replies_that_nobody_can_read_are_counted(tmp_path: Path, garbage: str, verdict: str) -> None:
     asked = [question(n, video=f"{n}.mp4") for n in range(20)]
     setting = Setting("gate", GATE, 8)
-    pair = [setting, setting.baseline()]
+    settings = [setting, setting.baseline()]
 
     def ask(_: Question, how: Setting) -> str:
-        return "zzz word" if garbage == "both" or (garbage == "gate" and how.gated) else "A"
+        return "zzz word" if garbage == "both" or (garbage == "gate" and how == setting) else "A"
 
     with ResultsLog(tmp_path / "replies.jsonl") as log:
-        scores = evaluate(asked, pair, ask, log)
-        unread = [unreadable(asked, one, log) for one in pair]
-    (line,) = lines(asked, [(setting, setting.baseline())], [(scores[0], scores[1])], [(unread[0], unread[1])])
-    assert line.verdict == line.to_dict()["verdict"] == verdict
+        (row,) = compared(asked, settings, evaluate(asked, settings, ask, log))
+    assert row["verdict"] == verdict
     counts = {"both": (20, 20), "gate": (20, 0), "none": (0, 0)}[garbage]
-    assert (line.unreadable, line.baseline_unreadable) == counts
-    text = markdown([line], {})
+    assert (row["unreadable"], row["baseline_unreadable"]) == counts
+    text = eval_markdown({}, [row])
     assert f"| {counts[1]} / {counts[0]} | 0 | {verdict} |" in text
     assert ("no letter or number could be read from any reply" in text) == (garbage == "both")
 
@@ -272,9 +275,10 @@ def test_an_evaluation_stops_and_goes_on(tmp_path: Path, error: Exception, n_ask
             evaluate(asked, [setting], ask, log)
         assert len(order) == len(log.records) == n_asked
         failed, order, error = order[3:], [], KeyboardInterrupt()  # pyright: ignore[reportAssignmentType]
-        assert np.isfinite(scores_of(asked, [setting], log)).sum() == 3
-        everything = evaluate(asked, [setting], lambda one, _: order.append(one.id) or "A", log, again=failures(log))
-        assert everything.tolist() == [[1] * 20]
+        assert np.isfinite(judge(asked, [setting], log).scores).sum() == 3
+        again = refresh(asked, log)
+        everything = evaluate(asked, [setting], lambda one, _: order.append(one.id) or "A", log, again=again)
+        assert everything.scores.tolist() == [[1] * 20]
     assert order[-len(failed) :] == failed
     assert len(order) == 17
 
@@ -282,12 +286,11 @@ def test_an_evaluation_stops_and_goes_on(tmp_path: Path, error: Exception, n_ask
 def test_table_by_type() -> None:
     questions = [question(n, "far" if n < 9 else "near") for n in range(12)]
     setting = Setting("gate", GATE, 8)
-    after, before = np.r_[np.zeros(9), np.ones(3)], np.zeros(12)
-    table = lines(questions, [(setting, setting.baseline())], [(after, before)])
-    found = {line.type: (line.difference.n, line.difference.difference) for line in table}
+    table = compare_both(questions, setting, np.r_[np.zeros(9), np.ones(3)], np.zeros(12))
+    found = {row["type"]: (row["n"], row["difference"]) for row in table}
     assert found == {ALL: (12, 0.25), MEAN_OF_TYPES: (12, 0.5), "far": (9, 0.0), "near": (3, 1.0)}
     row = "| gate | near | 3 | 1 | 0.0 | 100.0 | +100.0 | +100.0 to +100.0 | 3 | 1 | 0 / 0 | 0 | no gain shown |"
-    assert row in markdown(table, {})
+    assert row in eval_markdown({}, table)
 
 
 def test_table_draws_whole_videos(tmp_path: Path) -> None:
@@ -300,13 +303,12 @@ def test_table_draws_whole_videos(tmp_path: Path) -> None:
     questions = [question(n, "ab"[n % 2], video=video) for n, video in enumerate(videos)]
     setting = Setting("gate", GATE, 8)
     after, before = (np.arange(80) // 8 < 7).astype(float), (np.arange(80) // 8 >= 7).astype(float)
-    table = lines(questions, [(setting, setting.baseline())], [(after, before)])
-    assert [line.difference.n_videos for line in table] == [10] * 4
+    table = compare_both(questions, setting, after, before)
+    assert [row["n_videos"] for row in table] == [10] * 4
     few = compare(after[::8], before[::8], np.arange(10))
-    for line in table:
-        found = line.difference
-        assert (found.low, found.high, found.n_videos_changed) == (few.low, few.high, 10)
-        assert found.verdict == "no gain shown"
+    for row in table:
+        assert (row["low"], row["high"], row["n_videos_changed"]) == (few.low, few.high, 10)
+        assert row["verdict"] == "no gain shown"
     assert compare(after, before, np.arange(80)).verdict == "gain"  # what asking a video eight times pretends
 
 
@@ -390,7 +392,7 @@ def test_eval_as_a_user_runs_it(
 def read_csv(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         table = csv.DictReader(file)
-        assert tuple(table.fieldnames or ()) == CSV_COLUMNS
+        assert tuple(table.fieldnames or ()) == COLUMNS["eval"]
         return list(table)
 
 
@@ -415,7 +417,7 @@ def test_a_report_can_be_cited_and_no_other_run_replaces_it(
         for fact in (
             str(clips / "checkpoint"),
             f"alpha_k {strength}",
-            "2 at most",
+            "max_frames 2",
             "scorer kmeans",
             sha256,
             "cpu",
@@ -429,10 +431,23 @@ def test_a_report_can_be_cited_and_no_other_run_replaces_it(
             assert row["type"] in (ALL, MEAN_OF_TYPES, "'=left", "'=count")
         assert reports[-1].read_text() == text
     assert f"kept      {reports[0]}" in shown.out
-    assert "alpha_k 40," in reports[0].read_text()
+    assert "alpha_k 40;" in reports[0].read_text()
     replies = [json.loads(line) for line in (tmp_path / "out" / "replies.jsonl").read_text().splitlines()]
     strengths = sorted(reply["settings"]["alpha_k"] for reply in replies)
     assert strengths == [0.0] * 4 + [40.0] * 4 + [400.0] * 4
+
+
+def test_a_report_without_a_reply(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise InputError("no such frame")
+
+    monkeypatch.setattr(pipeline, "answer", fail)
+    assert run("eval", clips, tmp_path, *STRENGTHS) == 1
+    assert "**Nothing could be judged**: no question has a reply with the gate and without." in capsys.readouterr().out
+    assert read_csv(tmp_path / "eval.csv") == []
+    assert (tmp_path / "eval.png").read_bytes() == draw_eval([])
 
 
 def lose_the_device_after(n: int, answer: Any) -> Any:
@@ -464,15 +479,18 @@ def test_eval_stops_where_the_device_is_lost(
 
 
 def test_the_baseline_is_the_model_without_a_gate(clips: Path, tmp_path: Path) -> None:
+    assert run("eval", clips, tmp_path, *STRENGTHS, "--max-new-tokens", "6", "--json") == 0
+    with ResultsLog(tmp_path / "replies.jsonl") as log:
+        replies = {
+            (reply["prompt"], reply["video"], reply["setting"]): reply["reply"] for reply in log.records.values()
+        }
     model, processor = pipeline.load(str(clips / "checkpoint"), "cpu")
-    asker = answerer.Asker(model, processor, lambda video, n: read_video(video, max_frames=n), tmp_path / "scores", 6)
-    asked = read_questions(clips / "questions.jsonl")[0]
-    setting = Setting("gate", VideoAnchorConfig(alpha_k=9.0, alpha_v=9.0, n_clusters=3), 2)
-    inputs, _ = pipeline.prepare(model, processor, asker.clip(asked.video, 2), asked.prompt())
     model.set_attn_implementation({"text_config": "sdpa"})
-    output = model.generate(**inputs, max_new_tokens=6, do_sample=False)  # pyright: ignore[reportCallIssue]
-    expected = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
-    assert asker(asked, setting.baseline()) == expected
+    for asked in read_questions(clips / "questions.jsonl"):
+        inputs, _ = pipeline.prepare(model, processor, read_video(asked.video, max_frames=2), asked.prompt())
+        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)  # pyright: ignore[reportCallIssue]
+        (expected,) = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert replies[asked.prompt(), str(asked.video), "baseline, 2 frames"] == expected.strip()
 
 
 def test_a_broken_video_leaves_the_others(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

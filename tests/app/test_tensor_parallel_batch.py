@@ -127,7 +127,7 @@ def test_processes_that_answer_differently(monkeypatch: pytest.MonkeyPatch, othe
 
     def result(answer: str, n_tokens: int) -> Answer:
         anchor = AnchorResult(torch.zeros(1), torch.zeros(1))
-        return Answer(answer, 9, 1, n_tokens, TokenGrid(1, 1, 1), anchor, {}, "GPU", 1000)
+        return Answer(answer, 9, 1, n_tokens, [TokenGrid(1, 1, 1)], anchor, {}, "GPU", 1000)
 
     def gather(out: list[torch.Tensor], mine: torch.Tensor, **_: Any) -> None:
         out[0].copy_(mine)

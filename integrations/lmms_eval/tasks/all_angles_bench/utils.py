@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from videoanchor_triton.app.evaluation.metrics import choice_letter
+from videoanchor_triton.integrations.lmms_eval.metrics import choice_letter
 
 LETTERS = ("A", "B", "C")
 CATEGORIES = (

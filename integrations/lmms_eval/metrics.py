@@ -10,16 +10,13 @@ from typing import Literal
 
 Metric = Literal["choice", "mra", "exact"]
 
-MRA_THRESHOLDS = tuple(Fraction(k, 20) for k in range(10, 20))
-"""0.50, 0.55, ..., 0.95."""
-
 _ASCII = {0x2212: "-", 0x2013: "-", 0x2014: "-", 0xD7: "x", 0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'}
 """Minus sign, dashes, times and typographic quotes."""
-_NUMBER_WORDS = (
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+_NUMBER_WORDS: str = (
+    "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|"
+    "eighteen|nineteen|twenty"
 )
-_NUMBER_WORD = re.compile(rf"\b({'|'.join(_NUMBER_WORDS)})\b", re.IGNORECASE)
+_NUMBER_WORD = re.compile(rf"\b({_NUMBER_WORDS})\b", re.IGNORECASE)
 _DIGITS = re.compile(r"[-+]?\.?[0-9](?:[0-9.,/:^]*[0-9])?(?:[eE][-+]?[0-9]+)?")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _JOINER = re.compile(r"\s*(?:[-/,x]|to|or|and)\s*")
@@ -33,35 +30,25 @@ _DENIED_BEFORE = re.compile(
     r"(?:(?:the|an?|be|option|choice|answer|letter)\s+)*\(?$",
     re.I,
 )
-_DENIED_AFTER = re.compile(
-    r"\)?\s*(?:is|was|are|can|could)(?:n't|\s*not|\s+(?:wrong|incorrect|false|ruled out))",
-    re.I,
-)
+_DENIED_AFTER = re.compile(r"\)?\s*(?:is|was|are|can|could)(?:n't|\s*not|\s+(?:wrong|incorrect|false|ruled out))", re.I)
 _ARTICLE = re.compile(r"\s+(?!(?:and|or|is|was|because|since|as|but|not|seems)\b)[a-z]")
 
 
-def score(reply: str, answer: str | float, metric: Metric, options: Sequence[str] = ()) -> float:
-    """What a reply is worth, in [0, 1]; 0 where no letter or number can be read from it.
+def score(reply: str, answer: str | float, metric: Metric, options: Sequence[str] = ()) -> float | None:
+    """What a reply is worth, in [0, 1]; None, which counts as 0, where no letter, number or text can be read from it.
 
     Args:
         reply: the generated text.
-        answer: a letter for "choice", a number above 0 for "mra", text for "exact".
-        metric: "choice" (accuracy), "mra" or "exact".
+        answer: a letter for "choice" (accuracy), a number above 0 for "mra", text for "exact".
         options: the texts of the choices, without letters.
     """
-    if metric == "choice":
-        return float(choice_letter(reply, options) == answer)
     if metric == "mra":
         number = number_in(reply)
-        return 0.0 if number is None else mean_relative_accuracy(number, float(answer))
-    return exact_match(reply, str(answer))
-
-
-def readable(reply: str, metric: Metric, options: Sequence[str] = ()) -> bool:
-    """Whether `score` finds in a reply what it looks for: a letter, a number, or for "exact" any text."""
+        return None if number is None else mean_relative_accuracy(number, float(answer))
     if metric == "choice":
-        return choice_letter(reply, options) is not None
-    return bool(_plain(_answer_part(reply))) if metric == "exact" else number_in(reply) is not None
+        letter = choice_letter(reply, options)
+        return None if letter is None else float(letter == answer)
+    return exact_match(reply, str(answer)) if _plain(_answer_part(reply)) else None
 
 
 def mean_relative_accuracy(predicted: float, answer: float) -> float:
@@ -70,13 +57,6 @@ def mean_relative_accuracy(predicted: float, answer: float) -> float:
     MRA = 1/10 sum over theta in {0.50, 0.55, ..., 0.95} of [|predicted - answer| / answer < 1 - theta], computed on the
     numbers as they are written in decimals, without rounding. The code released with the benchmark has <= in place of
     <, in floating point: an error of exactly 5%, 10%, ..., 50% can count for 0.1 more there.
-
-    Args:
-        predicted: finite.
-        answer: finite, above 0.
-
-    Returns:
-        0, 0.1, ..., or 1.
 
     Raises:
         ValueError: `answer` is not above 0, where no relative error exists, or a number is not finite.
@@ -88,7 +68,7 @@ def mean_relative_accuracy(predicted: float, answer: float) -> float:
         )
     exact = Fraction(str(answer))
     error = abs(Fraction(str(predicted)) - exact) / exact
-    return sum(error < 1 - theta for theta in MRA_THRESHOLDS) / len(MRA_THRESHOLDS)
+    return sum(error < 1 - Fraction(k, 20) for k in range(10, 20)) / 10
 
 
 def exact_match(reply: str, answer: str) -> float:
@@ -100,12 +80,12 @@ def number_in(reply: str) -> float | None:
     """The number that a reply gives: the last that follows "answer is", else the one at its start, else the only one.
 
     Digits with thousands separators, decimals and exponents, and the words zero to twenty; units and what stands in
-    brackets after a number are passed over.
-
-    Returns:
-        None where there is none, or no saying which: ranges, fractions, decimal commas, several numbers in prose.
+    brackets after a number are passed over. None where there is none, or no saying which: ranges, fractions, decimal
+    commas, several numbers in prose.
     """
-    text = _NUMBER_WORD.sub(lambda word: str(_NUMBER_WORDS.index(word[0].lower())), _stated(_answer_part(reply)))
+    text = _NUMBER_WORD.sub(
+        lambda word: str(_NUMBER_WORDS.split("|").index(word[0].lower())), _stated(_answer_part(reply))
+    )
     outside = re.sub(r"\([^)]*\)", " ", text)
     text = outside if _DIGITS.search(outside) else text
     found = list(_DIGITS.finditer(text))
@@ -117,8 +97,7 @@ def number_in(reply: str) -> float | None:
         several = len({number[0] for number in found}) > 1
         if _JOINER.fullmatch(between) or (several and not first_opens):
             return None
-    digits = found[0][0]
-    value = float(digits.replace(",", "")) if _NUMBER.fullmatch(digits) else math.nan
+    value = float(found[0][0].replace(",", "")) if _NUMBER.fullmatch(found[0][0]) else math.nan
     return value if math.isfinite(value) else None
 
 
@@ -127,14 +106,7 @@ def choice_letter(reply: str, options: Sequence[str]) -> str | None:
 
     What follows the last "answer is", "answer:" or "option" is read first, then all of the reply: a bare letter, an
     option's text, a label at the start ("B.", "(B)", "B) blue"), the only letter that is named and not denied
-    ("C, not B"), the only option whose text is.
-
-    Args:
-        reply: the generated text.
-        options: the texts of options A, B, ..., without their letters.
-
-    Returns:
-        an uppercase letter, or None where the reply names none or several.
+    ("C, not B"), the only option whose text is. None where those are none or several.
     """
     whole = _answer_part(reply)
     return _letter(_stated(whole), options) or _letter(whole, options)
@@ -142,21 +114,20 @@ def choice_letter(reply: str, options: Sequence[str]) -> str | None:
 
 def _letter(text: str, options: Sequence[str]) -> str | None:
     letters = ascii_uppercase[: len(options)]
-    bare = re.fullmatch(r"\W*([a-z])\W*", text, re.I)
-    if bare and bare[1].upper() in letters:
+    if (bare := re.fullmatch(r"\W*([a-z])\W*", text, re.I)) and bare[1].upper() in letters:
         return bare[1].upper()
     for letter, option in zip(letters, options, strict=True):
         if _plain(option) == _plain(text):
             return letter
-    label = _LABEL.match(text)
-    if label and label[1].upper() in letters:
+    if (label := _LABEL.match(text)) and label[1].upper() in letters:
         return None if _ANOTHER.match(text, label.end()) else label[1].upper()
     named = {
         lone[1]
         for lone in re.finditer(rf"(?<![\w'])([{letters}])(?![\w'])", text)
         if not _denied(text, lone.start(), lone.end()) and not (lone[1] in "AI" and _ARTICLE.match(text, lone.end()))
     }
-    return _only(named or _options_named(text, options))
+    named = named or _options_named(text, options)
+    return named.pop() if len(named) == 1 else None
 
 
 def _options_named(text: str, options: Sequence[str]) -> set[str]:
@@ -172,10 +143,6 @@ def _options_named(text: str, options: Sequence[str]) -> set[str]:
 
 def _denied(text: str, start: int, end: int) -> bool:
     return bool(_DENIED_BEFORE.search(text[:start]) or _DENIED_AFTER.match(text, end))
-
-
-def _only(letters: set[str]) -> str | None:
-    return next(iter(letters)) if len(letters) == 1 else None
 
 
 def _answer_part(reply: str) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from videoanchor_triton.app.evaluation.metrics import (
+from videoanchor_triton.integrations.lmms_eval.metrics import (
     choice_letter,
     exact_match,
     mean_relative_accuracy,
@@ -180,8 +180,11 @@ def test_exact_match(reply: str, answer: str, expected: float) -> None:
 
 def test_score_by_metric() -> None:
     assert score("B.", "B", "choice", COLOURS) == 1
-    assert score("", "B", "choice", COLOURS) == 0
+    assert score("A.", "B", "choice", COLOURS) == 0
+    assert score("", "B", "choice", COLOURS) is None
     assert score("21", 20, "mra") == 0.9
     assert score("twenty or so", 20, "mra") == 1
-    assert score("no idea", 20, "mra") == 0
+    assert score("no idea", 20, "mra") is None
     assert score("yes", "Yes", "exact") == 1
+    assert score("no", "Yes", "exact") == 0
+    assert score("<think>yes", "Yes", "exact") is None
