@@ -126,7 +126,7 @@ def test_a_question_before_the_video_is_computed_whole(loaded: tuple[Any, Any], 
         alone = [pipeline.answer(model, processor, clip(), q, CONFIG, max_new_tokens=N_NEW) for q in QUESTIONS]
         cache = ScoreCache(tmp_path, 2**20)
         video = SharedPrefill(model, processor, clip(), CONFIG, share=True, max_new_tokens=N_NEW, scores=cache)
-        assert [video.text(question).text for question in QUESTIONS] == [one.text for one in alone]
+        assert [video.answer(question).text for question in QUESTIONS] == [one.text for one in alone]
     finally:
         processor.chat_template = template
     assert cache.misses == 1, "they share the scores"
