@@ -85,7 +85,7 @@ def test_internlm2_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("trim", [True, False])
 def test_sentencepiece_models_tokenise_alike(dummy_prefix: bool, trim: bool, tmp_path: Path) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
-    from videoanchor_triton.integrations.transformers.convert import tokenizer
+    from videoanchor_triton.integrations.transformers.convert.tokenizer import sentencepiece_bpe
 
     corpus = Path(original.__file__).read_text().splitlines()
     sentencepiece.SentencePieceTrainer.train(
@@ -101,8 +101,7 @@ def test_sentencepiece_models_tokenise_alike(dummy_prefix: bool, trim: bool, tmp
         minloglevel=2,
     )
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "bpe.model"))
-    data = (tmp_path / "bpe.model").read_bytes()
-    converted = tokenizer._sentencepiece(data, {"add_bos_token": False}, {})
+    converted = sentencepiece_bpe(tmp_path / "bpe.model", {}, add_bos=False)
     texts = [line for line in corpus if line.strip()]
     plain = not dummy_prefix and not trim
     for text in [*texts, "  two  spaces ", "你好 é🙂\n x", "\nline\n", " ", *(["a[UNUSED_1] b"] if plain else [])]:
@@ -145,7 +144,7 @@ def test_missing_unknown_and_misshapen_tensors(tmp_path: Path) -> None:
     original.write_weights(folder, without)
     refused(folder, tmp_path / "out", r"lacks 3 of \d+ tensors \(.*layers.1.self_attn.k_proj")
     original.write_weights(folder, {**state, "language_model.model.layers.0.adapter": torch.ones(1)})
-    refused(folder, tmp_path / "out", "unknown tensor language_model.model.layers.0.adapter")
+    refused(folder, tmp_path / "out", "no place for .language_model.model.layers.0.adapter")
     original.write_weights(folder, {**state, key.replace("layers.1", "layers.2"): state[key]})
     refused(folder, tmp_path / "out", "no place for .*layers.2")
     original.write_weights(folder, {**without, key: state[key][:-1]})
