@@ -6,8 +6,8 @@ and runs no code of the checkpoint.
 """
 
 import json
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from .plan import Plan
 from .tokenizer import read_tokenizer
 
 Progress = Callable[[str, int, int], None]
+Shards = dict[Path, dict[str, torch.Tensor]]
 
 _PLANS = {"internvl_chat": internvl.plan, "llava_qwen": llava.plan}
 CONVERTED = frozenset(_PLANS)
@@ -76,20 +77,15 @@ def convert_checkpoint(source: Path, out: Path, *, progress: Progress | None = N
     out.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(out.parent).free) < n_bytes:
         raise InputError(f"--out {out}: {n_bytes / 2**30:.1f} GiB to write and {free / 2**30:.1f} GiB free")
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    folder = out.with_name(f".{out.name}.{secrets.token_hex(8)}")
+    folder.mkdir()
     try:
+        for name, content in plan.files.items():
+            _write_text(folder / name, content)
         places = _write_weights(folder, plan, shards, progress)
-        index = {"metadata": {"total_size": n_bytes}, "weight_map": places}
-        for name, content in {
-            **plan.files,
-            **({"model.safetensors.index.json": index} if len(shards) > 1 else {}),
-        }.items():
-            text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (folder / name).write_text(text, encoding="utf-8")
-        mode = (folder / "config.json").stat().st_mode & 0o777
-        for file in folder.iterdir():  # safetensors and mkdtemp let the owner alone read
-            file.chmod(mode)
-        folder.chmod(mode | (mode & 0o444) >> 2)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": n_bytes}, "weight_map": places}
+            _write_text(folder / "model.safetensors.index.json", index)
         folder.replace(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -132,8 +128,8 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _shards(source: Path) -> dict[Path, list[str]]:
-    """The safetensors files and the names of the tensors in each, in the order of the files."""
+def _shards(source: Path) -> Shards:
+    """The safetensors files in order, and the tensors of each without their data."""
     index, places, names = source / "model.safetensors.index.json", {}, ["model.safetensors"]
     if index.is_file():
         places = _json(index).get("weight_map")
@@ -149,15 +145,21 @@ def _shards(source: Path) -> dict[Path, list[str]]:
         raise InputError(
             f"{source}: no model.safetensors and no model.safetensors.index.json: the download is not whole"
         )
-    shards: dict[Path, list[str]] = {}
+    shards: Shards = {}
     for path in (source / name for name in names):
         if path.parent != source or not path.is_file():
             raise InputError(f"{index} lists {path.name}, which is not in {source}: the download is not whole")
         with _open(path) as file:
-            shards[path] = sorted(file.keys())
-    if absent := places.keys() - {key for keys in shards.values() for key in keys}:
+            shards[path] = {key: _without_data(path, key, file.get_slice(key)) for key in sorted(file.keys())}
+    if absent := places.keys() - {key for tensors in shards.values() for key in tensors}:
         raise InputError(f"{index} lists tensors that no shard holds ({_some(absent)}): download the checkpoint again")
     return shards
+
+
+def _without_data(path: Path, key: str, part: Any) -> torch.Tensor:
+    if part.get_dtype() not in _DTYPES:
+        raise InputError(f"{path}: {key} is stored as {part.get_dtype()}; expected {', '.join(_DTYPES)}")
+    return torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()], device="meta")
 
 
 def _open(path: Path) -> Any:
@@ -169,7 +171,7 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _check(plan: Plan, shards: dict[Path, list[str]]) -> tuple[int, int]:
+def _check(plan: Plan, shards: Shards) -> tuple[int, int]:
     """Converts the shapes alone and compares them with the class that will load them. Returns tensors and bytes."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -185,17 +187,11 @@ def _check(plan: Plan, shards: dict[Path, list[str]]) -> tuple[int, int]:
         expected.pop("lm_head.weight", None)
     found: dict[str, torch.Tensor] = {}
     unknown: list[str] = []
-    for path, keys in shards.items():
-        with _open(path) as file:
-            for key in keys:
-                part = file.get_slice(key)
-                if part.get_dtype() not in _DTYPES:
-                    raise InputError(f"{path}: {key} is stored as {part.get_dtype()}; expected F32, F16 or BF16")
-                tensor = torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()], device="meta")
-                new = {_spelling(name): tensor for name, tensor in plan.convert(key, tensor).items()}
-                if new.keys() - expected.keys() or new.keys() & found.keys():
-                    unknown.append(key)
-                found |= new
+    for key, tensor in (item for tensors in shards.values() for item in tensors.items()):
+        new = {_spelling(name): converted for name, converted in plan.convert(key, tensor).items()}
+        if new.keys() - expected.keys() or new.keys() & found.keys():
+            unknown.append(key)
+        found |= new
     if unknown:
         raise InputError(
             f"the checkpoint holds {len(unknown)} tensors that its config has no place for ({_some(unknown)})"
@@ -220,9 +216,12 @@ def _some(names: Any) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _write_weights(
-    folder: Path, plan: Plan, shards: dict[Path, list[str]], progress: Progress | None
-) -> dict[str, str]:
+def _write_text(path: Path, content: Any) -> None:
+    text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_weights(folder: Path, plan: Plan, shards: Shards, progress: Progress | None) -> dict[str, str]:
     """Writes a file a shard; returns the file of each tensor."""
     places: dict[str, str] = {}
     for number, (path, keys) in enumerate(shards.items(), start=1):
@@ -232,16 +231,13 @@ def _write_weights(
         tensors: dict[str, torch.Tensor] = {}
         with _open(path) as file:
             for key in keys:
-                for new, tensor in plan.convert(key, file.get_tensor(key)).items():
-                    tensors[new] = tensor.contiguous()
-                    if new in plan.rows:
-                        row, vector = plan.rows[new]
-                        tensors[new][row] = _read(shards, vector)
+                converted = plan.convert(key, file.get_tensor(key))
+                tensors |= {new: tensor.contiguous() for new, tensor in converted.items()}
+        for new in tensors.keys() & plan.rows.keys():
+            row, key = plan.rows[new]
+            with _open(next(path for path, keys in shards.items() if key in keys)) as file:
+                tensors[new][row] = file.get_tensor(key)
         save_file(tensors, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod((folder / "config.json").stat().st_mode)  # safetensors lets the owner alone read
         places |= dict.fromkeys(tensors, name)
     return places
-
-
-def _read(shards: dict[Path, list[str]], key: str) -> torch.Tensor:
-    with _open(next(path for path, keys in shards.items() if key in keys)) as file:
-        return file.get_tensor(key)

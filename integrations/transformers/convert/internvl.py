@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ...errors import InputError
 from .plan import Plan, Split, chat_template, checkpoint_files, require, text_config
 from .tokenizer import SourceTokenizer
 
@@ -71,16 +70,14 @@ def plan(config: dict[str, Any], tokenizer: SourceTokenizer) -> Plan:
     """
     vision, text = config["vision_config"], config["llm_config"]
     decoder, template = text["architectures"][0], config["template"]
-    if decoder not in _DECODERS:
-        raise InputError(f"the decoder {decoder} is not converted; known are {', '.join(_DECODERS)}")
-    if template not in _TEMPLATES:
-        raise InputError(f"the prompt template {template!r} is not known; known are {', '.join(_TEMPLATES)}")
-    if config.get("ps_version", "v1") != "v2":
-        raise InputError("config.json: ps_version v1 leaves rows and columns swapped, which transformers does not do")
-    require(config, select_layer=-1, force_image_size=vision["image_size"], use_backbone_lora=0, use_llm_lora=0)
-    require(text, rope_pos_id_version="default")
+    require({"decoder": decoder}, decoder=_DECODERS)
+    require(config, template=_TEMPLATES, select_layer=[-1], use_backbone_lora=[0], use_llm_lora=[0])
+    require(config, force_image_size=[vision["image_size"]])
+    require(text, rope_pos_id_version=["default"])
+    # ps_version v1 leaves rows and columns swapped, which transformers does not do; it is what the original defaults to
+    require({"ps_version": "v1", **config}, ps_version=["v2"])
     if vision.get("qk_normalization"):
-        require(vision, layer_norm_eps=1e-6)
+        require(vision, layer_norm_eps=[1e-6])
     new_text, renames = text_config(_DECODERS[decoder], text), _RENAMES
     splits: dict[str, Split] = {".attention.*": lambda qkv: dict(zip("qkv", qkv.chunk(3), strict=True))}
     if decoder == "InternLM2ForCausalLM":
@@ -108,11 +105,9 @@ def plan(config: dict[str, Any], tokenizer: SourceTokenizer) -> Plan:
         tokenizer,
         tokens={**special, "video_token": "<video>"},
         template=chat_template(*_TEMPLATES[template], image="<IMG_CONTEXT>"),
-        pixels={
-            "size": {"height": vision["image_size"], "width": vision["image_size"]},
-            "image_mean": [0.485, 0.456, 0.406],
-            "image_std": [0.229, 0.224, 0.225],
-        },
+        size=vision["image_size"],
+        mean=[0.485, 0.456, 0.406],
+        std=[0.229, 0.224, 0.225],
         images={
             "image_processor_type": "GotOcr2ImageProcessorFast",
             "crop_to_patches": bool(config.get("dynamic_image_size")),

@@ -45,9 +45,17 @@ def plan(config: dict[str, Any], tokenizer: SourceTokenizer) -> Plan:
         InputError: when the architecture is one that LlavaOnevisionForConditionalGeneration does not have.
         KeyError: when config.json lacks a needed entry.
     """
-    newline, aspect = _newline_and_aspect(config)
+    require(config, mm_vision_tower=VISION_TOWERS, mm_projector_type=["mlp2x_gelu"], mm_vision_select_feature=["patch"])
+    require(
+        config, mm_patch_merge_type=["spatial_unpad"], mm_spatial_pool_mode=["bilinear"], mm_spatial_pool_stride=[2]
+    )
+    require(config, mm_resampler_type=[None], add_faster_video=[False], use_pos_skipping=[False])
+    require(config, mm_newline_position=["grid", "one_token"])
+    aspect = config.get("image_aspect_ratio", "anyres_max_9")
+    if not aspect.startswith("anyres_max_"):
+        raise InputError(f"config.json: image_aspect_ratio = {aspect!r} cannot be converted; known is anyres_max_N")
     vision, text = VISION_TOWERS[config["mm_vision_tower"]], text_config("qwen2", config)
-    tied, grid = text["tie_word_embeddings"], newline == "grid"
+    tied, grid = text["tie_word_embeddings"], config.get("mm_newline_position") == "grid"
     if grid and tied:
         raise InputError("config.json: tied embeddings leave no row for the newline of mm_newline_position grid")
     n_known = tokenizer.backend.get_vocab_size()
@@ -82,11 +90,9 @@ def plan(config: dict[str, Any], tokenizer: SourceTokenizer) -> Plan:
         tokenizer,
         tokens={"image_token": "<image>", "video_token": "<video>"},
         template=chat_template("You are a helpful assistant.", "<|im_end|>\n", image="<image>"),
-        pixels={
-            "size": {"height": vision["image_size"], "width": vision["image_size"]},
-            "image_mean": [0.5] * 3,
-            "image_std": [0.5] * 3,
-        },
+        size=vision["image_size"],
+        mean=[0.5] * 3,
+        std=[0.5] * 3,
         images={
             "image_processor_type": "LlavaOnevisionImageProcessorFast",
             "image_grid_pinpoints": config["image_grid_pinpoints"],
@@ -118,25 +124,6 @@ _GRID_NOTE = (
     "`videoanchor run` does as the original; in code of your own pass the processor's output through "
     "videoanchor_triton.integrations.transformers.convert.llava.insert_grid_newlines"
 )
-
-
-def _newline_and_aspect(config: dict[str, Any]) -> tuple[str, str]:
-    """`mm_newline_position` and `image_aspect_ratio`, once all that cannot be converted is refused."""
-    if (tower := config["mm_vision_tower"]) not in VISION_TOWERS:
-        raise InputError(f"the vision tower {tower} is not known; known are {', '.join(VISION_TOWERS)}")
-    require(
-        config, mm_projector_type="mlp2x_gelu", mm_vision_select_feature="patch", mm_patch_merge_type="spatial_unpad"
-    )
-    require(config, mm_spatial_pool_mode="bilinear", mm_spatial_pool_stride=2, mm_resampler_type=None)
-    require(config, add_faster_video=False, use_pos_skipping=False)
-    newline, aspect = config.get("mm_newline_position", "one_token"), config.get("image_aspect_ratio", "anyres_max_9")
-    if newline not in ("grid", "one_token"):
-        raise InputError(
-            f"config.json: mm_newline_position = {newline!r} cannot be converted: known are grid, one_token"
-        )
-    if not aspect.startswith("anyres_max_"):
-        raise InputError(f"config.json: image_aspect_ratio = {aspect!r} cannot be converted: anyres_max_N is")
-    return newline, aspect
 
 
 def insert_grid_newlines(input_ids: torch.Tensor, config: Any) -> torch.Tensor:

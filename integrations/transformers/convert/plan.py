@@ -1,7 +1,7 @@
 """What the conversion of one kind of checkpoint consists of, and what the kinds have in common."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,16 +74,16 @@ def text_config(model_type: str, original: dict[str, Any]) -> dict[str, Any]:
     return {"model_type": model_type, **config, "tie_word_embeddings": bool(config.get("tie_word_embeddings"))}
 
 
-def require(entries: dict[str, Any], **expected: Any) -> None:
-    """Refuses a config whose entries are there and not as expected.
+def require(entries: dict[str, Any], **known: Collection[Any]) -> None:
+    """Refuses a config whose entries are there and not among the known ones.
 
     Raises:
         InputError: naming the entry.
     """
-    for name, value in expected.items():
-        if entries.get(name, value) != value:
+    for name, values in known.items():
+        if name in entries and entries[name] not in values:
             raise InputError(
-                f"config.json: {name} = {entries[name]!r} cannot be converted: transformers' class has {value!r} only"
+                f"config.json: {name} = {entries[name]!r} cannot be converted; known are {', '.join(map(repr, values))}"
             )
 
 
@@ -93,7 +93,9 @@ def checkpoint_files(
     tokenizer: SourceTokenizer,
     tokens: dict[str, str],
     template: str,
-    pixels: dict[str, Any],
+    size: int,
+    mean: list[float],
+    std: list[float],
     images: dict[str, Any],
     processor: dict[str, Any],
 ) -> dict[str, Any]:
@@ -102,10 +104,11 @@ def checkpoint_files(
     Args:
         family: what the names of the classes start with.
         tokens: named tokens that the processor asks the tokenizer for.
-        pixels: settings of both processors of pixels.
-        images: those of images alone, with `image_processor_type`.
+        size, mean, std: of images and frames, square, whose channels are normalised.
+        images: settings of the image processor.
         processor: settings of the processor.
     """
+    pixels = {"size": {"height": size, "width": size}, "image_mean": mean, "image_std": std}
     end, named = tokenizer.id_of("<|im_end|>"), {"processor_class": f"{family}Processor"}
     return {
         "config.json": {"architectures": [f"{family}ForConditionalGeneration"], **config},

@@ -7,7 +7,6 @@ LLaVA-Video: SigLIP without its last layer, an MLP, bilinear pooling of frames, 
 
 import json
 import math
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 import transformers as hf
 from safetensors.torch import save_file
 from torch import nn
+from transformers.convert_slow_tokenizer import import_protobuf
 
 IMAGE, PATCH = 16, 4
 WORDS = [f"word{i}" for i in range(60)]
@@ -413,27 +413,16 @@ def write_internlm2_tokenizer(folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": decoder, **names, **auto})
 
 
-def sentencepiece_model(pieces: list[tuple[str, float, int]], *, model_type: int = 2, byte_fallback: int = 1) -> bytes:
+def sentencepiece_model(
+    pieces: list[tuple[str, float, int]], *, model_type: int = 2, byte_fallback: bool = True
+) -> bytes:
     """A sentencepiece BPE model in its protobuf form, with no dummy prefix and no trimming of spaces."""
-
-    def field(number: int, data: bytes) -> bytes:
-        return bytes([number << 3 | 2]) + _varint(len(data)) + data
-
-    def flag(number: int, value: int) -> bytes:
-        return _varint(number << 3) + _varint(value)
-
-    body = b"".join(
-        field(1, field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + flag(3, kind))
-        for text, score, kind in pieces
-    )
-    return body + field(2, flag(3, model_type) + flag(35, byte_fallback)) + field(3, flag(3, 0) + flag(4, 0))
-
-
-def _varint(value: int) -> bytes:
-    out = b""
-    while value > 127:
-        out, value = out + bytes([value & 127 | 128]), value >> 7
-    return out + bytes([value])
+    model: Any = import_protobuf().ModelProto()
+    for text, score, kind in pieces:
+        model.pieces.add(piece=text, score=score, type=kind)
+    model.trainer_spec.model_type, model.trainer_spec.byte_fallback = model_type, byte_fallback
+    model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.remove_extra_whitespaces = False
+    return model.SerializeToString()
 
 
 def write_qwen2_tokenizer(folder: Path, *, internvl: bool) -> None:
