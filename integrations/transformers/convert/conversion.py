@@ -3,6 +3,10 @@
 InternVL2 / 2.5 / 3 (`internvl_chat`) becomes InternVLForConditionalGeneration, LLaVA-Video (`llava_qwen`) becomes
 LlavaOnevisionForConditionalGeneration: the same weights under other names. Reads safetensors only, never a pickle,
 and runs no code of the checkpoint.
+
+transformers 5 can rename weights while it loads them (`conversion_mapping`), and 4.57.1 cannot. To load that way and
+save again takes the memory of the whole checkpoint (1,458 MiB for 1,446, here 395, 5.23.0), and 4.57.1 reads the RoPE
+base of the saved config as its default, without a word.
 """
 
 import json

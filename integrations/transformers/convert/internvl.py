@@ -17,6 +17,7 @@ _DECODERS = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+_VISION_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps")
 
 # System prompt and what ends a turn, by the name of the template in config.json (conversation.py beside the weights).
 _SYSTEM_2 = (
@@ -93,7 +94,18 @@ def plan(config: dict[str, Any], tokenizer: SourceTokenizer) -> Plan:
         "model_type": "internvl",
         "dtype": config.get("torch_dtype") or text.get("torch_dtype") or "bfloat16",
         "text_config": new_text,
-        "vision_config": _vision_config(vision),
+        "vision_config": {
+            "model_type": "internvl_vision",
+            **{key: vision[key] for key in _VISION_KEYS},
+            "num_channels": vision.get("num_channels", 3),
+            "hidden_act": vision.get("hidden_act", "gelu"),
+            "norm_type": vision.get("norm_type", "rms_norm"),
+            "attention_bias": vision["qkv_bias"],
+            "use_qk_norm": vision["qk_normalization"],
+            "image_size": [vision["image_size"]] * 2,
+            "patch_size": [vision["patch_size"]] * 2,
+            "use_mean_pooling": True,  # no norm after the last layer
+        },
         "image_token_id": tokenizer.id_of("<IMG_CONTEXT>"),
         "image_seq_length": n_tokens,
         "downsample_ratio": config["downsample_ratio"],
@@ -117,22 +129,6 @@ def plan(config: dict[str, Any], tokenizer: SourceTokenizer) -> Plan:
         processor={"image_seq_length": n_tokens},
     )
     return Plan(f"internvl_chat ({decoder})", files, renames, splits)
-
-
-def _vision_config(vision: dict[str, Any]) -> dict[str, Any]:
-    same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps")
-    return {
-        "model_type": "internvl_vision",
-        **{key: vision[key] for key in same},
-        "num_channels": vision.get("num_channels", 3),
-        "hidden_act": vision.get("hidden_act", "gelu"),
-        "norm_type": vision.get("norm_type", "rms_norm"),
-        "attention_bias": vision["qkv_bias"],
-        "use_qk_norm": vision["qk_normalization"],
-        "image_size": [vision["image_size"]] * 2,
-        "patch_size": [vision["patch_size"]] * 2,
-        "use_mean_pooling": True,  # no norm after the last layer
-    }
 
 
 def _group_split(text: dict[str, Any]) -> Split:

@@ -417,7 +417,8 @@ def sentencepiece_model(
     pieces: list[tuple[str, float, int]], *, model_type: int = 2, byte_fallback: bool = True
 ) -> bytes:
     """A sentencepiece BPE model in its protobuf form, with no dummy prefix and no trimming of spaces."""
-    model: Any = import_protobuf().ModelProto()
+    schema: Any = import_protobuf()
+    model = schema.ModelProto()
     for text, score, kind in pieces:
         model.pieces.add(piece=text, score=score, type=kind)
     model.trainer_spec.model_type, model.trainer_spec.byte_fallback = model_type, byte_fallback
