@@ -113,12 +113,14 @@ def sentencepiece_bpe(path: Path, added: dict[int, str], *, add_bos: bool) -> To
         raise InputError("tokenizer.model is not a BPE model: only sentencepiece BPE is converted")
     if not trainer.byte_fallback:
         raise InputError("tokenizer.model has no byte fallback: only sentencepiece BPE with byte fallback is converted")
-    vocabulary = {added.get(index, piece.piece): index for index, piece in enumerate(model.pieces)}
+    names = [added[index] if index in added else piece.piece for index, piece in enumerate(model.pieces)]
+    vocabulary = {name: index for index, name in enumerate(names)}
     kept = [piece for piece in model.pieces if piece.piece in vocabulary]
     scores = {piece.piece: piece.score for piece in kept if piece.type == kinds.NORMAL}
     merges = generate_merges({text: vocabulary[text] for text in scores}, scores)
-    bpe = models.BPE(vocabulary, merges, unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(bpe)
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=True)
+    )
     steps: list[Any] = []
     if spaces.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spaces.precompiled_charsmap))
