@@ -113,8 +113,8 @@ def sentencepiece_bpe(path: Path, added: dict[int, str], *, add_bos: bool) -> To
         raise InputError("tokenizer.model is not a BPE model: only sentencepiece BPE is converted")
     if not trainer.byte_fallback:
         raise InputError("tokenizer.model has no byte fallback: only sentencepiece BPE with byte fallback is converted")
-    names = [added[index] if index in added else piece.piece for index, piece in enumerate(model.pieces)]
-    vocabulary = {name: index for index, name in enumerate(names)}
+    texts: list[str] = [piece.piece for piece in model.pieces]
+    vocabulary = {added.get(index, text): index for index, text in enumerate(texts)}
     kept = [piece for piece in model.pieces if piece.piece in vocabulary]
     scores = {piece.piece: piece.score for piece in kept if piece.type == kinds.NORMAL}
     merges = generate_merges({text: vocabulary[text] for text in scores}, scores)
