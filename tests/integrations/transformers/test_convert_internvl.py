@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import original_models as original
+import original_tokenizers
 import pytest
 import torch
 import transformers as hf
@@ -204,8 +205,8 @@ def test_tokenizers_that_are_refused(source: Path, tmp_path: Path) -> None:
     settings = (source / "tokenizer_config.json").read_text()
     model = (source / "tokenizer.model").read_bytes()
     for data, match in (
-        (original.sentencepiece_model([("<unk>", 0, 2)], model_type=1), "not a BPE model"),
-        (original.sentencepiece_model([("<unk>", 0, 2)], byte_fallback=False), "no byte fallback"),
+        (original_tokenizers.sentencepiece_model([("<unk>", 0, 2)], model_type=1), "not a BPE model"),
+        (original_tokenizers.sentencepiece_model([("<unk>", 0, 2)], byte_fallback=False), "no byte fallback"),
         (model[:-3], "the tokenizer cannot be read"),
     ):
         (source / "tokenizer.model").write_bytes(data)
