@@ -33,13 +33,13 @@ docs: $(INSTALLED)  ## the site, in out/docs; a broken link or anchor is an erro
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs,video,viz,batch,ray]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs,video,viz,batch,ray,convert]"
 	touch $@
 
 .venv-4.57/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-4.57
 	sed -e 's/^transformers==.*/transformers==4.57.1/' -e '/^tokenizers==/d' -e '/^kernels==/d' constraints.txt > .venv-4.57/constraints.txt
-	.venv-4.57/bin/python -m pip install --quiet --constraint .venv-4.57/constraints.txt --editable ".[dev,video,viz,batch,ray]"
+	.venv-4.57/bin/python -m pip install --quiet --constraint .venv-4.57/constraints.txt --editable ".[dev,video,viz,batch,ray,convert]"
 	touch $@
 
 .venv-triton-%/.installed: pyproject.toml constraints.txt

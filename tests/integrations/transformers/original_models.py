@@ -7,7 +7,6 @@ LLaVA-Video: SigLIP without its last layer, an MLP, bilinear pooling of frames, 
 
 import json
 import math
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 IMAGE, PATCH = 16, 4
-WORDS = [f"word{i}" for i in range(60)]
 
 
 class RMSNorm(nn.Module):
@@ -392,59 +390,3 @@ def write_weights(folder: Path, state: dict[str, torch.Tensor], n_shards: int = 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content))
-
-
-def write_internlm2_tokenizer(folder: Path) -> None:
-    """tokenizer.model and tokenizer_config.json as InternVL2 has them: added tokens in place of the last pieces of the
-    sentencepiece model and after them."""
-    characters = sorted(set("".join(WORDS)) | set("▁:\nFrame"))
-    start = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in (0x0A, 0xC3, 0xA9)]]
-    pieces = [(text, 0.0, kind) for text, kind in zip(start, (2, 3, 3, 6, 6, 6), strict=True)]
-    pieces += [("wo", -1.0, 1), ("rd", -2.0, 1), ("word", -3.0, 1), ("▁word", -4.0, 1)]
-    pieces += [(character, -10.0 - i, 1) for i, character in enumerate(characters)]
-    unused = [("[UNUSED_TOKEN_1]", 0.0, 4), ("[UNUSED_TOKEN_2]", 0.0, 4)]
-    pieces += unused
-    n = len(pieces)
-    (folder / "tokenizer.model").write_bytes(sentencepiece_model(pieces))
-    added = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<box>"]
-    decoder = {str(n - 2 + i): {"content": token, "special": True} for i, token in enumerate(added)}
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
-    auto = {"auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]}}
-    write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": decoder, **names, **auto})
-
-
-def sentencepiece_model(pieces: list[tuple[str, float, int]], *, model_type: int = 2, byte_fallback: int = 1) -> bytes:
-    """A sentencepiece BPE model in its protobuf form, with no dummy prefix and no trimming of spaces."""
-
-    def field(number: int, data: bytes) -> bytes:
-        return bytes([number << 3 | 2]) + _varint(len(data)) + data
-
-    def flag(number: int, value: int) -> bytes:
-        return _varint(number << 3) + _varint(value)
-
-    body = b"".join(
-        field(1, field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + flag(3, kind))
-        for text, score, kind in pieces
-    )
-    return body + field(2, flag(3, model_type) + flag(35, byte_fallback)) + field(3, flag(3, 0) + flag(4, 0))
-
-
-def _varint(value: int) -> bytes:
-    out = b""
-    while value > 127:
-        out, value = out + bytes([value & 127 | 128]), value >> 7
-    return out + bytes([value])
-
-
-def write_qwen2_tokenizer(folder: Path, *, internvl: bool) -> None:
-    """vocab.json, merges.txt and added_tokens.json of a byte-level BPE."""
-    from tokenizers import pre_tokenizers
-
-    alphabet = [c for c in sorted(pre_tokenizers.ByteLevel.alphabet()) if c in "word0123456789:Framusetyjyn.,ĠĊ"]
-    vocabulary = [*alphabet, "wo", "rd", "word"]
-    write_json(folder / "vocab.json", {text: i for i, text in enumerate(vocabulary)})
-    (folder / "merges.txt").write_text("#version: 0.2\nw o\nr d\nwo rd\n", encoding="utf-8")
-    added = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] + (["<img>", "</img>", "<IMG_CONTEXT>"] if internvl else [])
-    write_json(folder / "added_tokens.json", {token: len(vocabulary) + i for i, token in enumerate(added)})
-    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "Qwen2Tokenizer"}
-    write_json(folder / "tokenizer_config.json", names)

@@ -167,6 +167,15 @@ def test_an_empty_folder_is_taken(source: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+def test_modes_are_those_of_new_files(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    convert_checkpoint(source, tmp_path / "out")
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "folder").stat().st_mode
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert modes == {(tmp_path / "folder" / "file").stat().st_mode}
+
+
 def test_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["convert", str(source), "--out", str(tmp_path / "a")]) == 0
     shown = capsys.readouterr().out

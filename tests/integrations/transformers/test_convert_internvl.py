@@ -1,10 +1,12 @@
 """Tiny random InternVL2 checkpoints in their original layout give the same logits after the conversion."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import original_models as original
+import original_tokenizers
 import pytest
 import torch
 import transformers as hf
@@ -85,7 +87,7 @@ def test_internlm2_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("trim", [True, False])
 def test_sentencepiece_models_tokenise_alike(dummy_prefix: bool, trim: bool, tmp_path: Path) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
-    from videoanchor_triton.integrations.transformers.convert import tokenizer
+    from videoanchor_triton.integrations.transformers.convert.tokenizer import sentencepiece_bpe
 
     corpus = Path(original.__file__).read_text().splitlines()
     sentencepiece.SentencePieceTrainer.train(
@@ -101,12 +103,20 @@ def test_sentencepiece_models_tokenise_alike(dummy_prefix: bool, trim: bool, tmp
         minloglevel=2,
     )
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "bpe.model"))
-    data = (tmp_path / "bpe.model").read_bytes()
-    converted = tokenizer._sentencepiece(data, {"add_bos_token": False}, {})
+    converted = sentencepiece_bpe(tmp_path / "bpe.model", {}, add_bos=False)
     texts = [line for line in corpus if line.strip()]
     plain = not dummy_prefix and not trim
     for text in [*texts, "  two  spaces ", "你好 é🙂\n x", "\nline\n", " ", *(["a[UNUSED_1] b"] if plain else [])]:
         assert converted.encode(text).ids == reference.encode(text), text
+
+
+def test_protobuf_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ImportError("no module named google.protobuf")
+
+    internvl(tmp_path / "source")
+    monkeypatch.setattr(import_module("transformers.convert_slow_tokenizer"), "import_protobuf", fail)
+    refused(tmp_path / "source", tmp_path / "out", r"protobuf: pip install 'videoanchor-triton\[convert\]'")
 
 
 def test_chat_template_of_internvl2(tmp_path: Path) -> None:
@@ -145,9 +155,11 @@ def test_missing_unknown_and_misshapen_tensors(tmp_path: Path) -> None:
     original.write_weights(folder, without)
     refused(folder, tmp_path / "out", r"lacks 3 of \d+ tensors \(.*layers.1.self_attn.k_proj")
     original.write_weights(folder, {**state, "language_model.model.layers.0.adapter": torch.ones(1)})
-    refused(folder, tmp_path / "out", "unknown tensor language_model.model.layers.0.adapter")
+    refused(folder, tmp_path / "out", r"no place for \(language_model.model.layers.0.adapter")
     original.write_weights(folder, {**state, key.replace("layers.1", "layers.2"): state[key]})
     refused(folder, tmp_path / "out", "no place for .*layers.2")
+    original.write_weights(folder, {**state, "language_model.lm_head.weight": state["language_model.output.weight"]})
+    refused(folder, tmp_path / "out", r"no place for \(language_model.output.weight\)")
     original.write_weights(folder, {**without, key: state[key][:-1]})
     refused(folder, tmp_path / "out", "does not fit config.json")
     norm = "language_model.model.norm.weight"
@@ -171,8 +183,8 @@ def source(tmp_path: Path) -> Path:
         ({"select_layer": -4}, "select_layer"),
         ({"force_image_size": 8}, "force_image_size"),
         ({"use_llm_lora": 16}, "use_llm_lora"),
-        ({"template": "phi3-chat"}, "template 'phi3-chat'"),
-        ({"llm_config": {"architectures": ["Phi3ForCausalLM"]}}, "decoder Phi3ForCausalLM"),
+        ({"template": "phi3-chat"}, "template = 'phi3-chat'"),
+        ({"llm_config": {"architectures": ["Phi3ForCausalLM"]}}, "decoder = 'Phi3ForCausalLM'"),
         ({"llm_config": {"architectures": ["InternLM2ForCausalLM"]}}, "no entry 'bias'|lacks|no entry"),
         ({"vision_config": {}}, "no entry 'image_size'"),
         ({"vision_config": None}, "config.json is not as expected"),
@@ -193,8 +205,8 @@ def test_tokenizers_that_are_refused(source: Path, tmp_path: Path) -> None:
     settings = (source / "tokenizer_config.json").read_text()
     model = (source / "tokenizer.model").read_bytes()
     for data, match in (
-        (original.sentencepiece_model([("<unk>", 0, 2)], model_type=1), "not a BPE model"),
-        (original.sentencepiece_model([("<unk>", 0, 2)], byte_fallback=0), "no byte fallback"),
+        (original_tokenizers.sentencepiece_model([("<unk>", 0, 2)], model_type=1), "not a BPE model"),
+        (original_tokenizers.sentencepiece_model([("<unk>", 0, 2)], byte_fallback=False), "no byte fallback"),
         (model[:-3], "the tokenizer cannot be read"),
     ):
         (source / "tokenizer.model").write_bytes(data)

@@ -131,7 +131,7 @@ def test_newlines_of_llava_video_are_scored(chunk: int | None, tmp_path: Path) -
     [
         ({"mm_spatial_pool_mode": "average"}, "mm_spatial_pool_mode = 'average'"),
         ({"mm_newline_position": "frame"}, "mm_newline_position = 'frame'"),
-        ({"mm_vision_tower": "openai/clip"}, "vision tower openai/clip is not known"),
+        ({"mm_vision_tower": "openai/clip"}, "mm_vision_tower = .openai/clip"),
         ({"mm_projector_type": "linear"}, "mm_projector_type"),
         ({"image_aspect_ratio": "pad"}, "image_aspect_ratio"),
         ({"add_faster_video": True}, "add_faster_video"),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import original_models as original
+import original_tokenizers
 import pytest
 import torch
 import transformers as hf
@@ -26,9 +27,9 @@ def internvl(folder: Path, config: dict[str, Any] | None = None, n_shards: int =
     original.write_weights(folder, state, n_shards)
     original.write_json(folder / "config.json", config)
     if config["llm_config"]["architectures"] == ["InternLM2ForCausalLM"]:
-        original.write_internlm2_tokenizer(folder)
+        original_tokenizers.write_internlm2_tokenizer(folder)
     else:
-        original.write_qwen2_tokenizer(folder, internvl=True)
+        original_tokenizers.write_qwen2_tokenizer(folder, internvl=True)
     return model
 
 
@@ -37,7 +38,7 @@ def llava(folder: Path, config: dict[str, Any], n_shards: int = 1) -> Any:
     model: Any = original.randomise(original.LlavaVideo(config, original.TOWER))
     original.write_weights(folder, model.original_state(), n_shards)
     original.write_json(folder / "config.json", config)
-    original.write_qwen2_tokenizer(folder, internvl=False)
+    original_tokenizers.write_qwen2_tokenizer(folder, internvl=False)
     return model
 
 
