@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import NoReturn
 
 import av
 import numpy as np
@@ -157,15 +158,19 @@ def test_known_times(clip: Path) -> None:
         next(stream_video(clip, known_times={40: 5.0}))
 
 
+def no_cuts(_count: int) -> NoReturn:
+    raise AssertionError
+
+
 @pytest.mark.parametrize("known", [(0, 0.0), (2, 1.0009)], ids=str)
 def test_a_known_time(known: tuple[int, float]) -> None:
-    Choice(None, 1, "uniform", None, [known]).check_known_times(np.array([0.0, 0.1, 1.0]), Path("clip"))
+    Choice(known_times=dict([known])).pick(np.array([0.0, 0.1, 1.0]), "clip", no_cuts)
 
 
 @pytest.mark.parametrize("known", [(0, 0.0011), (2, 0.1), (3, 1.5), (-1, 1.0), (1, float("nan"))], ids=str)
 def test_a_time_of_another_video(known: tuple[int, float]) -> None:
     with pytest.raises(InputError, match="another video"):
-        Choice(None, 1, "uniform", None, [(1, 0.1), known]).check_known_times(np.array([0.0, 0.1, 1.0]), Path("clip"))
+        Choice(known_times=dict([(1, 0.1), known])).pick(np.array([0.0, 0.1, 1.0]), "clip", no_cuts)
 
 
 @pytest.mark.parametrize(
