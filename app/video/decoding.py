@@ -1,19 +1,13 @@
 """Frames out of a video file by PyAV; runs in the child of process.py.
 
-Of a long video only what lies between a wanted frame and the keyframe before it is decoded.
-
-torchcodec is not used: for the same frames of 1080p H.264, with the same times, it was 1.00 to 1.44 times as fast as
-this module, by CPU time 0.96 to 1.26 times (benchmarks/results/video-decoding); a fresh process, as each video gets
-here, imported it in 4.8 s and PyAV in 0.2 s; and it needs FFmpeg's libraries on the machine, which PyAV brings along.
-
-Damage is looked for where it costs nothing: in what the reading of all packets finds, in what FFmpeg says of the frames
-that are decoded anyway, and in what the container promises. There is no sign of it where a format has no redundancy:
-inside the frames of VP8 and VP9, mostly not in HEVC and AV1.
+Of a long video only what lies between a wanted frame and the keyframe before it is decoded. Damage is looked for where
+it costs nothing: in what the reading of all packets finds, in what FFmpeg says of the frames that are decoded anyway,
+and in what the container promises (docs/video.md). Why not torchcodec: docs/design/video.md.
 """
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +21,9 @@ from av.video.reformatter import VideoReformatter
 from ...integrations.errors import InputError
 from . import limits
 from .damage import Messages, ends_well
-from .sampling import SCENE_THRESHOLD, Choice
+from .sampling import SCENE_THRESHOLD, Progress, Request
 from .views import letterbox
 
-Report = Callable[[str, int, int], None]
-"""Called with a stage, how much of it is done, and how much there is."""
-Send = Callable[[np.ndarray, float, int], None]
-"""Called with a kept frame, (H, W, 3) uint8 RGB, its time in seconds, and how many there will be."""
 SAYS_DURATION = frozenset({"matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "flv", "asf"})
 """Containers whose header says how long they last; of others FFmpeg estimates it."""
 SHORTER = 0.5
@@ -59,7 +49,7 @@ class VideoFile:
         scaled: how frames were scaled so far, for a note.
     """
 
-    def __init__(self, path: Path, report: Report, messages: Messages | None = None) -> None:
+    def __init__(self, path: Path, report: Progress, messages: Messages | None = None) -> None:
         """
         Args:
             messages: FFmpeg's; None where nobody reads them.
@@ -73,11 +63,13 @@ class VideoFile:
         self.scaled = ""
         self._reformatter = VideoReformatter()
         self._broke_off = False
+        self._container: Any = None
         self._open()
         self._read_packets()
 
     def _open(self, **options: str) -> None:
-        """Opens the file, again where it is open."""
+        """Opens the file, from its start where it is open."""
+        self.close()
         bounds = {"max_pixels": str(limits.SOURCE_PIXELS)}
         options |= {"protocol_whitelist": "file", **bounds}  # a playlist reaches no network
         self._container = av.open(str(self._path.absolute()), options=options, metadata_errors="replace")
@@ -96,11 +88,8 @@ class VideoFile:
         context.thread_count = limits.threads(self.picture_bytes)
 
     def close(self) -> None:
-        self._container.close()
-
-    def _reopen(self, **options: str) -> None:
-        self.close()
-        self._open(**options)
+        if self._container is not None:
+            self._container.close()
 
     def problems(self, decoder: bool = True) -> list[str]:
         """What FFmpeg has said so far about damage in the container, and with `decoder` in what was decoded since the
@@ -111,30 +100,25 @@ class VideoFile:
         self._messages.collect({self._container.format.name, *((codec.name, codec.canonical_name) if decoder else ())})
         return self._messages.found
 
-    def _packets(self, stage: str, *streams: Any) -> Iterator[Any]:
-        """The packets of `streams`, of all if none is given, then the empty ones that flush the decoders; damage in
-        the file ends them."""
-        n = 0
+    def _packets(self, stage: str) -> Iterator[Any]:
+        """The packets of the stream, then the empty one that flushes the decoder; damage in the file ends them."""
+        total = self._stream.frames
         try:
-            for packet in self._container.demux(*streams):
-                self._report(stage, n, self._stream.frames)
-                n += packet.stream is self._stream
+            for n, packet in enumerate(self._container.demux(self._stream)):
+                self._report(stage, n, total)
                 yield packet
         except av.error.InvalidDataError:
             self._broke_off = True
 
     def _read_packets(self) -> None:
-        rows, n_packets, n_corrupt, ends = [], 0, 0, dict[Any, int]()
+        rows, n_packets, n_corrupt, end = [], 0, 0, 0
         for packet in self._packets("read"):
-            pts, dts, stream = packet.pts, packet.dts, packet.stream
-            start = dts if pts is None else pts
-            if start is not None:
-                ends[stream] = max(ends.get(stream, start), start + (packet.duration or 0))
-            if stream is self._stream:
-                n_packets += dts is not None or packet.size > 0
-                n_corrupt += packet.is_corrupt
-                if packet.size and not packet.is_discard:
-                    rows.append((pts, dts, packet.is_keyframe))
+            pts, dts, size = packet.pts, packet.dts, packet.size
+            n_packets += dts is not None or size > 0
+            n_corrupt += packet.is_corrupt
+            if size and not packet.is_discard:
+                rows.append((pts, dts, packet.is_keyframe))
+                end = max(end, (pts or dts or 0) + (packet.duration or 0))
         self.problems(decoder=False)  # a recording that begins in the middle is no damage
         self.has_times = all(pts is not None for pts, _, _ in rows)
         column = 0 if self.has_times else 1
@@ -146,20 +130,21 @@ class VideoFile:
             )
         self.times = np.unique(np.array([row[column] for row in rows], dtype=np.int64))
         self.keyframes = np.unique(np.array([row[column] for row in rows if row[2]], dtype=np.int64))
-        self.seconds = (self.times - self.times[0]) * float(self._stream.time_base or 1)
+        time_base = float(self._stream.time_base or 1)
+        self.seconds = (self.times - self.times[0]) * time_base
         span = self.seconds[-1]
         self.fps = float((len(self.times) - 1) / span if span > 0 else self._stream.average_rate or 1)
-        end = max(float(end * (stream.time_base or 1)) for stream, end in ends.items())
-        self.damage = self._cut_short(n_packets, end, np.diff(self.seconds).max(initial=0))
+        self.damage = self._cut_short(n_packets, end * time_base, np.diff(self.seconds).max(initial=0))
         if n_corrupt and not self.damage:
             self.damage = f"damaged: {n_corrupt} of {n_packets} packets are incomplete"
 
     def _cut_short(self, n_packets: int, end: float, gap: float) -> str:
-        """Why the file does not hold what it promises; empty where it does.
+        """Why the file does not hold what it promises; empty where it does. Edit lists may hide frames, and other
+        streams may last longer: where it looks as if something were missing, all that there is is read again.
 
         Args:
             n_packets: that were read of the video.
-            end: of the last packet of any stream, in seconds: the sound may last longer.
+            end: of the last frame, in seconds.
             gap: seconds between frames, at most.
         """
         name, declared = self._container.format.name, self._stream.frames
@@ -171,29 +156,43 @@ class VideoFile:
         else:
             promised = (self._container.duration or 0) / av.time_base if name in SAYS_DURATION else 0.0
             missing = max(SHORTER, 2 * gap)
-            if n_packets < declared:  # unless an edit list hides the others
-                self._reopen(ignore_editlist="1")
-                n_packets = sum(p.dts is not None or p.size > 0 for p in self._packets("read", self._stream))
-                self._reopen()
+            if n_packets < declared:
+                n_packets, _ = self._read_again(ignore_editlist="1")
             if n_packets < declared:
                 return f"cut short: {n_packets} of the {declared} frames that it declares can be read"
         if end + missing < promised:
+            _, end = self._read_again()
+        if end + missing < promised:
             return f"cut short: it says that it lasts {promised:.1f} s, and ends at {end:.1f} s"
         return "cut short: reading it ended with an error" if self._broke_off else ""
+
+    def _read_again(self, **options: str) -> tuple[int, float]:
+        """How many packets of the video there are, and when the last packet of any stream ends."""
+        self._open(**options)
+        n_packets, end = 0, 0.0
+        with suppress(av.error.InvalidDataError):
+            for n, packet in enumerate(self._container.demux()):
+                self._report("read", n, 0)
+                n_packets += packet.stream is self._stream and (packet.dts is not None or packet.size > 0)
+                start = packet.dts if packet.pts is None else packet.pts
+                if start is not None:
+                    end = max(end, float((start + (packet.duration or 0)) * packet.time_base))
+        self._open()
+        return n_packets, end
 
     def frames(self, wanted: np.ndarray) -> Iterator[tuple[int, Any]]:
         """The frames at `wanted`, ascending indices into `times`, with their index; those that cannot be decoded are
         left out."""
         times, keyframes = self.times, self.keyframes
         if not self.has_times:
-            self._reopen()
+            self._open()
             counted = zip(range(wanted[-1] + 1), self._decode(), strict=False)
             chosen = set(wanted.tolist())
             yield from ((n, frame) for n, frame in counted if n in chosen)
             return
         frame, decoder, position = None, iter(()), 0
         for index in wanted.tolist():
-            target = times[index]
+            target = int(times[index])
             key = int(np.searchsorted(keyframes, target, side="right")) - 1
             if frame is None or (key >= 0 and keyframes[key] > times[min(position + NEAR, len(times) - 1)]):
                 frame, decoder = self._start_before(target, keyframes[max(key - 1, 0) : key + 1])
@@ -216,7 +215,7 @@ class VideoFile:
             frame = next(decoder, None)
             if frame is not None and frame.pts <= target:
                 return frame, decoder
-        self._reopen()
+        self._open()
         decoder = self._decode()
         return next(decoder, None), decoder
 
@@ -224,7 +223,7 @@ class VideoFile:
         """Frames from the next keyframe on. What refers to frames before it cannot be decoded, and is no damage: the
         packets until then, and after a seek those that follow it and are shown before it."""
         start = None
-        for packet in self._packets("decode", self._stream):
+        for packet in self._packets("decode"):
             if packet.size and self.has_times:
                 if start is None and (packet.is_keyframe or not len(self.keyframes)):
                     start = packet.pts
@@ -252,7 +251,7 @@ class VideoFile:
             (C,) int64 ascending indices into `times`; (C,) float64 differences to the picture before.
         """
         sparse = self.has_times and len(self.keyframes) >= 2 * count
-        self._reopen()
+        self._open()
         cuts, before = dict[int, float](), None
         for n, frame in enumerate(self._decode(only_keyframes=sparse)):
             index = int(np.searchsorted(self.times, frame.pts)) if self.has_times else n
@@ -299,27 +298,29 @@ def apply_display_matrix(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return pixels[:: -1 if down < 0 else 1, :: -1 if to_right < 0 else 1]
 
 
-def decode_video(path: Path, choice: Choice, max_pixels: int, report: Report, send: Send) -> dict[str, Any]:
-    """Calls `send` with each kept frame, scaled into the first's size with black bars where it has another; returns
-    the other fields of `VideoClip`, and of its notes under "damage" those that speak of damage. Bounds the memory of
-    this process.
+def decode_video(request: Request, report: Progress, send: Callable[..., None]) -> dict[str, Any]:
+    """Calls `send` with "frame", each kept one, its time and how many there will be; returns the other fields of the
+    clip. Frames of a size unlike the first's are scaled into it, with black bars. Bounds the memory of this process.
 
     Raises:
-        InputError: the file is no video or no frame can be decoded.
+        InputError: the file is no video, no frame can be decoded, or it is damaged and that is to be refused.
         MemoryError: it takes more than that.
     """
+    path, max_pixels = request.source, request.max_pixels
+    assert isinstance(path, Path)  # images are read by views.py
     n_corrupt, n_resized, size, indices = 0, 0, None, list[int]()
     try:
         with closing(VideoFile(path, report, Messages())) as file:
             limits.limit_process(file.picture_bytes)
             gc.freeze()
-            wanted = choice.pick(file.seconds, str(path), file.scene_cuts)
+            wanted = request.frames(file.seconds, file.scene_cuts)
             for index, frame in file.frames(wanted):
                 gc.collect()  # a frame and its side data refer to each other: those before this one would pile up
                 picture = file.picture(frame, max_pixels)
                 size = size or picture.shape[:2]
                 n_resized += picture.shape[:2] != size
-                send(letterbox(picture, *size), float(file.seconds[index]), len(wanted))
+                pixels = np.ascontiguousarray(letterbox(picture, *size))
+                send("frame", pixels, float(file.seconds[index]), len(wanted))
                 indices.append(index)
                 n_corrupt += frame.is_corrupt
             problems = file.problems()
@@ -340,7 +341,9 @@ def decode_video(path: Path, choice: Choice, max_pixels: int, report: Report, se
         f"damaged: the decoder marks {n_corrupt} of {len(indices)} frames as corrupt": n_corrupt,
         f"damaged: FFmpeg reports: {''.join(problems[:1])}": problems,
     }
-    notes = {
+    if request.strict and any(damage.values()):
+        raise InputError(f"{path} is refused (--strict): {'; '.join(note for note in damage if damage[note])}")
+    notes = damage | {
         file.scaled: file.scaled,
         f"it begins in the middle: {n_before} of {len(wanted)} frames are before its first keyframe": n_before,
         f"{n_resized} frames of another size scaled into the first's with black bars": n_resized,
@@ -351,6 +354,5 @@ def decode_video(path: Path, choice: Choice, max_pixels: int, report: Report, se
         "n_source_frames": len(file.times),
         "source_fps": file.fps,
         "n_decoded": file.n_decoded,
-        "damage": [note for note, holds in damage.items() if holds],
-        "notes": [note for note, holds in notes.items() if holds],
+        "notes": tuple(note for note, holds in notes.items() if holds),
     }

@@ -2,7 +2,7 @@
 
 The process is a fresh interpreter with a socket as its standard input. It gets one pickle, what to read, and answers
 with others: ("progress", stage, done, total), ("frame", pixels, seconds, count), and at last ("clip", its other fields)
-or ("error", sentence). multiprocessing would import the caller's main module into it (docs/design/video-process.md).
+or ("error", sentence). multiprocessing would import the caller's main module into it (docs/design/video.md).
 """
 
 import os
@@ -16,15 +16,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Generator
-from pathlib import Path
-from typing import Any
-
-import numpy as np
+from contextlib import suppress
+from typing import Any, BinaryIO
 
 from ...integrations.errors import InputError
 from . import limits
-from .sampling import Choice
-from .views import is_views, name_of, read_views
+from .sampling import Progress, Request
+from .views import is_views, read_views
 
 _MODULE = __name__
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "AV_LOG_FORCE_NOCOLOR": "1"}
@@ -32,16 +30,7 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "AV_LOG_FOR
 _REPORT_SECONDS = 0.1
 
 
-class Request(NamedTuple):
-    """What to read, and how; the arguments of `read_video`."""
-
-    source: Path | list[Path]
-    choice: Choice
-    max_pixels: int
-    strict: bool
-
-
-def answers(request: Request, timeout: float, progress: Report) -> Generator[tuple[Any, ...]]:
+def answers(request: Request, timeout: float, progress: Progress) -> Generator[tuple[Any, ...]]:
     """What a child answers that works on `request`; it is gone when the generator ends or is closed.
 
     Nothing of this process, such as a CUDA context, is in the child. It has a session of its own, so that Ctrl-C
@@ -50,7 +39,6 @@ def answers(request: Request, timeout: float, progress: Report) -> Generator[tup
     Raises:
         InputError: the child refused the file, died, or gave no byte for `timeout` seconds.
     """
-    name = name_of(request.source)
     command = [sys.executable, "-P", "-c", f"from {_MODULE} import main; main()"]
     environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     ours, theirs = socket.socketpair()
@@ -58,36 +46,42 @@ def answers(request: Request, timeout: float, progress: Report) -> Generator[tup
     with ours, ours.makefile("rb") as pickles, tempfile.TemporaryFile() as said:  # a file without a name
         with theirs:
             process = subprocess.Popen(
-                command, stdin=theirs, stdout=said, stderr=said, env=environment, start_new_session=True
+                command, stdin=theirs.fileno(), stdout=said, stderr=said, env=environment, start_new_session=True
             )
         try:
-            ours.sendall(pickle.dumps(request))
+            with suppress(OSError):  # it died already: reading its answer says how
+                ours.sendall(pickle.dumps(request))
             kind = ""
             while kind != "clip":
-                kind, *content = pickle.load(pickles)
+                try:
+                    kind, *content = pickle.load(pickles)
+                except TimeoutError as error:
+                    raise InputError(
+                        f"{request.name}: reading it made no progress for {timeout:g} s and was ended: the file may be "
+                        "broken; if it is only slow to read, allow more seconds (--timeout)"
+                    ) from error
+                except (EOFError, OSError, pickle.UnpicklingError) as error:  # nothing, or no more of an answer
+                    raise InputError(
+                        f"{request.name}: the process that reads it died ({_last_words(process, said)}): the file may "
+                        "be broken, or the memory is full"
+                    ) from error
                 if kind == "error":
                     raise InputError(*content)
                 if kind == "progress":
                     progress(*content)
                 else:
                     yield kind, *content
-        except TimeoutError as error:
-            raise InputError(
-                f"{name}: reading it made no progress for {timeout:g} s and was ended: the file may be "
-                "broken; if it is only slow to read, allow more seconds (--timeout)"
-            ) from error
-        except (EOFError, OSError, pickle.UnpicklingError) as error:  # nothing, or no more of an answer
-            code = process.wait()
-            said.seek(0)
-            *_, last = said.read().decode(errors="replace").strip().split("\n")
-            reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            reason = f"{reason}, {last}" if last else reason
-            raise InputError(
-                f"{name}: the process that reads it died ({reason}): the file may be broken, or the memory is full"
-            ) from error
         finally:
             process.kill()
             process.wait()
+
+
+def _last_words(process: subprocess.Popen[bytes], said: BinaryIO) -> str:
+    code = process.wait()
+    said.seek(0)
+    *_, last = said.read().decode(errors="replace").strip().split("\n")
+    reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return f"{reason}, {last}" if last else reason
 
 
 def main() -> None:
@@ -121,8 +115,7 @@ def main() -> None:
         send("error", str(error))
     except MemoryError:
         most = resource.getrlimit(resource.RLIMIT_DATA)[0] / 2**30
-        what = name_of(request.source)
-        send("error", f"{what}: reading it takes more than the {most:.1f} GiB that it may: convert it")
+        send("error", f"{request.name}: reading it takes more than the {most:.1f} GiB that it may: convert it")
 
 
 def _end_with(channel: socket.socket) -> None:

@@ -1,7 +1,7 @@
 """Frames out of a video file or images, with their exact timestamps."""
 
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +12,11 @@ import numpy as np
 from ...integrations.errors import InputError
 from . import process
 from .limits import MAX_PIXELS
-from .sampling import Choice, Sampling
+from .sampling import Progress, Request, Sampling
 from .views import SUFFIXES, is_views
 
 Source = str | Path | Sequence[str | Path]
 """A video file, an image, a folder of images, or a list of images."""
-Progress = Callable[[str, int, int], None]
-"""Called with a stage ("read", "decode"), how much of it is done, and how much there is (0: not known)."""
 DEFAULT_TIMEOUT = 120.0
 _URL = re.compile(r"(?:^|/)([A-Za-z][A-Za-z0-9+.-]+:)/+(.*)")
 """A `Path` has one slash where a URL has two; the path of a folder may stand before it."""
@@ -133,16 +131,16 @@ def read_video(
         >>> clip.indices.tolist(), clip.timestamps.tolist(), clip.duration
         ([2, 6, 10], [0.5, 1.5, 2.5], 3.0)
     """
-    choice = Choice(fps, max_frames, sampling, indices, dict(known_times or {}))
+    request = Request(_source(path), max_pixels, strict, fps, max_frames, sampling, indices, dict(known_times or {}))
     frames, n_frames, fields = np.empty((0, 0, 0, 3), np.uint8), 0, dict[str, Any]()
-    with closing(_answers(path, choice, max_pixels, strict, timeout, progress)) as answers:
+    with closing(_answers(request, timeout, progress)) as answers:
         for kind, *content in answers:
             if kind == "clip":
                 fields = content[0]
                 continue
             pixels, _, count = content
             if n_frames == 0:
-                frames = _empty_frames(path, count, *pixels.shape[:2])
+                frames = _empty_frames(request.name, count, *pixels.shape[:2])
             frames[n_frames] = pixels
             n_frames += 1
             if progress is not None:
@@ -172,46 +170,29 @@ def stream_video(
         InputError: as `read_video` does, when the first frame is asked for or at the frame that cannot be had; for
             `strict` after the last.
     """
-    choice = Choice(known_times=dict(known_times or {}))
-    with closing(_answers(path, choice, max_pixels, strict, timeout, progress)) as answers:
+    request = Request(_source(path), max_pixels, strict, known_times=dict(known_times or {}))
+    with closing(_answers(request, timeout, progress)) as answers:
         for kind, *content in answers:
             if kind == "frame":
                 yield content[1], content[0]
 
 
-def _answers(
-    path: Source, choice: Choice, max_pixels: int, strict: bool, timeout: float, progress: Progress | None
-) -> Generator[tuple[Any, ...]]:
+def _answers(request: Request, timeout: float, progress: Progress | None) -> Generator[tuple[Any, ...]]:
     """("frame", pixels, seconds, count) for each, and at last ("clip", the other fields of `VideoClip`)."""
     if not (np.isfinite(timeout) and timeout > 0):
         raise InputError(f"timeout: expected a positive number of seconds, got {timeout}")
-    if max_pixels < 1:
-        raise InputError(f"max_pixels: expected 1 or more, got {max_pixels}")
-    with closing(process.answers(_checked(path), choice, max_pixels, timeout)) as answers:
-        for kind, *content in answers:
-            if kind == "clip":
-                damage, notes = content[0].pop("damage"), content[0]["notes"]
-                if damage and strict:
-                    raise InputError(f"{path} is refused (--strict): {'; '.join(damage)}")
-                content[0]["notes"] = (*damage, *notes)
-            if kind != "progress":
-                yield kind, *content
-            elif progress is not None:
-                progress(*content)
+    return process.answers(request, timeout, progress or (lambda *_: None))
 
 
-def _checked(path: Source) -> Path | list[Path]:
-    if isinstance(path, str | Path):
-        check_path(Path(path))
-        return Path(path)
-    paths = [Path(one) for one in path]
+def _source(path: Source) -> Path | list[Path]:
+    paths = [Path(path)] if isinstance(path, str | Path) else [Path(one) for one in path]
+    if not paths:
+        raise InputError("path: expected a video, an image, a folder or a list of images, got an empty list")
     for one in paths:
         check_path(one)
         if len(paths) > 1 and not (one.is_file() and is_views(one)):
             suffixes = ", ".join(sorted(SUFFIXES))
             raise InputError(f"{one} is no image ({suffixes}): a list is one scene; read each video by itself")
-    if not paths:
-        raise InputError("path: expected a file, a folder or images, got an empty list")
     return paths if len(paths) > 1 else paths[0]
 
 
@@ -235,7 +216,7 @@ def refuse_url(path: Path) -> None:
         raise InputError(f"{url[1]}//{url[2]}: URLs are not supported: download it first, and give the file's path")
 
 
-def _empty_frames(path: Source, count: int, height: int, width: int) -> np.ndarray:
+def _empty_frames(name: str, count: int, height: int, width: int) -> np.ndarray:
     needed = count * height * width * 3
     if needed > _CHECKED_BYTES:
         import torch
@@ -245,7 +226,7 @@ def _empty_frames(path: Source, count: int, height: int, width: int) -> np.ndarr
         free = available_memory_bytes(torch.device("cpu"))
         if free is not None and needed > free:
             raise InputError(
-                f"{path}: {count} frames of {width} x {height} pixels take {needed / 2**30:.1f} GiB and "
+                f"{name}: {count} frames of {width} x {height} pixels take {needed / 2**30:.1f} GiB and "
                 f"{free / 2**30:.1f} GiB are free: try --max-frames {max(free // 2 * count // needed, 1)}, or "
                 "a smaller --max-pixels"
             )

@@ -1,15 +1,19 @@
-"""Which frames of a video to keep, from the times at which its frames are shown."""
+"""What is asked for, and which frames of a video that is, from the times at which they are shown."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
 from ...integrations.errors import InputError
+from .limits import MAX_PIXELS
 
 Sampling = Literal["uniform", "scene"]
+Progress = Callable[[str, int, int], None]
+"""Called with a stage ("read", "decode"), how much of it is done, and how much there is (0: not known)."""
 SCENE_THRESHOLD = 0.1
 """Mean absolute difference of two grey pictures in [0, 1] from which there is a cut between them: the default of
 FFmpeg's filter `scdet` (10 on its scale of 0 to 100)."""
@@ -18,13 +22,16 @@ SAME_TIME = 1e-3
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which frames are asked for: arguments of `read_video`, which see.
+class Request:
+    """What to read: a video, an image, a folder of images, or several images; the others are arguments of `read_video`.
 
     Raises:
         InputError: one is out of its range.
     """
 
+    source: Path | list[Path]
+    max_pixels: int = MAX_PIXELS
+    strict: bool = False
     fps: float | None = None
     max_frames: int = sys.maxsize
     sampling: Sampling = "uniform"
@@ -32,6 +39,8 @@ class Choice:
     known_times: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.max_pixels < 1:
+            raise InputError(f"max_pixels: expected 1 or more, got {self.max_pixels}")
         if self.fps is not None and not (np.isfinite(self.fps) and self.fps > 0):
             raise InputError(f"fps: expected a positive number, got {self.fps}")
         if self.max_frames < 1:
@@ -39,14 +48,18 @@ class Choice:
         if self.sampling not in get_args(Sampling):
             raise InputError(f"sampling: expected one of {', '.join(get_args(Sampling))}, got {self.sampling!r}")
 
-    def pick(
-        self, seconds: np.ndarray, name: str, scene_cuts: Callable[[int], tuple[np.ndarray, np.ndarray]]
-    ) -> np.ndarray:
+    @property
+    def name(self) -> str:
+        """Of the source, for messages."""
+        if isinstance(self.source, Path):
+            return str(self.source)
+        return f"{self.source[0]} and {len(self.source) - 1} other images"
+
+    def frames(self, seconds: np.ndarray, scene_cuts: Callable[[int], tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         """The frames to keep.
 
         Args:
-            seconds: (N,) float64, ascending: when each frame of the file is shown.
-            name: of the file.
+            seconds: (N,) float64, ascending: when each frame of the source is shown.
             scene_cuts: called with how many frames to keep; returns `cuts` and `strengths` of `by_scene`.
 
         Returns:
@@ -57,7 +70,9 @@ class Choice:
         """
         for index, time in self.known_times.items():
             if not (0 <= index < len(seconds) and abs(seconds[index] - time) <= SAME_TIME):
-                raise InputError(f"{name} has no frame {index} at {time:.3f} s, as it had before: it is another video")
+                raise InputError(
+                    f"{self.name} has no frame {index} at {time:.3f} s, as it had before: it is another video"
+                )
         if self.indices is not None:
             wanted = np.array(self.indices, dtype=np.int64)
             if not len(wanted) or wanted[0] < 0 or wanted[-1] >= len(seconds) or (np.diff(wanted) <= 0).any():
@@ -110,8 +125,9 @@ def by_scene(seconds: np.ndarray, cuts: np.ndarray, strengths: np.ndarray, count
     shares = np.ones(len(n_frames), dtype=np.int64)
     for _ in range(min(count, len(seconds)) - len(shares)):
         shares[np.argmax(np.where(shares < n_frames, durations / shares, -1.0))] += 1
-    scenes = zip(edges, edges[1:], shares, durations, strict=False)
-    return np.concatenate([first + uniform(seconds[first:end], *share) for first, end, *share in scenes])
+    scenes = zip(edges, edges[1:], shares.tolist(), durations.tolist(), strict=False)
+    kept = [first + uniform(seconds[first:end], share, duration) for first, end, share, duration in scenes]
+    return np.concatenate(kept)
 
 
 def _duration(seconds: np.ndarray) -> float:

@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from ...integrations.errors import InputError
 from . import limits
-from .sampling import Choice
+from .sampling import Progress, Request
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
 
@@ -19,11 +19,6 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff",
 def is_views(source: Path | list[Path]) -> bool:
     """A folder, a file with the name of an image, or several files."""
     return isinstance(source, list) or source.is_dir() or source.suffix.lower() in SUFFIXES
-
-
-def name_of(source: Path | list[Path]) -> str:
-    """For messages."""
-    return f"{source[0]} and {len(source) - 1} other images" if isinstance(source, list) else str(source)
 
 
 def images_of(path: Path) -> tuple[list[Path], int]:
@@ -39,14 +34,9 @@ def natural_key(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
-def read_views(
-    source: Path | list[Path],
-    choice: Choice,
-    max_pixels: int,
-    report: Callable[[str, int, int], None],
-    send: Callable[[np.ndarray, float, int], None],
-) -> dict[str, Any]:
-    """Calls `send` with each kept view, its time and how many there will be; returns the other fields of `VideoClip`.
+def read_views(request: Request, report: Progress, send: Callable[..., None]) -> dict[str, Any]:
+    """Calls `send` with "frame", each kept view, its time and how many there will be; returns the other fields of the
+    clip.
 
     Views count as one a second. Images of more than `max_pixels` are scaled down; those of several sizes are then
     scaled into that of the largest, with black bars.
@@ -56,24 +46,25 @@ def read_views(
     """
 
     def scene_cuts(_count: int) -> NoReturn:
-        raise InputError(f"{name_of(source)}: scenes are found in videos only: use uniform sampling for images")
+        raise InputError(f"{request.name}: scenes are found in videos only: use uniform sampling for images")
 
+    source = request.source
     images, n_others = (source, 0) if isinstance(source, list) else images_of(source)
     if not images:
         raise InputError(f"{source} holds no image ({', '.join(sorted(SUFFIXES))}): give a video, an image or a folder")
     seconds = np.arange(len(images), dtype=np.float64)
-    indices = choice.pick(seconds, name_of(source), scene_cuts)
+    indices = request.frames(seconds, scene_cuts)
     images = [images[index] for index in indices]
     sizes = [_size(image) for image in images]
-    kept = [limits.bounded(*size, max_pixels) for size in sizes]
+    kept = [limits.bounded(*size, request.max_pixels) for size in sizes]
     width, height = max(kept, key=lambda size: (size[0] * size[1], size))
     for n, (image, size) in enumerate(zip(images, kept, strict=True)):
         report("read", n, len(images))
-        send(letterbox(_pixels(image, size), height, width), float(seconds[indices[n]]), len(images))
+        send("frame", letterbox(_pixels(image, size), height, width), float(seconds[indices[n]]), len(images))
     n_large = sum(size != new for size, new in zip(sizes, kept, strict=True))
     n_small = sum(size != (width, height) for size in kept)
     notes = {
-        f"{n_large} of {len(images)} images scaled down (--max-pixels {max_pixels})": n_large,
+        f"{n_large} of {len(images)} images scaled down (--max-pixels {request.max_pixels})": n_large,
         f"{n_small} of {len(images)} images scaled into {width} x {height} pixels with black bars": n_small,
         f"{n_others} files that are no images passed over": n_others,
     }
@@ -83,8 +74,7 @@ def read_views(
         "n_source_frames": len(seconds),
         "source_fps": 1.0,
         "n_decoded": len(images),
-        "damage": [],
-        "notes": [note for note, number in notes.items() if number],
+        "notes": tuple(note for note, number in notes.items() if number),
         "names": tuple(image.name for image in images),
     }
 
@@ -122,7 +112,7 @@ def _lies(image: Image.Image) -> bool:
 def _pixels(path: Path, size: tuple[int, int]) -> np.ndarray:
     """(H, W, 3) uint8 RGB, upright, scaled to the width and height given; what is transparent becomes white."""
     with _opened(path) as image:
-        image.draft(None, size[::-1] if _lies(image) else size)  # a large JPEG is decoded smaller
+        image.draft(None, (size[1], size[0]) if _lies(image) else size)  # a large JPEG is decoded smaller
         ImageOps.exif_transpose(image, in_place=True)
         image = _rgb(image)
         return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))

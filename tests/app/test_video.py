@@ -1,5 +1,6 @@
 """Frames and timestamps out of files that were written for the test, and files that are none."""
 
+import doctest
 import os
 from collections.abc import Callable
 from fractions import Fraction
@@ -10,8 +11,9 @@ import av
 import numpy as np
 import pytest
 
+from videoanchor_triton.app.video import reader
 from videoanchor_triton.app.video.reader import read_video, stream_video, write_video
-from videoanchor_triton.app.video.sampling import Choice
+from videoanchor_triton.app.video.sampling import Request
 from videoanchor_triton.integrations.errors import InputError
 
 
@@ -40,6 +42,10 @@ def test_all_frames_with_their_times(clip: Path) -> None:
     assert video.source_fps == pytest.approx(8)
     assert video.duration == pytest.approx(5)
     assert video.sampled_fps == pytest.approx(8)
+
+
+def test_the_example_of_the_docstring() -> None:
+    assert doctest.testmod(reader) == (0, 6)
 
 
 @pytest.mark.parametrize(
@@ -164,13 +170,13 @@ def no_cuts(_count: int) -> NoReturn:
 
 @pytest.mark.parametrize("known", [(0, 0.0), (2, 1.0009)], ids=str)
 def test_a_known_time(known: tuple[int, float]) -> None:
-    Choice(known_times=dict([known])).pick(np.array([0.0, 0.1, 1.0]), "clip", no_cuts)
+    Request(Path("clip"), known_times=dict([known])).frames(np.array([0.0, 0.1, 1.0]), no_cuts)
 
 
 @pytest.mark.parametrize("known", [(0, 0.0011), (2, 0.1), (3, 1.5), (-1, 1.0), (1, float("nan"))], ids=str)
 def test_a_time_of_another_video(known: tuple[int, float]) -> None:
     with pytest.raises(InputError, match="another video"):
-        Choice(known_times=dict([(1, 0.1), known])).pick(np.array([0.0, 0.1, 1.0]), "clip", no_cuts)
+        Request(Path("clip"), known_times=dict([(1, 0.1), known])).frames(np.array([0.0, 0.1, 1.0]), no_cuts)
 
 
 @pytest.mark.parametrize(
