@@ -46,7 +46,7 @@ class VideoFile:
         damage: why the file is taken to be cut short or damaged; empty where it is not.
         picture_bytes: of a decoded frame.
         n_decoded, n_failed: packets given to the decoder so far, and those of them that gave an error.
-        scaled: how frames were scaled so far, for a note.
+        scaled: notes of how frames were scaled so far.
     """
 
     def __init__(self, path: Path, report: Progress, messages: Messages | None = None) -> None:
@@ -60,7 +60,7 @@ class VideoFile:
         """
         self._path, self._report, self._messages = path, report, messages
         self.n_decoded = self.n_failed = 0
-        self.scaled = ""
+        self.scaled = dict[str, bool]()
         self._reformatter = VideoReformatter()
         self._broke_off = False
         self._container: Any = None
@@ -270,7 +270,7 @@ class VideoFile:
         width, height = limits.bounded(*shown, max_pixels)
         if shown != (width, height):
             sizes = f"{shown[0]} x {shown[1]} pixels scaled to {width} x {height}"
-            self.scaled = f"frames of {sizes} (--max-pixels {max_pixels})"
+            self.scaled[f"frames of {sizes} (--max-pixels {max_pixels})"] = True
         pixels = self._reformatter.reformat(frame, width, height, "rgb24").to_ndarray()
         side = frame.side_data.get(SideData.DISPLAYMATRIX)
         if side is not None:
@@ -281,15 +281,8 @@ class VideoFile:
 
 
 def apply_display_matrix(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Turns and mirrors `pixels` by quarter turns as FFmpeg's display matrix says (libavutil/display.h).
-
-    Args:
-        pixels: (H, W, 3).
-        matrix: (3, 3) int32; a pixel at (x, y) is shown at (a x + c y, b x + d y), a to d by rows.
-
-    Returns:
-        a view of `pixels`, (H, W, 3) or (W, H, 3); other angles are rounded to the nearest quarter turn.
-    """
+    """A view of `pixels`, (H, W, 3) or (W, H, 3), turned and mirrored by quarter turns as FFmpeg's display matrix says:
+    a pixel at (x, y) is shown at (a x + c y, b x + d y). Other angles are rounded (libavutil/display.h)."""
     (a, b), (c, d) = matrix[:2, :2].tolist()
     if abs(a) + abs(d) >= abs(b) + abs(c):
         to_right, down = a, d
@@ -343,8 +336,7 @@ def decode_video(request: Request, report: Progress, send: Callable[..., None]) 
     }
     if request.strict and any(damage.values()):
         raise InputError(f"{path} is refused (--strict): {'; '.join(note for note in damage if damage[note])}")
-    notes = damage | {
-        file.scaled: file.scaled,
+    notes = damage | file.scaled | {
         f"it begins in the middle: {n_before} of {len(wanted)} frames are before its first keyframe": n_before,
         f"{n_resized} frames of another size scaled into the first's with black bars": n_resized,
     }

@@ -33,7 +33,7 @@ class VideoClip:
         timestamps: (T,) float64, seconds from the start of the video, as recorded in the file; views count as one a
             second.
         indices: (T,) int64, positions of the frames among all frames of the file, in display order, or of the views
-            among the images of the folder, in natural order of their names.
+            among the images of the folder, in natural order of their names, or of the list.
         n_source_frames: frames in the file, or images in the folder.
         source_fps: frames per second of the file, on average; 1 for views.
         n_decoded: frames that were decoded to get these.
