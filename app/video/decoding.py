@@ -327,7 +327,7 @@ def decode_video(request: Request, report: Progress, send: Callable[..., None]) 
     left_out = np.setdiff1d(wanted, indices)
     n_before = int((file.times[left_out] < file.keyframes.min(initial=file.times[-1])).sum())
     n_lost = len(left_out) - n_before
-    damage = {
+    damage: dict[str, Any] = {
         file.damage: file.damage,
         f"damaged: {n_lost} of {len(wanted)} frames cannot be decoded and are left out": n_lost,
         "damaged: frames between those that are kept cannot be decoded": file.n_failed and not n_lost,
@@ -336,10 +336,9 @@ def decode_video(request: Request, report: Progress, send: Callable[..., None]) 
     }
     if request.strict and any(damage.values()):
         raise InputError(f"{path} is refused (--strict): {'; '.join(note for note in damage if damage[note])}")
-    notes = damage | file.scaled | {
-        f"it begins in the middle: {n_before} of {len(wanted)} frames are before its first keyframe": n_before,
-        f"{n_resized} frames of another size scaled into the first's with black bars": n_resized,
-    }
+    notes = damage | file.scaled
+    notes[f"it begins in the middle: {n_before} of {len(wanted)} frames are before its first keyframe"] = n_before
+    notes[f"{n_resized} frames of another size scaled into the first's with black bars"] = n_resized
     return {
         "timestamps": file.seconds[indices],
         "indices": np.array(indices),
