@@ -20,9 +20,8 @@ from contextlib import suppress
 from typing import Any, BinaryIO
 
 from ...integrations.errors import InputError
-from . import limits
+from . import limits, views
 from .sampling import Progress, Request
-from .views import is_views, read_views
 
 _MODULE = __name__
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "AV_LOG_FORCE_NOCOLOR": "1"}
@@ -104,8 +103,8 @@ def main() -> None:
             send("progress", stage, done, total)
 
     try:
-        if is_views(request.source):
-            clip = read_views(request, report, send)
+        if views.is_views(request.source):
+            clip = views.read_views(request, report, send)
         else:
             from .decoding import decode_video
 
