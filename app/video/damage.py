@@ -1,10 +1,10 @@
-"""What shows that a video file is damaged: FFmpeg's messages, and containers that promise more than they hold."""
+"""What shows that a video file is damaged: FFmpeg's messages, and containers whose end is missing."""
 
+import mmap
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
-from typing import BinaryIO
 
 import av.logging
 
@@ -17,67 +17,45 @@ _SHOWN = 100
 
 
 class Messages:
-    """The error messages of FFmpeg that stand in a file.
+    """The error messages of FFmpeg, which it writes to standard error from now on: that has to be a file. Its own
+    callback does that: PyAV's would wait for the interpreter's lock in threads of a decoder that the interpreter waits
+    for."""
 
-    Args:
-        descriptor: of the file, to which this process writes them; None where nobody reads them.
-    """
-
-    def __init__(self, descriptor: int | None = None) -> None:
-        self._descriptor = descriptor
+    def __init__(self) -> None:
+        av.logging.restore_default_callback()
+        av.logging.set_libav_level(av.logging.ERROR)
         self._read_to = 0
         self.found: list[str] = []
 
-    @classmethod
-    def of_this_process(cls) -> "Messages":
-        """From now on FFmpeg writes its errors to standard error, which has to be a file. Its own callback does that:
-        PyAV's would wait for the interpreter's lock in threads of a decoder that the interpreter waits for."""
-        av.logging.restore_default_callback()
-        av.logging.set_libav_level(av.logging.ERROR)
-        return cls(2)
-
     def collect(self, names: Collection[str]) -> None:
         """Adds to `found` what one of `names` (a format, a decoder) has written since the last call."""
-        for name, text in self._new():
+        data = os.pread(2, os.fstat(2).st_size - self._read_to, self._read_to)
+        self._read_to += len(data)
+        for name, text in _MESSAGE.findall(data.decode("ascii", errors="replace")):
             if name in names and _HARMLESS not in text:
                 self.found.append(f"{name.split(',')[0]}: {text.strip()[:_SHOWN]}")
-
-    def _new(self) -> Iterator[tuple[str, str]]:
-        if self._descriptor is None:
-            return iter(())
-        size = os.fstat(self._descriptor).st_size
-        data = os.pread(self._descriptor, size - self._read_to, self._read_to)
-        self._read_to += len(data)
-        return iter(_MESSAGE.findall(data.decode("ascii", errors="replace")))
 
 
 def ends_well(path: Path, container: str) -> bool:
     """False for a GIF whose blocks do not lead to its end mark, and for a transport stream that ends within a packet:
     FFmpeg takes both for whole. True for all others."""
     if container == "gif":
-        return _gif_ends(path)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _gif_ends(data)
     return container != "mpegts" or any(path.stat().st_size % size == 0 for size in _TS_PACKETS)
 
 
-def _gif_ends(path: Path) -> bool:
-    with path.open("rb") as file:
-        header = file.read(13)
-        if len(header) < 13:
-            return False
-        _skip_colours(file, header[10])
-        while (kind := file.read(1)) != b";":
-            if kind == b"!":
-                file.seek(1, os.SEEK_CUR)
-            elif kind == b"," and len(place := file.read(9)) == 9:
-                _skip_colours(file, place[8])
-                file.seek(1, os.SEEK_CUR)
-            else:
-                return False
-            while (length := file.read(1)) not in (b"\0", b""):
-                file.seek(length[0], os.SEEK_CUR)
-    return True
+def _gif_ends(data: mmap.mmap) -> bool:
+    def colours(flags: int) -> int:
+        return 3 << (1 + (flags & 7)) if flags & 0x80 else 0
 
-
-def _skip_colours(file: BinaryIO, flags: int) -> None:
-    if flags & 0x80:
-        file.seek(3 << (1 + (flags & 7)), os.SEEK_CUR)
+    try:
+        at = 13 + colours(data[10])
+        while (kind := data[at : at + 1]) in (b"!", b","):
+            at += 2 if kind == b"!" else 11 + colours(data[at + 9])
+            while data[at]:
+                at += 1 + data[at]
+            at += 1
+    except IndexError:
+        return False
+    return kind == b";"

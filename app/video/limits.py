@@ -40,28 +40,22 @@ def bounded(width: int, height: int, max_pixels: int) -> tuple[int, int]:
     return (width, height) if scale >= 1 else (max(int(width * scale), 1), max(int(height * scale), 1))
 
 
-def limit_process() -> None:
-    """Bounds what this process can allocate, for frames of `SOURCE_PIXELS`, and what it can write into a file."""
-    limit_memory(SOURCE_PIXELS * 3 // 2)
-    _limit(resource.RLIMIT_FSIZE, _MESSAGE_BYTES)
-
-
-def limit_memory(picture_bytes: int) -> None:
-    """Bounds what this process can allocate, for decoded pictures of this size.
+def limit_process(picture_bytes: int = SOURCE_PIXELS * 3 // 2) -> None:
+    """Bounds what this process can allocate, for decoded pictures of this size, and what it can write into a file.
 
     The limit is that of RLIMIT_DATA: address space (RLIMIT_AS) counts what allocators reserve for each thread and never
     touch, two to three times as much as is used with 16 threads, and differs with the number of processors.
     """
-    _limit(resource.RLIMIT_DATA, memory_bytes(picture_bytes))
+    for what, most in {
+        resource.RLIMIT_DATA: memory_bytes(picture_bytes),
+        resource.RLIMIT_FSIZE: _MESSAGE_BYTES,
+    }.items():
+        hard = resource.getrlimit(what)[1]
+        resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def memory_bytes(picture_bytes: int) -> int:
     return min(_BASE_BYTES + _FRAMES * picture_bytes, _MOST_BYTES)
-
-
-def _limit(what: int, most: int) -> None:
-    hard = resource.getrlimit(what)[1]
-    resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def threads(picture_bytes: int) -> int:

@@ -1,107 +1,122 @@
-"""The parent's side of child.py: starts it, reads its answers against a time limit, and ends it."""
+"""Reads a file in a process of its own, since nobody has looked at it: nothing in it can hang or end the caller.
 
-import json
+The process is a fresh interpreter with a socket as its standard input. It gets one pickle, what to read, and answers
+with others: ("progress", stage, done, total), ("frame", pixels, seconds, count), and at last ("clip", its other fields)
+or ("error", sentence). multiprocessing would import the caller's main module into it (docs/design/video.md).
+"""
+
 import os
-import select
+import pickle
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+import threading
+import time
+from collections.abc import Generator
+from contextlib import suppress
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from ...integrations.errors import InputError
+from . import limits, views
+from .sampling import Progress, Request
 
-_MODULE = f"{__package__}.child"
+_MODULE = __name__
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "AV_LOG_FORCE_NOCOLOR": "1"}
 """NumPy multiplies no matrices there: threads for that would only take memory. FFmpeg's messages are read."""
+_REPORT_SECONDS = 0.1
 
 
-class Answers:
-    """What the child writes. Nothing for `timeout` seconds is taken for a decoder that hangs."""
+def answers(request: Request, timeout: float, progress: Progress) -> Generator[tuple[Any, ...]]:
+    """What a child answers that works on `request`; it is gone when the generator ends or is closed.
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], pipe: int, errors: BinaryIO, name: str, timeout: float
-    ) -> None:
-        self._process, self._pipe, self._errors, self._name, self._timeout = process, pipe, errors, name, timeout
+    Nothing of this process, such as a CUDA context, is in the child. It has a session of its own, so that Ctrl-C
+    reaches this process alone.
 
-    def line(self) -> dict[str, Any]:
-        """The next line of JSON.
-
-        Raises:
-            InputError: the child refused the file, hangs or died.
-        """
-        text = bytearray()
-        while not text.endswith(b"\n"):
-            text += self._some(1)
-        answer = json.loads(text)
-        if "error" in answer:
-            raise InputError(answer["error"])
-        return answer
-
-    def fill(self, array: np.ndarray) -> None:
-        """Fills a contiguous uint8 array with the bytes that come next."""
-        view, done = array.data.cast("B"), 0
-        while done < len(view):
-            self._wait()
-            n = os.readv(self._pipe, [view[done:]])
-            done += n or self._died()
-
-    def _some(self, n: int) -> bytes:
-        self._wait()
-        return os.read(self._pipe, n) or bytes(self._died())
-
-    def _wait(self) -> None:
-        if not select.select([self._pipe], [], [], self._timeout)[0]:
-            raise InputError(
-                f"{self._name}: reading it made no progress for {self._timeout:g} s and was ended: the file may be "
-                "broken; if it is only slow to read, allow more seconds (--timeout)"
-            )
-
-    def _died(self) -> int:
-        code = self._process.wait()
-        self._errors.seek(0)
-        last = self._errors.read().decode(errors="replace").strip().rsplit("\n", 1)[-1]
-        reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        raise InputError(
-            f"{self._name}: the process that reads it died ({reason}{f', {last}' if last else ''}): the file may be "
-            "broken, or the memory is full"
-        )
-
-
-@contextmanager
-def child(request: dict[str, Any], timeout: float) -> Iterator[Answers]:
-    """The answers of a child that works on `request`; it is gone when the block ends, however it ends.
-
-    The child is a fresh interpreter: nothing of this process, such as a CUDA context, is in it. It has a session of
-    its own, so that Ctrl-C reaches this process alone.
+    Raises:
+        InputError: the child refused the file, died, or gave no byte for `timeout` seconds.
     """
+    command = [sys.executable, "-P", "-c", f"from {_MODULE} import main; main()"]
     environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with tempfile.TemporaryFile() as errors, ExitStack() as pipes:  # the file has no name: nothing stays on the disk
-        ours, theirs = os.pipe()
-        pipes.callback(os.close, ours)
-        try:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(timeout)
+    with ours, ours.makefile("rb") as pickles, tempfile.TemporaryFile() as said:  # a file without a name
+        with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", _MODULE, str(theirs)],
-                stdin=subprocess.PIPE,
-                stdout=errors,
-                stderr=errors,
-                bufsize=0,
-                env=environment,
-                pass_fds=(theirs,),
-                start_new_session=True,
+                command, stdin=theirs.fileno(), stdout=said, stderr=said, env=environment, start_new_session=True
             )
-        finally:
-            os.close(theirs)
         try:
-            assert process.stdin is not None
-            pipes.enter_context(process.stdin)
-            with suppress(BrokenPipeError):  # it died already: the first answer says how
-                process.stdin.write(json.dumps(request).encode() + b"\n")
-            yield Answers(process, ours, errors, request["path"], timeout)
+            with suppress(OSError):  # it died already: reading its answer says how
+                ours.sendall(pickle.dumps(request))
+            kind = ""
+            while kind != "clip":
+                try:
+                    kind, *content = pickle.load(pickles)
+                except TimeoutError as error:
+                    raise InputError(
+                        f"{request.name}: reading it made no progress for {timeout:g} s and was ended: the file may be "
+                        "broken; if it is only slow to read, allow more seconds (--timeout)"
+                    ) from error
+                except (EOFError, OSError, pickle.UnpicklingError) as error:  # nothing, or no more of an answer
+                    raise InputError(
+                        f"{request.name}: the process that reads it died ({_last_words(process, said)}): the file may "
+                        "be broken, or the memory is full"
+                    ) from error
+                if kind == "error":
+                    raise InputError(*content)
+                if kind == "progress":
+                    progress(*content)
+                else:
+                    yield kind, *content
         finally:
             process.kill()
             process.wait()
+
+
+def _last_words(process: subprocess.Popen[bytes], said: BinaryIO) -> str:
+    code = process.wait()
+    said.seek(0)
+    *_, last = said.read().decode(errors="replace").strip().split("\n")
+    reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return f"{reason}, {last}" if last else reason
+
+
+def main() -> None:
+    """The child. It ends when its socket does, so that it never outlives its parent."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # where a scheduler ends all of a job, the parent ends this process
+    limits.limit_process()
+    channel = socket.socket(fileno=0)
+    request: Request = pickle.load(channel.makefile("rb"))
+    threading.Thread(target=_end_with, args=(channel,), daemon=True).start()
+    pickles, last_report = channel.makefile("wb"), 0.0
+
+    def send(*answer: Any) -> None:
+        pickle.dump(answer, pickles, protocol=5)  # which writes the pixels from where they are
+        pickles.flush()
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal last_report
+        if time.monotonic() - last_report >= _REPORT_SECONDS:
+            last_report = time.monotonic()
+            send("progress", stage, done, total)
+
+    try:
+        if views.is_views(request.source):
+            clip = views.read_views(request, report, send)
+        else:
+            from .decoding import decode_video
+
+            clip = decode_video(request, report, send)
+        send("clip", clip)
+    except InputError as error:
+        send("error", str(error))
+    except MemoryError:
+        most = resource.getrlimit(resource.RLIMIT_DATA)[0] / 2**30
+        send("error", f"{request.name}: reading it takes more than the {most:.1f} GiB that it may: convert it")
+
+
+def _end_with(channel: socket.socket) -> None:
+    channel.recv(1)  # returns at its end
+    os._exit(1)

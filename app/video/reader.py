@@ -1,23 +1,22 @@
-"""Frames out of a video file, an image or a folder of images, with their exact timestamps."""
+"""Frames out of a video file or images, with their exact timestamps."""
 
 import re
-import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
 from ...integrations.errors import InputError
+from . import process
 from .limits import MAX_PIXELS
-from .process import Answers, child
-from .sampling import Choice
+from .sampling import Progress, Request, Sampling
+from .views import SUFFIXES, is_views
 
-Sampling = Literal["uniform", "scene"]
-Progress = Callable[[str, int, int], None]
-"""Called with a stage ("read", "decode"), how much of it is done, and how much there is (0: not known)."""
+Source = str | Path | Sequence[str | Path]
+"""A video file, an image, a folder of images, or a list of images."""
 DEFAULT_TIMEOUT = 120.0
 _URL = re.compile(r"(?:^|/)([A-Za-z][A-Za-z0-9+.-]+:)/+(.*)")
 """A `Path` has one slash where a URL has two; the path of a folder may stand before it."""
@@ -34,7 +33,7 @@ class VideoClip:
         timestamps: (T,) float64, seconds from the start of the video, as recorded in the file; views count as one a
             second.
         indices: (T,) int64, positions of the frames among all frames of the file, in display order, or of the views
-            among the images of the folder, in natural order of their names.
+            among the images of the folder, in natural order of their names, or of the list.
         n_source_frames: frames in the file, or images in the folder.
         source_fps: frames per second of the file, on average; 1 for views.
         n_decoded: frames that were decoded to get these.
@@ -74,7 +73,7 @@ class VideoClip:
 
 
 def read_video(
-    path: str | Path,
+    path: Source,
     *,
     fps: float | None = None,
     max_frames: int = 32,
@@ -86,14 +85,15 @@ def read_video(
     timeout: float = DEFAULT_TIMEOUT,
     progress: Progress | None = None,
 ) -> VideoClip:
-    """Decodes `path`, in a process of its own, and keeps some of its frames.
+    """Decodes a video, in a process of its own, and keeps some of its frames; or reads images as the views of a scene.
 
     No broken file can hang or end the calling process, or take more memory than `limits` allows. All packets of a video
     are read for the exact times of its frames; decoded is only what lies between a kept frame and the keyframe before
     it.
 
     Args:
-        path: a file that FFmpeg can read, an image, or a folder of images.
+        path: a file that FFmpeg can read, an image, a folder of images (in natural order of their names: view2 before
+            view10), or a list of images. Several videos are several clips: read each by itself.
         fps: frames to keep per second of video; None for `max_frames` over the whole video.
         max_frames: at most so many frames, then spread over the whole video.
         sampling: "uniform" keeps the middles of equal shares of the duration; "scene" (videos only) at least one frame
@@ -110,48 +110,46 @@ def read_video(
         timeout: seconds without progress after which the process is ended.
         progress: see `Progress`.
 
+    Returns:
+        frames (T, H, W, 3) uint8, RGB, upright, with timestamps (T,) float64 in seconds; see `VideoClip`. Frames that
+        cannot be decoded are left out, which a note says; images of several sizes get black bars.
+
     Raises:
-        InputError: when the file is missing, a URL, no video, or too large, or holds no frame that can be decoded; when
-            it is damaged and `strict` is set; when the process that reads it crashes or hangs; when an argument is out
-            of its range; when the frames would not fit the memory.
+        InputError: (a ValueError) when the file is missing, a URL, no video, or too large, or holds no frame that can
+            be decoded; when it is damaged and `strict` is set; when the process that reads it crashes or hangs; when an
+            argument is out of its range; when the frames would not fit the memory.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from videoanchor_triton.app.video.reader import read_video, write_video
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_video(f"{folder}/grey.mp4", np.full((12, 48, 64, 3), 128, np.uint8), fps=4)
+        ...     clip = read_video(f"{folder}/grey.mp4", max_frames=3)
+        >>> clip.frames.shape, clip.frames.dtype.name
+        ((3, 48, 64, 3), 'uint8')
+        >>> clip.indices.tolist(), clip.timestamps.tolist(), clip.duration
+        ([2, 6, 10], [0.5, 1.5, 2.5], 3.0)
     """
-    path = Path(path)
-    if fps is not None and not (np.isfinite(fps) and fps > 0):
-        raise InputError(f"fps: expected a positive number, got {fps}")
-    if max_frames < 1:
-        raise InputError(f"max_frames: expected 1 or more, got {max_frames}")
-    if sampling not in get_args(Sampling):
-        raise InputError(f"sampling: expected one of {', '.join(get_args(Sampling))}, got {sampling!r}")
-    asked = None if indices is None else [int(index) for index in indices]
-    frames, n_frames = np.empty((0, 0, 0, 3), np.uint8), 0
-    choice = _choice(fps, max_frames, sampling, asked, known_times)
-    with _child(path, choice, max_pixels, timeout) as answers:
-        while "clip" not in (answer := answers.line()):
-            if "frame" in answer:
-                height, width, count = answer["frame"]
-                if n_frames == 0:
-                    frames = _empty_frames(path, count, height, width)
-                answers.fill(frames[n_frames])
-                n_frames += 1
+    request = Request(_source(path), max_pixels, strict, fps, max_frames, sampling, indices, dict(known_times or {}))
+    frames, n_frames, fields = np.empty((0, 0, 0, 3), np.uint8), 0, dict[str, Any]()
+    with closing(_answers(request, timeout, progress)) as answers:
+        for kind, *content in answers:
+            if kind == "clip":
+                fields = content[0]
+                continue
+            pixels, _, count = content
+            if n_frames == 0:
+                frames = _empty_frames(request.name, count, *pixels.shape[:2])
+            frames[n_frames] = pixels
+            n_frames += 1
             if progress is not None:
-                progress(*answer.get("progress", ("decode", n_frames, len(frames))))
-    clip = answer["clip"]
-    if strict:
-        _refuse_damage(path, clip)
-    return VideoClip(
-        frames=frames[:n_frames],
-        timestamps=np.array(clip["timestamps"], dtype=np.float64),
-        indices=np.array(clip["indices"], dtype=np.int64),
-        n_source_frames=clip["n_source_frames"],
-        source_fps=clip["source_fps"],
-        n_decoded=clip["n_decoded"],
-        notes=(*clip["damage"], *clip["notes"]),
-        names=tuple(clip.get("names", ())),
-    )
+                progress("decode", n_frames, count)
+    return VideoClip(frames=frames[:n_frames], **fields)
 
 
 def stream_video(
-    path: str | Path,
+    path: Source,
     *,
     known_times: Mapping[int, float] | None = None,
     max_pixels: int = MAX_PIXELS,
@@ -172,18 +170,30 @@ def stream_video(
         InputError: as `read_video` does, when the first frame is asked for or at the frame that cannot be had; for
             `strict` after the last.
     """
-    choice = _choice(None, sys.maxsize, "uniform", None, known_times)
-    with _child(Path(path), choice, max_pixels, timeout) as answers:
-        while "clip" not in (answer := answers.line()):
-            if "frame" in answer:
-                height, width, _ = answer["frame"]
-                frame = np.empty((height, width, 3), np.uint8)
-                answers.fill(frame)
-                yield answer["seconds"], frame
-            elif progress is not None:
-                progress(*answer["progress"])
-    if strict:
-        _refuse_damage(path, answer["clip"])
+    request = Request(_source(path), max_pixels, strict, known_times=dict(known_times or {}))
+    with closing(_answers(request, timeout, progress)) as answers:
+        for kind, *content in answers:
+            if kind == "frame":
+                yield content[1], content[0]
+
+
+def _answers(request: Request, timeout: float, progress: Progress | None) -> Generator[tuple[Any, ...]]:
+    """("frame", pixels, seconds, count) for each, and at last ("clip", the other fields of `VideoClip`)."""
+    if not (np.isfinite(timeout) and timeout > 0):
+        raise InputError(f"timeout: expected a positive number of seconds, got {timeout}")
+    return process.answers(request, timeout, progress or (lambda *_: None))
+
+
+def _source(path: Source) -> Path | list[Path]:
+    paths = [Path(path)] if isinstance(path, str | Path) else [Path(one) for one in path]
+    if not paths:
+        raise InputError("path: expected a video, an image, a folder or a list of images, got an empty list")
+    for one in paths:
+        check_path(one)
+        if len(paths) > 1 and not (one.is_file() and is_views(one)):
+            suffixes = ", ".join(sorted(SUFFIXES))
+            raise InputError(f"{one} is no image ({suffixes}): a list is one scene; read each video by itself")
+    return paths if len(paths) > 1 else paths[0]
 
 
 def check_path(path: Path) -> None:
@@ -206,32 +216,7 @@ def refuse_url(path: Path) -> None:
         raise InputError(f"{url[1]}//{url[2]}: URLs are not supported: download it first, and give the file's path")
 
 
-def _refuse_damage(path: str | Path, clip: dict[str, Any]) -> None:
-    if clip["damage"]:
-        raise InputError(f"{path} is refused (--strict): {'; '.join(clip['damage'])}")
-
-
-def _choice(
-    fps: float | None,
-    max_frames: int,
-    sampling: Sampling,
-    indices: list[int] | None,
-    known_times: Mapping[int, float] | None,
-) -> Choice:
-    known = [(int(index), float(time)) for index, time in (known_times or {}).items()]
-    return Choice(fps, max_frames, sampling, indices, known)
-
-
-def _child(path: Path, choice: Choice, max_pixels: int, timeout: float) -> AbstractContextManager[Answers]:
-    if not (np.isfinite(timeout) and timeout > 0):
-        raise InputError(f"timeout: expected a positive number of seconds, got {timeout}")
-    if max_pixels < 1:
-        raise InputError(f"max_pixels: expected 1 or more, got {max_pixels}")
-    check_path(path)
-    return child({"path": str(path), "max_pixels": max_pixels, "choice": asdict(choice)}, timeout)
-
-
-def _empty_frames(path: Path, count: int, height: int, width: int) -> np.ndarray:
+def _empty_frames(name: str, count: int, height: int, width: int) -> np.ndarray:
     needed = count * height * width * 3
     if needed > _CHECKED_BYTES:
         import torch
@@ -241,7 +226,7 @@ def _empty_frames(path: Path, count: int, height: int, width: int) -> np.ndarray
         free = available_memory_bytes(torch.device("cpu"))
         if free is not None and needed > free:
             raise InputError(
-                f"{path}: {count} frames of {width} x {height} pixels take {needed / 2**30:.1f} GiB and "
+                f"{name}: {count} frames of {width} x {height} pixels take {needed / 2**30:.1f} GiB and "
                 f"{free / 2**30:.1f} GiB are free: try --max-frames {max(free // 2 * count // needed, 1)}, or "
                 "a smaller --max-pixels"
             )

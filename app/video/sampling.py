@@ -1,12 +1,19 @@
-"""Which frames of a video to keep, from the times at which its frames are shown."""
+"""What is asked for, and which frames of a video that is, from the times at which they are shown."""
 
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
 from ...integrations.errors import InputError
+from .limits import MAX_PIXELS
 
+Sampling = Literal["uniform", "scene"]
+Progress = Callable[[str, int, int], None]
+"""Called with a stage ("read", "decode"), how much of it is done, and how much there is (0: not known)."""
 SCENE_THRESHOLD = 0.1
 """Mean absolute difference of two grey pictures in [0, 1] from which there is a cut between them: the default of
 FFmpeg's filter `scdet` (10 on its scale of 0 to 100)."""
@@ -15,51 +22,86 @@ SAME_TIME = 1e-3
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which frames are asked for; the arguments of `read_video`."""
+class Request:
+    """What to read: a video, an image, a folder of images, or several images; the others are arguments of `read_video`.
 
-    fps: float | None
-    max_frames: int
-    sampling: str
-    indices: list[int] | None
-    known_times: list[tuple[int, float]]
+    Raises:
+        InputError: one is out of its range.
+    """
 
-    def count(self, seconds: np.ndarray) -> int:
-        return frame_count(seconds, self.fps, self.max_frames)
+    source: Path | list[Path]
+    max_pixels: int = MAX_PIXELS
+    strict: bool = False
+    fps: float | None = None
+    max_frames: int = sys.maxsize
+    sampling: Sampling = "uniform"
+    indices: Sequence[int] | None = None
+    known_times: Mapping[int, float] = field(default_factory=dict)
 
-    def check_known_times(self, seconds: np.ndarray, path: Path) -> None:
-        """
+    def __post_init__(self) -> None:
+        if self.max_pixels < 1:
+            raise InputError(f"max_pixels: expected 1 or more, got {self.max_pixels}")
+        if self.fps is not None and not (np.isfinite(self.fps) and self.fps > 0):
+            raise InputError(f"fps: expected a positive number, got {self.fps}")
+        if self.max_frames < 1:
+            raise InputError(f"max_frames: expected 1 or more, got {self.max_frames}")
+        if self.sampling not in get_args(Sampling):
+            raise InputError(f"sampling: expected one of {', '.join(get_args(Sampling))}, got {self.sampling!r}")
+
+    @property
+    def name(self) -> str:
+        """Of the source, for messages."""
+        if isinstance(self.source, Path):
+            return str(self.source)
+        return f"{self.source[0]} and {len(self.source) - 1} other images"
+
+    def frames(self, seconds: np.ndarray, scene_cuts: Callable[[int], tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """The frames to keep.
+
         Args:
-            seconds: (N,) float64: when each frame of the file is shown.
-            path: the file.
+            seconds: (N,) float64, ascending: when each frame of the source is shown.
+            scene_cuts: called with how many frames to keep; returns `cuts` and `strengths` of `by_scene`.
+
+        Returns:
+            (t,) int64, ascending indices into `seconds`.
 
         Raises:
-            InputError: a frame of `known_times` is not there, or is shown at another time.
+            InputError: a frame that is asked for is not there, or one of `known_times` is shown at another time.
         """
-        for index, time in self.known_times:
+        for index, time in self.known_times.items():
             if not (0 <= index < len(seconds) and abs(seconds[index] - time) <= SAME_TIME):
-                raise InputError(f"{path} has no frame {index} at {time:.3f} s, as it had before: it is another video")
+                raise InputError(
+                    f"{self.name} has no frame {index} at {time:.3f} s, as it had before: it is another video"
+                )
+        if self.indices is not None:
+            wanted = np.array(self.indices, dtype=np.int64)
+            if not len(wanted) or wanted[0] < 0 or wanted[-1] >= len(seconds) or (np.diff(wanted) <= 0).any():
+                numbers = f"ascending numbers from 0 to {len(seconds) - 1}"
+                raise InputError(f"indices: expected {numbers}, got {wanted.tolist()}")
+            return wanted
+        count = self.max_frames
+        if self.fps is not None:
+            count = min(count, max(round(_duration(seconds) * self.fps), 1))
+        count = min(count, len(seconds))
+        if self.sampling == "scene":
+            return by_scene(seconds, *scene_cuts(count), count)
+        return uniform(seconds, count)
 
 
-def frame_count(seconds: np.ndarray, fps: float | None, max_frames: int) -> int:
-    """How many frames to keep: `fps` a second of video where given, `max_frames` at most, and 1 at least."""
-    count = max_frames if fps is None else min(max_frames, max(round(_duration(seconds) * fps), 1))
-    return min(count, len(seconds))
-
-
-def uniform(seconds: np.ndarray, count: int) -> np.ndarray:
+def uniform(seconds: np.ndarray, count: int, duration: float | None = None) -> np.ndarray:
     """The frames that are shown in the middle of `count` equal shares of the video's duration.
 
     Args:
         seconds: (N,) float64, ascending: when each frame is shown.
         count: frames to keep; with a variable frame rate two shares may show the same frame, which is kept once.
+        duration: seconds; None for that of the frames.
 
     Returns:
         (at most `count`,) int64, ascending indices into `seconds`.
     """
     if count >= len(seconds):
         return np.arange(len(seconds))
-    duration = _duration(seconds)
+    duration = _duration(seconds) if duration is None else duration
     middles = seconds[0] + (np.arange(count) + 0.5) * duration / count
     return np.unique(np.searchsorted(seconds, middles, side="right") - 1)
 
@@ -83,27 +125,12 @@ def by_scene(seconds: np.ndarray, cuts: np.ndarray, strengths: np.ndarray, count
     shares = np.ones(len(n_frames), dtype=np.int64)
     for _ in range(min(count, len(seconds)) - len(shares)):
         shares[np.argmax(np.where(shares < n_frames, durations / shares, -1.0))] += 1
-    kept = []
-    for first, last, duration, share in zip(edges, edges[1:], durations, shares, strict=False):
-        middles = ends[first] + (np.arange(share) + 0.5) * duration / share
-        within = np.searchsorted(seconds, middles, side="right") - 1
-        kept.append(np.clip(within, first, last - 1) if share < last - first else np.arange(first, last))
-    return np.unique(np.concatenate(kept))
+    scenes = zip(edges, edges[1:], shares.tolist(), durations.tolist(), strict=False)
+    kept = [first + uniform(seconds[first:end], share, duration) for first, end, share, duration in scenes]
+    return np.concatenate(kept)
 
 
 def _duration(seconds: np.ndarray) -> float:
     """From the first frame to the end of the last, which is taken to last as long as a frame does on average."""
     span = float(seconds[-1] - seconds[0])
     return span + span / max(len(seconds) - 1, 1)
-
-
-def check_indices(indices: list[int], n_frames: int) -> np.ndarray:
-    """(t,) int64.
-
-    Raises:
-        InputError: they are not ascending, or not within the `n_frames` that there are.
-    """
-    wanted = np.array(indices, dtype=np.int64)
-    if not len(wanted) or wanted[0] < 0 or wanted[-1] >= n_frames or (np.diff(wanted) <= 0).any():
-        raise InputError(f"indices: expected ascending numbers from 0 to {n_frames - 1}, got {indices}")
-    return wanted

@@ -1,25 +1,24 @@
-"""Images as views of a scene: one file, or a folder of them; runs in the child process of process.py."""
+"""Images as views of a scene: files, or a folder of them; runs in the child of process.py."""
 
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from ...integrations.errors import InputError
-from . import limits, sampling
+from . import limits
+from .sampling import Progress, Request
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
-_STRIP = 512
-"""Rows of pixels that are made opaque at once."""
 
 
-def is_views(path: Path) -> bool:
-    """A folder, or a file with the name of an image."""
-    return path.is_dir() or path.suffix.lower() in SUFFIXES
+def is_views(source: Path | list[Path]) -> bool:
+    """A folder, a file with the name of an image, or several files."""
+    return isinstance(source, list) or source.is_dir() or source.suffix.lower() in SUFFIXES
 
 
 def images_of(path: Path) -> tuple[list[Path], int]:
@@ -35,14 +34,9 @@ def natural_key(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
-def read_views(
-    path: Path,
-    choice: sampling.Choice,
-    max_pixels: int,
-    report: Callable[[str, int, int], None],
-    send: Callable[[np.ndarray, float, int], None],
-) -> dict[str, Any]:
-    """Calls `send` with each kept view, its time and how many there will be; returns the other fields of `VideoClip`.
+def read_views(request: Request, report: Progress, send: Callable[..., None]) -> dict[str, Any]:
+    """Calls `send` with "frame", each kept view, its time and how many there will be; returns the other fields of the
+    clip.
 
     Views count as one a second. Images of more than `max_pixels` are scaled down; those of several sizes are then
     scaled into that of the largest, with black bars.
@@ -50,39 +44,38 @@ def read_views(
     Raises:
         InputError: there is no image, or one cannot be read or is too large.
     """
-    names, n_others = images_of(path)
-    if not names:
-        raise InputError(f"{path} holds no image ({', '.join(sorted(SUFFIXES))}): give a video, an image or a folder")
-    seconds = np.arange(len(names), dtype=np.float64)
-    if choice.sampling == "scene":
-        raise InputError(f"{path}: scenes are found in videos only: use uniform sampling for images")
-    choice.check_known_times(seconds, path)
-    if choice.indices is not None:
-        indices = sampling.check_indices(choice.indices, len(names))
-    else:
-        indices = sampling.uniform(seconds, choice.count(seconds))
-    source = [_size(names[index]) for index in indices]
-    sizes = [limits.bounded(*size, max_pixels) for size in source]
-    width, height = max(sizes, key=lambda size: (size[0] * size[1], size))
-    for n, (index, size) in enumerate(zip(indices, sizes, strict=True)):
-        report("read", n, len(indices))
-        send(letterbox(_pixels(names[index], *size), height, width), float(seconds[index]), len(indices))
-    notes = []
-    if n_large := sum(size != new for size, new in zip(source, sizes, strict=True)):
-        notes.append(f"{n_large} of {len(sizes)} images scaled down (--max-pixels {max_pixels})")
-    if others := sum(size != (width, height) for size in sizes):
-        notes.append(f"{others} of {len(sizes)} images scaled into {width} x {height} pixels with black bars")
-    if n_others:
-        notes.append(f"{n_others} files that are no images passed over")
+
+    def scene_cuts(_count: int) -> NoReturn:
+        raise InputError(f"{request.name}: scenes are found in videos only: use uniform sampling for images")
+
+    source = request.source
+    images, n_others = (source, 0) if isinstance(source, list) else images_of(source)
+    if not images:
+        raise InputError(f"{source} holds no image ({', '.join(sorted(SUFFIXES))}): give a video, an image or a folder")
+    seconds = np.arange(len(images), dtype=np.float64)
+    indices = request.frames(seconds, scene_cuts)
+    images = [images[index] for index in indices]
+    sizes = [_size(image) for image in images]
+    kept = [limits.bounded(*size, request.max_pixels) for size in sizes]
+    width, height = max(kept, key=lambda size: (size[0] * size[1], size))
+    for n, (image, size) in enumerate(zip(images, kept, strict=True)):
+        report("read", n, len(images))
+        send("frame", letterbox(_pixels(image, size), height, width), float(seconds[indices[n]]), len(images))
+    n_large = sum(size != new for size, new in zip(sizes, kept, strict=True))
+    n_small = sum(size != (width, height) for size in kept)
+    notes = {
+        f"{n_large} of {len(images)} images scaled down (--max-pixels {request.max_pixels})": n_large,
+        f"{n_small} of {len(images)} images scaled into {width} x {height} pixels with black bars": n_small,
+        f"{n_others} files that are no images passed over": n_others,
+    }
     return {
-        "timestamps": seconds[indices].tolist(),
-        "indices": indices.tolist(),
-        "n_source_frames": len(names),
+        "timestamps": seconds[indices],
+        "indices": indices,
+        "n_source_frames": len(seconds),
         "source_fps": 1.0,
-        "n_decoded": len(indices),
-        "damage": [],
-        "notes": notes,
-        "names": [names[index].name for index in indices],
+        "n_decoded": len(images),
+        "notes": tuple(note for note, number in notes.items() if number),
+        "names": tuple(image.name for image in images),
     }
 
 
@@ -116,12 +109,13 @@ def _lies(image: Image.Image) -> bool:
     return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
 
 
-def _pixels(path: Path, width: int, height: int) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, upright, scaled to the size given; what is transparent becomes white."""
+def _pixels(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 RGB, upright, scaled to the width and height given; what is transparent becomes white."""
     with _opened(path) as image:
-        image.draft(None, (height, width) if _lies(image) else (width, height))  # a large JPEG is decoded smaller
+        image.draft(None, (size[1], size[0]) if _lies(image) else size)  # a large JPEG is decoded smaller
         ImageOps.exif_transpose(image, in_place=True)
-        return np.asarray(_scaled(_rgb(image), width, height))
+        image = _rgb(image)
+        return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -131,12 +125,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"pixels of more than 16 bits, mode {image.mode}")
     if not image.has_transparency_data:
         return image.convert("RGB")
-    opaque = Image.new("RGB", image.size)
-    for top in range(0, image.height, _STRIP):  # a large image does not lie in the memory four times over
-        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height))).convert("RGBA")
-        opaque.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), (0, top))
+    layer = image if image.mode == "RGBA" else image.convert("RGBA")
+    opaque = Image.new("RGB", image.size, "white")
+    opaque.paste(layer, mask=layer)
     return opaque
-
-
-def _scaled(image: Image.Image, width: int, height: int) -> Image.Image:
-    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)

@@ -6,7 +6,7 @@ A camera pans over two photographs with grain: H.264 with three B-frames, a keyf
 2 s in the other. Frames in the middles of equal shares of the duration are read by their indices, each time from
 opening the file to their pixels:
 
-    read_video    what the commands use: a child process, and the pixels through a pipe
+    read_video    what the commands use: a child process, and the pixels through a socket
     VideoFile     the same decoding without the process
     torchcodec    VideoDecoder and get_frames_at without a process, by seek mode; as in VideoFile FFmpeg chooses how
                   many threads decode
@@ -104,7 +104,7 @@ def by_video_file(path: Path, indices: list[int]) -> Found:
             if n == 0:
                 frames = np.empty((len(indices), *picture.shape), np.uint8)
             frames[n] = picture
-        return file.table.seconds[indices], frames
+        return file.seconds[indices], frames
 
 
 def by_torchcodec(path: Path, indices: list[int], *, seek_mode: Any) -> Found:

@@ -1,16 +1,19 @@
 """Frames and timestamps out of files that were written for the test, and files that are none."""
 
+import doctest
 import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import NoReturn
 
 import av
 import numpy as np
 import pytest
 
+from videoanchor_triton.app.video import reader
 from videoanchor_triton.app.video.reader import read_video, stream_video, write_video
-from videoanchor_triton.app.video.sampling import Choice
+from videoanchor_triton.app.video.sampling import Request
 from videoanchor_triton.integrations.errors import InputError
 
 
@@ -39,6 +42,10 @@ def test_all_frames_with_their_times(clip: Path) -> None:
     assert video.source_fps == pytest.approx(8)
     assert video.duration == pytest.approx(5)
     assert video.sampled_fps == pytest.approx(8)
+
+
+def test_the_example_of_the_docstring() -> None:
+    assert doctest.testmod(reader) == (0, 6)
 
 
 @pytest.mark.parametrize(
@@ -157,15 +164,19 @@ def test_known_times(clip: Path) -> None:
         next(stream_video(clip, known_times={40: 5.0}))
 
 
+def no_cuts(_count: int) -> NoReturn:
+    raise AssertionError
+
+
 @pytest.mark.parametrize("known", [(0, 0.0), (2, 1.0009)], ids=str)
 def test_a_known_time(known: tuple[int, float]) -> None:
-    Choice(None, 1, "uniform", None, [known]).check_known_times(np.array([0.0, 0.1, 1.0]), Path("clip"))
+    Request(Path("clip"), known_times=dict([known])).frames(np.array([0.0, 0.1, 1.0]), no_cuts)
 
 
 @pytest.mark.parametrize("known", [(0, 0.0011), (2, 0.1), (3, 1.5), (-1, 1.0), (1, float("nan"))], ids=str)
 def test_a_time_of_another_video(known: tuple[int, float]) -> None:
     with pytest.raises(InputError, match="another video"):
-        Choice(None, 1, "uniform", None, [(1, 0.1), known]).check_known_times(np.array([0.0, 0.1, 1.0]), Path("clip"))
+        Request(Path("clip"), known_times=dict([(1, 0.1), known])).frames(np.array([0.0, 0.1, 1.0]), no_cuts)
 
 
 @pytest.mark.parametrize(

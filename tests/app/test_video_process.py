@@ -218,6 +218,54 @@ def _open_files_after_another(clip: Path) -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.parametrize("start", ["file", "stdin", "command"])
+def test_the_main_module_is_not_imported_again(start: str, clip: Path, tmp_path: Path) -> None:
+    """A script without `if __name__ == "__main__"`, as a file, from standard input, or after -c."""
+    program = f"""
+        from videoanchor_triton.app.video.reader import read_video
+        print("main", flush=True)
+        print(read_video({str(clip)!r}, max_frames=2).frames.shape)
+    """
+    program = textwrap.dedent(program)
+    (tmp_path / "script.py").write_text(program)
+    arguments = {"file": [str(tmp_path / "script.py")], "stdin": ["-"], "command": ["-c", program]}[start]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=environment, input=program, capture_output=True, text=True, check=True)
+    assert done.stdout == "main\n(2, 240, 320, 3)\n"
+
+
+def test_the_child_imports_nothing_heavy(clip: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its modules as it ends, written by a hook that each interpreter installs at its start."""
+    hook = f"""
+        import pathlib, pickle, sys
+        dump = pickle.dump
+        def listing(*args, **options):
+            pathlib.Path({str(tmp_path / "modules")!r}).write_text(" ".join(sys.modules))
+            return dump(*args, **options)
+        pickle.dump = listing
+    """
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(hook))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    read_video(clip)
+    modules = (tmp_path / "modules").read_text().split()
+    assert "av" in modules
+    assert not {"torch", "transformers", "multiprocessing", "pytest"} & {*modules}
+
+
+def test_errors_of_the_callback_are_the_callers(clip: Path, children: list[subprocess.Popen]) -> None:
+    """A terminal that is gone while the child lives and is well."""
+
+    def gone() -> None:
+        raise BrokenPipeError("terminal")
+
+    with pytest.raises(BrokenPipeError, match="terminal"):
+        read_video(clip, max_frames=60, progress=on_first_frame(gone))
+    with pytest.raises(BrokenPipeError, match="terminal"):
+        list(stream_video(clip, progress=lambda *_: gone()))
+    assert [child.returncode for child in children] == [-signal.SIGKILL] * 2
+
+
 def test_what_a_library_prints_does_not_mix_with_the_frames(clip: Path, tmp_path: Path) -> None:
     """Each interpreter, this one's child among them, says something at its start."""
     (tmp_path / "sitecustomize.py").write_text("import os\nos.write(1, b'noise\\n')\n")

@@ -52,6 +52,45 @@ def test_one_image(tmp_path: Path) -> None:
     assert (clip.frames == 77).all()
 
 
+def test_a_list_of_images_is_one_scene(tmp_path: Path) -> None:
+    """In the order given; one of them alone is an image."""
+    paths = [tmp_path / "b" / "2.png", tmp_path / "a" / "10.JPG", tmp_path / "b" / "1.png"]
+    for n, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True)
+        save(path, 10 * n)
+    clip = read_video([str(paths[0]), *paths[1:]])
+    assert clip.frames[:, 0, 0, 0].tolist() == [0, 10, 20]
+    assert clip.names == ("2.png", "10.JPG", "1.png")
+    assert clip.notes == ()
+    assert read_video(paths, indices=[1]).names == ("10.JPG",)
+    assert read_video(paths[1:2]).names == ("10.JPG",)
+    assert [seconds for seconds, _ in stream_video(paths)] == [0.0, 1.0, 2.0]
+    with pytest.raises(InputError, match=r"2\.png and 2 other images has no frame 3 at 3\.000 s"):
+        read_video(paths, known_times={3: 3.0})
+
+
+def test_a_list_of_anything_else(tmp_path: Path) -> None:
+    save(tmp_path / "1.png", 1)
+    write_video(tmp_path / "clip.mp4", np.zeros((2, 16, 16, 3), np.uint8), fps=1)
+    for other in (tmp_path / "clip.mp4", tmp_path):
+        with pytest.raises(InputError, match=r"is no image .*: a list is one scene; read each video by itself"):
+            read_video([tmp_path / "1.png", other])
+    assert len(read_video([tmp_path / "clip.mp4"]).frames) == 2
+    with pytest.raises(InputError, match="got an empty list"):
+        read_video([])
+    with pytest.raises(InputError, match=r"no video file at .*2\.png"):
+        read_video([tmp_path / "1.png", tmp_path / "2.png"])
+
+
+def test_transparent_pixels_lie_on_white(tmp_path: Path) -> None:
+    """Every grey with every opacity, blended as Pillow blends layers."""
+    grey, opacity = np.meshgrid(np.arange(256), np.arange(256))
+    layer = Image.fromarray(np.stack([grey, 255 - grey, grey // 2, opacity], -1).astype(np.uint8))
+    layer.save(tmp_path / "a.png")
+    expected = np.asarray(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer))[..., :3]
+    np.testing.assert_array_equal(read_video(tmp_path / "a.png").frames[0], expected)
+
+
 def test_sizes_are_mixed_with_black_bars(tmp_path: Path) -> None:
     """The largest gives the size; a tall and a small image keep their shape in it."""
     save(tmp_path / "1.png", 200, height=20, width=20)
