@@ -60,7 +60,7 @@ def test_another_failure_is_left(torchvision: Path) -> None:
     "command",
     [
         ["demo", "--out", "out"],
-        "run --model model --video clip.mp4 --question ? --out out --alpha-k 1 --alpha-v 1".split(),
+        ["run", "--model=m", "--video=clip.mp4", "--question=?", "--out=out", "--alpha-k=1", "--alpha-v=1"],
         ["info", "--backbones"],
     ],
     ids=lambda command: command[0],

@@ -140,18 +140,8 @@ def attention_forward(
     sinks = s_aux if sinks is None else sinks
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if not causal and gate is None and sinks is None:  # vision towers
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=False,
-            softcap=softcap,
-            **kwargs,
-        )
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": False, "softcap": softcap}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
     padding, dense, sliding_window = _read_mask(attention_mask, query, key, sliding_window)
     _check_keywords(module, kwargs, dense=dense is not None)
     if dropout:
