@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
 INSTALLED := $(VENV)/.installed
+DEFINES_ENVIRONMENTS := pyproject.toml constraints.txt tools/repair_torchvision.py
 
 TRITONS := 3.6.0 3.9.0
 
@@ -30,28 +31,32 @@ lint: $(INSTALLED)  ## style and types
 docs: $(INSTALLED)  ## the site, in out/docs; a broken link or anchor is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): $(DEFINES_ENVIRONMENTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs,video,viz,batch,ray,convert]"
+	$(BIN)/python tools/repair_torchvision.py
 	touch $@
 
-.venv-4.57/.installed: pyproject.toml constraints.txt
+.venv-4.57/.installed: $(DEFINES_ENVIRONMENTS)
 	$(PYTHON) -m venv .venv-4.57
 	sed -e 's/^transformers==.*/transformers==4.57.1/' -e '/^tokenizers==/d' -e '/^kernels==/d' constraints.txt > .venv-4.57/constraints.txt
 	.venv-4.57/bin/python -m pip install --quiet --constraint .venv-4.57/constraints.txt --editable ".[dev,video,viz,batch,ray,convert]"
+	.venv-4.57/bin/python tools/repair_torchvision.py
 	touch $@
 
-.venv-triton-%/.installed: pyproject.toml constraints.txt
+.venv-triton-%/.installed: $(DEFINES_ENVIRONMENTS)
 	$(PYTHON) -m venv .venv-triton-$*
 	.venv-triton-$*/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,viz]"
 	.venv-triton-$*/bin/python -m pip install --quiet --no-deps triton==$*
+	.venv-triton-$*/bin/python tools/repair_torchvision.py
 	touch $@
 
-.venv-lmms/.installed: pyproject.toml constraints.txt  # lmms-eval asks for an older PyAV
+.venv-lmms/.installed: $(DEFINES_ENVIRONMENTS)  # lmms-eval asks for an older PyAV
 	$(PYTHON) -m venv .venv-lmms
 	sed -e '/^av==/d' constraints.txt > .venv-lmms/constraints.txt
 	.venv-lmms/bin/python -m pip install --quiet --constraint .venv-lmms/constraints.txt --editable ".[dev,video,viz]" lmms-eval==0.7.3 decord
+	.venv-lmms/bin/python tools/repair_torchvision.py
 	touch $@
 
 clean:

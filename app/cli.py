@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 wrong input, 1 failure, 130 interrupted, 143 terminated.
 import argparse
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # it imports torch
     from .batch.tensor_parallel_process import Leader
 
 COMMANDS = (demo, run, batch, eval, tune, viz, convert, info)
+_MISFIT = re.compile(r"operator torchvision::\w+ does not exist|PyTorch and torchvision were compiled with different")
 
 
 def main(argv: Sequence[str] | None = None, leader: "Leader | None" = None) -> int:
@@ -51,6 +53,8 @@ def main(argv: Sequence[str] | None = None, leader: "Leader | None" = None) -> i
         except KeyboardInterrupt:
             return _ended(args.name, "interrupted", 130)
         except Exception as error:
+            if misfit := _misfit_of_torchvision(error):
+                return _ended(args.name, misfit, 2)
             if failure_of(error) != "accelerator":
                 raise
             line = str(error).split("\n", 1)[0]
@@ -60,6 +64,20 @@ def main(argv: Sequence[str] | None = None, leader: "Leader | None" = None) -> i
 def _ended(command: str, why: object, code: int) -> int:
     print(f"videoanchor {command}: {printable(why)}", file=sys.stderr)
     return code
+
+
+def _misfit_of_torchvision(error: BaseException) -> InputError | None:
+    """What to say where importing transformers' models or processors failed because torchvision was built for another
+    torch: transformers names neither."""
+    link: BaseException | None = error
+    while link is not None and not _MISFIT.search(str(link)):
+        link = link.__cause__ or link.__context__
+    if link is None:
+        return None
+    return InputError(
+        f"the installed torchvision was built for another torch and cannot be imported ({link}): install torch and "
+        "torchvision together, both for the CPU or both for the same CUDA"
+    )
 
 
 def _refuse_torchrun() -> None:

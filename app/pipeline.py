@@ -149,7 +149,7 @@ def ask(
     elif processor is None:
         if not model.name_or_path:
             raise InputError(
-                "processor: this model does not say which checkpoint it was loaded from: give its processor"
+                "processor: this model does not say which checkpoint it was loaded from: give its processor too"
             )
         processor = read_processor(model.name_or_path)
     times.append(time.perf_counter())

@@ -170,9 +170,6 @@ def main(arguments: list[str] | None = None) -> int:
         import interpreter_fixes
 
         interpreter_fixes.apply()
-    from videoanchor_triton.app.torchvision_compat import make_torchvision_importable
-
-    make_torchvision_importable()
     from benchmarks.helpers.environment import environment, processor
 
     tokens = options.tokens or (8192 if device.type == "cuda" else 40)

@@ -140,18 +140,8 @@ def attention_forward(
     sinks = s_aux if sinks is None else sinks
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if not causal and gate is None and sinks is None:  # vision towers
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=False,
-            softcap=softcap,
-            **kwargs,
-        )
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": False, "softcap": softcap}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
     padding, dense, sliding_window = _read_mask(attention_mask, query, key, sliding_window)
     _check_keywords(module, kwargs, dense=dense is not None)
     if dropout:
@@ -278,8 +268,8 @@ def _dense_attention(
     """SDPA under a caller's (B, 1 or Hq, M, N) mask: the mask is that large already, the gate is added to it, rounded
     to the query's dtype. A row without a visible key is 0. Sinks are one more key, and a mask for each head."""
     if query.dtype == torch.float16 and gamma_v is not None:  # fp16 cannot hold gamma_v * value where that is large
-        wide = (x if x.dtype == torch.bool else x.float() for x in (query, key, value, mask))
-        return _dense_attention(*wide, scale, gamma_k, gamma_v, gamma_q, sinks).to(query.dtype)
+        query, key, value, mask = (x if x.dtype == torch.bool else x.float() for x in (query, key, value, mask))
+        return _dense_attention(query, key, value, mask, scale, gamma_k, gamma_v, gamma_q, sinks).half()
     n_keys = key.shape[2]
     mask = mask[..., :n_keys]
     dead = None if mask.dtype != torch.bool else ~mask.any(-1, keepdim=True)

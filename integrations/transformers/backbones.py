@@ -1,6 +1,7 @@
 """The backbones: which classes of transformers the gate fits, which of them and of their decoders the test suite runs
 on, and at which tokens they put visual features."""
 
+import inspect
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,13 +188,20 @@ def check_decoder(base: transformers.PreTrainedModel) -> None:
         )
 
 
-def check_chunked_prefill(base: transformers.PreTrainedModel, chunk_size: int) -> None:
-    """Whether transformers gives a prompt with visual features to `base`, a multimodal model, in chunks of `chunk_size`
-    tokens and computes what it computes of the whole (compared on tiny models, 5.23).
+def check_chunked_prefill(
+    model: transformers.PreTrainedModel, base: transformers.PreTrainedModel, chunk_size: int
+) -> None:
+    """Whether transformers gives a prompt with visual features to `model`, with its multimodal part `base`, in chunks
+    of `chunk_size` tokens and computes what it computes of the whole (compared on tiny models, 5.23).
 
     Raises:
         NotImplementedError: it does not, with or without a gate.
     """
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        raise NotImplementedError(
+            f"chunked prefill (prefill_chunk_size) of a video: {type(model).__name__} of this transformers does not "
+            "hand its features out by chunk; upgrade transformers, or leave prefill_chunk_size out"
+        )
     language_model: Any = base.language_model
     text, kind, why = language_model.config, model_type_of(base.config), None
     if kind in VIDEO_AT_IMAGE_TOKENS:

@@ -88,13 +88,25 @@ def cached_scores(cache: Any) -> CacheScores | None:
     return getattr(cache, _SCORES, None)
 
 
-def cached_positions(cache: Cache | None, n_queries: int, asked: bool) -> int | None:
-    """Positions that a cache holds; None while decoding with a static cache whose length only the device knows, unless
-    it is `asked`."""
+def cached_positions(cache: Cache | None, n_queries: int, *, asked: bool, given: bool) -> int | None:
+    """Positions that a cache holds; None while decoding with a marked static cache whose length only the device knows,
+    unless it is `asked`.
+
+    Raises:
+        RuntimeError: an enabled model has not filled all of them, and the scores are not `given`.
+    """
     if cache is None:
         return 0
-    if asked or n_queries > 1 or not getattr(cache, "is_compileable", False):
-        return int(cache.get_seq_length())
+    marked = is_marked(cache)
+    if asked or not marked or n_queries > 1 or not getattr(cache, "is_compileable", False):
+        past = int(cache.get_seq_length())
+        if past and not marked and not given:
+            raise RuntimeError(
+                f"the cache holds {past} positions that were not filled with VideoAnchor enabled, or was rebuilt from "
+                "its tensors without their scores: start from a new cache, copy caches by copy.deepcopy, or give the "
+                "scores of all positions with handle.use_scores(scores)"
+            )
+        return past
     layers: list[Any] = cache.layers
     sliding = next((layer for layer in layers if getattr(layer, "is_sliding", False)), None)  # counts on the host
     return None if sliding is None else int(sliding.get_seq_length())
@@ -108,9 +120,9 @@ def for_rows(scores: Tensor, batch: int, embeds: Tensor | None) -> Tensor:
     return scores if embeds is None else scores.to(embeds.device)
 
 
-def is_marked(cache: Cache) -> bool:
-    """Whether an enabled model has filled the cache from its start."""
-    return hasattr(cache, _SCORES)
+def is_marked(cache: Cache | None) -> bool:
+    """Whether an enabled model has filled the cache from its start; none is empty."""
+    return cache is None or hasattr(cache, _SCORES)
 
 
 def keep_scores(cache: Cache, held: CacheScores | None, switch: GateSwitch) -> None:

@@ -14,7 +14,7 @@ from .cache_scores import CacheScores
 from .frames import Images
 from .scoring import Known
 
-ASSISTANCE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+_ASSISTANCE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 """Options of generate() that make it decode several tokens in a step."""
 
 
@@ -23,6 +23,29 @@ def arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
     if not args:
         return {**kwargs}
     return {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}
+
+
+def options_of(call: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """The options of a call of generate(): from its arguments, from its config, or else from the model's."""
+    layers = vars(default), vars(call.get("generation_config") or object), call
+    return {name: value for layer in layers for name, value in layer.items() if value is not None}
+
+
+def check_single_steps(options: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        NotImplementedError: passes after the prompt have several tokens, as `decode="prefill"` knows a prompt by.
+    """
+    if any(options.get(name) for name in _ASSISTANCE):
+        raise NotImplementedError(
+            'decode="prefill" takes a step of several tokens for a prompt, and assisted decoding takes such steps: use '
+            'decode="persist", or decode without assistance'
+        )
+    if options.get("use_cache") is False:
+        raise NotImplementedError(
+            'decode="prefill" without a cache would gate each new token with the prompt, which every step sees again: '
+            'use decode="persist", or use_cache=True'
+        )
 
 
 class GivenScores:

@@ -10,11 +10,9 @@ seen (or with scores that the caller gives), with our attention, and on a cache 
 """
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from ...anchor.timing import Progress
 from .attention import GATE_ARGUMENT, IMPLEMENTATION, LayerGate
 from .backbones import check_chunked_prefill, check_decoder, model_type_of
 from .cache_scores import CacheScores, GateSwitch, cached_positions, cached_scores, for_rows, is_marked, keep_scores
-from .call_state import ASSISTANCE, CallState, CallStates, GivenScores, Prompt, arguments, prompt_of
+from .call_state import CallState, CallStates, GivenScores, Prompt, arguments, check_single_steps, options_of, prompt_of
 from .frames import frames_of_rows, frames_of_videos, images_of
 from .scoring import AnchorScores, Known, score_rows, tensor_parallel_group
 from .undoable import replace_method, set_attention
@@ -164,9 +162,7 @@ class Handle:
     def __enter__(self) -> "Handle":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.disable()
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
@@ -204,34 +200,15 @@ class Handle:
     def _around_generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         model: PreTrainedModel = generate.__self__  # pyright: ignore[reportFunctionMemberAccess]
         call = arguments(generate, args, kwargs)
-        configs = call, vars(call.get("generation_config") or object), vars(model.generation_config)
-
-        def option(name: str) -> Any:
-            return next((config[name] for config in configs if config.get(name) is not None), None)
-
-        chunk_size: int | None = option("prefill_chunk_size")
-        has_features = any(value is not None and name.startswith(_FEATURES) for name, value in call.items())
-        if chunk_size and has_features and "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
-            raise NotImplementedError(
-                f"chunked prefill (prefill_chunk_size) of a video: {type(model).__name__} of this transformers does "
-                "not hand its features out by chunk; upgrade transformers, or leave prefill_chunk_size out"
-            )
-        if chunk_size and has_features:
-            check_chunked_prefill(self._base, chunk_size)
+        options = options_of(call, model.generation_config)
+        chunk_size: int | None = options.get("prefill_chunk_size")
+        if chunk_size and any(value is not None and name.startswith(_FEATURES) for name, value in call.items()):
+            check_chunked_prefill(model, self._base, chunk_size)
         if self.config.decode == "prefill":
-            if any(option(name) for name in ASSISTANCE):
-                raise NotImplementedError(
-                    'decode="prefill" takes a step of several tokens for a prompt, and assisted decoding takes such '
-                    'steps: use decode="persist", or decode without assistance'
-                )
-            if option("use_cache") is False:
-                raise NotImplementedError(
-                    'decode="prefill" without a cache would gate each new token with the prompt, which every step '
-                    'sees again: use decode="persist", or use_cache=True'
-                )
+            check_single_steps(options)
         outer = self._call.prompt, self._call.known
         self._call.prompt = prompt_of(call, chunk_size)
-        self._call.known = [] if option("use_cache") is False else None  # each step sees the prompt again
+        self._call.known = [] if options.get("use_cache") is False else None  # each step sees the prompt again
         self.last = []
         try:
             return generate(*args, **kwargs)
@@ -316,30 +293,21 @@ class Handle:
 
         held = cached_scores(cache)
         chunks = call.prompt if call.prompt is not None and call.prompt.encoded and given is None else None
-        unknown = cache is not None and not is_marked(cache)
         taken = given is None or (held is not None and held.given is given and held.scores.shape[1] == given.shape[1])
-        asked = call.visual is not None or chunks is not None or unknown or not taken
-        past = cached_positions(cache, n_queries, asked)
-        if unknown and past and given is None:
-            raise RuntimeError(
-                f"the cache holds {past} positions that were not filled with VideoAnchor enabled, or was rebuilt from "
-                "its tensors without their scores: start from a new cache, copy caches by copy.deepcopy, or give the "
-                "scores of all positions with handle.use_scores(scores)"
-            )
+        asked = call.visual is not None or chunks is not None or not taken
+        past = cached_positions(cache, n_queries, asked=asked, given=given is not None)
         if past == 0 and call.prompt is None:
             self.last = []
         if held is not None and past is not None:
             held = held.first(past)  # cropped behind the cache's back
         if given is not None:
-            if past is not None and (past < given.shape[1] or unknown):
+            if past is not None and (past < given.shape[1] or not is_marked(cache)):
                 held = CacheScores(for_rows(given[:, : past + n_queries], batch, embeds), given)
-        else:
-            new = self._new_scores(chunks, embeds, batch, past, n_queries)
-            if new is not None:
-                before = new.new_zeros(batch, past or 0)
-                if held is not None:
-                    before[:, : held.scores.shape[1]] = held.scores
-                held = CacheScores(torch.cat([before, new], 1))
+        elif (new := self._new_scores(chunks, embeds, batch, past, n_queries)) is not None:
+            before = new.new_zeros(batch, past or 0)
+            if held is not None:
+                before[:, : held.scores.shape[1]] = held.scores
+            held = CacheScores(torch.cat([before, new], 1))
         gate = self._gate(held, past, n_queries)
         call.visual = None
         if cache is None:

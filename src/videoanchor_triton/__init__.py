@@ -89,4 +89,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
 
 
-registration.prepare_imports()
+registration.register_with_transformers()

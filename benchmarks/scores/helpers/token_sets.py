@@ -107,11 +107,8 @@ def camera(n_steps: int, patch: int = 28, seed: int = 0) -> Tokens:
     """
     from PIL import Image
 
-    from videoanchor_triton.app.token_grid import TokenGrid
-    from videoanchor_triton.app.torchvision_compat import make_torchvision_importable
-
-    make_torchvision_importable()
     from videoanchor_triton.app.demo import FRAME_HEIGHT, FRAME_WIDTH, camera_path, matching_tokens
+    from videoanchor_triton.app.token_grid import TokenGrid
 
     rows, columns = FRAME_HEIGHT // patch, FRAME_WIDTH // patch
     cameras, patches = [], []

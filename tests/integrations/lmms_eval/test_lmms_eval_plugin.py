@@ -32,14 +32,6 @@ MODELS = ("qwen2_5_vl_videoanchor", "internvl_videoanchor", "llava_onevision_vid
 SMALL = "device_map=cpu,max_num_frames=4,min_pixels=3136,max_pixels=12544"
 GATE = "alpha_k=9,alpha_v=2,n_clusters=3,scorer=kmeans"
 
-START = """
-import runpy
-from videoanchor_triton.app.torchvision_compat import make_torchvision_importable
-make_torchvision_importable()
-runpy.run_module("lmms_eval", run_name="__main__", alter_sys=True)
-"""
-"""`python -m lmms_eval`, also beside a CPU build of torch."""
-
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'text' %} {{ part['text'] }} {% else %} <{{ part['type'] }}> {% endif %}"
@@ -179,7 +171,7 @@ def test_models_are_found_by_entry_point(name: str) -> None:
 
 def run_command_line(model: str, arguments: str, tasks: Path, folder: Path) -> "subprocess.CompletedProcess[str]":
     """`python -m lmms_eval`, with the results in `folder / "out"`."""
-    command = [sys.executable, "-c", START, "--model", model, "--model_args", arguments, "--device", "cpu"]
+    command = [sys.executable, "-m", "lmms_eval", "--model", model, "--model_args", arguments, "--device", "cpu"]
     command += ["--tasks", "three_clips", "--include_path", str(tasks)]
     command += ["--output_path", str(folder / "out"), "--log_samples"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -5,16 +5,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from videoanchor_triton.app.torchvision_compat import make_torchvision_importable
+import dense_eager
+import tiny_models as tiny
+import torch
+import torch.distributed as dist
 
-make_torchvision_importable()
-
-import dense_eager  # noqa: E402
-import tiny_models as tiny  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-
-import videoanchor_triton as va  # noqa: E402
+import videoanchor_triton as va
 
 PROMPTS = [[3, 4, "V", 5], [7, 8, "V", 9, 10, 11, 12]]
 

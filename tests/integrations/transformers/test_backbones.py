@@ -133,7 +133,7 @@ def test_chunked_prefill_is_refused_where_transformers_computes_another_thing(na
     )
     differs = float((whole - chunked).abs().amax()) > 1e-2
     with pytest.raises(NotImplementedError, match="chunked prefill") if differs else nullcontext():
-        check_chunked_prefill(find_multimodal_model(model), chunk)
+        check_chunked_prefill(model, find_multimodal_model(model), chunk)
 
 
 def test_presets_exist() -> None:

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-# Without importing the package, whose import is what is tested.
-PREPARE = "import runpy; runpy.run_path('app/torchvision_compat.py')['make_torchvision_importable'](); "
 
 
 def python(code: str, *options: str, **environment: str) -> str:
@@ -31,20 +29,44 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert python(code) == "[]"
 
 
-@pytest.mark.parametrize("first", ["videoanchor_triton", "transformers"])
-def test_registered_whatever_is_imported_first(first: str) -> None:
-    second = {"videoanchor_triton": "transformers", "transformers": "videoanchor_triton"}[first]
-    code = PREPARE + (
-        f"import {first}; import {second}; from transformers import AttentionInterface, AttentionMaskInterface; "
-        "print('videoanchor_triton' in AttentionInterface(), 'videoanchor_triton' in AttentionMaskInterface())"
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import videoanchor_triton; from transformers import AutoModel",
+        "import transformers; import videoanchor_triton; from transformers import AutoModel",
+        "from transformers import AutoModel; import videoanchor_triton",
+    ],
+    ids=["first", "between", "last"],
+)
+def test_registered_whatever_is_imported_first(imports: str) -> None:
+    code = (
+        f"{imports}; from transformers import AutoModelForCausalLM, Qwen2Config; "
+        "config = Qwen2Config(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=8); "
+        "model = AutoModelForCausalLM.from_config(config, attn_implementation='videoanchor_triton'); "
+        "from transformers import AttentionMaskInterface; "
+        "print(model.config._attn_implementation, 'videoanchor_triton' in AttentionMaskInterface())"
     )
-    assert python(code) == "True True"
+    assert python(code) == "videoanchor_triton True"
+
+
+def test_registered_after_an_import_that_failed_at_first(tmp_path: Path) -> None:
+    """As where a package that transformers needs is mended in a running notebook."""
+    (tmp_path / "safetensors.py").write_text("raise ImportError('mended soon')")
+    code = (
+        "import sys, videoanchor_triton\n"
+        "try:\n    import transformers.modeling_utils\nexcept ImportError as error:\n    print(error)\n"
+        "sys.path.remove(sys.path[1])\n"
+        "from transformers import AttentionInterface\n"
+        "print('videoanchor_triton' in AttentionInterface())"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT / "src")])
+    assert python(code, PYTHONPATH=path).splitlines() == ["mended soon", "True"]
 
 
 def test_transformers_imports_in_the_root_with_hugging_face_kernels() -> None:
     if find_spec("kernels") is None or find_spec("kernels").origin is None:  # pyright: ignore[reportOptionalMemberAccess]
         pytest.fail("the package `kernels` of the dev extra is not installed")
-    code = PREPARE + (
+    code = (
         "import sys; sys.path.insert(0, ''); from transformers import PreTrainedModel; "
         "import kernels; print(kernels.__file__)"
     )
@@ -59,35 +81,8 @@ def test_transformers_imports_in_the_root_without_hugging_face_kernels(tmp_path:
             if not entry.name.lower().startswith("kernels") and not link.exists():
                 link.symlink_to(entry)
     path = os.pathsep.join([str(ROOT), str(tmp_path), str(ROOT / "src")])
-    code = PREPARE + (
+    code = (
         "import kernels; assert kernels.__file__ is None; from transformers import PreTrainedModel; "
         "from transformers.utils import is_kernels_available; print(is_kernels_available())"
     )
     assert python(code, "-S", PYTHONPATH=path) == "False"
-
-
-BROKEN_TORCHVISION = """
-import torch
-from . import first
-try:
-    torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU")
-except RuntimeError as error:
-    raise RuntimeError("operator torchvision::nms does not exist") from error
-whole = True
-"""
-
-
-@pytest.mark.parametrize("first", ["", "from importlib.util import find_spec; find_spec('torchvision'); "])
-def test_torchvision_of_another_torch_is_imported(first: str, tmp_path: Path) -> None:
-    (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision" / "__init__.py").write_text(BROKEN_TORCHVISION)
-    (tmp_path / "torchvision" / "first.py").touch()
-    path = os.pathsep.join([str(tmp_path), str(ROOT / "src")])
-    code = f"import videoanchor_triton; {first}import torchvision; print(torchvision.whole)"
-    assert python(code, PYTHONPATH=path) == "True"
-
-
-def test_another_failure_of_torchvision_stays(tmp_path: Path) -> None:
-    (tmp_path / "torchvision.py").write_text("raise RuntimeError('disk')")
-    code = "import videoanchor_triton\ntry:\n    import torchvision\nexcept RuntimeError as error:\n    print(error)"
-    assert python(code, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT / "src")])) == "disk"
