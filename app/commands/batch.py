@@ -267,20 +267,17 @@ def _job(args: argparse.Namespace) -> Any:
         score_folder=(args.cache or args.out / "scores").absolute(),
         score_bytes=int(args.cache_size * 2**30),
         share_prefill=not args.whole_prompts,
+        tensor_parallel=args.tensor_parallel,
     )
 
 
 def _engine(args: argparse.Namespace, progress: Any) -> Any:
     from ..batch.job import local_engine
-    from ..batch.tensor_parallel import tensor_parallel_engine
 
     if args.engine == "ray":
         from ..batch.ray_engine import ray_engine
 
-        options = {"gpus_per_actor": args.gpus_per_actor, "tensor_parallel": args.tensor_parallel}
-        return partial(ray_engine, n_actors=args.actors, **options)
-    if args.tensor_parallel > 1:
-        return partial(tensor_parallel_engine, size=args.tensor_parallel, progress=progress.stage)
+        return partial(ray_engine, n_actors=args.actors, gpus_per_actor=args.gpus_per_actor)
     return partial(local_engine, progress=progress.stage)
 
 

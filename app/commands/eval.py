@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...integrations.errors import InputError
 from ..csv_text import csv_text
+from ..libraries import prepare_libraries
 from ..text import json_text, printable
 from .shared import (
     Commands,
@@ -22,7 +23,6 @@ from .shared import (
     config_of,
     fit_clip,
     make_planner,
-    prepare_libraries,
     read_clip,
 )
 

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from tiny_models_checkpoint import save_checkpoint
 
-from videoanchor_triton.app import cli, pipeline
-from videoanchor_triton.app.batch import shared_prefill
+from videoanchor_triton.app import cli, pipeline, video_model
 from videoanchor_triton.app.batch import tables as batch_tables
 from videoanchor_triton.app.batch.matching import fingerprint
 from videoanchor_triton.app.commands import batch as batch_command
@@ -157,14 +156,14 @@ def test_a_second_run_has_nothing_to_do(
 
 def count_questions(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None] = lambda _: None) -> list[str]:
     asked: list[str] = []
-    answer = shared_prefill.SharedPrefill.answer
+    answer = video_model.VideoModel.answer
 
     def counted(self: Any, question: str) -> Any:
         asked.append(question)
         before(len(asked))
         return answer(self, question)
 
-    monkeypatch.setattr(shared_prefill.SharedPrefill, "answer", counted)
+    monkeypatch.setattr(video_model.VideoModel, "answer", counted)
     return asked
 
 
