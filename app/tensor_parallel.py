@@ -56,7 +56,8 @@ class SplitModel:
         self._make, self._size, self._device, self._progress = make, size, device, progress
         self._parts: dict[Connection, BaseProcess] = {}
         self._store: Any = None
-        self._clip: VideoClip | None = None
+        self._clip: tuple[VideoClip, bool] | None = None
+        self._sent: VideoClip | None = None
         self._start()
 
     def __str__(self) -> str:
@@ -66,12 +67,14 @@ class SplitModel:
         """See `VideoModel.open`."""
         if not self._parts:
             self._start()
-        if clip is not self._clip:
-            self._call("open", clip, share)
-            self._clip = clip
+        self._clip = clip, share
 
     def answer(self, question: str) -> "Answered":
         """See `VideoModel.answer`; the memory is that of all processes."""
+        assert self._clip is not None
+        if self._clip[0] is not self._sent:
+            self._call("open", *self._clip)
+            self._sent = self._clip[0]
         answers: list[Answered] = self._call("answer", question)
         results = [answered.result for answered in answers]
         if len({(result.answer, result.n_generated_tokens) for result in results}) > 1:
@@ -87,7 +90,7 @@ class SplitModel:
         for connection, process in self._parts.items():
             process.join()
             connection.close()
-        self._parts, self._store, self._clip = {}, None, None
+        self._parts, self._store, self._sent = {}, None, None
 
     def _start(self) -> None:
         from torch.distributed import TCPStore
@@ -99,9 +102,13 @@ class SplitModel:
             for rank in range(self._size):
                 ours, theirs = context.Pipe()
                 arguments = (rank, self._size, self._device, self._store.port, theirs)
-                self._parts[ours] = context.Process(target=_run_part, args=arguments, daemon=True)
-                self._parts[ours].start()
+                process = context.Process(target=_run_part, args=arguments, daemon=True)
+                process.start()
+                self._parts[ours] = process
                 theirs.close()  # the process has the only one left, so that its end shows
+        except BaseException:
+            self.close()
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._call(self._make)
