@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
@@ -97,6 +97,7 @@ class SplitModel:
 
         self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         context = get_context("spawn")
+        resource_tracker.ensure_running()  # it would unblock signals
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process
         try:
             for rank in range(self._size):

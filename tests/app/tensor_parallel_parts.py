@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -177,7 +177,7 @@ def use_fakes(setattr: Any) -> None:
 
 def fake_worker(job: BatchJob) -> BatchWorker:
     use_fakes(setattr)
-    return BatchWorker(job)
+    return BatchWorker(replace(job, config=Settings()))  # pyright: ignore[reportArgumentType]
 
 
 class FakeClip(tuple[str, ...]):

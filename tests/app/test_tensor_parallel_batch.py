@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -203,7 +204,7 @@ def test_ctrl_c(tmp_path: Path, at: str) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         next(worker(tmp_path, progress=interrupt).answer(rows("q0", "q1")))
-    assert len(pids(tmp_path)) == 2
+    assert pids(tmp_path)
     assert all(gone(pid) for pid in pids(tmp_path))
 
 
@@ -215,6 +216,15 @@ def test_processes_that_do_not_start_again(tmp_path: Path) -> None:
         assert [next(answers)["status"] for _ in range(2)] == ["done", "failed"]
         with pytest.raises(ChildProcessError, match="OutOfMemoryError"):
             next(answers)
+
+
+@pytest.mark.usefixtures("fake")
+def test_ctrl_c_is_for_the_first_process_alone(tmp_path: Path) -> None:
+    """A terminal sends it to all of them."""
+    with closing(worker(tmp_path)) as some:
+        for pid in pids(tmp_path):
+            os.kill(pid, signal.SIGINT)
+        assert [record["status"] for record in some.answer(rows("q0", "q1"))] == ["done", "done"]
 
 
 PARENT = """
