@@ -93,7 +93,7 @@ class SplitModel:
         self._parts, self._store, self._sent = {}, None, None
 
     def _start(self) -> None:
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
         self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         context = get_context("spawn")
@@ -206,7 +206,7 @@ def _join_group(rank: int, size: int, port: int) -> None:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(rank)
-    store = dist.TCPStore("localhost", port)
+    store = dist.TCPStore("localhost", port)  # pyright: ignore[reportPrivateImportUsage]
     options: dict[str, Any] = {"store": store, "rank": rank, "world_size": size, "timeout": _COLLECTIVES}
     dist.init_process_group("nccl" if cuda else "gloo", **options)
 
