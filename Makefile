@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: demo test test-all test-lmms lint clean
+.PHONY: demo test test-all test-lmms lint docs clean
 
 demo: $(INSTALLED)  ## the whole pipeline on a clip and a model made on the spot; pictures in $(OUT)
 	$(BIN)/videoanchor demo --out $(OUT)
@@ -27,10 +27,13 @@ lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: $(INSTALLED)  ## the site, in out/docs; a broken link or anchor is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,video,viz,batch,ray]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs,video,viz,batch,ray]"
 	touch $@
 
 .venv-4.57/.installed: pyproject.toml constraints.txt

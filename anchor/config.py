@@ -53,6 +53,19 @@ class VideoAnchorConfig:
 
     Raises:
         TypeError, ValueError: a setting is of the wrong type or out of its range.
+
+    See Also:
+        enable: gates a model by these settings.
+        anchor_scores: scores tokens by them.
+        SolverOptions: those of the solver alone.
+
+    Examples:
+        >>> import videoanchor_triton as va
+        >>> config = va.VideoAnchorConfig(alpha_k=9.5, alpha_v=2.5, n_clusters=12)
+        >>> config.decode
+        'persist'
+        >>> va.VideoAnchorConfig.preset("InternVL2-8B", n_clusters="auto").alpha_q
+        4.0
     """
 
     alpha_k: float

@@ -23,27 +23,69 @@ class SparseSubspaceClustering(ClusterMixin, BaseEstimator):
     Each sample is expressed as a sparse combination of the others, and spectral clustering of the magnitudes of the
     coefficients groups samples that lie in the same (affine) subspace.
 
-    Args:
-        n_clusters: subspaces; with fewer samples than that, each is its own cluster. "auto" counts them by the
-            eigengap of the affinity, see `spectral_labels` for where that fails.
-        pca_rank: principal components of the centred samples that are used, at most as many as the samples have;
-            None uses the samples as they are.
-        algorithm, affine, alpha_e, alpha_z, rho, relaxation, max_iter, tol, memory_budget: see `SolverOptions`.
-        assign_labels: how eigenvectors become labels, "discretize", "cluster_qr" or "kmeans".
-        random_state: seed of the spectral step. An integer makes the labels the same in every run.
-        verbose: print the solver's progress.
+    Parameters
+    ----------
+    n_clusters : int or "auto", default=24
+        Subspaces; with fewer samples than that, each is its own cluster. "auto" counts them by the eigengap of the
+        affinity, see `spectral_labels` for where that fails.
+    pca_rank : int, default=None
+        Principal components of the centred samples that are used, at most as many as the samples have; None uses the
+        samples as they are.
+    algorithm, affine, alpha_e, alpha_z, rho, relaxation, max_iter, tol, memory_budget
+        See `SolverOptions`.
+    assign_labels : {"discretize", "cluster_qr", "kmeans"}, default="discretize"
+        How eigenvectors become labels.
+    random_state : int or RandomState instance, default=None
+        Seed of the spectral step. An integer makes the labels the same in every run.
+    verbose : bool or int, default=False
+        Print the solver's progress.
 
-    Attributes:
-        labels_: (n_samples,) int64 cluster of each sample, on the CPU as all attributes.
-        n_clusters_: clusters found; may be fewer than n_clusters, see `spectral_labels`.
-        coef_: (n_samples, n_samples) scipy.sparse matrix; coef_[:, j] expresses sample j. Diagonal 0; columns sum
-            to 1 when affine, unless all samples are equal: then all is 0.
-        affinity_matrix_: (n_samples, n_samples) scipy.sparse matrix, |coef_| + |coef_|', float64.
-        duality_gap_: (n_samples,) float64 relative duality gap of each sample's coefficients, see `SelfExpression`.
-        n_iter_: iterations of the solver, the most for a sample.
-        seconds_: wall time of the stages "pca", "solve" and "spectral".
-        n_features_in_: features seen in fit.
-        feature_names_in_: (n_features_in_,) their names, where X has names that are all strings (a pandas DataFrame).
+    Attributes
+    ----------
+    labels_ : ndarray of shape (n_samples,)
+        int64 cluster of each sample, on the CPU as all attributes.
+    n_clusters_ : int
+        Clusters found; may be fewer than n_clusters, see `spectral_labels`.
+    coef_ : scipy.sparse array of shape (n_samples, n_samples)
+        coef_[:, j] expresses sample j. Diagonal 0; columns sum to 1 when affine, unless all samples are equal: then
+        all is 0.
+    affinity_matrix_ : scipy.sparse array of shape (n_samples, n_samples)
+        |coef_| + |coef_|', float64.
+    duality_gap_ : ndarray of shape (n_samples,)
+        float64 relative duality gap of each sample's coefficients, see `SelfExpression`.
+    n_iter_ : int
+        Iterations of the solver, the most for a sample.
+    seconds_ : dict of str to float
+        Wall time of the stages "pca", "solve" and "spectral".
+    n_features_in_ : int
+        Features seen in fit.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Their names, where X has names that are all strings (a pandas DataFrame).
+
+    See Also
+    --------
+    self_expression : The coefficients alone.
+    anchor_scores : VideoAnchor's score of each sample, from the same coefficients and clusters.
+    sklearn.cluster.SpectralClustering : The spectral step, of an affinity of your own.
+
+    References
+    ----------
+    Elhamifar and Vidal: Sparse Subspace Clustering: Algorithm, Theory, and Applications. IEEE TPAMI 35 (11), 2013.
+    VideoAnchor, arXiv 2509.25151.
+
+    Examples
+    --------
+    Ten samples of each of two planes in an eight-dimensional space:
+
+    >>> import numpy as np
+    >>> from videoanchor_triton import SparseSubspaceClustering
+    >>> rng = np.random.default_rng(0)
+    >>> X = np.vstack([rng.normal(size=(10, 2)) @ rng.normal(size=(2, 8)) for _ in range(2)])
+    >>> clustering = SparseSubspaceClustering(n_clusters=2, random_state=0).fit(X)
+    >>> clustering.labels_
+    array([1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+    >>> clustering.coef_.shape
+    (20, 20)
     """
 
     n_features_in_: int

@@ -9,6 +9,10 @@ BLOCK = 1024
 
 @triton.jit
 def update_state_kernel(state, product, reflected, own, settings, n_atoms, HAS_OWN: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: BLOCK atoms of one row of `update_state`, whose arguments these are; `own` counts if HAS_OWN.
+
+    state, product, reflected: (rows, n_atoms).
+    """
     i_row, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_atoms = i_block * BLOCK + tl.arange(0, BLOCK)
     m_atoms = o_atoms < n_atoms

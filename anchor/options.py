@@ -34,6 +34,16 @@ class SolverOptions:
         tol: bound on every token's relative duality gap, and so on how far its objective can lie above the optimum,
             relative to the objective; 0 runs all of max_iter.
         memory_budget: bytes that the solver may use at a time; None: half of what is free on the device.
+
+    See Also:
+        self_expression: takes them.
+        VideoAnchorConfig: has all of them among its own settings.
+
+    Examples:
+        >>> import videoanchor_triton as va
+        >>> options = va.SolverOptions(algorithm="dense", tol=1e-4)
+        >>> options.max_iter
+        10000
     """
 
     algorithm: Algorithm = "auto"

@@ -38,6 +38,16 @@ class AnchorResult:
         algorithm: the solver's that ran, see `SolverOptions`; None where no such solver ran.
         seconds: wall time of each stage, the device synchronised: "pca", "solve", "spectral", "cluster", "score",
             those that ran.
+
+    Examples:
+        >>> import torch
+        >>> import videoanchor_triton as va
+        >>> config = va.VideoAnchorConfig(alpha_k=9.5, alpha_v=2.5, n_clusters=3)
+        >>> result = va.anchor_scores(torch.randn(20, 8), config)
+        >>> result.scores.min(), result.scores.max()
+        (tensor(0.), tensor(1.))
+        >>> list(result.seconds)
+        ['pca', 'solve', 'spectral', 'score']
     """
 
     scores: Tensor
@@ -153,6 +163,27 @@ def anchor_scores(
 
     Warns:
         ConvergenceWarning: some tokens did not converge within config.max_iter; the result says so as well.
+
+    See Also:
+        enable: scores the visual tokens of each prompt of a model, and gates its attention.
+        AnchorStream: for a video that goes on.
+        SparseSubspaceClustering: the clusters alone, as a scikit-learn estimator.
+
+    Examples:
+        Tokens of two planes in space:
+
+        >>> import torch
+        >>> import videoanchor_triton as va
+        >>> _ = torch.manual_seed(0)
+        >>> tokens = torch.cat([torch.randn(n, 2) @ torch.randn(2, 16) for n in (30, 10)])
+        >>> config = va.VideoAnchorConfig(alpha_k=9.5, alpha_v=2.5, n_clusters=2)
+        >>> result = va.anchor_scores(tokens, config)
+        >>> result.scores.shape
+        torch.Size([40])
+        >>> result.converged
+        True
+        >>> [len(plane.unique()) for plane in result.labels.split([30, 10])]  # one cluster each
+        [1, 1]
     """
     tokens = as_tokens(X)
     report = throttled(progress)

@@ -30,6 +30,15 @@ class SelfExpression:
         n_iter: iterations of the slowest token.
         tol: the bound on the gap that was asked for; infinite for algorithm="authors", which has another rule.
         algorithm: the one that ran.
+
+    Examples:
+        >>> import torch
+        >>> import videoanchor_triton as va
+        >>> solution = va.self_expression(torch.randn(4, 12), va.SolverOptions())
+        >>> solution.residual <= solution.tol
+        True
+        >>> solution.row_sums().shape
+        torch.Size([12])
     """
 
     indices: Tensor
@@ -93,6 +102,22 @@ def self_expression(
 
     Warns:
         ConvergenceWarning: some tokens, which it names, did not converge within max_iter.
+
+    See Also:
+        SparseSubspaceClustering: the estimator over this and a spectral step.
+        anchor_scores: scores tokens by what they serve each other.
+
+    Examples:
+        >>> import torch
+        >>> import videoanchor_triton as va
+        >>> Y = torch.randn(4, 12)  # 12 tokens of 4 features
+        >>> W = va.self_expression(Y, va.SolverOptions()).to_dense()
+        >>> W.shape
+        torch.Size([12, 12])
+        >>> bool(W.diagonal().any())  # no token expresses itself
+        False
+        >>> torch.allclose(W.sum(0), torch.ones(12), atol=1e-3)  # affine
+        True
     """
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")

@@ -83,6 +83,19 @@ class AnchorStream:
     Raises:
         TypeError, ValueError: the scorer is not "ssc", the score not "published", or max_atoms is no integer or too
             small.
+
+    See Also:
+        anchor_scores: for a video that is all there.
+
+    Examples:
+        >>> import torch
+        >>> import videoanchor_triton as va
+        >>> config = va.VideoAnchorConfig(alpha_k=9.5, alpha_v=2.5, n_clusters=3)
+        >>> stream = va.AnchorStream(config, max_atoms=16)
+        >>> [stream.update(frame).scores.shape[0] for frame in torch.randn(3, 12, 8)]  # 3 frames of 12 tokens
+        [12, 12, 12]
+        >>> stream.n_tokens, len(stream.dictionary.tokens)
+        (36, 16)
     """
 
     def __init__(self, config: VideoAnchorConfig, *, max_atoms: int = 2048) -> None:

@@ -1,6 +1,6 @@
 """How many tokens and how much memory a clip will take, before any weight is loaded, and how many frames would fit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -43,12 +43,12 @@ class Budget:
     n_prompt_tokens: int
     max_new_tokens: int
     context: int | None
-    weights: int | None
-    kv_cache: int
-    activations: int
     scores: int
-    available: int | None
     device: str
+    weights: int | None = None
+    kv_cache: int = 0
+    activations: int = 0
+    available: int | None = None
     problem: str | None = None
 
     @property
@@ -139,7 +139,7 @@ class Planner:
         Raises:
             InputError: when the processor cannot place the video in the prompt.
         """
-        inputs, grid = build_inputs(self._processor, self._config, clip, question)
+        inputs, (grid,) = build_inputs(self._processor, self._config, clip, question)
         n_prompt = inputs["input_ids"].shape[1]
         scores, problem = self._scores(grid.n_tokens)
         budget = Budget(
@@ -210,46 +210,55 @@ def check_fits(
     model: PreTrainedModel,
     n_prompt: int,
     max_new_tokens: int,
-    clip: VideoClip,
-    grid: TokenGrid,
+    media: Any,
+    grids: Sequence[TokenGrid],
     settings: VideoAnchorConfig,
 ) -> None:
     """What `Planner` asks before a model is loaded, of one that is: whether prompt and answer fit its context and the
     scores the memory. It takes it that fewer frames have as many tokens each.
 
     Args:
-        n_prompt: tokens of the prompt, those of `grid` among them.
+        n_prompt: tokens of the prompt, those of `grids` among them.
+        media: see `prompt.place`.
 
     Raises:
-        InputError: it does not fit, with the number of frames that would.
+        InputError: it does not fit; for a single clip with the number of frames that would.
     """
     text: Any = model.config.get_text_config()
-    n_frames = len(clip.frames)
-    frames_a_step = -(-n_frames // grid.t)
+    n_all = sum(grid.n_tokens for grid in grids)
 
-    def budget(n: int) -> Budget:
-        n_visual = replace(grid, t=-(-n // frames_a_step)).n_tokens
+    def budget(n_frames: int, n_visual: int) -> Budget:
         scores, problem = _plan_scores(
             n_visual, text.hidden_size, model.dtype.itemsize, settings, model.device, settings.memory_budget
         )
         taken = Budget(
-            n_frames=n,
+            n_frames=n_frames,
             n_visual_tokens=n_visual,
-            n_prompt_tokens=n_prompt - grid.n_tokens + n_visual,
+            n_prompt_tokens=n_prompt - n_all + n_visual,
             max_new_tokens=max_new_tokens,
             context=getattr(text, "max_position_embeddings", None),
-            weights=None,
-            kv_cache=0,
-            activations=0,
             scores=scores,
-            available=None,
             device=str(model.device),
         )
         return replace(taken, problem=_problem(taken) or problem)
 
-    whole = budget(n_frames)
+    items = media if isinstance(media, Sequence) and not isinstance(media, str) else [media]
+    clip = items[0]
+    if len(items) > 1 or not isinstance(clip, VideoClip):
+        whole = budget(sum(max(grid.t, 1) for grid in grids), n_all)
+        if whole.problem is not None:
+            raise InputError(f"{whole.problem}: give fewer or shorter videos, or smaller images")
+        return
+    (grid,) = grids
+    n_frames = len(clip.frames)
+    frames_a_step = -(-n_frames // grid.t)
+
+    def fewer(n: int) -> Budget:
+        return budget(n, replace(grid, t=-(-n // frames_a_step)).n_tokens)
+
+    whole = fewer(n_frames)
     if whole.problem is not None:
-        best = _largest(lambda n: budget(n).problem is None, n_frames)
+        best = _largest(lambda n: fewer(n).problem is None, n_frames)
         raise InputError(f"{whole.problem}: {_advice(whole, best)}")
 
 

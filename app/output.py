@@ -16,11 +16,10 @@ from .atomic_write import replacing
 from .text import json_text, printable
 from .token_grid import TokenGrid
 from .video.reader import VideoClip
-from .viz import contact_sheet
 
 if TYPE_CHECKING:  # these import transformers, and the folder is checked before that
     from ..anchor.scores import AnchorResult
-    from .pipeline import RunResult
+    from .pipeline import Answer
 
 
 def check_folder(path: Path) -> None:
@@ -66,7 +65,7 @@ def _tensors(result: "AnchorResult", grid: TokenGrid, clip: VideoClip) -> dict[s
 
 
 def write_run(
-    folder: Path, result: "RunResult", clip: VideoClip, config: VideoAnchorConfig, about: dict[str, Any]
+    folder: Path, result: "Answer", clip: VideoClip, config: VideoAnchorConfig, about: dict[str, Any]
 ) -> dict[str, Any]:
     """Writes `result.json` and `anchors.safetensors` into `folder`, both or none; `draw_run` makes the picture.
 
@@ -81,7 +80,7 @@ def write_run(
     """
     anchor = result.anchor
     record = {
-        "answer": result.answer,
+        "answer": result.text,
         **about,
         "config": config.to_dict(),
         "tokens": {
@@ -125,12 +124,14 @@ def write_run(
     return record
 
 
-def draw_run(folder: Path, result: "RunResult", clip: VideoClip, record: dict[str, Any]) -> None:
+def draw_run(folder: Path, result: "Answer", clip: VideoClip, record: dict[str, Any]) -> None:
     """Adds `anchors.png` to what `write_run` has written.
 
     Args:
         record: what `write_run` has returned.
     """
+    from .viz import contact_sheet  # it imports matplotlib, and the folder is checked before that
+
     tensors = _tensors(result.anchor, result.grid, clip)
     scores, labels = tensors["scores"].numpy(), tensors["labels"].numpy()
     name = printable(Path(record["video"]).name)

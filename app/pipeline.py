@@ -1,19 +1,16 @@
-"""One video and one question through one checkpoint: the main job of the command line, as functions."""
+"""One question about videos and images through one checkpoint: the main job of the command line, as functions."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
-from transformers import (
-    AutoModelForImageTextToText,
-    Cache,
-    PreTrainedModel,
-)
+from transformers import AutoModelForImageTextToText, Cache, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from ..anchor.config import VideoAnchorConfig
@@ -26,35 +23,135 @@ from ..integrations.transformers.enable import Handle, enable
 from ..integrations.transformers.visual_tokens import find_multimodal_model
 from .budget import check_fits
 from .checkpoint import cannot_load, check_dtype, check_splits, devices_of, first_line, read_config, read_processor
-from .prompt import build_inputs
+from .prompt import Medium, Messages, build_inputs, place
 from .score_cache import ScoreCache
+from .stage_times import gpus_of, stage_times
 from .token_grid import TokenGrid
-from .video.reader import VideoClip
+from .video.reader import Sampling, read_video
 
 
 @dataclass(frozen=True, eq=False)
-class RunResult:
-    """What `answer` returns.
+class Answer:
+    """What `ask` returns.
 
     Args:
-        answer: the generated text.
+        text: as generated.
         n_prompt_tokens, n_visual_tokens, n_generated_tokens: counts.
-        grid: where the visual tokens lie.
-        anchor: scores and labels of the visual tokens.
-        seconds: by stage: vision, ssc, prefill, decode, decode_per_token, generate (all of the call).
+        grids: where the visual tokens of each video and image lie, in the order of the prompt.
+        anchor: scores and labels of all visual tokens, in the order of the prompt.
+        seconds: by stage: decode_video and load_model (of `ask`), vision, ssc, prefill, decode, decode_per_token,
+            generate (all of the call).
         device: the name of the GPU that holds the model's first layers, or "cpu".
         peak_memory_bytes: of the allocators of all GPUs together; None on a CPU.
+
+    Examples:
+        >>> import torch
+        >>> import videoanchor_triton as va
+        >>> from videoanchor_triton.app.token_grid import TokenGrid
+        >>> grids = [TokenGrid(t=2, h=3, w=4), TokenGrid(t=1, h=3, w=4)]
+        >>> anchor = va.AnchorResult(scores=torch.rand(36), labels=torch.zeros(36, dtype=torch.int64))
+        >>> answer = va.Answer("left", 40, 36, 1, grids, anchor, {}, "cpu", None)
+        >>> parts = answer.anchor.scores.split([grid.n_tokens for grid in answer.grids])
+        >>> grids[0].arrange(parts[0].numpy()).shape  # (time, row, column)
+        (2, 3, 4)
+
+    See Also:
+        ask: returns it.
     """
 
-    answer: str
+    text: str
     n_prompt_tokens: int
     n_visual_tokens: int
     n_generated_tokens: int
-    grid: TokenGrid
+    grids: list[TokenGrid]
     anchor: AnchorResult
     seconds: dict[str, float]
     device: str
     peak_memory_bytes: int | None
+
+    @property
+    def grid(self) -> TokenGrid:
+        """Of the only video.
+
+        Raises:
+            ValueError: there are several.
+        """
+        if len(self.grids) != 1:
+            raise ValueError(f"grid: the prompt has {len(self.grids)} videos and images; use grids")
+        return self.grids[0]
+
+
+def ask(
+    model: PreTrainedModel | str | Path,
+    video: Medium | Sequence[Medium] | None,
+    question: Messages,
+    config: VideoAnchorConfig,
+    *,
+    processor: Any = None,
+    max_frames: int = 32,
+    fps: float | None = None,
+    sampling: Sampling = "uniform",
+    max_new_tokens: int = 128,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> Answer:
+    """Asks a model about videos and images with the gate on, by greedy decoding.
+
+    Args:
+        model: a folder or a name on the Hugging Face hub, or a model that is loaded: faster from the second question
+            on.
+        video: a path (a video, an image, or a folder of images, the views of a scene), what `read_video` returns, an
+            image ((height, width, 3) uint8 or Pillow's), or several of these; None where the messages hold them.
+        question: asked after all of them; or chat messages in transformers' format, whose entries of type "video" and
+            "image" are filled in their order.
+        config: strength of the gate, and how tokens are scored.
+        processor: of a loaded model; None reads that of the checkpoint it was loaded from.
+        max_frames, fps, sampling: of each path to a video, see `read_video`.
+        max_new_tokens: of the answer.
+        device, dtype: of a model that is loaded here, see `load`.
+        progress: see `Progress`.
+
+    Returns:
+        the answer's text, the scores of the visual tokens, and the seconds of each stage.
+
+    Raises:
+        InputError (a ValueError): wrong input: a video or checkpoint that cannot be read, an empty question, media and
+            messages that do not fit each other; a prompt that does not fit the model's context or the memory.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from tempfile import mkdtemp
+        >>> import numpy as np
+        >>> import videoanchor_triton as va
+        >>> from videoanchor_triton.app.demo import make_checkpoint
+        >>> model = Path(mkdtemp(), "tiny")  # with random weights; yours is "Qwen/Qwen2.5-VL-7B-Instruct"
+        >>> make_checkpoint(model)
+        >>> image = np.random.default_rng(0).integers(0, 255, (112, 112, 3), dtype=np.uint8)
+        >>> config = va.VideoAnchorConfig(alpha_k=9.5, alpha_v=2.5, n_clusters=4, pca_rank=8)
+        >>> answer = va.ask(model, [image, image], "Where is the lamp?", config, max_new_tokens=4)
+        >>> answer.n_generated_tokens
+        4
+        >>> [answer.anchor.scores.shape[0], *(grid.n_tokens for grid in answer.grids)]
+        [32, 16, 16]
+
+    See Also:
+        enable: the gate for a `generate()` of your own.
+        prepare: only the model's inputs.
+    """
+    times = [time.perf_counter()]
+    read = partial(read_video, max_frames=max_frames, fps=fps, sampling=sampling, progress=progress)
+    items, messages = place(video, question, read)
+    times.append(time.perf_counter())
+    if isinstance(model, str | Path):
+        model, found = load(str(model), device, dtype)
+        processor = processor or found
+    elif processor is None:
+        processor = read_processor(model.name_or_path)
+    times.append(time.perf_counter())
+    result = answer(model, processor, items, messages, config, max_new_tokens=max_new_tokens, progress=progress)
+    before = {"decode_video": times[1] - times[0], "load_model": times[2] - times[1]}
+    return replace(result, seconds=before | result.seconds)
 
 
 def load(
@@ -108,39 +205,73 @@ def _split(n: int) -> dict[str, Any]:
     return {"distributed_config": DistributedConfig(tp_size=n, tp_plan="auto")}  # pyright: ignore[reportCallIssue]
 
 
-def prepare(model: PreTrainedModel, processor: Any, clip: VideoClip, question: str) -> tuple[dict[str, Any], TokenGrid]:
-    """The model's inputs for one video and one question, on the model's device, and the grid of the visual tokens.
+def prepare(
+    model: PreTrainedModel, processor: Any, media: Medium | Sequence[Medium] | None, messages: Messages
+) -> tuple[dict[str, Any], list[TokenGrid]]:
+    """The inputs of a model's `generate()` for a prompt with videos and images.
+
+    Args:
+        model: they are put on its device.
+        processor: of its checkpoint.
+        media: a path (a video, or what `read_video` reads), what `read_video` returns, an image ((height, width, 3)
+            uint8 or Pillow's), or several of these; None where the messages hold them.
+        messages: a question, asked after all media; or chat messages in transformers' format, whose entries of type
+            "video" and "image" are filled in their order.
+
+    Returns:
+        the inputs, among them `input_ids` (1, N) int64; and where the visual tokens of each video and image lie, in the
+        order of the prompt. An image whose tiles are not known has tokens without places.
 
     Raises:
-        InputError: when the processor cannot place the video in the prompt.
+        InputError (a ValueError): media and messages do not fit each other, or the processor cannot place them.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from tempfile import mkdtemp
+        >>> import numpy as np
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+        >>> import videoanchor_triton as va
+        >>> from videoanchor_triton.app.demo import make_checkpoint
+        >>> folder = Path(mkdtemp(), "tiny")  # with random weights; yours is "Qwen/Qwen2.5-VL-7B-Instruct"
+        >>> make_checkpoint(folder)
+        >>> model = AutoModelForImageTextToText.from_pretrained(folder)
+        >>> processor = AutoProcessor.from_pretrained(folder)
+        >>> image = np.zeros((112, 168, 3), dtype=np.uint8)
+        >>> inputs, grids = va.prepare(model, processor, image, "Where is the lamp?")
+        >>> grids
+        [TokenGrid(t=1, h=4, w=6, n_extra=0, row_newlines=False)]
+
+    See Also:
+        enable: the gate around `generate()`.
+        ask: all in one call.
     """
-    inputs, grid = build_inputs(processor, find_multimodal_model(model).config, clip, question)
-    return dict(inputs.to(model.device)), grid
+    inputs, grids = build_inputs(processor, find_multimodal_model(model).config, media, messages)
+    return dict(inputs.to(model.device)), grids
 
 
 def answer(
     model: PreTrainedModel,
     processor: Any,
-    clip: VideoClip,
-    question: str,
+    media: Medium | Sequence[Medium] | None,
+    messages: Messages,
     config: VideoAnchorConfig,
     *,
     max_new_tokens: int = 128,
     scores: ScoreCache | None = None,
     progress: Progress | None = None,
-) -> RunResult:
-    """Asks `question` about `clip` with the gate on, by greedy decoding.
+) -> Answer:
+    """`ask` of a loaded model.
 
     Args:
         scores: where scores are kept; None computes them anew.
 
     Raises:
-        InputError: when the video does not fit the model, its context or the memory.
+        InputError: when the prompt does not fit the model, its context or the memory.
     """
-    inputs, grid = prepare(model, processor, clip, question)
-    check_fits(model, inputs["input_ids"].shape[1], max_new_tokens, clip, grid, config)
+    inputs, grids = prepare(model, processor, media, messages)
+    check_fits(model, inputs["input_ids"].shape[1], max_new_tokens, media, grids, config)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "scores": scores, "progress": progress}
-    return generate(model, processor, inputs, clip, grid, config, **options)
+    return generate(model, processor, inputs, grids, config, **options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +281,7 @@ class Prefix:
     Args:
         cache: their keys and values, and the scores; continuing it changes it.
         anchor: scores and labels of the visual tokens.
-        seconds: by stage, see `RunResult`.
+        seconds: by stage, see `Answer`.
     """
 
     cache: Cache
@@ -162,15 +293,14 @@ def generate(
     model: PreTrainedModel,
     processor: Any,
     inputs: dict[str, Any],
-    clip: VideoClip,
-    grid: TokenGrid,
+    grids: list[TokenGrid],
     config: VideoAnchorConfig,
     *,
     max_new_tokens: int,
     prefix: Prefix | None = None,
     scores: ScoreCache | None = None,
     progress: Progress | None = None,
-) -> RunResult:
+) -> Answer:
     """Answers what `prepare` has made, with the gate on, by greedy decoding.
 
     Args:
@@ -182,20 +312,20 @@ def generate(
     """
     n_prompt = inputs["input_ids"].shape[1]
     cuda = model.device.type == "cuda"
-    gpus = _gpus(model)
+    gpus = gpus_of(model)
     for gpu in gpus:
         torch.cuda.reset_peak_memory_stats(gpu)
     past = {} if prefix is None else {"past_key_values": prefix.cache}
-    with gated(model, config, clip, grid, scores, progress) as handle, stage_times(model, progress) as times:
+    with gated(model, config, scores, progress) as handle, stage_times(model, progress) as times:
         output = model.generate(**inputs, **past, max_new_tokens=max_new_tokens, do_sample=False)  # pyright: ignore
         anchor = scored(handle) if prefix is None else prefix.anchor
     generated = output[0, n_prompt:]
-    return RunResult(
-        answer=processor.batch_decode(generated[None], skip_special_tokens=True)[0].strip(),
+    return Answer(
+        text=processor.batch_decode(generated[None], skip_special_tokens=True)[0].strip(),
         n_prompt_tokens=n_prompt,
-        n_visual_tokens=grid.n_tokens,
+        n_visual_tokens=sum(grid.n_tokens for grid in grids),
         n_generated_tokens=len(generated),
-        grid=grid,
+        grids=grids,
         anchor=anchor,
         seconds=times.summary(0.0 if prefix is not None else sum(anchor.seconds.values())),
         device=torch.cuda.get_device_name(model.device) if cuda else "cpu",
@@ -207,8 +337,6 @@ def generate(
 def gated(
     model: PreTrainedModel,
     config: VideoAnchorConfig,
-    clip: VideoClip,
-    grid: TokenGrid,
     scores: ScoreCache | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Handle]:
@@ -225,8 +353,7 @@ def gated(
             yield handle
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise InputError(
-            f"not enough memory for {grid.n_tokens} visual tokens (--max-frames below {len(clip.frames)}): "
-            f"{first_line(error)}"
+            f"not enough memory for so many visual tokens, take fewer frames: {first_line(error)}"
         ) from error
     except (NonFiniteTokensError, FloatingPointError) as error:
         raise InputError(
@@ -239,79 +366,3 @@ def scored(handle: Handle) -> AnchorResult:
     result = handle.last[0]
     assert result is not None  # check_fits and prepare let no prompt without visual tokens pass
     return result
-
-
-def _gpus(model: PreTrainedModel) -> list[torch.device]:
-    """Those that hold it."""
-    return sorted({parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}, key=str)
-
-
-@dataclass
-class _StageTimes:
-    gpus: list[torch.device]
-    vision: float = 0.0
-    steps: list[float] = field(default_factory=list)
-    _start: float = 0.0
-    total: float = 0.0
-
-    def now(self) -> float:
-        for gpu in self.gpus:
-            torch.cuda.synchronize(gpu)
-        return time.perf_counter()
-
-    def summary(self, ssc: float) -> dict[str, float]:
-        """Seconds by stage. A step is one pass of the language model, without the scoring before the first."""
-        first, decode = self.steps[0], sum(self.steps[1:])
-        return {
-            "vision": self.vision,
-            "ssc": ssc,
-            "prefill": first,
-            "decode": decode,
-            "decode_per_token": decode / max(len(self.steps) - 1, 1),
-            "generate": self.total,
-        }
-
-
-@contextmanager
-def stage_times(model: PreTrainedModel, progress: Progress | None):
-    """Times the vision tower and each pass of the language model (its layers only: the scores come before them)."""
-    base = find_multimodal_model(model)
-    tower: nn.Module = getattr(base, "visual", None) or base.vision_tower  # pyright: ignore[reportAssignmentType]
-    times = _StageTimes(_gpus(model))
-
-    def start(*_: Any) -> None:
-        times._start = times.now()
-
-    def start_vision(*_: Any) -> None:
-        if progress is not None:
-            progress("vision", 0, 0)
-        start()
-
-    def end_vision(*_: Any) -> None:
-        times.vision += times.now() - times._start
-
-    def start_step(*_: Any) -> None:
-        if progress is not None and not times.steps:
-            progress("prefill", 0, 0)
-        start()
-
-    def end_step(*_: Any) -> None:
-        times.steps.append(times.now() - times._start)
-        if progress is not None:
-            progress("tokens", len(times.steps), 0)
-
-    text: nn.Module = base.language_model  # pyright: ignore[reportAssignmentType]
-    hooks = [
-        tower.register_forward_pre_hook(start_vision),
-        tower.register_forward_hook(end_vision),
-        # registered after the gate's hook, so it runs when the scores are there
-        text.register_forward_pre_hook(start_step),
-        text.register_forward_hook(end_step),
-    ]
-    begin = times.now()
-    try:
-        yield times
-    finally:
-        times.total = times.now() - begin
-        for hook in hooks:
-            hook.remove()

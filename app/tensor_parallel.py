@@ -77,7 +77,7 @@ class SplitModel:
             self._sent = self._clip[0]
         answers: list[Answered] = self._call("answer", question)
         results = [answered.result for answered in answers]
-        if len({(result.answer, result.n_generated_tokens) for result in results}) > 1:
+        if len({(result.text, result.n_generated_tokens) for result in results}) > 1:
             self.close()
             raise ChildProcessError("the processes that share the model have generated different answers")
         memory = [result.peak_memory_bytes for result in results if result.peak_memory_bytes is not None]

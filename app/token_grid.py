@@ -30,3 +30,18 @@ class TokenGrid:
         """(n_tokens,) -> (t, h, w)."""
         rows = values[: self.n_tokens - self.n_extra].reshape(self.t, self.h, self.w + self.row_newlines)
         return rows[:, :, : self.w]
+
+    def places(self) -> np.ndarray:
+        """(n_tokens, 3) int64 step, row and column of each token. The newline of a row has column -1, and a token after
+        the grid has -1 everywhere."""
+        places = np.argwhere(np.ones((self.t, self.h, self.w + self.row_newlines), dtype=bool))
+        places[places[:, 2] == self.w, 2] = -1
+        return np.pad(places, ((0, self.n_extra), (0, 0)), constant_values=-1)
+
+    def frames_per_step(self, n_frames: int) -> int:
+        """Sampled frames that one step covers; the last step may cover fewer."""
+        return -(-n_frames // self.t)
+
+    def first_frames(self, n_frames: int) -> np.ndarray:
+        """(t,) int64 first sampled frame of each step."""
+        return np.minimum(np.arange(self.t) * self.frames_per_step(n_frames), n_frames - 1)

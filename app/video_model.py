@@ -11,7 +11,7 @@ from ..anchor.timing import Progress
 from . import pipeline
 from .batch.shared_prefill import SharedPrefill
 from .libraries import prepare_libraries
-from .pipeline import RunResult
+from .pipeline import Answer
 from .score_cache import ScoreCache
 from .video.reader import VideoClip
 
@@ -25,7 +25,7 @@ class Answered(NamedTuple):
         peak_host_memory_bytes: what the process that holds the model has held at most.
     """
 
-    result: RunResult
+    result: Answer
     scores_cached: bool
     peak_host_memory_bytes: int
 

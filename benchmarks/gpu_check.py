@@ -6,10 +6,10 @@ Correctness of every op against an fp64 oracle comes first, then times of our ke
 order of importance until the minutes are used up; what is left then is written as skipped rows. All rows so far are in
 DIR/gpu_check.json, DIR/gpu_check.csv and DIR/summary.md at any moment. A row without a correct result carries no time.
 
-Everything that touches the device runs in a process of its own (worker.py), which is ended when it is silent for too
-long; a kernel that hung or crashed is a row with its reason, and a new process goes on with the next kernel. The exit
-status is 1 if a result of ours was wrong or missing. `--device cpu` runs the same code in Triton's interpreter at tiny
-sizes, without times. `python benchmarks/plot.py DIR/gpu_check.csv --out DIR` draws the figures.
+Everything that touches the device runs in a process of its own (helpers/worker.py), which is ended when it is silent
+for too long; a kernel that hung or crashed is a row with its reason, and a new process goes on with the next kernel.
+The exit status is 1 if a result of ours was wrong or missing. `--device cpu` runs the same code in Triton's interpreter
+at tiny sizes, without times. `python benchmarks/plot.py DIR/gpu_check.csv --out DIR` draws the figures.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from record import FAILED, SKIPPED, TIME_BUDGET, Row, headline_table, write
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.helpers.record import FAILED, SKIPPED, TIME_BUDGET, Row, headline_table, write
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-WORKER = [sys.executable, str(HERE / "worker.py")]
-PATHS = (HERE, ROOT / "src", ROOT / "tests", ROOT / "tests" / "kernels")
+ROOT = Path(__file__).resolve().parents[1]
+WORKER = [sys.executable, str(ROOT / "benchmarks" / "helpers" / "worker.py")]
+PATHS = (ROOT, ROOT / "src", ROOT / "tests", ROOT / "tests" / "kernels")
 SECTIONS = ("ceiling", "correctness", "prefill", "decode", "backward", "scores")
 START_SECONDS = 180.0
 SILENCE_SECONDS = 90.0

@@ -17,10 +17,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from . import backward, decode, prefill, prescale
+from .backward_kernel import d_keys_kernel, d_queries_kernel
+from .decode import padded_head_dim
+from .decode_kernel import split_kernel
 from .hopper import REGISTERS as HOPPER_REGISTERS
 from .hopper import TILES as HOPPER_TILES
+from .prefill_kernel import prefill_kernel
+from .prescale import KEYS as PRESCALE_KEYS
 from .prescale import LOG_BIAS, NO_GATE, POST_EXP, SPLIT
+from .prescale_kernel import prescale_kernel
 from .tiles import HEAD_DIMS, TMA_TARGETS, Tile, backward_tiles, decode_tile, prefill_tile, split_head_dim
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)}
@@ -40,7 +45,7 @@ VARIANTS = (
     "log-bias varlen window softcap",
     "log-bias padded window softcap",
 )
-BACKWARD = {"dq": backward.d_queries_kernel, "dk-dv": backward.d_keys_kernel}
+BACKWARD = {"dq": d_queries_kernel, "dk-dv": d_keys_kernel}
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 CASES = [
     (kernel, target, head_dim, "fp16" if kernel == "split" else "bf16")
@@ -163,7 +168,7 @@ def compile_prefill(
     for i, part in enumerate((d0, d1)):
         described = f"tensordesc<{dtype}[1, 1, {tile.keys}, {part}]>" if tma and part else None
         dtypes |= dict.fromkeys((f"k_desc{i}", f"v_desc{i}"), described)
-    compiled = compile_kernel(prefill.prefill_kernel, target, dtypes, constants, tile)
+    compiled = compile_kernel(prefill_kernel, target, dtypes, constants, tile)
     return report(
         " ".join([gate, *(name for name, asked in variant.items() if asked)]), target, head_dim, dtype, compiled
     )
@@ -171,11 +176,11 @@ def compile_prefill(
 
 def compile_prescale(target: str, head_dim: int, dtype: str = "bf16", gate: str = "post-exp") -> Report:
     """Compile the pass before prefill, with both gates and padding; arguments as for prefill."""
-    constants = {"D": head_dim, "BD": triton.next_power_of_2(head_dim), "BN": prescale.KEYS, "FORM": FORMS[gate]}
+    constants = {"D": head_dim, "BD": triton.next_power_of_2(head_dim), "BN": PRESCALE_KEYS, "FORM": FORMS[gate]}
     dtypes: dict[str, str | None] = {"v": dtype, "out_v": dtype, "seen": "u8"}
     dtypes |= dict.fromkeys(("gamma_k", "gamma_v", "gate"), "fp32") | {"rest": "fp32" if gate == "split" else None}
-    tile = Tile(0, prescale.KEYS, 4, 1)
-    compiled = compile_kernel(prescale.prescale_kernel, target, dtypes, constants, tile)
+    tile = Tile(0, PRESCALE_KEYS, 4, 1)
+    compiled = compile_kernel(prescale_kernel, target, dtypes, constants, tile)
     return report(f"prescale {gate}", target, head_dim, dtype, compiled)
 
 
@@ -193,7 +198,7 @@ def compile_decode(
     tile = tile or decode_tile(target, head_dim, ELEMENT[dtype], rows)
     constants = {
         "D": head_dim,
-        "BD": decode.padded_head_dim(head_dim),
+        "BD": padded_head_dim(head_dim),
         "BM": tile.queries,
         "BN": tile.keys,
         "PAGE": page or 1,
@@ -208,7 +213,7 @@ def compile_decode(
     )
     dtypes |= {"seen": "u8" if padding else None}
     dtypes |= {"lengths": "i32" if page else None, "table": "i32" if page else None}
-    compiled = compile_kernel(decode.split_kernel, target, dtypes, constants, tile)
+    compiled = compile_kernel(split_kernel, target, dtypes, constants, tile)
     return report(f"page-{page}" if page else "decode", target, head_dim, dtype, compiled)
 
 

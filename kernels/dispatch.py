@@ -1,17 +1,22 @@
-"""The one place that decides whether the Triton kernels can take a call."""
+"""The one place that decides which implementation takes a call, and says so where it is not the best one."""
 
 import importlib.util
 import logging
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 
 from .hopper import hopper_enabled, hopper_refusal
+from .reference import reference_attention
+from .sdpa import sdpa_attention
 from .tiles import HEAD_DIMS, INTERPRETER, MAX_QUERIES, PREFILL
 
+BACKENDS = ("auto", "triton", "hopper", "sdpa", "reference")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_GRID = 65535
+Outputs = tuple[torch.Tensor, torch.Tensor]
 logger = logging.getLogger(__name__)
 
 
@@ -19,7 +24,7 @@ def _interpreted() -> bool:
     """Whether the kernels were defined under TRITON_INTERPRET=1, which runs them on any device's tensors."""
     import triton
 
-    from .prefill import prefill_kernel
+    from .prefill_kernel import prefill_kernel
 
     return not isinstance(prefill_kernel, triton.JITFunction)
 
@@ -58,6 +63,38 @@ def triton_refusal(
     return None
 
 
+def choose_backend(
+    backend: str, q: torch.Tensor, no_hopper: str | None = None, refused: str | None = None, batch: int | None = None
+) -> str:
+    """The backend for a call. `no_hopper` names an op that "hopper" lacks, `refused` says why Triton cannot take it."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "hopper" and no_hopper:
+        raise ValueError(f"backend='hopper' is for prefill and cannot take {no_hopper}; use backend='triton' or 'auto'")
+    if backend in ("sdpa", "reference", "hopper"):
+        return backend
+    refused = refused or triton_refusal(q.device, q.dtype, q.shape[-1], q.shape[0] if batch is None else batch)
+    if backend == "triton":
+        if refused is not None:
+            raise ValueError(f"backend='triton' cannot take this call: {refused}; use backend='sdpa' or 'auto'")
+        return backend
+    if q.device.type != "cuda":
+        return "sdpa"
+    if refused is not None and not torch.compiler.is_compiling():
+        _log_fallback(no_hopper, refused)
+    return "triton" if refused is None else "sdpa"
+
+
+@cache
+def _log_fallback(op: str | None, refusal: str) -> None:
+    told = "%s on torch's scaled_dot_product_attention instead of Triton%s: %s"
+    if op is None:
+        logger.info(told, "attention runs", "", refusal)
+    else:  # see sequences.py
+        host = ", a sequence at a time with lengths read on the host, so that no CUDA graph can hold the call"
+        logger.warning(told, f"{op} run" + "s" * (op == "decode"), host, refusal)
+
+
 def hopper_choice(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -89,3 +126,57 @@ def hopper_choice(
 @cache
 def _log_portable(reason: str) -> None:
     logger.info("prefill runs on the portable Triton kernel instead of the Hopper one: %s", reason)
+
+
+def torch_backend(
+    backend: str,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    positive_gate: bool,
+    return_lse: bool,
+) -> Callable[..., Outputs]:
+    """SDPA (whose lse is None unless asked for) or the reference, with their options set."""
+
+    def attend(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gamma_k: torch.Tensor | None,
+        gamma_v: torch.Tensor | None,
+        key_padding_mask: torch.Tensor | None = None,
+    ) -> Outputs:
+        gates = {"gamma_k": gamma_k, "gamma_v": gamma_v, "key_padding_mask": key_padding_mask}
+        options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        if backend == "sdpa":
+            return sdpa_attention(q, k, v, **gates, **options, positive_gate=positive_gate, return_lse=return_lse)
+        out, lse = reference_attention(q, k, v, **gates, **options)
+        return out.to(q.dtype), lse.float()
+
+    return attend
+
+
+def available_backends(device: torch.device | str) -> dict[str, str]:
+    """One line for each backend of `anchored_attention`: what it can do on `device`.
+
+    See Also:
+        anchored_attention: takes these names as `backend`.
+
+    Examples:
+        >>> import videoanchor_triton as va
+        >>> backends = va.available_backends("cpu")
+        >>> list(backends)
+        ['triton', 'hopper', 'sdpa', 'reference']
+        >>> backends["sdpa"]
+        'yes, any dtype and head dim'
+    """
+    device = torch.device(device)
+    refusal = triton_refusal(device)
+    target = triton_target(device)[0]
+    return {
+        "triton": f"yes, tiles for {target}" if refusal is None else f"no: {refusal}",
+        "hopper": "prefill only, off unless VIDEOANCHOR_HOPPER=1" if target == "sm_90" else "no: it takes sm_90 only",
+        "sdpa": "yes, any dtype and head dim",
+        "reference": "yes, dense in fp64, for tests",
+    }

@@ -7,12 +7,23 @@ POST_EXP_LIMIT = 2.0**20
 
 
 def choose_gate_form(gamma_k: torch.Tensor) -> str:
-    """The cheapest `gate_form` that every value of gamma_k allows: "post-exp" within [2**-20, 2**20], else "log-bias".
+    """The cheapest `gate_form` that all of gamma_k allows: "post-exp" within `[2**-20, 2**20]`, else "log-bias".
 
     Reads the values on the host, once: call it when a gate is built, not in every attention call.
 
     Raises:
         ValueError: a value is negative, infinite or NaN.
+
+    See Also:
+        anchored_attention: takes the `gate_form`.
+
+    Examples:
+        >>> import torch
+        >>> import videoanchor_triton as va
+        >>> va.choose_gate_form(1 + 9.5 * torch.rand(8))
+        'post-exp'
+        >>> va.choose_gate_form(torch.tensor([0.0, 1.0]))
+        'log-bias'
     """
     check_gate_values("gamma_k", gamma_k.detach(), None)
     bounded = ((gamma_k >= 1 / POST_EXP_LIMIT) & (gamma_k <= POST_EXP_LIMIT)).all()

@@ -6,7 +6,7 @@ bytes), its `empty` barrier when both warpgroups have read it. Visit i uses stag
 time, whose parity is the phase to wait for. The scores of tile i run on the tensor cores beside the values of tile
 i - 1, and both beside the softmax of the other warpgroup.
 
-The formula is that of prefill.py, the order of the products that of FlashAttention-3 (arXiv 2407.08608).
+The formula is that of prefill_kernel.py, the order of the products that of FlashAttention-3 (arXiv 2407.08608).
 """
 
 from triton.experimental import gluon
@@ -28,12 +28,14 @@ tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  
 
 @gluon.constexpr_function
 def accumulator_layout(columns):
+    """Layout of [rows, columns] as a warpgroup's product leaves it in registers."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
 @gluon.jit
 def pack(b_p, dtype: gl.constexpr):
-    # [rows, BN] fp32 -> [rows, BN / 2] pairs of 16 bits; a loop that carries them apart shuffles bytes in every pass
+    """[rows, BN] fp32 -> [rows, BN / 2] int32, pairs of 16 bits of `dtype`."""
+    # a loop that carries them apart shuffles bytes in every pass
     b_even, b_odd = b_p.reshape([b_p.shape[0], b_p.shape[1] // 2, 2]).split()
     instruction: gl.constexpr = (
         "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
@@ -43,13 +45,14 @@ def pack(b_p, dtype: gl.constexpr):
 
 @gluon.jit
 def unpack(b_pairs, dtype: gl.constexpr):
+    """[rows, BN / 2] pairs of 16 bits -> [rows, BN] of `dtype`: undoes `pack`."""
     b_even, b_odd = (b_pairs & 0xFFFF).to(gl.int16), (b_pairs >> 16).to(gl.int16)
     return gl.join(b_even, b_odd).reshape([b_pairs.shape[0], 2 * b_pairs.shape[1]]).to(dtype, bitcast=True)
 
 
 @gluon.constexpr_function
 def halves_layout(rows, columns):
-    # accumulator_layout(2 * columns) of [rows, columns, 2], the two halves next to each other in a thread's registers
+    """accumulator_layout(2 * columns) of [rows, columns, 2], the two halves side by side in a thread's registers."""
     far = [[0, 2**bit, 0] for bit in range(3, columns.bit_length() - 1)]
     registers = [[0, 0, 1], [0, 1, 0], [8, 0, 0], *far]
     lanes = [[0, 2, 0], [0, 4, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
@@ -58,7 +61,7 @@ def halves_layout(rows, columns):
 
 @gluon.jit
 def halves(b_x):
-    # [rows, n] -> twice [rows, n / 2]
+    """[rows, n] -> twice [rows, n / 2]."""
     ROWS: gl.constexpr = b_x.shape[0]
     HALF: gl.constexpr = b_x.shape[1] // 2
     b_x = b_x.reshape([ROWS, 2, HALF]).permute([0, 2, 1])
@@ -67,7 +70,10 @@ def halves(b_x):
 
 @gluon.jit
 def add_columns(b_sum, b_p, b_gate, GATE: gl.constexpr):
-    # [rows, 8] += b_p * b_gate, 8 columns at a time: a chain of FMAs in each thread, where gl.sum makes a tree
+    """[rows, 8] += the columns of b_p [rows, n], 8 at a time, times b_gate [rows, n] where GATE is POST_EXP (2).
+
+    A chain of FMAs in each thread, where gl.sum makes a tree.
+    """
     if b_p.shape[1] > 8:
         b_p0, b_p1 = halves(b_p)
         b_gate0, b_gate1 = halves(b_gate) if GATE == 2 else (b_gate, b_gate)
@@ -81,12 +87,14 @@ def add_columns(b_sum, b_p, b_gate, GATE: gl.constexpr):
 
 @gluon.jit
 def make_tiles(descriptor, COUNT: gl.constexpr):
+    """Shared memory for COUNT tiles of a descriptor's block: [COUNT, *block]."""
     shape: gl.constexpr = [COUNT] + descriptor.block_type.shape  # noqa: RUF005 - Gluon has no starred list
     return gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
 
 
 @gluon.jit
 def make_ring(descriptor, STAGES: gl.constexpr):
+    """Shared memory for STAGES tiles of a descriptor, and their `ready` and `empty` barriers."""
     tiles = make_tiles(descriptor, STAGES)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -100,6 +108,10 @@ def make_ring(descriptor, STAGES: gl.constexpr):
 def load_tiles(
     q, k, v, gate, q_tiles, q_ready, k_ring, v_ring, i_b, i_h, i_kv, i_first, n_tiles, GATE: gl.constexpr
 ):  # fmt: skip
+    """The loader: both halves of Q's BM rows from i_first on, then n_tiles key tiles from the last to the first.
+
+    q, k, v: descriptors of [1, 1, BM / 2 or BN, D] tiles; gate: of [1, 1, BN]. A gate comes with its keys.
+    """
     k_tiles, gate_tiles, k_ready, k_empty = k_ring
     v_tiles, v_ready, v_empty = v_ring
     STAGES: gl.constexpr = k_tiles.shape[0]
@@ -127,6 +139,7 @@ def load_tiles(
 
 @gluon.jit
 def start_scores(q_tile, k_ring, i):
+    """Start [rows, BN] fp32 = Q K^T of visit i, from q_tile [rows, D] and its stage of the ring; returned at once."""
     k_tiles, _, k_ready, _ = k_ring
     STAGES: gl.constexpr = k_tiles.shape[0]
     BN: gl.constexpr = k_tiles.shape[3]
@@ -141,6 +154,7 @@ def start_scores(q_tile, k_ring, i):
 
 @gluon.jit
 def start_values(b_pairs, v_ring, b_acc, i):
+    """Start b_acc [rows, D] += P V of visit i; returns P [rows, BN], unpacked from b_pairs, and b_acc, at once."""
     v_tiles, v_ready, _ = v_ring
     STAGES: gl.constexpr = v_tiles.shape[0]
     BN: gl.constexpr = v_tiles.shape[3]
@@ -157,6 +171,11 @@ def softmax_tile(
     b_s, b_max, b_sum, k_ring, i, n_tiles, o_position, Nk, scale_log2,
     GATE: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
+    """One step of the running softmax over visit i's scores b_s [rows, BN], with its gate [BN] in the form of GATE.
+
+    b_max [rows] and b_sum [rows, 8] (shares of the sum) are the state. Frees the stage of K and of the gate. Returns P
+    [rows, BN] fp32, the factor [rows] by which what came before shrinks, and the new state.
+    """
     k_tiles, gate_tiles, _, k_empty = k_ring
     STAGES: gl.constexpr = k_tiles.shape[0]
     BN: gl.constexpr = k_tiles.shape[3]
@@ -196,6 +215,11 @@ def attend_tiles(
     b_acc, b_pairs, b_max, b_sum, q_tile, k_ring, v_ring, i_start, i_end, n_tiles, o_position, Nk, scale_log2,
     GATE: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
+    """Visits i_start up to i_end of one warpgroup: scores of visit i beside the values of visit i - 1.
+
+    The state is b_acc [rows, D], b_max [rows], b_sum [rows, 8], all fp32, and b_pairs [rows, BN / 2], P of the last
+    visit. o_position [rows]: where the queries stand among the Nk keys.
+    """
     v_tiles, _, v_empty = v_ring
     STAGES: gl.constexpr = v_tiles.shape[0]
     D: gl.constexpr = v_tiles.shape[4]
@@ -221,6 +245,10 @@ def attend_rows(
     q_tile, q_ready, k_ring, v_ring, p_out, p_lse, i_row, Nq, Nk, stride_on, n_tiles, n_masked, scale_log2,
     GATE: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
+    """One warpgroup: out [rows, D] and lse [rows] of the BM / 2 query rows from i_row on, in q_tile [1, 1, rows, D].
+
+    p_out, p_lse: of this head and batch entry. Of n_tiles visits the first n_masked, at least one, need a mask.
+    """
     v_tiles, _, _ = v_ring
     ROWS: gl.constexpr = q_tile.shape[2]
     BN: gl.constexpr = v_tiles.shape[3]
@@ -285,6 +313,11 @@ def hopper_kernel(
     GATE: gl.constexpr,
     CAUSAL: gl.constexpr,
 ):
+    """One program: BM query rows of one head. Descriptors: q of [1, 1, BM / 2, D], k and v of [1, 1, BN, D] tiles.
+
+    gate: descriptor of [1, 1, BN] tiles of (B, Hkv or 1, Nk) fp32, None with NO_GATE. out (B, Hq, Nq, D) has contiguous
+    rows, lse (B, Hq, Nq) is fp32. group: query heads of a KV head. GATE: a form of prescale.py, not SPLIT.
+    """
     BM: gl.constexpr = 2 * q.block_type.shape[2]
     BN: gl.constexpr = k.block_type.shape[2]
     i_m = gl.program_id(0)

@@ -33,6 +33,19 @@ def merge_attention(
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, dtype or device.
+
+    See Also:
+        anchored_attention: gives the parts, with return_lse=True.
+
+    Examples:
+        >>> import torch
+        >>> import videoanchor_triton as va
+        >>> q, k, v = torch.randn(3, 1, 4, 8, 16)
+        >>> halves = zip(k.chunk(2, dim=2), v.chunk(2, dim=2))
+        >>> first, second = (va.anchored_attention(q, *half, return_lse=True) for half in halves)
+        >>> out, lse = va.merge_attention(*first, *second)
+        >>> torch.allclose(out, va.anchored_attention(q, k, v), atol=1e-5)
+        True
     """
     _check(out_a, lse_a, out_b, lse_b)
     dead_a, dead_b = lse_a == float("-inf"), lse_b == float("-inf")

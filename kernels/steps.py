@@ -8,14 +8,18 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def load_rows(p_base, i_n, stride_n, m_tile, BN: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    # [BN, D]; 64 bits for the tile's first row only: the launchers bound stride_n
+    """[BN, D] tile: rows i_n up to i_n + BN of p_base, of contiguous elements and stride_n apart.
+
+    m_tile is broadcastable to [BN, D]; what it hides is 0. Without MASKED it is not looked at.
+    """
+    # 64 bits for the tile's first row only: the launchers bound stride_n
     p_rows = p_base + i_n.to(tl.int64) * stride_n + (tl.arange(0, BN)[:, None] * stride_n + tl.arange(0, D)[None, :])
     return tl.load(p_rows, mask=m_tile, other=0.0) if MASKED else tl.load(p_rows)
 
 
 @triton.jit
 def visible_keys(p_seen, o_n, i_end):
-    # [BN]
+    """[BN] bool: which of the keys o_n [BN] come before i_end and are 1 in p_seen (uint8; None: all are)."""
     m_keys = o_n < i_end
     if p_seen is not None:
         m_keys = m_keys & (tl.load(p_seen + o_n, mask=m_keys, other=0) != 0)
@@ -24,7 +28,7 @@ def visible_keys(p_seen, o_n, i_end):
 
 @triton.jit
 def visible_pairs(m_keys, o_n, o_position, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    # [BM, BN] of query positions [BM] and keys [BN]
+    """[BM, BN] or [1, BN] bool: which keys o_n [BN] of m_keys [BN] the queries at o_position [BM] may see."""
     m_pairs = m_keys[None, :]
     if CAUSAL:
         m_pairs = m_pairs & (o_n[None, :] <= o_position[:, None])
@@ -35,6 +39,7 @@ def visible_pairs(m_keys, o_n, o_position, window, CAUSAL: tl.constexpr, WINDOW:
 
 @triton.jit
 def poison_rows(p_rows, stride_n, i_start, i_end, D: tl.constexpr, BM: tl.constexpr):
+    """NaN in rows i_start up to i_end of p_rows, D elements each and stride_n apart, BM rows at a time."""
     # a sequence is longer than the longest that the caller named: its last rows must not look like results
     for i_m in tl.range(i_start, i_end, BM):
         o_m = i_m + tl.arange(0, BM)
@@ -44,13 +49,16 @@ def poison_rows(p_rows, stride_n, i_start, i_end, D: tl.constexpr, BM: tl.conste
 
 @triton.jit
 def fp16_shift(b_log2_size):
-    # the least s >= 0 with which size * 2**-s is within fp16; at most 120, so that 2**-s is no denormal
+    """The least s >= 0 with which 2**(b_log2_size - s) is within fp16; at most 120, so that 2**-s is no denormal."""
     return tl.minimum(tl.maximum(tl.ceil(b_log2_size) - 15, 0.0), 120.0)
 
 
 @triton.jit
 def add_product(b_a, b_b, b_acc, LARGE: tl.constexpr):
-    # b_acc + b_a b_b, b_a rounded from fp32 to b_b's dtype; where it may be LARGE, rows in fp16 by a power of two
+    """[BM, D] fp32: b_acc + b_a b_b, with b_a [BM, BN] rounded from fp32 to the dtype of b_b [BN, D].
+
+    Where b_a may be LARGE, each of its rows is scaled into fp16 by a power of two.
+    """
     if LARGE and b_b.dtype == tl.float16:
         b_shift = fp16_shift(tl.log2(tl.max(tl.abs(b_a), 1)))
         b_a = (b_a * tl.exp2(-b_shift)[:, None]).to(tl.float16)
@@ -62,16 +70,17 @@ def add_product(b_a, b_b, b_acc, LARGE: tl.constexpr):
 
 @triton.jit
 def finite_max(b_max):
-    # for a row that has seen no key yet: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN
+    """b_max with 0 for -inf, a row that has seen no key yet: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN."""
     return tl.where(b_max == float("-inf"), 0.0, b_max)
 
 
 @triton.jit
 def soft_capped(b_s, cap):
-    # cap * tanh(b_s / cap); the series where 1 - exp2 would cancel
+    """cap * tanh(b_s / cap) of a tile of logits of any shape."""
     b_x = b_s * (1.0 / cap)
     b_decay = tl.exp2(tl.abs(b_x) * -2.8853900817779268)
     b_tanh = (1.0 - b_decay) / (1.0 + b_decay)
     b_square = b_x * b_x
+    # where 1 - exp2 would cancel
     b_series = b_x * (1.0 - b_square * (1 / 3 - b_square * (2 / 15 - b_square * (17 / 315))))
     return cap * tl.where(b_square < 0.01, b_series, tl.where(b_x < 0, -b_tanh, b_tanh))

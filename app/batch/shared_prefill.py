@@ -14,9 +14,9 @@ from ...anchor.timing import Progress
 from ...integrations.transformers.backbones import visual_token_ids
 from ...integrations.transformers.visual_tokens import find_multimodal_model
 from ..budget import check_fits
-from ..pipeline import Prefix, RunResult, gated, generate, prepare, scored, stage_times
+from ..pipeline import Answer, Prefix, gated, generate, prepare, scored
 from ..score_cache import ScoreCache
-from ..token_grid import TokenGrid
+from ..stage_times import stage_times
 from ..video.reader import VideoClip
 
 
@@ -51,24 +51,24 @@ class SharedPrefill:
         self._beginning: Tensor | None = None
         self._prefix: Prefix | Exception | None = None
 
-    def answer(self, question: str) -> RunResult:
+    def answer(self, question: str) -> Answer:
         """Asks one question.
 
         Raises:
             InputError: see `pipeline.answer`; where the shared beginning fails, the same for every question.
         """
-        inputs, grid = prepare(self._model, self._processor, self._clip, question)
+        inputs, grids = prepare(self._model, self._processor, self._clip, question)
         n_prompt = inputs["input_ids"].shape[1]
-        check_fits(self._model, n_prompt, self._max_new_tokens, self._clip, grid, self._config)
+        check_fits(self._model, n_prompt, self._max_new_tokens, self._clip, grids, self._config)
         options: dict[str, Any] = {
             "max_new_tokens": self._max_new_tokens,
             "scores": self._scores,
             "progress": self._progress,
         }
-        arguments = self._model, self._processor, inputs, self._clip, grid, self._config
+        arguments = self._model, self._processor, inputs, grids, self._config
         first = self._prefix is None
         if first:
-            self._prefill(inputs, grid)
+            self._prefill(inputs)
         prefix = self._prefix
         if isinstance(prefix, Exception):
             raise prefix
@@ -88,14 +88,14 @@ class SharedPrefill:
             result, seconds={stage: value + prefix.seconds.get(stage, 0.0) for stage, value in result.seconds.items()}
         )
 
-    def _prefill(self, inputs: dict[str, Any], grid: TokenGrid) -> None:
+    def _prefill(self, inputs: dict[str, Any]) -> None:
         ids: Tensor = inputs["input_ids"]
         tokens = list(visual_token_ids(find_multimodal_model(self._model).config).values())
         n_shared = int(torch.isin(ids[0], torch.tensor(tokens, device=ids.device)).nonzero()[-1]) + 1
         beginning = {name: value[:, :n_shared] if value.shape == ids.shape else value for name, value in inputs.items()}
         try:
             with (
-                gated(self._model, self._config, self._clip, grid, self._scores, self._progress) as handle,
+                gated(self._model, self._config, self._scores, self._progress) as handle,
                 stage_times(self._model, self._progress) as times,
             ):
                 output = self._model(**beginning, use_cache=True, logits_to_keep=1)

@@ -165,7 +165,7 @@ class BatchWorker:
         return {
             **_about(row, self._settings_hash),
             "status": "done",
-            "answer": result.answer,
+            "answer": result.text,
             "failure": None,
             "reason": None,
             "tokens": {

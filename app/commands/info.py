@@ -24,7 +24,7 @@ def _info(args: argparse.Namespace) -> int:
         return _info_backbones(args.json)
     import torch
 
-    from ...kernels.api import available_backends
+    from ...kernels.dispatch import available_backends
     from ..output import versions
 
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]

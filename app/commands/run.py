@@ -126,7 +126,7 @@ def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine, tenso
     try:
         record = output.write_run(args.out, result, clip, config, about)
     except OSError:
-        progress.say(f"not written, so here: answer    {result.answer}")
+        progress.say(f"not written, so here: answer    {result.text}")
         raise
     try:
         output.draw_run(args.out, result, clip, record)
@@ -139,7 +139,7 @@ def report(result: Any, record: dict[str, Any], out: Path) -> None:
     seconds = record["seconds"]
     scores, sizes = result.anchor.scores, result.anchor.labels.bincount()
     grid = result.grid
-    print(f"answer    {printable(result.answer, lines=True)}")
+    print(f"answer    {printable(result.text, lines=True)}")
     print(
         f"tokens    {result.n_prompt_tokens} in the prompt, {result.n_visual_tokens} visual ({grid.t} x {grid.h} x "
         f"{grid.w}{f' + {grid.n_extra}' if grid.n_extra else ''}), {result.n_generated_tokens} generated"

@@ -62,38 +62,34 @@ def _viz(args: argparse.Namespace) -> int:
     parts = _parts(args.what)
     if args.all_frames and "overlay" not in parts:
         raise InputError("--all-frames is about the overlay: add it to --what")
-    out = args.out or args.run / "viz"
     from ..viz.finished_run import read_run
 
-    run = read_run(args.run)
+    run, out = read_run(args.run), args.out or args.run / "viz"
     check_folder(out)
     from ..viz.render import Gallery
 
-    progress = ProgressLine(not args.json)
+    affinity, attention = "affinity" in parts, "attention" in parts
     model = args.model or run.record["model"]
-    if "affinity" in parts or "attention" in parts:
+    if affinity or attention:
         prepare_libraries()
         from ..checkpoint import read_config, read_processor
 
         read_config(model)  # what is refused is refused before a picture is drawn
         read_processor(model)
-    gallery = Gallery(run, out, args.video, args.format, args.timeout, progress, args.strict)
+    progress = ProgressLine(not args.json)
+    reading = {"timeout": args.timeout, "strict": args.strict}
+    gallery = Gallery(run, out, args.video, args.format, progress, progress.say, **reading)
     try:
-        for part in parts:
-            if part == "overlay":
-                gallery.overlay(all_frames=args.all_frames)
-            elif part in ("affinity", "attention"):
-                continue
-            else:
-                getattr(gallery, part)()
-        if "affinity" in parts or "attention" in parts:
-            gallery.from_model(
-                model,
-                args.device,
-                args.dtype,
-                affinity="affinity" in parts,
-                attention="attention" in parts,
-            )
+        if "sheet" in parts:
+            gallery.sheet()
+        if "overlay" in parts:
+            gallery.overlay(all_frames=args.all_frames)
+        if "csv" in parts:
+            gallery.csv()
+        if "frames" in parts:
+            gallery.frames()
+        if affinity or attention:
+            gallery.from_model(model, args.device, args.dtype, affinity=affinity, attention=attention)
     finally:
         progress.close()
     if args.json:

@@ -57,7 +57,7 @@ class Asker:
             max_new_tokens=self._max_new_tokens,
             scores=None if setting.config.scorer == "uniform" else self.scores,  # nothing to keep
             progress=self._progress,
-        ).answer
+        ).text
 
     def clip(self, video: Path, max_frames: int) -> VideoClip:
         """The frames of a video; the last ones are kept."""

@@ -1,15 +1,17 @@
 """How much the tokens of one frame express those of another: W's mass between the frames."""
 
-import csv
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..token_grid import TokenGrid
-from .layout import token_places
 from .plain_text import plain_text
+from .table import Row
 
 MAX_TICKS = 12
 
@@ -49,7 +51,7 @@ def frame_affinity(indices: Tensor, values: Tensor, grid: TokenGrid) -> FrameAff
             f"indices, values: expected ({grid.n_tokens}, k) for {grid}, got {tuple(indices.shape)} and "
             f"{tuple(values.shape)}"
         )
-    step = token_places(grid)[:, 0]
+    step = grid.places()[:, 0]
     by = step[indices.cpu().numpy()]
     expressed = np.broadcast_to(step[:, None], by.shape)
     mass = np.abs(values.detach().cpu().double().numpy())
@@ -62,14 +64,9 @@ def frame_affinity(indices: Tensor, values: Tensor, grid: TokenGrid) -> FrameAff
 @plain_text()
 def draw(path: Path, affinity: FrameAffinity, seconds: np.ndarray, video_name: str) -> None:
     """Draws the matrix. `seconds` (t,) is the time of each step; the suffix of `path` is the format."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure
-
     percent = 100 * affinity.share
     norm = PowerNorm(0.5, vmin=0, vmax=float(percent.max()) or 1.0)
     figure = Figure((5.2, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     picture = axis.imshow(percent, cmap="viridis", norm=norm, interpolation="nearest")
     ticks = np.arange(0, len(seconds), -(-len(seconds) // MAX_TICKS))
@@ -83,10 +80,8 @@ def draw(path: Path, affinity: FrameAffinity, seconds: np.ndarray, video_name: s
     figure.savefig(path, dpi=300)
 
 
-def write(path: Path, affinity: FrameAffinity, seconds: np.ndarray) -> None:
-    """The matrix as CSV: a row for each pair of steps, with their times in seconds and the share."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("step", "time_s", "expressed_step", "expressed_time_s", "share"))
-        for (i, j), share in np.ndenumerate(affinity.share):
-            writer.writerow((i, f"{seconds[i]:.6f}", j, f"{seconds[j]:.6f}", repr(float(share))))
+def rows(affinity: FrameAffinity, seconds: np.ndarray) -> Iterator[Row]:
+    """The names of the columns, then a row for each pair of steps, with their times in seconds and the share."""
+    yield "step", "time_s", "expressed_step", "expressed_time_s", "share"
+    for (i, j), share in np.ndenumerate(affinity.share):
+        yield i, f"{seconds[i]:.6f}", j, f"{seconds[j]:.6f}", share

@@ -1,19 +1,24 @@
 """The share of attention that visual tokens get from the text after them, before and after the gate, by layer."""
 
-import csv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ...integrations.errors import InputError
 from ...integrations.transformers import attention
 from ...kernels.api import anchored_attention
+from .palette import COLOURS
 from .plain_text import plain_text
+from .table import Row
 
 _OF_THE_GATE = ("gamma_k", "gamma_v", "gamma_q", "return_lse")
 """What the measurement chooses itself; gamma_q cancels in a share."""
@@ -76,22 +81,22 @@ def visual_share(
 
 
 @contextmanager
-def record_visual_share(text: nn.Module, visual: Tensor) -> Iterator[SharesRecord]:
+def record_visual_share(visual: Tensor) -> Iterator[SharesRecord]:
     """While this is open, the gated attention of each layer of a prefill is measured; nothing of it is kept.
 
-    Measured are the queries after the last visual token, of a batch of one row. Not for several threads at once.
+    Measured are the queries after the last visual token, of a batch of one row. A module that knows its `layer_idx`
+    tells the layer. Not for several threads at once.
 
     Args:
-        text: the language model; modules of it that know their `layer_idx` tell the layer.
         visual: (N,) bool, True at the visual tokens of the prompt.
     """
     n_after = len(visual) - 1 - int(visual.nonzero()[-1])
     record = SharesRecord(n_queries=n_after, n_keys=len(visual), n_visual=int(visual.sum()))
-    layer, attend = 0, attention.anchored_attention  # pyright: ignore[reportPrivateImportUsage]
+    layer = 0
 
     def entered(module: nn.Module, _args: Any) -> None:
         nonlocal layer
-        layer = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
+        layer = getattr(module, "layer_idx", layer)
 
     def measured(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         if q.shape[2] == k.shape[2] == len(visual):
@@ -104,32 +109,18 @@ def record_visual_share(text: nn.Module, visual: Tensor) -> Iterator[SharesRecor
                 for gamma in (None, options.get("gamma_k"))
             )
             record.layers.append(VisualShare(layer, ungated, gated))
-        return attend(q, k, v, **options)
+        return anchored_attention(q, k, v, **options)
 
-    with_index = [module for module in text.modules() if isinstance(getattr(module, "layer_idx", None), int)]
-    hooks = [module.register_forward_pre_hook(entered) for module in with_index]
-    attention.anchored_attention = measured  # pyright: ignore[reportAttributeAccessIssue]
-    try:
+    with register_module_forward_pre_hook(entered), mock.patch.object(attention, "anchored_attention", measured):
         yield record
-    finally:
-        attention.anchored_attention = attend  # pyright: ignore[reportPrivateImportUsage]
-        for hook in hooks:
-            hook.remove()
 
 
 @plain_text()
 def draw(path: Path, record: SharesRecord, video_name: str) -> None:
     """Draws both shares over the layers: the mean over heads, and between which values the heads lie. The suffix of
     `path` is the format."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    from .palette import COLOURS
-
     layers = np.array([one.layer for one in record.layers])
     figure = Figure((5.6, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     styles = (("before the gate", "ungated", COLOURS[1], "o", "--"), ("after the gate", "gated", COLOURS[5], "s", "-"))
     among = 100 * record.n_visual / record.n_keys
@@ -151,19 +142,25 @@ def draw(path: Path, record: SharesRecord, video_name: str) -> None:
     axis.set_xlabel("decoder layer")
     axis.set_ylabel("attention on visual tokens (%)")
     axis.set_title(f"{video_name}\nattention of the {record.n_queries} text tokens after the video", fontsize=10)
-    lines, bands = axis.get_lines(), axis.collections
-    figure.legend(
-        handles=[*lines, *bands], loc="outside lower center", ncols=2, fontsize=8, frameon=False, handlelength=3
-    )
+    handles = [*axis.get_lines(), *axis.collections]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False, handlelength=3)
     figure.savefig(path, dpi=300)
 
 
-def write(path: Path, record: SharesRecord) -> None:
-    """The shares as CSV: a row for each layer and head, and a row with head "mean" for each layer."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("layer", "head", "share_before_gate", "share_after_gate"))
-        for one in record.layers:
-            heads = zip(one.ungated.tolist(), one.gated.tolist(), strict=True)
-            writer.writerows((one.layer, head, *map(repr, shares)) for head, shares in enumerate(heads))
-            writer.writerow((one.layer, "mean", repr(float(one.ungated.mean())), repr(float(one.gated.mean()))))
+def rows(record: SharesRecord) -> Iterator[Row]:
+    """The names of the columns, then a row for each layer and head, and one with head "mean" for each layer."""
+    yield "layer", "head", "share_before_gate", "share_after_gate"
+    for one in record.layers:
+        for head, shares in enumerate(zip(one.ungated, one.gated, strict=True)):
+            yield one.layer, head, *shares
+        yield one.layer, "mean", one.ungated.mean(), one.gated.mean()
+
+
+def summary(record: SharesRecord) -> dict[str, float]:
+    """What was measured, and the mean shares over layers, heads and queries."""
+    return {
+        "layers": len(record.layers),
+        "queries": record.n_queries,
+        "share_before_gate": float(np.mean([one.ungated for one in record.layers])),
+        "share_after_gate": float(np.mean([one.gated for one in record.layers])),
+    }

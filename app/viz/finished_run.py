@@ -1,6 +1,8 @@
-"""A finished run, read from its folder."""
+"""A finished run, read from its folder, and its frames, read again from its video."""
 
 import json
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ import numpy as np
 from ...integrations.errors import InputError
 from ..text import printable
 from ..token_grid import TokenGrid
+from ..video.limits import MAX_PIXELS
+from ..video.reader import VideoClip, read_video, refuse_url, stream_video
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,11 @@ class FinishedRun:
         """The video's file name, short enough for a title."""
         name = printable(Path(self.record["video"]).name)
         return name if len(name) <= 40 else f"{name[:24]}…{name[-15:]}"
+
+    @property
+    def first_frames(self) -> np.ndarray:
+        """(t,) int64 first sampled frame of each step of the grid."""
+        return self.grid.first_frames(len(self.indices))
 
 
 def read_run(folder: Path) -> FinishedRun:
@@ -74,3 +83,62 @@ def read_run(folder: Path) -> FinishedRun:
             f"different runs; run `videoanchor run` again"
         )
     return FinishedRun(folder, record, grid, scores, labels, timestamps, indices)
+
+
+def video_of(run: FinishedRun, asked: Path | None) -> Path:
+    """Where the run's video, or folder of views, is: `asked`, else where the run had it.
+
+    Raises:
+        InputError: when nothing is there.
+    """
+    path = Path(run.record["video"]) if asked is None else asked
+    if not path.exists():
+        refuse_url(path)
+        known = "the video of this run is no longer at" if asked is None else "no video at"
+        raise InputError(f"{known} {path}: give --video FILE")
+    return path
+
+
+def read_clip(run: FinishedRun, path: Path, **options: Any) -> VideoClip:
+    """The run's sampled frames.
+
+    Args:
+        path: see `video_of`.
+        options: `strict`, `timeout` and `progress` of `read_video`.
+
+    Raises:
+        InputError: when the video cannot be read, or has no frames at the run's times.
+    """
+    with _or_elsewhere():
+        clip = read_video(path, indices=run.indices.tolist(), **_known(run), **options)
+        if len(clip.frames) < len(run.indices):
+            lost = len(run.indices) - len(clip.frames)
+            raise InputError(f"{path}: {lost} of the run's frames cannot be decoded any more")
+    return clip
+
+
+def source_frames(run: FinishedRun, path: Path, **options: Any) -> Generator[tuple[float, np.ndarray]]:
+    """All frames of the run's video, or views of its folder, one at a time: seconds and (H, W, 3) uint8, see
+    `stream_video`.
+
+    Args:
+        path, options: as in `read_clip`.
+
+    Raises:
+        InputError: when the video cannot be read, or has no frames at the run's times.
+    """
+    with _or_elsewhere():
+        yield from stream_video(path, **_known(run), **options)
+
+
+def _known(run: FinishedRun) -> dict[str, Any]:
+    times = dict(zip(run.indices.tolist(), run.timestamps.tolist(), strict=True))
+    return {"known_times": times, "max_pixels": run.record.get("max_pixels", MAX_PIXELS)}
+
+
+@contextmanager
+def _or_elsewhere() -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error}; where the run's video is elsewhere, give --video FILE") from error

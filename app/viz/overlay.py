@@ -1,57 +1,43 @@
 """Frames with the scores and with the subspaces painted over them, as a video and as single pictures."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import av
+import matplotlib
 import numpy as np
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from .finished_run import FinishedRun
-from .layout import frames_per_step
-from .palette import ALPHA, COLOURS, backdrop, rank_colours, score_colours, size_ranks, subspace_names
-
-if TYPE_CHECKING:
-    from PIL.ImageFont import FreeTypeFont
+from .palette import ALPHA, COLOURS, SCORE_MAP, SUBSPACE_MAP, backdrop, size_ranks, subspace_names
 
 Kind = Literal["scores", "subspaces"]
+KINDS: tuple[Kind, ...] = ("scores", "subspaces")
 MIN_WIDTH = 480
 SLIDES_PER_SECOND = 4
 _TICKS = 90_000  # of the video's clock, a second
 
 
-@dataclass(frozen=True, eq=False)
 class Painter:
-    """Paints frames of one run.
+    """Paints frames of one run with its scores or its subspaces.
 
-    Args:
-        kind: "scores" or "subspaces".
+    Attributes:
         colours: (t, h, w, 3) float64 RGB in [0, 255] of each token.
-        frames_per_step: sampled frames that one step covers.
-        timestamps: (T,) float64 seconds of the sampled frames.
         names: (name, colour) of the subspaces, for the legend.
     """
 
-    kind: Kind
-    colours: np.ndarray
-    frames_per_step: int
-    timestamps: np.ndarray
-    names: list[tuple[str, str]]
-
-    @classmethod
-    def of(cls, run: FinishedRun, kind: Kind) -> "Painter":
-        if kind == "scores":
-            colours = score_colours(run.grid.arrange(run.scores))
-        else:
-            colours = rank_colours(run.grid.arrange(size_ranks(run.labels)))
-        per_step = frames_per_step(run.grid, len(run.indices))
-        return cls(kind, colours, per_step, run.timestamps, subspace_names(run.labels))
+    def __init__(self, run: FinishedRun, kind: Kind) -> None:
+        values, colour_map = (run.scores, SCORE_MAP) if kind == "scores" else (size_ranks(run.labels), SUBSPACE_MAP)
+        self.colours = 255 * colour_map(run.grid.arrange(values))[..., :3]
+        self.names = subspace_names(run.labels)
+        self._run, self._kind = run, kind
 
     def step_at(self, seconds: float) -> int:
         """The step of the sampled frame that is nearest in time, the earlier of two."""
-        nearest = int(np.abs(self.timestamps - seconds).argmin())
-        return min(nearest // self.frames_per_step, len(self.colours) - 1)
+        nearest = int(np.abs(self._run.timestamps - seconds).argmin())
+        return nearest // self._run.grid.frames_per_step(len(self._run.indices))
 
     def paint(self, frame: np.ndarray, seconds: float) -> np.ndarray:
         """The frame in grey with the colours of its tokens over it, and a line with the time and the legend below.
@@ -75,8 +61,6 @@ class Painter:
         return np.concatenate([painted, self._legend(painted.shape[1], seconds)])
 
     def _legend(self, width: int, seconds: float) -> np.ndarray:
-        from PIL import Image, ImageColor, ImageDraw
-
         height = width // 48 * 2 + 4
         line = Image.new("RGB", (width, height), "white")
         draw = ImageDraw.Draw(line)
@@ -84,11 +68,11 @@ class Painter:
         middle, gap = height / 2, height // 4
         draw.text((gap, middle), f"{seconds:.2f} s", fill="black", font=font, anchor="lm")
         right = width - gap
-        if self.kind == "scores":
+        if self._kind == "scores":
             draw.text((right, middle), "1", fill="black", font=font, anchor="rm")
             bar = height * 5
             right -= int(font.getlength("1")) + gap + bar
-            ramp = score_colours(np.linspace(0, 1, bar)).round().astype(np.uint8)
+            ramp = (255 * SCORE_MAP(np.linspace(0, 1, bar))[:, :3]).round().astype(np.uint8)
             line.paste(Image.fromarray(np.repeat(ramp[None], height - 2 * gap, 0)), (right, gap))
             draw.text((right - gap, middle), "score 0", fill="black", font=font, anchor="rm")
             return np.asarray(line)
@@ -103,26 +87,17 @@ class Painter:
         return np.asarray(line)
 
 
-def _font(size: float) -> "FreeTypeFont":
-    import matplotlib
-    from PIL import ImageFont
-
+def _font(size: float) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 
 
-def write_video(path: Path, painter: Painter, frames: Iterable[tuple[float, np.ndarray]], *, slides: bool) -> int:
+def write_video(path: Path, painter: Painter, frames: Iterable[tuple[float, np.ndarray]], *, slides: bool) -> None:
     """Writes painted frames as H.264 in MP4, one at a time.
 
     Args:
         frames: (seconds, (H, W, 3) uint8 RGB) in order of time.
         slides: show each for a quarter of a second, else at its own time.
-
-    Returns:
-        the number of frames.
     """
-    import av
-
-    n = 0
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=30, options={"crf": "16"})
         stream.pix_fmt = "yuv420p"  # pyright: ignore[reportAttributeAccessIssue]
@@ -138,4 +113,3 @@ def write_video(path: Path, painter: Painter, frames: Iterable[tuple[float, np.n
             image.time_base = Fraction(1, _TICKS)
             container.mux(stream.encode(image))  # pyright: ignore
         container.mux(stream.encode(None))  # pyright: ignore
-    return n

@@ -1,26 +1,20 @@
 """Colours of the pictures: which colour a subspace has in every frame, and the colour map of the scores."""
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import ListedColormap
 
-SCORE_MAP = "viridis"
+SCORE_MAP = colormaps["viridis"]
 COLOURS = (
-    "#00B4FF",
-    "#E17800",
-    "#5A0F69",
-    "#C3F04B",
-    "#C31E0F",
-    "#4B3CC3",
-    "#FFD2FF",
-    "#00FFB4",
-    "#C34BB4",
-    "#78000F",
-    "#C3965A",
-    "#781E4B",
+    *("#00B4FF", "#E17800", "#5A0F69", "#C3F04B", "#C31E0F", "#4B3CC3"),
+    *("#FFD2FF", "#00FFB4", "#C34BB4", "#78000F", "#C3965A", "#781E4B"),
 )
 """Chosen by a search for colours that stay apart, and from `OTHER`, by 20 and more in CIELAB for normal sight and under
 full protanopia, deuteranopia and tritanopia (Machado et al. 2009)."""
 OTHER = "#8A8A8A"
 """The colour of all smaller subspaces."""
+SUBSPACE_MAP = ListedColormap([*COLOURS, OTHER])
+"""From the ranks of `size_ranks`."""
 ALPHA = 0.62
 """Weight of a colour over the picture."""
 CONTRAST = 0.7
@@ -30,10 +24,8 @@ CONTRAST = 0.7
 def size_ranks(labels: np.ndarray) -> np.ndarray:
     """(N,) int64 rank of each token's subspace by its number of tokens, 0 for the largest; ties by label. Subspaces
     from `len(COLOURS)` on share the last rank, that of `OTHER`."""
-    sizes = np.bincount(labels)
-    ranks = np.empty(len(sizes), dtype=np.int64)
-    ranks[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
-    return np.minimum(ranks[labels], len(COLOURS))
+    by_size = np.argsort(-np.bincount(labels), kind="stable")
+    return np.minimum(np.argsort(by_size)[labels], len(COLOURS))
 
 
 def rank_name(rank: int) -> str:
@@ -44,19 +36,6 @@ def rank_name(rank: int) -> str:
 def subspace_names(labels: np.ndarray) -> list[tuple[str, str]]:
     """What a legend lists: (name, colour) of each rank that occurs, the largest subspace first."""
     return [(rank_name(rank), (*COLOURS, OTHER)[rank]) for rank in np.unique(size_ranks(labels))]
-
-
-def score_colours(scores: np.ndarray) -> np.ndarray:
-    """(...) in [0, 1] -> (..., 3) float64 RGB in [0, 255]."""
-    from matplotlib import colormaps
-
-    return colormaps[SCORE_MAP](scores)[..., :3] * 255
-
-
-def rank_colours(ranks: np.ndarray) -> np.ndarray:
-    """(...) of `size_ranks` -> (..., 3) float64 RGB in [0, 255]."""
-    table = [[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in (*COLOURS, OTHER)]
-    return np.array(table, dtype=np.float64)[ranks]
 
 
 def backdrop(frame: np.ndarray) -> np.ndarray:

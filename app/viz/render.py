@@ -1,22 +1,18 @@
 """What `videoanchor viz` makes of a finished run, file by file: one that was finished stays, whatever happens later."""
 
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..atomic_write import replacing
-from ..video.reader import VideoClip
+from ..video.reader import Progress, VideoClip
 from . import contact_sheet, overlay, table
-from .finished_run import FinishedRun
-from .frames import read_clip, source_frames, video_of
-from .layout import first_frames
-
-if TYPE_CHECKING:
-    from ..commands.shared import ProgressLine
+from .finished_run import FinishedRun, read_clip, source_frames, video_of
 
 
 class Gallery:
@@ -27,8 +23,8 @@ class Gallery:
         out: folder of the files, made if missing.
         video: where the video is now; None for where the run had it.
         suffix: format of the figures, "png" or "pdf".
-        timeout, strict: see `read_video`.
-        progress: shows how far it is.
+        progress, timeout, strict: see `read_video`.
+        say: called with what the user should know.
 
     Attributes:
         report: what was made: "files" (and the folder of frames), and numbers of the figures.
@@ -40,12 +36,15 @@ class Gallery:
         out: Path,
         video: Path | None,
         suffix: str,
+        progress: Progress,
+        say: Callable[[str], None],
+        *,
         timeout: float,
-        progress: "ProgressLine",
-        strict: bool = False,
+        strict: bool,
     ) -> None:
-        self._run, self._out, self._suffix, self._progress = run, out, suffix, progress
-        self._asked_video, self._timeout, self._strict = video, timeout, strict
+        self._run, self._out, self._asked_video, self._suffix = run, out, video, suffix
+        self._progress, self._say = progress, say
+        self._reading = {"timeout": timeout, "strict": strict, "progress": progress}
         self.report: dict[str, Any] = {"files": []}
 
     @cached_property
@@ -54,61 +53,56 @@ class Gallery:
 
     @cached_property
     def _clip(self) -> VideoClip:
-        clip = read_clip(self._run, self._video, self._progress, self._timeout, self._strict)
+        clip = read_clip(self._run, self._video, **self._reading)
         for note in clip.notes:
-            self._progress.say(f"{self._video}: {note}")
+            self._say(f"{self._video}: {note}")
         return clip
 
-    @contextmanager
-    def _writing(self, name: str) -> Iterator[Path]:
-        """A path to write to, that becomes `name` in the output folder when all went well."""
+    def _write(self, name: str, write: Callable[..., None], *args: Any, **options: Any) -> None:
+        """Calls `write` with a path that becomes `name` in the output folder when all went well."""
         final = self._out / name
         final.parent.mkdir(parents=True, exist_ok=True)
         with replacing(final) as path:
-            yield path
+            write(path, *args, **options)
         shown = str(self._out / Path(name).parts[0])
         if shown not in self.report["files"]:
             self.report["files"].append(shown)
 
     def sheet(self) -> None:
         """anchors.png or .pdf."""
-        run, clip = self._run, self._clip
+        run = self._run
         title = f"{run.video_name}: {run.grid.n_tokens} visual tokens, scorer {run.record['config']['scorer']}"
-        with self._writing(f"anchors.{self._suffix}") as path:
-            contact_sheet.draw(path, clip, run.grid, run.scores, run.labels, title)
+        sheet = (self._clip, run.grid, run.scores, run.labels, title)
+        self._write(f"anchors.{self._suffix}", contact_sheet.draw, *sheet)
 
     def csv(self) -> None:
         """tokens.csv."""
-        with self._writing("tokens.csv") as path:
-            table.write(path, self._run)
+        self._write("tokens.csv", table.write, table.token_rows(self._run))
 
     def overlay(self, *, all_frames: bool) -> None:
-        """overlay_scores.mp4 and overlay_subspaces.mp4."""
-        for kind in ("scores", "subspaces"):
-            painter = overlay.Painter.of(self._run, kind)
-            with closing(self._frames(all_frames)) as frames, self._writing(f"overlay_{kind}.mp4") as path:
-                overlay.write_video(path, painter, self._counted(frames, kind), slides=not all_frames)
-
-    def _frames(self, all_frames: bool) -> Generator[tuple[float, np.ndarray]]:
-        if all_frames:
-            yield from source_frames(self._run, self._video, self._progress, self._timeout, self._strict)
-        else:
-            yield from zip(self._run.timestamps, self._clip.frames, strict=True)
-
-    def _counted(self, frames: Iterable[tuple[float, np.ndarray]], kind: str) -> Iterator[tuple[float, np.ndarray]]:
-        for n, frame in enumerate(frames, 1):
-            yield frame
-            self._progress(f"overlay of {kind}", n, 0)
+        """overlay_scores.mp4 and overlay_subspaces.mp4, of the sampled frames or of all of the video."""
+        for kind in overlay.KINDS:
+            frames = source_frames(self._run, self._video, **self._reading) if all_frames else self._sampled()
+            with closing(frames):
+                counted = self._counted(frames, kind)
+                painter = overlay.Painter(self._run, kind)
+                self._write(f"overlay_{kind}.mp4", overlay.write_video, painter, counted, slides=not all_frames)
 
     def frames(self) -> None:
         """frames/NNNN_scores.png and frames/NNNN_subspaces.png, numbered as the sampled frames are."""
-        from PIL import Image
+        for kind in overlay.KINDS:
+            painter = overlay.Painter(self._run, kind)
+            for n, (seconds, frame) in enumerate(self._sampled()):
+                picture = Image.fromarray(painter.paint(frame, seconds))
+                self._write(f"frames/{n:04d}_{kind}.png", picture.save)
 
-        for kind in ("scores", "subspaces"):
-            painter = overlay.Painter.of(self._run, kind)
-            for n, (seconds, frame) in enumerate(zip(self._run.timestamps, self._clip.frames, strict=True)):
-                with self._writing(f"frames/{n:04d}_{kind}.png") as path:
-                    Image.fromarray(painter.paint(frame, float(seconds))).save(path)
+    def _sampled(self) -> Generator[tuple[float, np.ndarray]]:
+        yield from zip(self._run.timestamps.tolist(), self._clip.frames, strict=True)
+
+    def _counted(self, frames: Iterable[Any], kind: str) -> Generator[Any]:
+        for n, frame in enumerate(frames, 1):
+            yield frame
+            self._progress(f"overlay of {kind}", n, 0)
 
     def from_model(self, model: str, device: str, dtype: str, *, affinity: bool, attention: bool) -> None:
         """affinity and attention, as figure and CSV each, by one prefill of the run's prompt."""
@@ -116,35 +110,25 @@ class Gallery:
         from . import affinity as step_affinity
         from . import attention_share, prefill
 
-        run, clip, progress = self._run, self._clip, self._progress
+        run, clip = self._run, self._clip
         loaded, processor = pipeline.load(model, device, dtype)
         found = prefill.prefill(loaded, processor, clip, run, with_shares=attention)
         if found.shares is not None:
-            with self._writing(f"attention.{self._suffix}") as path:
-                attention_share.draw(path, found.shares, run.video_name)
-            with self._writing("attention.csv") as path:
-                attention_share.write(path, found.shares)
-            layers = found.shares.layers
-            self.report["attention"] = {
-                "layers": len(layers),
-                "queries": found.shares.n_queries,
-                "share_before_gate": float(np.mean([one.ungated for one in layers])),
-                "share_after_gate": float(np.mean([one.gated for one in layers])),
-            }
+            self._write(f"attention.{self._suffix}", attention_share.draw, found.shares, run.video_name)
+            self._write("attention.csv", table.write, attention_share.rows(found.shares))
+            self.report["attention"] = attention_share.summary(found.shares)
         if affinity:
-            solution = prefill.coefficients(found, progress)
+            solution = prefill.coefficients(found, self._progress)
             result = step_affinity.frame_affinity(solution.indices, solution.values, run.grid)
-            seconds = run.timestamps[first_frames(run.grid, len(run.timestamps))]
-            with self._writing(f"affinity.{self._suffix}") as path:
-                step_affinity.draw(path, result, seconds, run.video_name)
-            with self._writing("affinity.csv") as path:
-                step_affinity.write(path, result, seconds)
+            seconds = run.timestamps[run.first_frames]
+            self._write(f"affinity.{self._suffix}", step_affinity.draw, result, seconds, run.video_name)
+            self._write("affinity.csv", table.write, step_affinity.rows(result, seconds))
             self.report["affinity"] = {"between_steps": result.between, "outside_grid": result.outside}
             difference = prefill.difference_to_recorded(solution, run)
             if difference is not None:
                 self.report["affinity"]["largest_difference_to_recorded_scores"] = difference
                 if difference > 0.01:
-                    progress.say(
+                    self._say(
                         f"the scores computed again differ by up to {difference:.2g} from the run's: the picture is of "
                         f"this model, dtype and version, not quite of the run"
                     )

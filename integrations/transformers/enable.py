@@ -59,10 +59,19 @@ def enable(model: nn.Module, config: VideoAnchorConfig) -> "Handle":
     Warns:
         UserWarning: no test compares this class with this decoder to a dense gate.
 
-    Example:
+    See Also:
+        disable: removes the gate where the handle is lost.
+        VideoAnchorConfig: the settings.
+
+    Examples:
+        With a `model` of transformers, and `inputs` that its processor made of a question and a video of 12 visual
+        tokens:
+
+        >>> import videoanchor_triton as va
         >>> with va.enable(model, va.VideoAnchorConfig(alpha_k=9.5, alpha_v=2.5)) as handle:
-        ...     output = model.generate(**inputs, max_new_tokens=64)
-        >>> handle.last[0].scores  # (n_visual_tokens,)
+        ...     output = model.generate(**inputs, max_new_tokens=4)
+        >>> handle.last[0].scores.shape
+        torch.Size([12])
     """
     if not isinstance(config, VideoAnchorConfig):
         raise TypeError(f"config: expected a VideoAnchorConfig, got {type(config).__name__}")
@@ -77,8 +86,14 @@ def disable(model: nn.Module) -> None:
     """Removes the gate from a model, as `disable()` of the handle does, which may be lost. Without a gate, nothing
     happens.
 
-    Example:
-        >>> va.enable(model, config)
+    See Also:
+        enable: sets the gate.
+
+    Examples:
+        With a `model` of transformers:
+
+        >>> import videoanchor_triton as va
+        >>> handle = va.enable(model, va.VideoAnchorConfig(alpha_k=9.5, alpha_v=2.5))
         >>> va.disable(model)
     """
     for module in model.modules():
@@ -97,6 +112,16 @@ class Handle:
         config: the config it was made with.
         progress: None, or a function that is called with (stage, done, total) while tokens are scored.
         anchor_scores: what scores a row of tokens; the `anchor_scores` of a `ScoreCache` keeps results on disk.
+
+    Examples:
+        With a `model` of transformers, and `inputs` that its processor made of a question and a video:
+
+        >>> import videoanchor_triton as va
+        >>> handle = va.enable(model, va.VideoAnchorConfig(alpha_k=9.5, alpha_v=2.5))
+        >>> output = model.generate(**inputs, max_new_tokens=4)
+        >>> handle.last[0].converged
+        True
+        >>> handle.disable()
     """
 
     def __init__(self, model: nn.Module, base: PreTrainedModel, config: VideoAnchorConfig) -> None:

@@ -16,54 +16,63 @@ if TYPE_CHECKING:
     from .anchor.scores import AnchorResult, anchor_scores
     from .anchor.solver import SelfExpression, self_expression
     from .anchor.streaming import AnchorStream
+    from .app.pipeline import Answer, ask, prepare
+    from .app.video.reader import VideoClip, read_video
     from .integrations.transformers.enable import Handle, disable, enable
-    from .kernels.api import (
-        anchored_attention,
-        anchored_attention_decode,
-        anchored_attention_varlen,
-        available_backends,
-    )
+    from .kernels.api import anchored_attention, anchored_attention_varlen
+    from .kernels.api_cache import anchored_attention_decode
+    from .kernels.dispatch import available_backends
     from .kernels.gates import choose_gate_form
     from .kernels.merge import merge_attention
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AnchorResult",
     "AnchorStream",
+    "Answer",
     "Handle",
     "SelfExpression",
     "SolverOptions",
     "SparseSubspaceClustering",
     "VideoAnchorConfig",
+    "VideoClip",
     "anchor_scores",
     "anchored_attention",
     "anchored_attention_decode",
     "anchored_attention_varlen",
+    "ask",
     "available_backends",
     "choose_gate_form",
     "disable",
     "enable",
     "merge_attention",
+    "prepare",
+    "read_video",
     "self_expression",
 ]
 
 _HOME = {
     "AnchorResult": ".anchor.scores",
     "AnchorStream": ".anchor.streaming",
+    "Answer": ".app.pipeline",
     "Handle": ".integrations.transformers.enable",
     "SelfExpression": ".anchor.solver",
     "SolverOptions": ".anchor.options",
     "SparseSubspaceClustering": ".anchor.estimator",
     "VideoAnchorConfig": ".anchor.config",
+    "VideoClip": ".app.video.reader",
     "anchor_scores": ".anchor.scores",
     "anchored_attention": ".kernels.api",
-    "anchored_attention_decode": ".kernels.api",
+    "anchored_attention_decode": ".kernels.api_cache",
     "anchored_attention_varlen": ".kernels.api",
-    "available_backends": ".kernels.api",
+    "available_backends": ".kernels.dispatch",
+    "ask": ".app.pipeline",
     "choose_gate_form": ".kernels.gates",
     "disable": ".integrations.transformers.enable",
     "enable": ".integrations.transformers.enable",
     "merge_attention": ".kernels.merge",
+    "prepare": ".app.pipeline",
+    "read_video": ".app.video.reader",
     "self_expression": ".anchor.solver",
 }
 

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from itertools import islice
@@ -16,12 +17,11 @@ import torch
 
 from .reference import textbook_iterates, textbook_weights
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-ssc_reference: Any = importlib.import_module("ssc_reference")
-ssc_speed: Any = importlib.import_module("ssc_speed")
-ssc_tokens: Any = importlib.import_module("ssc_tokens")
-ssc_quality: Any = importlib.import_module("ssc_quality")
-record: Any = importlib.import_module("record")
+ssc_reference: Any = importlib.import_module("benchmarks.scores.helpers.reference")
+ssc_speed: Any = importlib.import_module("benchmarks.scores.speed")
+ssc_tokens: Any = importlib.import_module("benchmarks.scores.helpers.token_sets")
+ssc_quality: Any = importlib.import_module("benchmarks.scores.quality")
+record: Any = importlib.import_module("benchmarks.helpers.record")
 
 SPEED = ["--sizes", "48", "--rank", "24", "--checked", "6", "--targets", "1e-2"]
 
@@ -29,7 +29,7 @@ SPEED = ["--sizes", "48", "--rank", "24", "--checked", "6", "--targets", "1e-2"]
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "kernels"))
-    return importlib.import_module("ssc_gpu")
+    return importlib.import_module("benchmarks.scores.helpers.gpu_tasks")
 
 
 def features(n_tokens: int = 40, rank: int = 12) -> np.ndarray:
@@ -54,6 +54,15 @@ def test_the_textbook_is_the_textbook(factorised: bool, affine: bool, alpha_e: f
 def test_the_problem_is_the_published_one() -> None:
     problem = ssc_speed.published_problem(features())
     assert (problem.lambda_e, problem.lambda_z) == pytest.approx(textbook_weights(features(), 800.0, 800.0))
+
+
+def test_a_command_runs_from_any_folder(tmp_path: Path) -> None:
+    """As a script, whose folder is all that Python knows of the benchmarks."""
+    command = Path(__file__).parents[2] / "benchmarks" / "scores" / "long_video.py"
+    arguments = ["--tokens", "40", "--rank", "6", "--out", "out"]
+    subprocess.run([sys.executable, command, *arguments], cwd=tmp_path, check=True, capture_output=True)
+    (row,) = json.loads((tmp_path / "out" / "ssc-long.json").read_text())["rows"]
+    assert (row["tokens"], row["rank"], row["unconverged"]) == (40, 6, 0)
 
 
 def test_the_bounds_hold_whatever_the_coefficients() -> None:

@@ -1,7 +1,5 @@
 import importlib
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +16,7 @@ from videoanchor_triton.anchor.streaming import AnchorStream
 
 from .tokens import DEVICES, vit_like
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-benchmark: Any = importlib.import_module("cross_frame")
+benchmark: Any = importlib.import_module("benchmarks.scores.cross_frame")
 
 
 def config(**settings) -> VideoAnchorConfig:

@@ -1,15 +1,13 @@
 """Every algorithm against the certified optimum: the bound on the gap that it promises is the tolerance, no other.
 
-The optimum comes from `ssc_reference.certified_optimum` of the benchmarks (scikit-learn's LARS path, proved by weak
-duality), which is itself checked against an interior-point solver.
+The optimum comes from `certified_optimum` of `benchmarks.scores.helpers.reference` (scikit-learn's LARS path, proved
+by weak duality), which is itself checked against an interior-point solver.
 """
 
 import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +24,7 @@ from videoanchor_triton.anchor.solver import SelfExpression, self_expression
 from .reference import textbook_weights
 from .tokens import DEVICES, planted_subspaces, vit_like
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-ssc_reference: Any = importlib.import_module("ssc_reference")
+ssc_reference: Any = importlib.import_module("benchmarks.scores.helpers.reference")
 
 ALGORITHMS = ("dense", "blocked", "working-set")
 # float32 resolves a gap to some 1e-6; the optimum is certified to better than 1e-7.

@@ -2,10 +2,8 @@
 
 import importlib
 import json
-import sys
 import tracemalloc
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +25,7 @@ from videoanchor_triton.anchor.streaming import AnchorStream, Atoms
 from .test_solver import PeakMemory
 from .tokens import DEVICES, planted_subspaces, vit_like
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-ssc_streaming: Any = importlib.import_module("ssc_streaming")
+ssc_streaming: Any = importlib.import_module("benchmarks.scores.streaming")
 
 
 def config(**settings) -> VideoAnchorConfig:

@@ -4,10 +4,8 @@ The candidates are made few (3 times the rank), so that most atoms of these smal
 """
 
 import importlib
-import sys
 import warnings
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +24,7 @@ from .reference import objective, textbook_weights
 from .test_solver import PeakMemory
 from .tokens import DEVICES, planted_subspaces, vit_like
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-ssc_reference: Any = importlib.import_module("ssc_reference")
+ssc_reference: Any = importlib.import_module("benchmarks.scores.helpers.reference")
 
 RANK, N_TOKENS = 16, 151
 TOLERANCE = 1e-3

@@ -28,9 +28,9 @@ class Settings:
 
 @dataclass
 class Result:
-    """In place of a `RunResult`."""
+    """In place of a `Answer`."""
 
-    answer: str
+    text: str
     n_generated_tokens: int
     peak_memory_bytes: int
     n_prompt_tokens: int = 9

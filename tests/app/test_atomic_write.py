@@ -11,6 +11,7 @@ from videoanchor_triton.app import atomic_write
 from videoanchor_triton.app.atomic_write import replacing, write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
+AREAS = ("kernels", "anchor", "integrations", "app")
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
@@ -74,7 +75,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
 def test_there_is_one_way_to_replace_a_file() -> None:
     """No temporary name that can be guessed: nothing else in the package renames over a file."""
     found = subprocess.run(
-        ["grep", "-rlE", r"os\.replace|os\.rename|\.writing", "anchor", "kernels", "integrations", "app", "--include=*.py"],
+        ["grep", "-rlE", r"os\.replace|os\.rename|\.writing", "--include=*.py", *AREAS],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert set(found.stdout.split()) == {"app/atomic_write.py", "app/score_cache.py"}

@@ -92,7 +92,7 @@ def test_each_answer_is_that_of_a_run(loaded: tuple[Any, Any], tmp_path: Path, d
     for first, second in itertools.combinations(theirs[::n_steps], 2):
         assert (first - second).abs().max() > 1e-2, "the questions must show in the logits"
     for ours, theirs in zip(together, alone, strict=True):
-        assert ours.answer == theirs.answer
+        assert ours.text == theirs.text
         assert ours.n_prompt_tokens == theirs.n_prompt_tokens
         assert ours.n_generated_tokens == theirs.n_generated_tokens
         assert torch.equal(ours.anchor.scores, theirs.anchor.scores)

@@ -56,9 +56,9 @@ def test_the_budget_is_what_the_model_takes(checkpoint: str, dtype: str) -> None
     clip = made_clip(7)
     budget = Planner(checkpoint, GATE, max_new_tokens=5, device="cpu", dtype=dtype).budget(clip, "Why?")
     model, processor = pipeline.load(checkpoint, "cpu", dtype)
-    inputs, grid = pipeline.prepare(model, processor, clip, "Why?")
+    inputs, grids = pipeline.prepare(model, processor, clip, "Why?")
     assert budget.n_prompt_tokens == inputs["input_ids"].shape[1]
-    assert budget.n_visual_tokens == grid.n_tokens
+    assert budget.n_visual_tokens == grids[0].n_tokens
     assert budget.weights == sum(parameter.nbytes for parameter in model.parameters())
     with torch.inference_mode():
         output: Any = model.generate(  # pyright: ignore[reportCallIssue]
@@ -77,8 +77,8 @@ def test_other_backbones(name: str, tmp_path: Path) -> None:
     clip = made_clip(6, 32, 48)
     budget = Planner(str(tmp_path), GATE, max_new_tokens=1, device="cpu").budget(clip, "word5")
     model, processor = pipeline.load(str(tmp_path), "cpu")
-    inputs, grid = pipeline.prepare(model, processor, clip, "word5")
-    assert (budget.n_prompt_tokens, budget.n_visual_tokens) == (inputs["input_ids"].shape[1], grid.n_tokens)
+    inputs, grids = pipeline.prepare(model, processor, clip, "word5")
+    assert (budget.n_prompt_tokens, budget.n_visual_tokens) == (inputs["input_ids"].shape[1], grids[0].n_tokens)
     assert budget.activations > sum(value.nbytes for key, value in inputs.items() if key.startswith("pixel"))
 
 
@@ -175,9 +175,9 @@ def test_a_loaded_model_refuses_in_the_same_words(
     best = planner.largest(clip, "Why?")
     for n in range(max(best, 1), best + 2):
         fewer = clip.take(uniform(np.arange(float(n_frames)), n))
-        inputs, grid = pipeline.prepare(*loaded, fewer, "Why?")
+        inputs, grids = pipeline.prepare(*loaded, fewer, "Why?")
         with nullcontext() if n <= best else pytest.raises(InputError):
-            check_fits(loaded[0], inputs["input_ids"].shape[1], max_new_tokens, fewer, grid, settings)
+            check_fits(loaded[0], inputs["input_ids"].shape[1], max_new_tokens, fewer, grids, settings)
 
 
 def test_memory_that_nobody_knows(checkpoint: str, free: Any) -> None:

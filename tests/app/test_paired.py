@@ -109,7 +109,7 @@ def test_types_count_alike() -> None:
 
 def test_the_interval_covers_the_truth() -> None:
     """Of 200 seeded studies of 60 videos with 5 questions each, about 95% cover the true difference of 0.1, though each
-    video has an effect of its own; benchmarks/interval_coverage.py has more of this."""
+    video has an effect of its own; benchmarks/evaluation/interval_coverage.py has more of this."""
     covered, videos = 0, np.repeat(np.arange(60), 5)
     for seed in range(200):
         rng = np.random.default_rng(seed)

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models as tiny
-import torch
 from safetensors.numpy import load_file, save_file
 from tiny_models_checkpoint import save_checkpoint
 from transformers import AutoModelForImageTextToText
@@ -44,7 +43,7 @@ def test_the_processor_gets_the_frames_of_the_clip(tmp_path: Path) -> None:
     write_video(tmp_path / "clip.mp4", np.broadcast_to(values[:, None, None, None], (5, 32, 32, 3)).copy(), fps=5)
     model, processor = pipeline.load(str(tmp_path), "cpu")
     clip = read_video(tmp_path / "clip.mp4")
-    inputs, grid = pipeline.prepare(model, processor, clip, "word7")
+    inputs, (grid,) = pipeline.prepare(model, processor, clip, "word7")
     assert grid == TokenGrid(5, 2, 2)
     brightness = inputs["pixel_values"].mean((1, 2, 3))
     assert brightness.argsort().tolist() == values.argsort().tolist()
@@ -86,5 +85,6 @@ def test_a_device_that_fails_is_one_line(
 
 def test_an_unknown_layout_is_refused() -> None:
     config = tiny.build("internvl").base_model.config
+    clip = va.VideoClip(np.zeros((3, 2, 2, 3), dtype=np.uint8), np.arange(3.0), np.arange(3), 3, 1.0)
     with pytest.raises(InputError, match="cannot lay 25 visual tokens on 3 frames"):
-        prompt.token_grid({"input_ids": torch.zeros(1, 25)}, 25, 3, config)
+        prompt.token_grids({}, [True] * 25, [clip], config)

@@ -222,8 +222,7 @@ def test_a_strict_batch(tmp_path: Path) -> None:
 
 
 def test_the_benchmark_counts_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    video_damage: Any = importlib.import_module("video_damage")
+    video_damage: Any = importlib.import_module("benchmarks.video.damage")
     assert video_damage.main(["--quick", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "video-damage.json").read_text())["rows"]
     assert {row["files"] for row in rows} == {1}

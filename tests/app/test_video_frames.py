@@ -280,8 +280,7 @@ def test_a_name_like_a_protocol_is_a_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_benchmark_times_only_what_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    video_decoding: Any = importlib.import_module("video_decoding")
+    video_decoding: Any = importlib.import_module("benchmarks.video.decoding")
     read = video_decoding.by_read_video
 
     def late(path: Path, indices: list[int]) -> Any:

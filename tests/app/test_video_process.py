@@ -21,8 +21,7 @@ from videoanchor_triton.app.commands import run
 from videoanchor_triton.app.token_grid import TokenGrid
 from videoanchor_triton.app.video import process
 from videoanchor_triton.app.video.reader import read_video, stream_video, write_video
-from videoanchor_triton.app.viz.finished_run import FinishedRun
-from videoanchor_triton.app.viz.frames import read_clip, source_frames
+from videoanchor_triton.app.viz.finished_run import FinishedRun, read_clip, source_frames
 from videoanchor_triton.integrations.errors import InputError
 
 
@@ -112,8 +111,8 @@ HINT = "where the run's video is elsewhere, give --video FILE"
 def test_a_hanging_video_ends_the_pictures(clip: Path, finished: FinishedRun, children: list[subprocess.Popen]) -> None:
     stop = on_first_frame(lambda: os.kill(children[0].pid, signal.SIGSTOP))
     with pytest.raises(InputError, match=rf"clip\.mp4: .* no progress for 2 s .*{HINT}"):
-        read_clip(finished, clip, stop, timeout=2)
-    frames = source_frames(finished, clip, lambda *_: None, timeout=2)
+        read_clip(finished, clip, progress=stop, timeout=2)
+    frames = source_frames(finished, clip, timeout=2)
     assert next(frames)[0] == 0.0
     os.kill(children[1].pid, signal.SIGSTOP)
     with pytest.raises(InputError, match=rf"clip\.mp4: .* no progress for 2 s .*{HINT}"):
@@ -126,8 +125,8 @@ def test_a_crashing_video_ends_the_pictures(
 ) -> None:
     crash = on_first_frame(lambda: os.kill(children[0].pid, signal.SIGSEGV))
     with pytest.raises(InputError, match=rf"the process that reads it died \(SIGSEGV.*{HINT}"):
-        read_clip(finished, clip, crash)
-    frames = source_frames(finished, clip, lambda *_: None)
+        read_clip(finished, clip, progress=crash)
+    frames = source_frames(finished, clip)
     next(frames)
     os.kill(children[1].pid, signal.SIGABRT)
     with pytest.raises(InputError, match=rf"the process that reads it died \(SIGABRT.*{HINT}"):

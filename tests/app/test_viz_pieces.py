@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import nn
+from torch.nn.modules.module import _global_forward_pre_hooks
 
 from videoanchor_triton.app.token_grid import TokenGrid
 from videoanchor_triton.app.video.reader import VideoClip
@@ -23,11 +24,9 @@ from videoanchor_triton.app.viz.attention_share import (
     record_visual_share,
     visual_share,
 )
-from videoanchor_triton.app.viz.finished_run import FinishedRun
-from videoanchor_triton.app.viz.frames import read_clip, source_frames
-from videoanchor_triton.app.viz.layout import first_frames, frames_per_step, token_places
+from videoanchor_triton.app.viz.finished_run import FinishedRun, read_clip, source_frames
 from videoanchor_triton.app.viz.overlay import MIN_WIDTH, Painter, write_video
-from videoanchor_triton.app.viz.palette import COLOURS, OTHER, rank_colours, size_ranks, subspace_names
+from videoanchor_triton.app.viz.palette import COLOURS, OTHER, SUBSPACE_MAP, size_ranks, subspace_names
 from videoanchor_triton.integrations.errors import InputError
 from videoanchor_triton.integrations.transformers import attention
 
@@ -50,7 +49,7 @@ def finished(grid: TokenGrid, n_frames: int, labels: np.ndarray | None = None, v
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_places_are_those_of_the_grid(grid: TokenGrid) -> None:
-    places = token_places(grid)
+    places = grid.places()
     assert places.shape == (grid.n_tokens, 3)
     placed = places[:, 2] >= 0
     assert placed.sum() == grid.t * grid.h * grid.w
@@ -65,15 +64,15 @@ def test_first_frames_of_steps_of_one_or_two_frames(n_frames: int, t: int) -> No
     """Frame n lies in step n // 2 where two frames make a step, as the processors pair them."""
     grid = TokenGrid(t, 2, 2)
     per_step = 1 if t == n_frames else 2
-    assert frames_per_step(grid, n_frames) == per_step
+    assert grid.frames_per_step(n_frames) == per_step
     steps = np.arange(n_frames) // per_step
-    np.testing.assert_array_equal(first_frames(grid, n_frames), [np.flatnonzero(steps == step)[0] for step in range(t)])
+    np.testing.assert_array_equal(grid.first_frames(n_frames), [np.flatnonzero(steps == step)[0] for step in range(t)])
 
 
 def test_table_leaves_cells_empty_where_a_token_has_no_place(tmp_path: Path) -> None:
     grid = TokenGrid(2, 2, 2, n_extra=1, row_newlines=True)
     run = finished(grid, 3)
-    table.write(tmp_path / "tokens.csv", run)
+    table.write(tmp_path / "tokens.csv", table.token_rows(run))
     lines = (tmp_path / "tokens.csv").read_text().splitlines()
     assert lines[0] == "token,step,frame,time_s,row,column,score,subspace,label"
     cells = [line.split(",") for line in lines[1:]]
@@ -91,11 +90,11 @@ def test_table_names_subspaces_as_the_legend_does(tmp_path: Path) -> None:
     sizes = np.arange(1, 20)[::-1]
     labels = np.repeat(np.random.default_rng(0).permutation(40)[:19], sizes)  # 19 subspaces, under numbers with gaps
     run = finished(grid, 1, np.append(labels, [labels[0]] * (200 - len(labels))))
-    table.write(tmp_path / "tokens.csv", run)
+    table.write(tmp_path / "tokens.csv", table.token_rows(run))
     with (tmp_path / "tokens.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["subspace"] for row in rows} == {name for name, _ in subspace_names(run.labels)}
-    painted = Painter.of(run, "subspaces")
+    painted = Painter(run, "subspaces")
     for row in rows:
         colour = painted.colours[0, 0, int(row["column"])].astype(int)
         assert dict(painted.names)[row["subspace"]] == "#{:02X}{:02X}{:02X}".format(*colour)
@@ -111,7 +110,7 @@ def test_colours_go_by_size_and_the_small_share_one() -> None:
     names = subspace_names(labels)
     assert names == [*((str(n + 1), colour) for n, colour in enumerate(COLOURS)), ("rest", OTHER)]
     assert subspace_names(np.array([7, 7, 2])) == [("1", COLOURS[0]), ("2", COLOURS[1])]
-    np.testing.assert_array_equal(rank_colours(np.array([0, 12])), [[0, 180, 255], [138, 138, 138]])
+    assert SUBSPACE_MAP([0, 12], bytes=True)[:, :3].tolist() == [[0, 180, 255], [138, 138, 138]]
 
 
 _TO_LMS_LIKE = {  # Machado, Oliveira and Fernandes 2009, severity 1
@@ -124,7 +123,7 @@ _TO_LMS_LIKE = {  # Machado, Oliveira and Fernandes 2009, severity 1
 
 @pytest.mark.parametrize("sight", _TO_LMS_LIKE)
 def test_colours_stay_apart_for_every_sight(sight: str) -> None:
-    rgb = rank_colours(np.arange(len(COLOURS) + 1)) / 255
+    rgb = SUBSPACE_MAP(np.arange(len(COLOURS) + 1))[:, :3]
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ np.array(_TO_LMS_LIKE[sight]).T
     to_xyz = np.array(
         [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]]
@@ -143,7 +142,7 @@ def test_affinity_against_a_dense_matrix(grid: TokenGrid) -> None:
     indices = torch.stack([torch.randperm(n, generator=generator)[:k] for _ in range(n)])
     values = torch.randn(n, k, generator=generator)
     dense = torch.zeros(n, n).scatter_add_(1, indices, values).T.abs().double().numpy()
-    step = token_places(grid)[:, 0]
+    step = grid.places()[:, 0]
     expected = np.array([[dense[step == i][:, step == j].sum() for j in range(grid.t)] for i in range(grid.t)])
     found = frame_affinity(indices, values, grid)
     np.testing.assert_allclose(found.share, expected / expected.sum(), rtol=1e-9)
@@ -203,12 +202,12 @@ def test_record_names_the_layers_and_leaves_things_as_they_were() -> None:
     before = getattr(attention, NAME)
     text = nn.Sequential(_Layer(0), _Layer(2))
     q, visual = torch.randn(1, 2, 12, 8), torch.arange(12) < 9
-    with record_visual_share(text, visual) as record:
+    with record_visual_share(visual) as record:
         outputs = [layer(q, q, torch.full((12,), 3.0)) for layer in text]
         text[0](q[:, :, -1:], torch.cat([q, q], 2), torch.ones(1))
     torch.testing.assert_close(outputs[1], before(q, q, q, gamma_k=torch.full((12,), 3.0), causal=True))
     assert getattr(attention, NAME) is before
-    assert not any(layer._forward_pre_hooks for layer in text)
+    assert not any(hooks for hooks in (*(layer._forward_pre_hooks for layer in text), _global_forward_pre_hooks))
     assert [one.layer for one in record.layers] == [0, 2]
     assert (record.n_queries, record.n_keys, record.n_visual) == (3, 12, 9)
 
@@ -223,7 +222,7 @@ def test_painted_frames_of_odd_sizes(kind: Any, width: int, height: int, tmp_pat
     grid = TokenGrid(2, 3, 5, n_extra=1, row_newlines=True)
     run = finished(grid, 3)
     frames = np.random.default_rng(1).integers(0, 256, (3, height, width, 3), dtype=np.uint8)
-    painter = Painter.of(run, kind)
+    painter = Painter(run, kind)
     picture = painter.paint(frames[2], 0.7)
     times = picture.shape[1] // width
     assert picture.shape[1] >= MIN_WIDTH > (times - 1) * width
@@ -235,7 +234,7 @@ def test_painted_frames_of_odd_sizes(kind: Any, width: int, height: int, tmp_pat
     expected = 0.62 * colours + 0.38 * (127.5 + 0.7 * (grey - 127.5))
     np.testing.assert_allclose(picture[:large_h, :large_w], expected, atol=0.51)
     path = tmp_path / "o.mp4"
-    assert write_video(path, painter, zip(run.timestamps, frames, strict=True), slides=True) == 3
+    write_video(path, painter, zip(run.timestamps, frames, strict=True), slides=True)
     with av.open(str(path)) as container:
         shapes = [(frame.height, frame.width) for frame in container.decode(video=0)]
     assert shapes == [picture.shape[:2]] * 3
@@ -243,12 +242,12 @@ def test_painted_frames_of_odd_sizes(kind: Any, width: int, height: int, tmp_pat
 
 def test_one_frame() -> None:
     run = finished(TokenGrid(1, 2, 2), 1)
-    painter = Painter.of(run, "scores")
+    painter = Painter(run, "scores")
     assert [painter.step_at(seconds) for seconds in (-5, 0.1, 99)] == [0, 0, 0]
 
 
 def test_step_of_the_nearest_sampled_frame() -> None:
-    painter = Painter.of(finished(TokenGrid(3, 2, 2), 5), "scores")  # at 0.1, 0.4, 0.7, 1.0, 1.3
+    painter = Painter(finished(TokenGrid(3, 2, 2), 5), "scores")  # at 0.1, 0.4, 0.7, 1.0, 1.3
     assert [painter.step_at(seconds) for seconds in (0, 0.54, 0.56, 1.1, 1.16, 9)] == [0, 0, 1, 1, 2, 2]
 
 
@@ -351,24 +350,22 @@ def test_frames_of_a_video_with_uneven_times(tmp_path: Path) -> None:
             container.mux(stream.encode(frame))  # pyright: ignore[reportAttributeAccessIssue]
         container.mux(stream.encode(None))  # pyright: ignore[reportAttributeAccessIssue]
 
-    def silent(*_args: Any) -> None: ...
-
     scores = np.zeros(3, np.float32)
     run = FinishedRun(
         tmp_path, {"video": str(path)}, TokenGrid(3, 1, 1), scores, scores.astype(int), np.array([0.4, 1.1, 3.1]),
         np.array([1, 3, 5]),
     )  # fmt: skip
-    clip = read_clip(run, path, silent)
+    clip = read_clip(run, path)
     np.testing.assert_allclose(clip.frames.mean((1, 2, 3)), [60, 140, 220], atol=3)
     assert clip.n_source_frames == 6
-    found = list(source_frames(run, path, silent))
+    found = list(source_frames(run, path))
     np.testing.assert_allclose([seconds for seconds, _ in found], np.array(times) / 10, atol=1e-6)
     np.testing.assert_allclose([frame.mean() for _, frame in found], levels, atol=3)
     other = FinishedRun(tmp_path, {}, run.grid, scores, run.labels, run.timestamps + 0.1, run.indices)
     with pytest.raises(InputError, match="another video"):
-        read_clip(other, path, silent)
+        read_clip(other, path)
     with pytest.raises(InputError, match="another video"):
-        next(source_frames(other, path, silent))
+        next(source_frames(other, path))
 
 
 def test_views_of_a_folder(tmp_path: Path) -> None:
@@ -380,6 +377,6 @@ def test_views_of_a_folder(tmp_path: Path) -> None:
     run = FinishedRun(
         tmp_path, {}, TokenGrid(2, 1, 1), scores, scores.astype(int), np.array([1.0, 3.0]), np.array([1, 3])
     )
-    clip = read_clip(run, tmp_path, lambda *_: None)
+    clip = read_clip(run, tmp_path)
     assert clip.frames[:, 0, 0, 0].tolist() == [60, 140]
-    assert [float(frame.mean()) for _, frame in source_frames(run, tmp_path, lambda *_: None)] == [20, 60, 100, 140]
+    assert [float(frame.mean()) for _, frame in source_frames(run, tmp_path)] == [20, 60, 100, 140]

@@ -12,14 +12,10 @@ import torch
 from oracle import Problem, assert_as_exact_as_eager
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from videoanchor_triton.kernels import api, dispatch
-from videoanchor_triton.kernels.api import (
-    anchored_attention,
-    anchored_attention_decode,
-    anchored_attention_varlen,
-    available_backends,
-)
-from videoanchor_triton.kernels.dispatch import triton_refusal
+from videoanchor_triton.kernels import dispatch
+from videoanchor_triton.kernels.api import anchored_attention, anchored_attention_varlen
+from videoanchor_triton.kernels.api_cache import anchored_attention_decode
+from videoanchor_triton.kernels.dispatch import available_backends, choose_backend, triton_refusal
 from videoanchor_triton.kernels.ops import anchored_attention_op, backward_op, decode_op, varlen_op
 
 Q, K = torch.zeros(2, 4, 3, 16), torch.zeros(2, 2, 5, 16)
@@ -145,13 +141,13 @@ def test_a_fallback_on_a_gpu_is_logged_once(
     op: str | None, level: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As a warning where the other backend reads lengths on the host."""
-    monkeypatch.setattr(api, "triton_refusal", lambda *_: f"of a test of {op}")
-    with caplog.at_level(logging.INFO, logger=api.__name__):
+    monkeypatch.setattr(dispatch, "triton_refusal", lambda *_: f"of a test of {op}")
+    with caplog.at_level(logging.INFO, logger=dispatch.__name__):
         q = torch.empty(1, 1, 1, 24)
         on_gpu = type(
             "OnGpu", (), {"device": torch.device("cuda"), "requires_grad": False, "dtype": q.dtype, "shape": q.shape}
         )
-        assert [api._choose_backend("auto", on_gpu(), op) for _ in range(2)] == ["sdpa", "sdpa"]  # pyright: ignore[reportArgumentType]
+        assert [choose_backend("auto", on_gpu(), op) for _ in range(2)] == ["sdpa", "sdpa"]  # pyright: ignore[reportArgumentType]
     (record,) = caplog.records
     assert record.levelname == level
     assert record.getMessage().endswith(f": of a test of {op}")
@@ -209,7 +205,7 @@ def test_without_triton_the_rest_works() -> None:
         "import importlib.util as u; find = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
         "import torch\n"
-        "from videoanchor_triton.kernels.api import anchored_attention, available_backends\n"
+        "from videoanchor_triton import anchored_attention, anchored_attention_decode, available_backends\n"
         "assert available_backends('cpu')['triton'] == 'no: triton is not installed'\n"
         "x = torch.ones(1, 1, 2, 8)\n"
         "assert anchored_attention(x, x, x, gamma_k=torch.ones(2)).shape == x.shape\n"

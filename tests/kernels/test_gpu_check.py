@@ -16,15 +16,14 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-gpu_check: Any = importlib.import_module("gpu_check")
-record: Any = importlib.import_module("record")
-worker: Any = importlib.import_module("worker")
-contenders: Any = importlib.import_module("contenders")
-measure: Any = importlib.import_module("measure")
-checks: Any = importlib.import_module("checks")
-findings: Any = importlib.import_module("findings")
+ROOT = Path(__file__).parents[2]
+gpu_check: Any = importlib.import_module("benchmarks.gpu_check")
+record: Any = importlib.import_module("benchmarks.helpers.record")
+worker: Any = importlib.import_module("benchmarks.helpers.worker")
+contenders: Any = importlib.import_module("benchmarks.attention.helpers.contenders")
+measure: Any = importlib.import_module("benchmarks.helpers.measure")
+checks: Any = importlib.import_module("benchmarks.attention.helpers.checks")
+findings: Any = importlib.import_module("benchmarks.attention.helpers.findings")
 
 GPU = torch.device("cuda")
 ROW = record.Row("prefill", "a case", "ours, gated")
@@ -48,7 +47,7 @@ def test_runs_without_a_gpu(tmp_path: Path) -> None:
     assert all(row["status"] == "ok" for row in ours if "hopper" not in row["case"] + row["contender"])
     assert all(row["reason"] for row in rows if row["status"] != "ok")
     assert all(row["ms"] is None and row["rate"] is None for row in rows)
-    assert not (BENCHMARKS.parent / ".git").exists() or re.fullmatch("[0-9a-f]{7,40}", content["commit"])
+    assert not (ROOT / ".git").exists() or re.fullmatch("[0-9a-f]{7,40}", content["commit"])
     assert content["dirty"] in ("true", "false", "unknown")
     with (tmp_path / "gpu_check.csv").open() as file:
         table = list(csv.DictReader(file))
@@ -62,7 +61,7 @@ def test_a_wrong_result_is_a_row_without_a_time_and_exit_status_1(
 ) -> None:
     script = tmp_path / "wrong_worker.py"
     script.write_text(
-        "import sys\nimport contenders\nimport worker\n"
+        "import sys\nfrom benchmarks.attention.helpers import contenders\nfrom benchmarks.helpers import worker\n"
         "right = contenders.va.anchored_attention\n"
         "contenders.va.anchored_attention = lambda *a, **b: right(*a, **b) * (1.05 if 'gamma_v' in b else 1)\n"
         "contenders.CONTENDERS = {'prefill': contenders.CONTENDERS['prefill'][:3]}\n"

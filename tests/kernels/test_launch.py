@@ -7,7 +7,8 @@ import pytest
 import torch
 from oracle import Problem, assert_as_exact_as_eager
 
-from videoanchor_triton.kernels.api import anchored_attention, anchored_attention_decode
+from videoanchor_triton.kernels.api import anchored_attention
+from videoanchor_triton.kernels.api_cache import anchored_attention_decode
 from videoanchor_triton.kernels.decode import decode, split_count
 from videoanchor_triton.kernels.dispatch import triton_target
 from videoanchor_triton.kernels.gates import choose_gate_form

@@ -1,16 +1,14 @@
 """The figures, from a CSV that the test makes up."""
 
 import importlib
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-plot: Any = importlib.import_module("plot")
-record: Any = importlib.import_module("record")
+plot: Any = importlib.import_module("benchmarks.plot")
+record: Any = importlib.import_module("benchmarks.helpers.record")
 
 ENVIRONMENT = {"device": "NVIDIA Example", "driver": "1.2", "torch": "2.11.0", "triton": "3.6.0", "cuda": "13.0"} | {
     "python": "3.12.3", "commit": "0123456789abcdef", "dirty": "true",

@@ -218,5 +218,6 @@ def test_inference_tensors_outside_of_inference_mode(device: torch.device) -> No
     with torch.inference_mode():
         tensors, options = Problem("chunks", queries=3, keys=40, causal=True).make(device)
         expected = anchored_attention(*tensors, **options, backend="sdpa")
-    anchored_attention(*tensors, **{**options, "softcap": 20.0}, return_lse=True, backend="sdpa")
+    capped: dict[str, Any] = {**options, "softcap": 20.0}
+    anchored_attention(*tensors, **capped, return_lse=True, backend="sdpa")
     torch.testing.assert_close(anchored_attention(*tensors, **options, backend="sdpa"), expected)

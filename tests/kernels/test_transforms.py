@@ -7,11 +7,8 @@ import pytest
 import torch
 from torch.autograd.forward_ad import dual_level, make_dual
 
-from videoanchor_triton.kernels.api import (
-    anchored_attention,
-    anchored_attention_decode,
-    anchored_attention_varlen,
-)
+from videoanchor_triton.kernels.api import anchored_attention, anchored_attention_varlen
+from videoanchor_triton.kernels.api_cache import anchored_attention_decode
 from videoanchor_triton.kernels.validation import transforms
 
 GATED = {"gamma_k": 1 + torch.arange(20) / 10, "gamma_v": 2 - torch.arange(20) / 20}

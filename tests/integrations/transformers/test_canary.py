@@ -15,10 +15,11 @@ import torch
 import transformers
 from transformers import DynamicCache, StaticCache
 
-import videoanchor_triton.integrations
+import videoanchor_triton
 from videoanchor_triton.integrations.transformers.visual_tokens import find_multimodal_model
 
-PACKAGE = Path(next(iter(videoanchor_triton.integrations.__path__)))
+PACKAGE = Path(videoanchor_triton.__file__).parent
+AREAS = ("integrations", "app")
 
 IMPORTED = {
     ("transformers.distributed.configuration_utils", "DistributedConfig"): "loading a part on each process",
@@ -60,7 +61,7 @@ OF_TORCH = {"_modules"}
 
 
 def trees() -> Iterator[ast.AST]:
-    for path in PACKAGE.rglob("*.py"):
+    for path in (path for area in AREAS for path in (PACKAGE / area).resolve().rglob("*.py")):
         yield ast.parse(path.read_text(encoding="utf-8"))
 
 
@@ -83,7 +84,7 @@ def test_every_import_is_listed() -> None:
         (node.module, name.name)
         for tree in trees()
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers.")
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").startswith("transformers.")
         for name in node.names
     }
     assert found == set(IMPORTED)

@@ -14,8 +14,7 @@ from transformers import DynamicCache
 
 import videoanchor_triton as va
 
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
-decode_step: Any = importlib.import_module("decode_step")
+decode_step: Any = importlib.import_module("benchmarks.attention.decode_step")
 
 
 def step_operations(name: str, layers: int, alpha: float, prompts: list[tiny.Prompt]) -> Any:

@@ -8,7 +8,8 @@ import transformers as hf
 
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'video' %} <video> {% else %} {{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if part['type'] in ('image', 'video') %} <{{ part['type'] }}> "
+    "{% else %} {{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
 )
 
 

@@ -1,0 +1,51 @@
+"""What measured numbers depend on."""
+
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy
+import scipy
+import sklearn
+import torch
+import triton
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment(device: torch.device, cpu: str) -> dict[str, str]:
+    """Device (`cpu` is the name of one that is no GPU), driver, versions and commit."""
+    git = ("git", "-C", str(ROOT))
+    driver = "none"
+    if device.type == "cuda":
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
+    changes = _output(*git, "status", "--porcelain", "--untracked-files=no")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "driver": driver,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": str(torch.version.cuda or torch.version.hip),
+        "numpy": numpy.__version__,
+        "scipy": scipy.__version__,
+        "scikit-learn": sklearn.__version__,
+        "python": platform.python_version(),
+        "commit": _output(*git, "rev-parse", "HEAD"),
+        "dirty": changes if changes == "unknown" else str(bool(changes)).lower(),
+    }
+
+
+def processor() -> str:
+    """The name of the CPU and how many threads torch and NumPy's libraries use at most."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
