@@ -128,7 +128,7 @@ def test_a_question_before_the_video_is_computed_whole(loaded: tuple[Any, Any], 
         alone = [pipeline.answer(model, processor, clip(), q, CONFIG, max_new_tokens=N_NEW) for q in QUESTIONS]
         cache = ScoreCache(tmp_path, 2**20)
         video = SharedPrefill(model, processor, clip(), CONFIG, max_new_tokens=N_NEW, scores=cache)
-        assert [video.answer(question).answer for question in QUESTIONS] == [one.answer for one in alone]
+        assert [video.answer(question).text for question in QUESTIONS] == [one.text for one in alone]
     finally:
         processor.chat_template = template
     assert cache.misses == 1, "they share the scores"
@@ -165,7 +165,7 @@ def test_a_beginning_that_fails_is_not_tried_again(loaded: tuple[Any, Any], monk
 def test_a_question_that_does_not_fit_harms_no_other(loaded: tuple[Any, Any]) -> None:
     model, processor = loaded
     video = SharedPrefill(model, processor, clip(), CONFIG, max_new_tokens=2)
-    before = video.answer("word5").answer
+    before = video.answer("word5").text
     with pytest.raises(InputError, match="the model's context holds"):
         video.answer("word5 " * 5000)
-    assert video.answer("word5").answer == before
+    assert video.answer("word5").text == before
