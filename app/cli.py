@@ -9,8 +9,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 from ..integrations.errors import InputError, Terminated
 from .batch.stopping import StoppedError, failure_of
@@ -19,28 +17,19 @@ from .termination import terminated_cleanly
 from .text import printable
 from .threads import settle_threads
 
-if TYPE_CHECKING:  # it imports torch
-    from .batch.tensor_parallel_process import Leader
-
 COMMANDS = (demo, run, batch, eval, tune, viz, convert, info)
 _MISFIT = re.compile(r"operator torchvision::\w+ does not exist|PyTorch and torchvision were compiled with different")
 
 
-def main(argv: Sequence[str] | None = None, leader: "Leader | None" = None) -> int:
-    """Entry point of `videoanchor`.
-
-    Args:
-        leader: where the command's model is split among processes and this is the first of them.
-    """
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `videoanchor`."""
     settle_threads()
     args = _parser().parse_args(argv)
-    args.argv, args.leader = sys.argv[1:] if argv is None else [*argv], leader
     if isinstance(sys.stdout, io.TextIOWrapper):  # an answer in letters that the terminal lacks is no failure
         sys.stdout.reconfigure(errors="backslashreplace")
-    with terminated_cleanly() if leader is None else nullcontext():  # torchrun ends those of a group
+    with terminated_cleanly():
         try:
-            if leader is None:
-                _refuse_torchrun()
+            _refuse_torchrun()
             return args.command(args)
         except InputError as error:
             return _ended(args.name, error, 2)

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,10 +23,10 @@ Engine = Callable[[BatchJob, Groups], Iterable[Record]]
 
 
 def local_engine(job: BatchJob, groups: Groups, *, progress: "Progress | None" = None) -> Iterator[Record]:
-    """One model in this process."""
-    worker = BatchWorker(job, progress)
-    for rows in groups:
-        yield from worker.answer(rows)
+    """One model, in this process or split among others of this machine."""
+    with closing(BatchWorker(job, progress)) as worker:
+        for rows in groups:
+            yield from worker.answer(rows)
 
 
 def run_batch(

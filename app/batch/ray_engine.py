@@ -8,9 +8,9 @@ driver, is the checkpoint: what it holds is not asked again, and `ResultsLog` wr
 
 import json
 import logging
+import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 from ...integrations.errors import InputError
@@ -18,8 +18,7 @@ from ..termination import keeping_handler
 from ..threads import passed_on
 from .job import Groups
 from .results import Record
-from .tensor_parallel import TensorParallelWorker
-from .worker import BatchJob, BatchWorker, dump_rows, failed, load_rows
+from .worker import BatchJob, BatchWorker, failed
 
 MAX_DEATHS = 3
 
@@ -52,7 +51,7 @@ class _Actor:
         """One result a row, in the order of the rows: Ray drops as many of a second attempt as it has of the first."""
         import ray
 
-        rows = load_rows(batch["rows"][0])
+        rows = pickle.loads(batch["rows"][0])
         keys = [row.key(self._settings_hash) for row in rows]
         deaths = ray.get([self._begun.deaths.remote(key) for key in keys])
         answers = self._worker.answer([row for row, n in zip(rows, deaths, strict=True) if n < MAX_DEATHS])
@@ -72,17 +71,16 @@ def ray_engine(
     *,
     n_actors: int | None = None,
     gpus_per_actor: float | None = None,
-    tensor_parallel: int = 1,
-    make_worker: MakeWorker | None = None,
+    make_worker: MakeWorker = BatchWorker,
 ) -> Iterator[Record]:
     """Answers rows by actors of a Ray cluster: the one that RAY_ADDRESS names or that runs on this machine, else one
     that is started here and ends with the job.
 
     Args:
         n_actors: default: as many as there are GPUs for; 1 without a GPU.
-        gpus_per_actor: default: `tensor_parallel`, or 0 where the cluster has none.
-        tensor_parallel: processes of each actor that share its model, on GPUs and cores of one machine.
-        make_worker: default: `BatchWorker`, or `TensorParallelWorker`.
+        gpus_per_actor: default: one for each process that shares its model, on one machine, or 0 where the cluster has
+            none.
+        make_worker: see `MakeWorker`.
 
     Raises:
         InputError: the cluster lacks what the actors need, or they cannot load the model.
@@ -96,19 +94,16 @@ def ray_engine(
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         gpus = ray.cluster_resources().get("GPU", 0.0)
-        each = (float(tensor_parallel) if gpus else 0.0) if gpus_per_actor is None else gpus_per_actor
-        room = _room(tensor_parallel, each)
+        each = (float(job.tensor_parallel) if gpus else 0.0) if gpus_per_actor is None else gpus_per_actor
+        room = _room(job.tensor_parallel, each)
         count = n_actors or (max(room, 1) if each else 1)
         if count > room:
             cores = ray.cluster_resources().get("CPU", 0.0)
             raise InputError(
                 f"{count} actors with {each:g} GPUs each: the cluster has {gpus:g} GPUs and {cores:g} cores, room for "
-                f"{room} of them, each on one machine with {tensor_parallel} cores; give fewer"
+                f"{room} of them, each on one machine with {job.tensor_parallel} cores; give fewer"
             )
-        if make_worker is None:
-            split = partial(TensorParallelWorker, size=tensor_parallel)
-            make_worker = BatchWorker if tensor_parallel == 1 else split
-        for item in _dataset(job, groups, make_worker, count, tensor_parallel, each).iter_rows():
+        for item in _dataset(job, groups, make_worker, count, each).iter_rows():
             yield json.loads(item["record"])
     except RayError as error:
         reason = str(error).strip().split("\n")[-1].rpartition("InputError: ")[2]
@@ -127,15 +122,13 @@ def _room(cores: int, gpus: float) -> int:
     return sum(min(int(machine.get(name, 0.0) / n) for name, n in wanted.items()) for machine in machines)
 
 
-def _dataset(
-    job: BatchJob, groups: Groups, make_worker: MakeWorker, n_actors: int, cores: int, gpus_per_actor: float
-) -> Any:
+def _dataset(job: BatchJob, groups: Groups, make_worker: MakeWorker, n_actors: int, gpus_per_actor: float) -> Any:
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised as well
     begun = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Begun).remote()
-    items = [{"rows": dump_rows(rows)} for rows in groups]
+    items = [{"rows": pickle.dumps(rows)} for rows in groups]
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -146,7 +139,7 @@ def _dataset(
             fn_constructor_args=(make_worker, job, begun),
             batch_size=1,
             compute=ActorPoolStrategy(size=n_actors, max_tasks_in_flight_per_actor=1),
-            num_cpus=cores,
+            num_cpus=job.tensor_parallel,
             num_gpus=gpus_per_actor,
             runtime_env={"env_vars": passed_on()},
         )

@@ -1,9 +1,12 @@
-"""The results of a batch on disk: one line of JSON a row, written as each finishes."""
+"""What a batch writes: `results.jsonl`, a line a row, as each finishes, and from it the tables `results.csv` and
+`results.parquet`. results.schema.json beside this file declares their columns, whatever the data."""
 
 import contextlib
+import io
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,15 @@ from filelock import FileLock, Timeout
 
 from ...integrations.errors import InputError
 from ..atomic_write import naming, write_whole
+from ..csv_text import csv_text
 from ..text import json_text
 
 Record = dict[str, Any]
+SCHEMA = Path(__file__).with_name("results.schema.json")
+VERSION = "1"
+"""Of `SCHEMA`: it changes when a column goes, or changes its type or what it means."""
+VERSION_KEY = b"videoanchor.results"
+"""Of the metadata of a Parquet file."""
 
 
 class ResultsLog:
@@ -141,3 +150,59 @@ def _read(path: Path, file: int) -> dict[str, Record]:
         os.ftruncate(file, size)
         os.fsync(file)
     return records
+
+
+def write_tables(records: Iterable[Record], folder: Path, formats: Collection[str]) -> list[Path]:
+    """Writes `results.csv` and `results.parquet`, as far as `formats` names them, with the same columns: those of
+    `SCHEMA` (the entry `vision` of `seconds` as `seconds_vision`; lists and objects as text of JSON), and text for each
+    column of the input, `input_NAME`.
+
+    Text of the CSV that a spreadsheet would run has a quote before it, see `csv_cell`.
+    """
+    records = list(records)
+    inputs = dict.fromkeys(f"input_{name}" for record in records for name in record.get("input", {}))
+    types = columns() | dict.fromkeys(inputs, "string")
+    rows = [_row(record, types) for record in records]
+    written = []
+    for name, content in (("csv", _csv), ("parquet", _parquet)):
+        if name in formats:
+            written.append(folder / f"results.{name}")
+            write_whole(written[-1], content(rows, types))
+    return written
+
+
+@cache
+def columns() -> dict[str, str]:
+    """The columns of tables, each with its type: string, integer, number or boolean. Any may be null."""
+    properties: dict[str, Any] = json.loads(SCHEMA.read_bytes())["$defs"]["row"]["properties"]
+    types = {name: about.get("type", "string") for name, about in properties.items()}
+    return {name: kind if isinstance(kind, str) else kind[0] for name, kind in types.items()}
+
+
+def _row(record: Record, types: Mapping[str, str]) -> Record:
+    parts = {
+        f"{name}_{part}": one
+        for name, value in record.items()
+        if isinstance(value, dict)
+        for part, one in value.items()
+    }
+    flat = {**parts, **record}
+    return {name: _text(flat.get(name)) if kind == "string" else flat.get(name) for name, kind in types.items()}
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _csv(rows: Sequence[Record], types: Mapping[str, str]) -> bytes:
+    return csv_text([*types], rows).encode()
+
+
+def _parquet(rows: Sequence[Record], types: Mapping[str, str]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {"integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_(), "string": pa.string()}
+    schema = pa.schema({name: kinds[kind] for name, kind in types.items()}, metadata={VERSION_KEY: VERSION})
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), buffer := io.BytesIO())
+    return buffer.getvalue()

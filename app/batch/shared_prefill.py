@@ -23,15 +23,14 @@ from ..video.reader import VideoClip
 class SharedPrefill:
     """Answers questions about one video as `pipeline.answer` does.
 
-    With `share`, vision tower, scores and the prompt up to the end of the video are computed for the first question,
-    and their times count there. A prompt that begins otherwise (a chat template that puts the question before the
+    Vision tower, scores and the prompt up to the end of the video are computed for the first question, and their times
+    count there. A prompt that begins otherwise (a chat template that puts the question before the
     video) is computed whole; it still finds its scores in `scores`. A shared beginning is computed in one pass and the
     question in another, which rounds differently than one pass, as with any cache of prefixes.
 
     Args:
         model, processor: from `pipeline.load`.
         config, max_new_tokens, progress: see `pipeline.answer`.
-        share: False computes every prompt whole.
         scores: where scores are kept; None computes them anew.
     """
 
@@ -42,14 +41,13 @@ class SharedPrefill:
         clip: VideoClip,
         config: VideoAnchorConfig,
         *,
-        share: bool,
         max_new_tokens: int = 128,
         scores: ScoreCache | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._model, self._processor, self._clip = model, processor, clip
         self._config, self._scores = config, scores
-        self._share, self._max_new_tokens, self._progress = share, max_new_tokens, progress
+        self._max_new_tokens, self._progress = max_new_tokens, progress
         self._beginning: Tensor | None = None
         self._prefix: Prefix | Exception | None = None
 
@@ -68,8 +66,6 @@ class SharedPrefill:
             "progress": self._progress,
         }
         arguments = self._model, self._processor, inputs, grids, self._config
-        if not self._share:
-            return generate(*arguments, **options)
         first = self._prefix is None
         if first:
             self._prefill(inputs)

@@ -32,13 +32,14 @@ class StoppedError(Exception):
 
 
 def failure_of(error: BaseException) -> Failure:
-    """What kind of failure an exception is, by itself and by those that it was raised from."""
+    """What kind of failure an exception is, by itself and by those that it was raised from. A device that was lost by
+    another process (`ChildProcessError`) can be used by the next one."""
     kind: Failure = "input" if isinstance(error, InputError) or _is_memory(error) else "other"
     link: BaseException | None = error
     for _ in range(20):
         if link is None:
             break
-        if not isinstance(link, InputError) and _is_lost(link):
+        if not isinstance(link, InputError | ChildProcessError) and _is_lost(link):
             return "accelerator"
         link = link.__cause__ or link.__context__
     return kind

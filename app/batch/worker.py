@@ -2,16 +2,16 @@
 
 import hashlib
 import json
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...integrations.errors import InputError
+from ..libraries import prepare_libraries
 from ..video.limits import MAX_PIXELS
 from .results import Record
 from .rows import BatchRow
@@ -20,10 +20,8 @@ from .stopping import Failure, failure_of
 if TYPE_CHECKING:  # these import torch, and the input is read before that
     from ...anchor.config import VideoAnchorConfig
     from ...anchor.timing import Progress
-    from ..pipeline import Answer
     from ..video.reader import VideoClip
-    from .tensor_parallel_process import Leader
-
+    from ..video_model import Answered
 
 CONFIG_COLUMNS = (
     *("alpha_q", "alpha_k", "alpha_v", "decode", "scorer", "score", "n_clusters", "pca_rank", "random_state"),
@@ -36,7 +34,7 @@ VIDEO_COLUMNS = ("max_frames", "fps", "sampling", "max_pixels", "strict")
 
 @dataclass(frozen=True)
 class BatchJob:
-    """What is the same for all rows of a batch. It can be sent to another process.
+    """What is the same for all rows of a batch.
 
     Args:
         model, device, dtype: see `pipeline.load`.
@@ -46,6 +44,7 @@ class BatchJob:
         max_new_tokens: of an answer.
         score_folder, score_bytes: see `ScoreCache`.
         share_prefill: see `SharedPrefill`.
+        tensor_parallel: processes among which the model is split.
     """
 
     model: str
@@ -58,6 +57,7 @@ class BatchJob:
     score_folder: Path
     score_bytes: int
     share_prefill: bool = True
+    tensor_parallel: int = 1
 
     def settings(self) -> dict[str, Any]:
         """What an answer depends on, ready for JSON."""
@@ -83,19 +83,6 @@ class BatchJob:
         """What tells these settings from others in each result."""
         return setting_columns(self.settings())
 
-    def to_json(self) -> str:
-        """One line."""
-        return json.dumps({**vars(self), "config": self.config.to_dict(), "score_folder": str(self.score_folder)})
-
-    @classmethod
-    def from_json(cls, text: str) -> "BatchJob":
-        """What `to_json` has written."""
-        from ...anchor.config import VideoAnchorConfig
-
-        values = json.loads(text)
-        values["config"] = VideoAnchorConfig(**values["config"])
-        return cls(**{**values, "score_folder": Path(values["score_folder"])})
-
 
 def setting_columns(settings: dict[str, Any]) -> Record:
     """The columns of `BatchJob.settings`."""
@@ -111,40 +98,30 @@ def setting_columns(settings: dict[str, Any]) -> Record:
 
 
 class BatchWorker:
-    """A model that answers rows.
-
-    Args:
-        leader: where the model is split among processes and this is the first of them.
+    """A model that answers rows; `close` ends the processes that it is split among.
 
     Raises:
-        InputError: the checkpoint cannot be loaded.
+        InputError: the checkpoint cannot be loaded or split.
+        ChildProcessError: the processes cannot be started; also from `answer`, where they have to be started again.
     """
 
-    def __init__(self, job: BatchJob, progress: "Progress | None" = None, leader: "Leader | None" = None) -> None:
-        from ..commands.shared import prepare_libraries
-
+    def __init__(self, job: BatchJob, progress: "Progress | None" = None) -> None:
         prepare_libraries()
-        from .. import pipeline
         from ..budget import Planner
-        from ..score_cache import ScoreCache
-        from .shared_prefill import SharedPrefill
+        from ..tensor_parallel import SplitModel
+        from ..video_model import VideoModel
 
         self._job, self._progress, self._settings_hash = job, progress, job.settings_hash()
-        self._scores = ScoreCache(job.score_folder, job.score_bytes)
-        self._planner = Planner(
-            job.model,
-            job.config,
-            max_new_tokens=job.max_new_tokens,
-            device=job.device,
-            dtype=job.dtype,
-            tensor_parallel=1 if leader is None else leader.size,
-        )
-        self._open_video = SharedPrefill if leader is None else leader.video
-        self._model, self._processor = (leader or pipeline).load(job.model, job.device, job.dtype)
+        options: dict[str, Any] = {"device": job.device, "dtype": job.dtype, "max_new_tokens": job.max_new_tokens}
+        self._planner = Planner(job.model, job.config, tensor_parallel=job.tensor_parallel, **options)
+        scores = job.score_folder, job.score_bytes
+        make = partial(VideoModel, model=job.model, config=job.config, scores=scores, **options)
+        split = job.tensor_parallel > 1
+        self._model = SplitModel(make, job.tensor_parallel, job.device, progress) if split else make(progress)
+        self.close = self._model.close
 
     def answer(self, rows: Sequence[BatchRow]) -> Iterator[Record]:
         """Results of the rows of one video, each as it is there. What goes wrong with a row becomes its result."""
-        job = self._job
         start = time.perf_counter()
         try:
             clip, too_long = self._read(rows)
@@ -152,26 +129,17 @@ class BatchWorker:
             yield from (failed(row, self._settings_hash, error) for row in rows)
             return
         decoded = time.perf_counter() - start
-        video = self._open_video(
-            self._model,
-            self._processor,
-            clip,
-            job.config,
-            share=job.share_prefill and len(rows) > 1,
-            max_new_tokens=job.max_new_tokens,
-            scores=self._scores,
-            progress=self._progress,
-        )
         for row in rows:
-            hits = self._scores.hits
+            if row.number in too_long:
+                yield failed(row, self._settings_hash, InputError(too_long[row.number]))
+                continue
+            self._model.open(clip, share=self._job.share_prefill and len(rows) > 1)
             try:
-                if row.number in too_long:
-                    raise InputError(too_long[row.number])
-                result = video.answer(row.question)
+                answered = self._model.answer(row.question)
             except Exception as error:
                 yield failed(row, self._settings_hash, error)
             else:
-                yield self._done(row, clip, result, decoded, self._scores.hits > hits)
+                yield self._done(row, clip, answered, decoded)
                 decoded = 0.0
 
     def _read(self, rows: Sequence[BatchRow]) -> "tuple[VideoClip, dict[int, str]]":
@@ -191,7 +159,8 @@ class BatchWorker:
             too_long[row.number] = f"{problem}: {self._planner.advice(clip, row.question)}"
         return clip, too_long
 
-    def _done(self, row: BatchRow, clip: "VideoClip", result: "Answer", decoded: float, cached_scores: bool) -> Record:
+    def _done(self, row: BatchRow, clip: "VideoClip", answered: "Answered", decoded: float) -> Record:
+        result, cached, host_memory = answered
         anchor = result.anchor
         return {
             **_about(row, self._settings_hash),
@@ -211,11 +180,11 @@ class BatchWorker:
                 "n_iter": anchor.n_iter,
                 "residual": anchor.residual,
                 "converged": anchor.converged,
-                "cached": cached_scores,
+                "cached": cached,
             },
             "seconds": {"decode_video": decoded, **result.seconds},
             "peak_memory_bytes": result.peak_memory_bytes,
-            "peak_host_memory_bytes": _peak_host_memory(),
+            "peak_host_memory_bytes": host_memory,
             "device": result.device,
             "version": version("videoanchor-triton"),
         }
@@ -231,22 +200,12 @@ def failed(row: BatchRow, settings_hash: str, error: BaseException | str) -> Rec
 def reason_of(error: BaseException) -> str:
     """What an exception says."""
     text = str(error).strip() or type(error).__name__
-    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, InputError | ChildProcessError) else f"{type(error).__name__}: {text}"
 
 
 def unasked(row: BatchRow, settings_hash: str) -> Record:
     """The place of a row in the tables until it has a result."""
     return {**_about(row, settings_hash), "status": "unasked"}
-
-
-def dump_rows(rows: Sequence[BatchRow]) -> str:
-    """One line of JSON."""
-    return json.dumps([{**asdict(row), "video": str(row.video)} for row in rows])
-
-
-def load_rows(text: str) -> list[BatchRow]:
-    """What `dump_rows` has written."""
-    return [BatchRow(**{**row, "video": Path(row["video"])}) for row in json.loads(text)]
 
 
 def _about(row: BatchRow, settings_hash: str) -> Record:
@@ -260,9 +219,3 @@ def _about(row: BatchRow, settings_hash: str) -> Record:
         "copy": row.copy,
         "input": row.columns,
     }
-
-
-def _peak_host_memory() -> int:
-    """Bytes that this process has held at most."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

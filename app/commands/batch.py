@@ -199,7 +199,7 @@ class _Tables:
 
     def write(self) -> list[Path]:
         """Removes results that have been replaced, as far as the new ones are there, and writes the tables."""
-        from ..batch.tables import write_tables
+        from ..batch.results import write_tables
         from ..batch.worker import unasked
 
         if not self._log.records:
@@ -228,16 +228,12 @@ def _check(args: argparse.Namespace) -> None:
         if where and find_spec(name) is None:
             otherwise = ", or leave Parquet out: --tables csv" if name == "pyarrow" else ""
             raise InputError(f"missing {name}: pip install 'videoanchor-triton[{extra}]'{otherwise}")
-    if args.max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens: expected 1 or more, got {args.max_new_tokens}")
-    if not args.cache_size >= 0:
-        raise InputError(f"--cache-size: expected 0 or more GiB, got {args.cache_size}")
+    for name, least in (("max_new_tokens", 1), ("cache_size", 0), ("actors", 1), ("gpus_per_actor", 0)):
+        given = getattr(args, name)
+        if given is not None and not given >= least:
+            raise InputError(f"--{name.replace('_', '-')}: expected {least} or more, got {given}")
     if args.engine == "local" and (args.actors is not None or args.gpus_per_actor is not None):
         raise InputError("--actors and --gpus-per-actor: only with --engine ray")
-    if args.actors is not None and args.actors < 1:
-        raise InputError(f"--actors: expected 1 or more, got {args.actors}")
-    if args.gpus_per_actor is not None and not args.gpus_per_actor >= 0:
-        raise InputError(f"--gpus-per-actor: expected 0 or more, got {args.gpus_per_actor}")
     if args.tensor_parallel > 1 and args.gpus_per_actor not in (None, 0, args.tensor_parallel):
         raise InputError(
             f"--gpus-per-actor {args.gpus_per_actor:g} and --tensor-parallel {args.tensor_parallel}: each process "
@@ -246,24 +242,16 @@ def _check(args: argparse.Namespace) -> None:
     check_tensor_parallel(args, here=args.engine == "local")
 
 
-def _job(args: argparse.Namespace) -> Any:
-    from ..batch.worker import BatchJob
+def _job(args: argparse.Namespace) -> "BatchJob":
+    from ..batch.worker import VIDEO_COLUMNS, BatchJob
 
     return BatchJob(
-        model=args.model,
-        device=args.device,
-        dtype=args.dtype,
-        config=config_of(args),
-        video={
-            "fps": args.fps,
-            "max_frames": args.max_frames,
-            "sampling": args.sampling,
-            "max_pixels": args.max_pixels,
-            "strict": args.strict,
-            "timeout": args.timeout,
+        **{
+            name: getattr(args, name)
+            for name in ("model", "device", "dtype", "fit", "max_new_tokens", "tensor_parallel")
         },
-        fit=args.fit,
-        max_new_tokens=args.max_new_tokens,
+        config=config_of(args),
+        video={name: getattr(args, name) for name in (*VIDEO_COLUMNS, "timeout")},
         score_folder=(args.cache or args.out / "scores").absolute(),
         score_bytes=int(args.cache_size * 2**30),
         share_prefill=not args.whole_prompts,
@@ -272,15 +260,11 @@ def _job(args: argparse.Namespace) -> Any:
 
 def _engine(args: argparse.Namespace, progress: Any) -> Any:
     from ..batch.job import local_engine
-    from ..batch.tensor_parallel import tensor_parallel_engine
 
     if args.engine == "ray":
         from ..batch.ray_engine import ray_engine
 
-        options = {"gpus_per_actor": args.gpus_per_actor, "tensor_parallel": args.tensor_parallel}
-        return partial(ray_engine, n_actors=args.actors, **options)
-    if args.tensor_parallel > 1:
-        return partial(tensor_parallel_engine, size=args.tensor_parallel, progress=progress.stage)
+        return partial(ray_engine, n_actors=args.actors, gpus_per_actor=args.gpus_per_actor)
     return partial(local_engine, progress=progress.stage)
 
 

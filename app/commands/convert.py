@@ -4,8 +4,9 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from ..libraries import prepare_libraries
 from ..text import json_text, printable
-from .shared import Commands, ProgressLine, prepare_libraries
+from .shared import Commands, ProgressLine
 
 
 def add(commands: Commands) -> None:

@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..libraries import prepare_libraries
 from ..text import json_text
 from .run import answer, report
-from .shared import Commands, ProgressLine, check_extras, prepare_libraries
+from .shared import Commands, ProgressLine, check_extras
 
 
 def add(commands: Commands) -> None:

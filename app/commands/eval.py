@@ -15,6 +15,7 @@ from ...integrations.errors import InputError
 from ..atomic_write import write_whole
 from ..batch.stopping import StoppedError
 from ..csv_text import csv_text
+from ..libraries import prepare_libraries
 from ..text import json_text, printable
 from .shared import (
     Commands,
@@ -26,7 +27,6 @@ from .shared import (
     config_of,
     fit_clip,
     make_planner,
-    prepare_libraries,
     read_clip,
 )
 

@@ -4,7 +4,8 @@ import argparse
 import json
 from dataclasses import asdict
 
-from .shared import Commands, prepare_libraries
+from ..libraries import prepare_libraries
+from .shared import Commands
 
 
 def add(commands: Commands) -> None:

@@ -2,11 +2,14 @@
 
 import argparse
 import time
+from contextlib import closing
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...integrations.errors import InputError
+from ..libraries import prepare_libraries
 from ..text import check_question, json_text, printable
 from .shared import (
     Commands,
@@ -20,12 +23,8 @@ from .shared import (
     config_of,
     fit_clip,
     make_planner,
-    prepare_libraries,
     read_clip,
 )
-
-if TYPE_CHECKING:  # it imports torch
-    from ..batch.tensor_parallel_process import Leader
 
 
 def add(commands: Commands) -> None:
@@ -62,11 +61,7 @@ def _run(args: argparse.Namespace) -> int:
     check_folder(args.out)
     check_path(args.video)
     check_tensor_parallel(args)
-    if args.tensor_parallel > 1 and args.leader is None:
-        from ..batch.tensor_parallel import run_split
-
-        return run_split(args.argv, args.tensor_parallel, args.device)
-    _, result, record = answer(args, config, ProgressLine(not args.json), args.leader)
+    _, result, record = answer(args, config, ProgressLine(not args.json), args.tensor_parallel)
     if args.json:
         print(json_text(record))
     else:
@@ -74,23 +69,23 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def answer(args: argparse.Namespace, config: Any, progress: ProgressLine, leader: "Leader | None" = None) -> Any:
+def answer(args: argparse.Namespace, config: Any, progress: ProgressLine, tensor_parallel: int = 1) -> Any:
     """Reads what the checkpoint says of itself, decodes, works out the budget, loads, asks and writes; what `run` and
     `demo` share.
 
     Args:
-        leader: where the model is split among processes and this is the first of them.
+        tensor_parallel: processes among which the model is split.
 
     Returns:
         the clip, the result, and what `result.json` holds.
     """
     try:
-        return _answer(args, config, progress, leader)
+        return _answer(args, config, progress, tensor_parallel)
     finally:
         progress.close()
 
 
-def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine, leader: "Leader | None") -> Any:
+def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine, tensor_parallel: int) -> Any:
     times = [time.perf_counter()]
 
     def stage(name: str) -> None:
@@ -99,21 +94,25 @@ def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine, leade
 
     progress("import", 0, 0)
     prepare_libraries()
-    from .. import output, pipeline
+    from .. import output
+    from ..tensor_parallel import SplitModel
+    from ..video_model import VideoModel
 
     stage("checkpoint")
-    planner = make_planner(args, config, 1 if leader is None else leader.size)
+    planner = make_planner(args, config, tensor_parallel)
     stage("decode")
     clip = read_clip(args, args.video, progress)
     stage("budget")
     clip, budget = fit_clip(args, args.video, clip, args.question, planner, progress)
     stage("load")
-    model, processor = (leader or pipeline).load(args.model, args.device, args.dtype)
+    names = ("model", "device", "dtype", "max_new_tokens")
+    make = partial(VideoModel, **{name: getattr(args, name) for name in names}, config=config)
+    model = make(progress) if tensor_parallel == 1 else SplitModel(make, tensor_parallel, args.device, progress)
     times.append(time.perf_counter())
-    progress.say(f"{args.model}: {type(model).__name__} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
-    result = (leader or pipeline).answer(
-        model, processor, clip, args.question, config, max_new_tokens=args.max_new_tokens, progress=progress
-    )
+    with closing(model):
+        progress.say(f"{args.model}: {model}")
+        model.open(clip)
+        result = model.answer(args.question).result
     names = ("import", "checkpoint", "decode_video", "budget", "load_model")
     about = {
         "model": str(Path(args.model).absolute()) if Path(args.model).exists() else str(args.model),

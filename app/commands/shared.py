@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...integrations.errors import InputError
+from ..libraries import prepare_libraries
 from .progress_line import ProgressLine
 
 if TYPE_CHECKING:  # these import torch and transformers
@@ -253,13 +254,3 @@ def check_extras() -> None:
     missing = [name for name in ("av", "torchvision", "PIL", "accelerate", "matplotlib") if find_spec(name) is None]
     if missing:
         raise InputError(f"missing {', '.join(missing)}: pip install 'videoanchor-triton[video,viz]'")
-
-
-def prepare_libraries() -> None:
-    """Imports what the pipeline needs, quietly."""
-    import huggingface_hub
-    import transformers
-
-    huggingface_hub.logging.set_verbosity_error()  # its retries without a network; the error says it in one line
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()

@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from ...integrations.errors import InputError
+from ..libraries import prepare_libraries
 from ..text import json_text, printable
-from .shared import Commands, ProgressLine, add_timeout_option, check_extras, prepare_libraries
+from .shared import Commands, ProgressLine, add_timeout_option, check_extras
 
 MODEL_FREE = ("sheet", "overlay", "csv")
 PARTS = (*MODEL_FREE, "frames", "affinity", "attention")

@@ -52,7 +52,7 @@ def test_ask_is_generate_with_the_gate_on(folder: Path, qwen: Any) -> None:
     inputs, grids = va.prepare(model, processor, clip, "Why?")
     with va.enable(model, CONFIG) as handle:
         output = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-        scores = handle.last[0].scores
+        scores = handle.last[0].scores  # pyright: ignore
     text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     for answer in (
         va.ask(str(folder / "qwen"), folder / "a.mp4", "Why?", CONFIG, max_frames=4, max_new_tokens=5, device="cpu"),
@@ -143,8 +143,9 @@ def test_videos_that_cannot_be_told_apart(folder: Path) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(qwen: Any, media: Any, messages: Any, error: str) -> None:
+    model, processor = qwen
     with pytest.raises(InputError, match=error):
-        va.prepare(*qwen, media, messages)
+        va.prepare(model, processor, media, messages)
 
 
 def test_a_model_without_a_name_needs_its_processor(qwen: Any) -> None:

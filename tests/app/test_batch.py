@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 from tiny_models_checkpoint import save_checkpoint
 
-from videoanchor_triton.app import cli, pipeline
-from videoanchor_triton.app.batch import shared_prefill
-from videoanchor_triton.app.batch import tables as batch_tables
+from videoanchor_triton.app import cli, pipeline, video_model
+from videoanchor_triton.app.batch import results as batch_results
 from videoanchor_triton.app.batch.matching import fingerprint
 from videoanchor_triton.app.commands import batch as batch_command
 from videoanchor_triton.app.video.limits import MAX_PIXELS
@@ -157,14 +156,14 @@ def test_a_second_run_has_nothing_to_do(
 
 def count_questions(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None] = lambda _: None) -> list[str]:
     asked: list[str] = []
-    answer = shared_prefill.SharedPrefill.answer
+    answer = video_model.VideoModel.answer
 
     def counted(self: Any, question: str) -> Any:
         asked.append(question)
         before(len(asked))
         return answer(self, question)
 
-    monkeypatch.setattr(shared_prefill.SharedPrefill, "answer", counted)
+    monkeypatch.setattr(video_model.VideoModel, "answer", counted)
     return asked
 
 
@@ -272,7 +271,7 @@ def test_ctrl_c_before_and_after_all_rows(
     def interrupt(*_: object) -> Any:
         raise KeyboardInterrupt
 
-    target = (pipeline, "load") if at == "load" else (batch_tables, "_csv")
+    target = (pipeline, "load") if at == "load" else (batch_results, "_csv")
     monkeypatch.setattr(*target, interrupt)
     for _ in range(2):
         assert cli.main(arguments(job, tmp_path)) == 130
@@ -289,7 +288,7 @@ def test_a_second_ctrl_c_stops_at_once(job: Path, tmp_path: Path, monkeypatch: p
             raise KeyboardInterrupt
 
     count_questions(monkeypatch, interrupt)
-    monkeypatch.setattr(batch_tables, "_parquet", lambda *_: interrupt(2))
+    monkeypatch.setattr(batch_results, "_parquet", lambda *_: interrupt(2))
     assert cli.main(arguments(job, tmp_path)) == 130
     assert list(answers(tmp_path)) == ["1"]
     assert {path.name for path in tmp_path.glob("*results*")} == {"results.jsonl", "results.lock", "results.csv"}

@@ -1,6 +1,7 @@
 """Questions about one video that share their beginning get the answers that each gets alone."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from videoanchor_triton.app import demo, pipeline
 from videoanchor_triton.app.batch.shared_prefill import SharedPrefill
 from videoanchor_triton.app.score_cache import ScoreCache
 from videoanchor_triton.app.video.reader import VideoClip
+from videoanchor_triton.app.video_model import VideoModel
 from videoanchor_triton.integrations.errors import InputError
 from videoanchor_triton.integrations.transformers.visual_tokens import find_multimodal_model
 
@@ -78,7 +80,7 @@ def test_each_answer_is_that_of_a_run(loaded: tuple[Any, Any], tmp_path: Path, d
     with Calls(model) as one_by_one:
         alone = [pipeline.answer(model, processor, clip(), q, config, max_new_tokens=N_NEW) for q in QUESTIONS]
     cache = ScoreCache(tmp_path, 2**20)
-    video = SharedPrefill(model, processor, clip(), config, share=True, max_new_tokens=N_NEW, scores=cache)
+    video = SharedPrefill(model, processor, clip(), config, max_new_tokens=N_NEW, scores=cache)
     with Calls(model) as calls:
         together = [video.answer(question) for question in QUESTIONS]
     assert (one_by_one.vision, one_by_one.whole) == (4, 4)
@@ -104,7 +106,7 @@ def test_the_same_in_any_order(loaded: tuple[Any, Any]) -> None:
     model, processor = loaded
 
     def logits(questions: list[str]) -> Tensor:
-        video = SharedPrefill(model, processor, clip(), CONFIG, share=True, max_new_tokens=1)
+        video = SharedPrefill(model, processor, clip(), CONFIG, max_new_tokens=1)
         with Calls(model) as calls:
             for question in questions:
                 video.answer(question)
@@ -125,20 +127,23 @@ def test_a_question_before_the_video_is_computed_whole(loaded: tuple[Any, Any], 
     try:
         alone = [pipeline.answer(model, processor, clip(), q, CONFIG, max_new_tokens=N_NEW) for q in QUESTIONS]
         cache = ScoreCache(tmp_path, 2**20)
-        video = SharedPrefill(model, processor, clip(), CONFIG, share=True, max_new_tokens=N_NEW, scores=cache)
+        video = SharedPrefill(model, processor, clip(), CONFIG, max_new_tokens=N_NEW, scores=cache)
         assert [video.answer(question).text for question in QUESTIONS] == [one.text for one in alone]
     finally:
         processor.chat_template = template
     assert cache.misses == 1, "they share the scores"
 
 
-def test_whole_prompts_on_request(loaded: tuple[Any, Any]) -> None:
-    model, processor = loaded
-    video = SharedPrefill(model, processor, clip(), CONFIG, share=False, max_new_tokens=2)
-    with Calls(model) as calls:
-        for question in QUESTIONS[:2]:
-            video.answer(question)
-    assert (calls.vision, calls.whole) == (2, 2)
+def test_whole_prompts_on_request(tmp_path: Path) -> None:
+    save_checkpoint("internvl", tmp_path)
+    about: dict[str, Any] = {"model": str(tmp_path), "device": "cpu", "dtype": "auto", "max_new_tokens": 2}
+    model, one = VideoModel(config=CONFIG, **about), clip()
+    for share, passes in ((False, 2), (True, 1)):
+        model.open(replace(one), share=share)
+        with Calls(model._model) as calls:
+            for question in QUESTIONS[:2]:
+                model.answer(question)
+        assert (calls.vision, calls.whole) == (passes, passes)
 
 
 def test_a_beginning_that_fails_is_not_tried_again(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +155,7 @@ def test_a_beginning_that_fails_is_not_tried_again(loaded: tuple[Any, Any], monk
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(find_multimodal_model(model).language_model, "forward", failing)
-    video = SharedPrefill(model, processor, clip(), CONFIG, share=True)
+    video = SharedPrefill(model, processor, clip(), CONFIG)
     for question in QUESTIONS[:3]:
         with pytest.raises(InputError, match="not enough memory"):
             video.answer(question)
@@ -159,7 +164,7 @@ def test_a_beginning_that_fails_is_not_tried_again(loaded: tuple[Any, Any], monk
 
 def test_a_question_that_does_not_fit_harms_no_other(loaded: tuple[Any, Any]) -> None:
     model, processor = loaded
-    video = SharedPrefill(model, processor, clip(), CONFIG, share=True, max_new_tokens=2)
+    video = SharedPrefill(model, processor, clip(), CONFIG, max_new_tokens=2)
     before = video.answer("word5").text
     with pytest.raises(InputError, match="the model's context holds"):
         video.answer("word5 " * 5000)

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from videoanchor_triton.app.batch.results import ResultsLog
+from videoanchor_triton.app.batch.results import SCHEMA, VERSION, VERSION_KEY, ResultsLog, columns, write_tables
 from videoanchor_triton.app.batch.rows import read_rows
-from videoanchor_triton.app.batch.tables import COLUMNS, VERSION, VERSION_KEY, json_schema, write_tables
 from videoanchor_triton.app.csv_text import text_of_cell
 from videoanchor_triton.integrations.errors import InputError
 
@@ -188,7 +187,7 @@ def test_tables_hold_the_same(tmp_path: Path) -> None:
     assert paths == [tmp_path / "results.csv", tmp_path / "results.parquet"]
     rows = parquet.read_table(paths[1]).to_pylist()
     inputs = ["input_answer", "input_n", "input_big", "input_list"]
-    assert list(rows[0]) == [*(name.replace(".", "_") for name in COLUMNS), *inputs]
+    assert list(rows[0]) == [*columns(), *inputs]
     assert [row["seconds_vision"] for row in rows] == [1.5, 2.0, None, None]
     assert [row["input_answer"] for row in rows] == ["=1+1", "7", None, "\t=2"]
     assert [row["input_n"] for row in rows] == ["1", None, None, None]
@@ -224,7 +223,7 @@ def test_the_schema_does_not_depend_on_the_data(tmp_path: Path, some: list[dict[
         write_tables(rows, tmp_path / name, ["parquet"])
     tables = [tmp_path / name / "results.parquet" for name in ("some", "base")]
     schemas = [pa.parquet.read_schema(path) for path in tables]
-    assert schemas[0].names[: len(COLUMNS)] == [name.replace(".", "_") for name in COLUMNS]
+    assert schemas[0].names[: len(columns())] == [*columns()]
     assert not any(pa.types.is_null(schema.field(name).type) for schema in schemas for name in schema.names)
     assert {schema.metadata[VERSION_KEY] for schema in schemas} == {VERSION.encode()}
     for order in (tables, tables[::-1]):
@@ -232,9 +231,17 @@ def test_the_schema_does_not_depend_on_the_data(tmp_path: Path, some: list[dict[
         assert dataset.dataset([str(path) for path in order]).to_table().num_rows == len(some) + 4
 
 
-def test_the_published_schema_is_the_declaration(tmp_path: Path) -> None:
+def test_the_schema_is_that_of_lines_and_rows(tmp_path: Path) -> None:
+    """A row has the columns of a line, in their order."""
     published = json.loads((Path(__file__).parents[2] / "docs" / "results.schema.json").read_text(encoding="utf-8"))
-    assert published == json_schema()
+    assert published == json.loads(SCHEMA.read_bytes())
+    assert published["title"].endswith(f"version {VERSION}")
+    flat: dict[str, Any] = {}
+    for name, about in published["$defs"]["line"]["properties"].items():
+        flat |= {f"{name}_{part}": one for part, one in about.get("properties", {}).items()} or {name: about}
+    row = published["$defs"]["row"]
+    assert [*flat] == [*row["properties"]] == row["required"] == [*columns()]
+    assert [one["description"] for one in flat.values()] == [one["description"] for one in row["properties"].values()]
     jsonschema = pytest.importorskip("jsonschema")
     parquet = pytest.importorskip("pyarrow.parquet")
     jsonschema.Draft202012Validator.check_schema(published)

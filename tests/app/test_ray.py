@@ -6,6 +6,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,11 @@ import pytest
 from tiny_models_checkpoint import save_checkpoint
 
 from videoanchor_triton.app import cli
-from videoanchor_triton.app.batch import tensor_parallel
 from videoanchor_triton.app.batch.job import run_batch
 from videoanchor_triton.app.batch.progress import STAGES, BatchProgress
 from videoanchor_triton.app.batch.results import Record, ResultsLog
 from videoanchor_triton.app.batch.rows import BatchRow
 from videoanchor_triton.app.batch.stopping import StoppedError
-from videoanchor_triton.app.batch.tensor_parallel import TensorParallelWorker
 from videoanchor_triton.app.batch.worker import BatchJob, failed
 from videoanchor_triton.app.video.reader import write_video
 from videoanchor_triton.integrations.errors import InputError
@@ -169,17 +168,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert [record[name] for record in ours] == [record[name] for record in theirs]
 
 
-def split_worker(job: BatchJob) -> TensorParallelWorker:
+def split_worker(job: BatchJob) -> Any:
     sys.path.append(TESTS)
-    tensor_parallel._LAUNCH = "tensor_parallel_fake"
-    return TensorParallelWorker(job, 2)
+    from tensor_parallel_parts import fake_worker
+
+    return fake_worker(job)
 
 
 def test_an_actor_whose_processes_die(tmp_path: Path) -> None:
     """The actor lives and starts others."""
     rows = [BatchRow(n, Path("/a.mp4"), question) for n, question in enumerate(("q0", "dies", "q2"))]
-    job = make_job(tmp_path)
-    records = list(ray_engine(job, [rows], n_actors=1, tensor_parallel=2, make_worker=split_worker))
+    job = replace(make_job(tmp_path), tensor_parallel=2)
+    records = list(ray_engine(job, [rows], n_actors=1, make_worker=split_worker))
     assert [(record["question"], record["status"]) for record in records] == [
         ("q0", "done"),
         ("dies", "failed"),
@@ -191,7 +191,7 @@ def test_an_actor_whose_processes_die(tmp_path: Path) -> None:
 
 def test_more_processes_than_a_machine_has_cores(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="2 cores, room for 0 of them, each on one machine with 3 cores"):
-        list(ray_engine(make_job(tmp_path), [], tensor_parallel=3))
+        list(ray_engine(replace(make_job(tmp_path), tensor_parallel=3), []))
 
 
 def test_more_gpus_than_there_are(tmp_path: Path) -> None:

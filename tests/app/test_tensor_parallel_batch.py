@@ -1,32 +1,29 @@
-"""`--tensor-parallel`: two processes on a CPU that split a model, or a script in their place."""
+"""`--tensor-parallel`: two processes on a CPU that split a model, or hold fake parts."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-import zlib
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tensor_parallel_group
+import tensor_parallel_dying
+import tensor_parallel_parts as parts
 import tiny_models as tiny
 import torch
 from safetensors.numpy import load_file
 from tiny_models_checkpoint import save_checkpoint
 
-from videoanchor_triton import AnchorResult, VideoAnchorConfig
-from videoanchor_triton.app import checkpoint, cli, pipeline
-from videoanchor_triton.app.batch import tensor_parallel, tensor_parallel_process
+from videoanchor_triton import VideoAnchorConfig
+from videoanchor_triton.app import checkpoint, cli, pipeline, tensor_parallel, video_model
 from videoanchor_triton.app.batch.rows import BatchRow
-from videoanchor_triton.app.batch.tensor_parallel import TensorParallelWorker
-from videoanchor_triton.app.batch.worker import BatchJob
+from videoanchor_triton.app.batch.worker import BatchJob, BatchWorker
 from videoanchor_triton.app.budget import Planner
-from videoanchor_triton.app.pipeline import Answer
-from videoanchor_triton.app.token_grid import TokenGrid
 from videoanchor_triton.app.video.reader import read_video, write_video
 from videoanchor_triton.integrations.errors import InputError
 
@@ -43,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("a", "b"):
         write_video(folder / f"{name}.mp4", generator.integers(0, 255, (8, 32, 48, 3), dtype=np.uint8), fps=4)
     rows = [("gone", "word7"), *(("a", q) for q in ("word5 word6", "word8 word9 word10", "word7")), ("b", "word20")]
-    rows.append(("b", tensor_parallel_group.DEADLY))
+    rows.append(("b", tensor_parallel_dying.DEADLY))
     lines = [json.dumps({"video": f"{video}.mp4", "question": question}) for video, question in rows]
     (folder / "questions.jsonl").write_text("\n".join(lines))
     return folder
@@ -67,13 +64,14 @@ def test_batch(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The rows and answers of one process; then one of the two dies, and its row fails."""
-    pids = tmp_path / "pids"
-    pids.mkdir()
-    monkeypatch.setenv("VIDEOANCHOR_TEST_PIDS", str(pids))
-    monkeypatch.setattr(tensor_parallel, "_LAUNCH", "tensor_parallel_group")
+    folder_of_pids = tmp_path / "pids"
+    folder_of_pids.mkdir()
+    monkeypatch.setenv("VIDEOANCHOR_TEST_PIDS", str(folder_of_pids))
+    monkeypatch.setattr(video_model, "VideoModel", tensor_parallel_dying.DyingModel)
     code, split = batch(folder, tmp_path / "split", "--tensor-parallel", "2")
     assert code == 1
     assert json.loads(capfd.readouterr().out)["answered_by_this_run"] == 4
+    monkeypatch.undo()
     code, whole = batch(folder, tmp_path / "whole")
     for name in ("key", "line", "question", "settings"):
         assert [record[name] for record in split] == [record[name] for record in whole]
@@ -90,9 +88,9 @@ def test_batch(
     assert len(entries[0]) == 2
     for ours, theirs in zip(*entries, strict=True):
         np.testing.assert_array_equal(load_file(ours)["scores"], load_file(theirs)["scores"])
-    shares = [path.read_text() for path in pids.iterdir()]
-    assert sorted(shares) == ["", "32", "32"], "each process holds half of the query projection"
-    assert all(gone(int(path.name)) for path in pids.iterdir())
+    shares = [path.read_text() for path in folder_of_pids.iterdir()]
+    assert shares == ["32", "32"], "each process holds half of the query projection"
+    assert all(gone(int(path.name)) for path in folder_of_pids.iterdir())
 
 
 def test_run(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -111,73 +109,12 @@ def test_run(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     np.testing.assert_array_equal(scores[0], scores[1])
 
 
-class NoOthers(tensor_parallel_process.Channel):
-    """Of a process alone."""
-
-    def __init__(self) -> None:
-        self.size, self._group = 2, None
-
-    def send(self, message: dict[str, Any]) -> None:
-        pass
+# Fake parts in the processes
 
 
-@pytest.mark.parametrize("other", [("right", 4), ("left", 3)], ids=["text", "tokens"])
-def test_processes_that_answer_differently(monkeypatch: pytest.MonkeyPatch, other: tuple[str, int]) -> None:
-    """It is no answer; where they agree, their memory adds up."""
-
-    def result(answer: str, n_tokens: int) -> Answer:
-        anchor = AnchorResult(torch.zeros(1), torch.zeros(1))
-        return Answer(answer, 9, 1, n_tokens, [TokenGrid(1, 1, 1)], anchor, {}, "GPU", 1000)
-
-    def gather(out: list[torch.Tensor], mine: torch.Tensor, **_: Any) -> None:
-        out[0].copy_(mine)
-        out[1].copy_(torch.tensor([zlib.crc32(b"left"), 4, 234]))
-
-    monkeypatch.setattr(torch.distributed, "all_gather", gather)
-    assert NoOthers().agreed(result("left", 4)).peak_memory_bytes == 1234
-    with pytest.raises(RuntimeError, match="have generated different answers"):
-        NoOthers().agreed(result(*other))
-
-
-@pytest.mark.parametrize(
-    ("error", "waits"),
-    [
-        pytest.param(InputError("no memory"), [], id="of-its-own"),
-        pytest.param(RuntimeError("closed by peer"), [2.0], id="of-another"),
-    ],
-)
-def test_a_question_that_fails(monkeypatch: pytest.MonkeyPatch, error: Exception, waits: list[float]) -> None:
-    """Nothing more is asked; what may be another process's doing is told after that process has been heard."""
-
-    class Video:
-        def answer(self, _: str) -> None:
-            raise error
-
-    slept: list[float] = []
-    monkeypatch.setattr(time, "sleep", slept.append)
-    leader, video = tensor_parallel_process.Leader(NoOthers()), Video()
-    with pytest.raises(type(error)):
-        tensor_parallel_process._LedVideo(leader, video, NoOthers()).answer("word5")  # pyright: ignore[reportArgumentType]
-    assert leader.broken
-    assert slept == waits
-
-
-# A script in place of the processes
-
-
-class Settings:
-    """In place of a `VideoAnchorConfig`."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {}
-
-
-def job(folder: Path, model: str = "model") -> BatchJob:
-    return BatchJob(model, "cpu", "auto", Settings(), {}, False, 1, folder, 0)  # pyright: ignore[reportArgumentType]
-
-
-def worker(folder: Path, model: str = "model", progress: Any = None) -> TensorParallelWorker:
-    return TensorParallelWorker(job(folder, model), 2, progress)
+def worker(folder: Path, model: str = "model", progress: Any = None) -> BatchWorker:
+    job = BatchJob(model, "cpu", "auto", parts.Settings(), {}, False, 1, folder, 0, tensor_parallel=2)  # pyright: ignore[reportArgumentType]
+    return BatchWorker(job, progress)
 
 
 def rows(*questions: str) -> list[BatchRow]:
@@ -186,47 +123,62 @@ def rows(*questions: str) -> list[BatchRow]:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_parallel, "_LAUNCH", "tensor_parallel_fake")
+    parts.use_fakes(monkeypatch.setattr)
+
+
+def pids(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("pid-")) for path in folder.glob("pid-*")]
 
 
 SHARE = "the processes that share the model"
+TWO = f"{SHARE} ended: process 2 of 2:"
 
 
 @pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize(
-    ("mishap", "reason"),
+    ("mishap", "reason", "failure"),
     [
-        pytest.param("dies", f"{SHARE} ended: process 2 of 2: Signal 9 (SIGKILL) received by PID 7", id="dies"),
-        pytest.param("dies within a line", f"{SHARE} ended: no reason given", id="dies-within-a-line"),
-        pytest.param("hangs", f"{SHARE} did nothing for 1 s", id="hangs"),
-        pytest.param("fails", None, id="fails"),
-        pytest.param("loses the device", None, id="loses-the-device"),
+        pytest.param("dies", f"{TWO} Signal 9 (SIGKILL)", "other", id="dies"),
+        pytest.param("exits", f"{TWO} exit code 3", "other", id="exits"),
+        pytest.param("hangs", f"{TWO[:-1]} did nothing for 3 s", "other", id="hangs"),
+        pytest.param("fails", "process 2 of 2: KeyError: 'weights'", "other", id="fails"),
+        pytest.param("loses the device", "process 1 of 2: RuntimeError: CUDA error: an", "other", id="no-stop"),
+        pytest.param("needs too much", "process 1 of 2: OutOfMemoryError: CUDA out", "input", id="memory"),
+        pytest.param("refuses", "not enough memory", "input", id="refuses"),
+        pytest.param("differs", f"{SHARE} have generated different answers", "other", id="text"),
+        pytest.param("differs in tokens", f"{SHARE} have generated different answers", "other", id="tokens"),
     ],
 )
 def test_others_answer_the_rows_after_a_mishap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mishap: str, reason: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mishap: str, reason: str, failure: str
 ) -> None:
-    monkeypatch.setattr(tensor_parallel, "_SILENCE", 1.0)
+    monkeypatch.setattr(tensor_parallel, "_SILENCE", 3.0 if mishap == "hangs" else 60.0)
     progress = []
+    if mishap == "hangs":
+        monkeypatch.setattr(tensor_parallel.SplitModel, "_start", started_patiently(tensor_parallel.SplitModel._start))
     with closing(worker(tmp_path, progress=lambda *of: progress.append(of))) as some:
-        records = [*some.answer(rows("q0", mishap, "q2")), *some.answer(rows("q3")), *some.answer(rows(mishap))]
-    assert [record["question"] for record in records] == ["q0", mishap, "q2", "q3", mishap]
-    assert [record["status"] for record in records] == ["done", "failed", "done", "done", "failed"]
-    assert [record.get("reason") for record in records] == [None, reason, None, None, reason]
-    assert [record.get("failure") for record in records if record["status"] == "failed"] == ["other"] * 2, "no stop"
-    starts = ["2 processes", "q0", mishap, "2 processes", "q2", "q3", mishap]
+        records = [*some.answer(rows("q0", mishap, "q2")), *some.answer(rows("q3", "q4"))]
+    assert [record["question"] for record in records] == ["q0", mishap, "q2", "q3", "q4"]
+    assert [record["status"] for record in records] == ["done", "failed", "done", "done", "done"]
+    assert records[1]["reason"].startswith(reason)
+    assert records[1]["failure"] == failure
+    assert [record["peak_memory_bytes"] for record in records if record["status"] == "done"] == [1234] * 4
+    starts = ["2 processes", "q0", mishap, "2 processes", "q2", "q3", "q4"]
     assert (tmp_path / "begun").read_text().splitlines() == starts, "each row once"
-    assert progress.count(("tokens", 1, 0)) == 5
+    assert progress.count(("tokens", 1, 0)) in (4, 5), "of the first process alone, perhaps of the mishap too"
+    assert len(pids(tmp_path)) == 4
+    assert all(gone(pid) for pid in pids(tmp_path))
 
 
-@pytest.mark.usefixtures("fake")
-def test_answers_that_nobody_takes(tmp_path: Path) -> None:
-    """They are not taken for those of other rows."""
-    with closing(worker(tmp_path)) as some:
-        answers = some.answer(rows("q0", "q1"))
-        next(answers)
-        answers.close()  # pyright: ignore[reportAttributeAccessIssue]
-        assert [record["question"] for record in some.answer(rows("q2"))] == ["q2"]
+def started_patiently(start: Any) -> Any:
+    """Importing takes longer than a process may be silent here."""
+
+    def patient(self: Any) -> None:
+        silence, tensor_parallel._SILENCE = tensor_parallel._SILENCE, 60.0
+        start(self)
+        tensor_parallel._SILENCE = silence
+
+    return patient
 
 
 @pytest.mark.usefixtures("fake")
@@ -240,26 +192,20 @@ def test_answers_that_nobody_takes(tmp_path: Path) -> None:
 def test_processes_that_do_not_start(tmp_path: Path, model: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         worker(tmp_path, model)
+    assert all(gone(pid) for pid in pids(tmp_path))
 
 
 @pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("at", ["load", "tokens"])
-def test_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
-    groups = []
-
-    class Group(tensor_parallel.ProcessGroup):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            groups.append(self)
-
+def test_ctrl_c(tmp_path: Path, at: str) -> None:
     def interrupt(stage: str, *_: int) -> None:
         if stage == at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tensor_parallel, "ProcessGroup", Group)
     with pytest.raises(KeyboardInterrupt):
-        list(tensor_parallel.tensor_parallel_engine(job(tmp_path), [rows("q0")], size=2, progress=interrupt))
-    assert [group.running() for group in groups] == [False]
+        next(worker(tmp_path, progress=interrupt).answer(rows("q0", "q1")))
+    assert pids(tmp_path)
+    assert all(gone(pid) for pid in pids(tmp_path))
 
 
 @pytest.mark.usefixtures("fake")
@@ -272,35 +218,51 @@ def test_processes_that_do_not_start_again(tmp_path: Path) -> None:
             next(answers)
 
 
+@pytest.mark.usefixtures("fake")
+def test_ctrl_c_is_for_the_first_process_alone(tmp_path: Path) -> None:
+    """A terminal sends it to all of them."""
+    with closing(worker(tmp_path)) as some:
+        for pid in pids(tmp_path):
+            os.kill(pid, signal.SIGINT)
+        assert [record["status"] for record in some.answer(rows("q0", "q1"))] == ["done", "done"]
+
+
 PARENT = """
 import sys
-from videoanchor_triton.app.batch import tensor_parallel
-tensor_parallel._LAUNCH = "tensor_parallel_group"
-group = tensor_parallel.ProcessGroup(2, "cpu")
-sys.stdin.read()
+from functools import partial
+from pathlib import Path
+from tensor_parallel_parts import FakePart, run_fake_part
+from videoanchor_triton.app import tensor_parallel
+make = partial(FakePart, model=sys.argv[2], scores=(Path(sys.argv[1]), 0))
+if __name__ == "__main__":
+    tensor_parallel._run_part = run_fake_part
+    tensor_parallel.SplitModel(make, 2, "cpu")
+    sys.stdin.read()
 """
 
 
-def test_kill_9(tmp_path: Path) -> None:
-    """Of the process that has started the others: they end as well, whatever they wait for."""
-    environment = {"VIDEOANCHOR_TEST_PIDS": str(tmp_path), "VIDEOANCHOR_TEST_HANGS": "1"}
+@pytest.mark.parametrize("model", ["waits", "loads for ever"])
+def test_kill_9(tmp_path: Path, model: str) -> None:
+    """Of the process that has started the others: they end as well, at work or waiting for it."""
+    (tmp_path / "parent.py").write_text(PARENT)
     paths = os.pathsep.join(filter(None, sys.path))
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT],
+        [sys.executable, tmp_path / "parent.py", tmp_path, model],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": paths},
     )
     assert parent.stderr is not None
-    while "hangs" not in (line := parent.stderr.readline()):
-        assert line, "the first process hangs"
+    while len(pids(tmp_path)) < 2:
+        time.sleep(0.05)
+        assert parent.poll() is None, parent.stderr.read().decode()
     parent.kill()
     parent.stderr.read()  # ends when nobody is left who could write
     parent.communicate()
-    pids = [int(path.name) for path in tmp_path.iterdir()]
-    assert len(pids) == 3
-    assert all(gone(pid) for pid in pids)
+    deadline = time.monotonic() + 10
+    while not all(gone(pid) for pid in pids(tmp_path)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

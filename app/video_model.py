@@ -1,0 +1,107 @@
+"""A loaded checkpoint that is asked about one video after another: whole, or the part of one process."""
+
+import resource
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..anchor.config import VideoAnchorConfig
+from ..anchor.timing import Progress
+from . import pipeline
+from .batch.shared_prefill import SharedPrefill
+from .libraries import prepare_libraries
+from .pipeline import Answer
+from .score_cache import ScoreCache
+from .video.reader import VideoClip
+
+
+class Answered(NamedTuple):
+    """What `VideoModel.answer` returns.
+
+    Args:
+        result: see `pipeline.answer`; the scores are on the CPU.
+        scores_cached: they were found on disk.
+        peak_host_memory_bytes: what the process that holds the model has held at most.
+    """
+
+    result: Answer
+    scores_cached: bool
+    peak_host_memory_bytes: int
+
+
+class VideoModel:
+    """Answers questions about one video after another.
+
+    Args:
+        progress: see `pipeline.answer`.
+        tensor_parallel, model, device, dtype: see `pipeline.load`.
+        config, max_new_tokens: see `pipeline.answer`.
+        scores: the folder and the bytes of a `ScoreCache`; None computes scores anew.
+
+    Raises:
+        InputError: the checkpoint cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        progress: Progress | None = None,
+        tensor_parallel: int = 1,
+        *,
+        model: str,
+        device: str,
+        dtype: str,
+        config: VideoAnchorConfig,
+        max_new_tokens: int,
+        scores: tuple[Path, int] | None = None,
+    ) -> None:
+        prepare_libraries()
+        self._model, self._processor = pipeline.load(model, device, dtype, tensor_parallel)
+        self._scores = None if scores is None else ScoreCache(*scores)
+        self._options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "scores": self._scores,
+            "progress": progress,
+        }
+        self._config = config
+        self._clip: VideoClip | None = None
+        self._shared: SharedPrefill | None = None
+
+    def __str__(self) -> str:
+        model = self._model
+        return f"{type(model).__name__} on {model.device}, {str(model.dtype).removeprefix('torch.')}"
+
+    def open(self, clip: VideoClip, share: bool = False) -> None:
+        """Has the next questions be about `clip`, as long as it is the same object.
+
+        Args:
+            share: several questions will come, see `SharedPrefill`; False computes every prompt whole.
+        """
+        if clip is not self._clip:
+            arguments = self._model, self._processor, clip, self._config
+            self._shared = SharedPrefill(*arguments, **self._options) if share else None
+            self._clip = clip
+
+    def answer(self, question: str) -> Answered:
+        """Asks one question.
+
+        Raises:
+            InputError: see `pipeline.answer`.
+        """
+        assert self._clip is not None
+        hits = 0 if self._scores is None else self._scores.hits
+        if self._shared is not None:
+            result = self._shared.answer(question)
+        else:
+            arguments = self._model, self._processor, self._clip, question, self._config
+            result = pipeline.answer(*arguments, **self._options)
+        anchor = result.anchor
+        found = {name: getattr(anchor, name) for name in ("scores", "labels", "duality_gap")}
+        on_host = {name: tensor.cpu() for name, tensor in found.items() if tensor is not None}
+        result = replace(result, anchor=replace(anchor, **on_host))  # for another process
+        cached = self._scores is not None and self._scores.hits > hits
+        unit = 1 if sys.platform == "darwin" else 1024
+        return Answered(result, cached, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+    def close(self) -> None:
+        """As of `SplitModel`; there is nothing to end."""
