@@ -19,7 +19,8 @@ from ..anchor.scores import AnchorResult
 from ..anchor.timing import Progress
 from ..integrations.errors import InputError
 from ..integrations.transformers.attention import IMPLEMENTATION
-from ..integrations.transformers.enable import Handle, enable
+from ..integrations.transformers.enable import enable
+from ..integrations.transformers.handle import Handle
 from ..integrations.transformers.visual_tokens import find_multimodal_model
 from .budget import check_fits
 from .checkpoint import cannot_load, check_dtype, check_splits, devices_of, first_line, read_config, read_processor

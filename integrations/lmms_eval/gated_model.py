@@ -10,7 +10,8 @@ from typing import Any
 from loguru import logger  # pyright: ignore[reportMissingImports]
 
 from ...anchor.config import VideoAnchorConfig
-from ..transformers.enable import Handle, enable
+from ..transformers.enable import enable
+from ..transformers.handle import Handle
 from .settings import split_settings
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .anchor.streaming import AnchorStream
     from .app.pipeline import Answer, ask, prepare
     from .app.video.reader import VideoClip, read_video
-    from .integrations.transformers.enable import Handle, disable, enable
+    from .integrations.transformers.enable import disable, enable
+    from .integrations.transformers.handle import Handle
     from .kernels.api import anchored_attention, anchored_attention_varlen
     from .kernels.api_cache import anchored_attention_decode
     from .kernels.dispatch import available_backends
@@ -55,7 +56,7 @@ _HOME = {
     "AnchorResult": ".anchor.scores",
     "AnchorStream": ".anchor.streaming",
     "Answer": ".app.pipeline",
-    "Handle": ".integrations.transformers.enable",
+    "Handle": ".integrations.transformers.handle",
     "SelfExpression": ".anchor.solver",
     "SolverOptions": ".anchor.options",
     "SparseSubspaceClustering": ".anchor.estimator",
