@@ -39,6 +39,17 @@ class VideoClip:
         n_decoded: frames that were decoded to get these.
         notes: what the user should know: the file is cut short, images were scaled.
         names: (T,) file names of views; empty for a video.
+
+    Examples:
+        >>> import numpy as np
+        >>> import videoanchor_triton as va
+        >>> frames = np.zeros((4, 112, 168, 3), dtype=np.uint8)  # from a decoder of yours: 4 of 40 frames, 10 a second
+        >>> clip = va.VideoClip(frames, np.arange(4.0), 10 * np.arange(4), n_source_frames=40, source_fps=10.0)
+        >>> clip.duration, clip.sampled_fps
+        (4.0, 1.0)
+
+    See Also:
+        read_video: makes one from a file.
     """
 
     frames: np.ndarray
@@ -119,7 +130,7 @@ def read_video(
             be decoded; when it is damaged and `strict` is set; when the process that reads it crashes or hangs; when an
             argument is out of its range; when the frames would not fit the memory.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import numpy as np
         >>> from videoanchor_triton.app.video.reader import read_video, write_video
