@@ -5,6 +5,7 @@ import importlib
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -14,13 +15,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.exceptions import ConvergenceWarning
+
+from videoanchor_triton.anchor.config import VideoAnchorConfig
+from videoanchor_triton.anchor.problem import token_features
+from videoanchor_triton.anchor.scores import anchor_scores
+from videoanchor_triton.anchor.solver import self_expression
 
 from .reference import textbook_iterates, textbook_weights
+from .tokens import vit_like
 
 ssc_reference: Any = importlib.import_module("benchmarks.scores.helpers.reference")
 ssc_speed: Any = importlib.import_module("benchmarks.scores.speed")
 ssc_tokens: Any = importlib.import_module("benchmarks.scores.helpers.token_sets")
 ssc_quality: Any = importlib.import_module("benchmarks.scores.quality")
+ssc_streaming: Any = importlib.import_module("benchmarks.scores.streaming")
 record: Any = importlib.import_module("benchmarks.helpers.record")
 
 SPEED = ["--sizes", "48", "--rank", "24", "--checked", "6", "--targets", "1e-2"]
@@ -218,3 +227,26 @@ def test_gpu_check_headlines_and_table_of_scores() -> None:
         "scores of 65536 tokens, peak MiB": (17000.0, False),
     }
     assert "| N=2048 | 40 | 90 |" in record.summary({"device": "none"}, rows)
+
+
+def test_benchmark_runs(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        assert ssc_streaming.main(["--out", str(tmp_path), "--quick"]) == 0
+    content = json.loads((tmp_path / "ssc-streaming.json").read_text())
+    rows = [ssc_streaming.Row(**row) for row in content["rows"]]
+    assert len({(row.case, row.max_atoms, row.chunk) for row in rows}) == len(rows) == 4
+    assert all(-1 <= row.score <= 1 and 0 <= row.drift <= 1 and row.ari <= 1 for row in rows)
+    assert (tmp_path / "ssc-streaming.png").read_bytes().startswith(b"\x89PNG")
+    assert "## shared subspaces: N = 96" in (tmp_path / "ssc-streaming.md").read_text()
+
+
+def test_benchmark_finds_no_difference_where_there_is_none() -> None:
+    X, config = vit_like(4, 20).numpy(), VideoAnchorConfig(alpha_k=1.0, alpha_v=1.0, n_clusters=6, pca_rank=16)
+    found = ssc_streaming.streamed(X, config, 80, 80, 80)
+    assert np.array_equal(found.scores, anchor_scores(X, config).scores.numpy())
+    whole = self_expression(token_features(torch.from_numpy(X), 16), config.solver_options())
+    assert np.array_equal(found.row_sums, whole.row_sums().numpy())
+    parts = ssc_streaming.streamed(X, config, 40, 20, 80)
+    assert np.array_equal(parts.row_sums[60:], whole.row_sums().numpy()[60:])
+    assert not np.array_equal(parts.row_sums[:60], whole.row_sums().numpy()[:60])

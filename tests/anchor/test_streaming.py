@@ -1,10 +1,6 @@
 """A stream against all tokens at once, and what it promises for a video without end."""
 
-import importlib
-import json
 import tracemalloc
-import warnings
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +20,6 @@ from videoanchor_triton.anchor.streaming import AnchorStream, Atoms
 
 from .test_solver import PeakMemory
 from .tokens import DEVICES, planted_subspaces, vit_like
-
-ssc_streaming: Any = importlib.import_module("benchmarks.scores.streaming")
 
 
 def config(**settings) -> VideoAnchorConfig:
@@ -388,26 +382,3 @@ def test_the_memory_budget_bounds_every_window():
     with pytest.raises(MemoryError, match="of 200 tokens"):
         stream.update(X[60:])
     assert stream.n_tokens == 60
-
-
-def test_benchmark_runs(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        assert ssc_streaming.main(["--out", str(tmp_path), "--quick"]) == 0
-    content = json.loads((tmp_path / "ssc-streaming.json").read_text())
-    rows = [ssc_streaming.Row(**row) for row in content["rows"]]
-    assert len({(row.case, row.max_atoms, row.chunk) for row in rows}) == len(rows) == 4
-    assert all(-1 <= row.score <= 1 and 0 <= row.drift <= 1 and row.ari <= 1 for row in rows)
-    assert (tmp_path / "ssc-streaming.png").read_bytes().startswith(b"\x89PNG")
-    assert "## shared subspaces: N = 96" in (tmp_path / "ssc-streaming.md").read_text()
-
-
-def test_benchmark_finds_no_difference_where_there_is_none():
-    X = vit_like(4, 20).numpy()
-    found = ssc_streaming.streamed(X, config(), 80, 80, 80)
-    assert np.array_equal(found.scores, anchor_scores(X, config()).scores.numpy())
-    whole = self_expression(token_features(torch.from_numpy(X), 16), config().solver_options())
-    assert np.array_equal(found.row_sums, whole.row_sums().numpy())
-    parts = ssc_streaming.streamed(X, config(), 40, 20, 80)
-    assert np.array_equal(parts.row_sums[60:], whole.row_sums().numpy()[60:])
-    assert not np.array_equal(parts.row_sums[:60], whole.row_sums().numpy()[:60])

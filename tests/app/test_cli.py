@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,42 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from cli_runs import GATE, SMALL, run_arguments, videoanchor
 from safetensors.numpy import load_file
 
 from videoanchor_triton.anchor import memory
-from videoanchor_triton.app import checkpoint, cli
+from videoanchor_triton.app import cli
 from videoanchor_triton.app import demo as demo_of_the_package
 from videoanchor_triton.app.commands import shared
 from videoanchor_triton.app.video.reader import write_video
 from videoanchor_triton.app.viz import contact_sheet
-from videoanchor_triton.integrations.errors import InputError
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def videoanchor(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-m", "videoanchor_triton.app.cli", *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    folder = tmp_path_factory.mktemp("demo")
-    done = videoanchor("demo", "--out", folder / "out", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder / "out", done.stdout
 
 
 def test_demo_shows_what_it_made(demo: tuple[Path, str]) -> None:
@@ -143,9 +115,6 @@ def test_run_again_on_the_demo_checkpoint(demo: tuple[Path, str], tmp_path: Path
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"result.json", "anchors.safetensors", "anchors.png"}
 
 
-GATE = ("--alpha-k", "9.5", "--alpha-v", "2.5")
-
-
 def test_run_with_a_solver_of_ones_choice(demo: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = demo
     arguments = ("run", "--model", folder / "checkpoint", "--video", folder / "clip.mp4", "--question", "What is left?")
@@ -215,7 +184,7 @@ def test_wrong_input_is_one_line_and_exit_2(
 
 
 def test_wrong_input_in_a_process_of_its_own(demo: tuple[Path, str], tmp_path: Path) -> None:
-    done = videoanchor(*_run(demo[0], Path("out"), "--video", "missing.mp4"), cwd=tmp_path)
+    done = videoanchor(*run_arguments(demo[0], Path("out"), "--video", "missing.mp4"), cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "videoanchor run: no video file at missing.mp4: check the path"
     assert list(tmp_path.iterdir()) == []
@@ -249,14 +218,6 @@ def test_too_many_tokens_for_the_memory(
     assert list(tmp_path.iterdir()) == []
 
 
-SMALL = (*GATE, "--max-frames", "2", "--max-new-tokens", "1", "--n-clusters", "4", "--scorer", "kmeans")
-
-
-def _run(demo: Path, out: Path, *options: object, video: str = "clip.mp4") -> list[str]:
-    run = ("run", "--model", demo / "checkpoint", "--video", demo / video, "--question", "?", "--out", out)
-    return [*map(str, (*run, *SMALL, *options))]
-
-
 def test_results_that_cannot_be_written(
     demo: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,14 +228,14 @@ def test_results_that_cannot_be_written(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert cli.main(_run(demo[0], tmp_path)) == 1
+    assert cli.main(run_arguments(demo[0], tmp_path)) == 1
     shown = capsys.readouterr().err.splitlines()
     assert "No space left on device" in shown[-1]
     assert str(tmp_path) in shown[-1]
     assert "answer" in shown[-2]
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     assert (tmp_path / "result.json").read_text() == "from before"
-    assert cli.main(_run(demo[0], tmp_path / "new")) == 1
+    assert cli.main(run_arguments(demo[0], tmp_path / "new")) == 1
     assert not (tmp_path / "new").exists()
 
 
@@ -288,7 +249,7 @@ def test_a_picture_that_fails_is_a_warning(
         raise RuntimeError("no font")
 
     monkeypatch.setattr(contact_sheet, "draw", failing)
-    assert cli.main(_run(demo[0], tmp_path)) == 0
+    assert cli.main(run_arguments(demo[0], tmp_path)) == 0
     shown = capsys.readouterr()
     assert "no font" in shown.err
     assert "anchors.png" not in shown.out
@@ -323,102 +284,16 @@ def test_nothing_is_written_through_links(demo: tuple[Path, str], tmp_path: Path
     theirs.write_text("precious")
     for name in ("result.json", "anchors.safetensors", "anchors.png"):
         (out / name).symlink_to(theirs)
-    assert cli.main(_run(demo[0], out)) == 0
+    assert cli.main(run_arguments(demo[0], out)) == 0
     assert theirs.read_text() == "precious"
     assert not any(path.is_symlink() for path in out.iterdir())
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    assert cli.main(_run(demo[0], tmp_path / "dangling" / "out")) == 2
-
-
-def _foreign(demo: Path, folder: Path, changes: dict[str, Any]) -> Path:
-    """The checkpoint with another config.json, and code that leaves a trace in every file that could be run."""
-    shutil.copytree(demo / "checkpoint", folder)
-    for name in ("evil.py", *changes.get("files", ())):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(f"open({str(folder / 'EVIL')!r}, 'w')")
-    auto = ("Config", "Model", "ModelForImageTextToText", "Processor", "Tokenizer", "ImageProcessor", "VideoProcessor")
-    for file in folder.glob("*config.json"):
-        values = json.loads(file.read_text())
-        values["auto_map"] = {f"Auto{name}": f"evil.{name}" for name in auto}
-        values |= {name: value for name, value in changes.items() if name in values}
-        file.write_text(json.dumps(values))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        pytest.param({"model_type": "internvl_chat"}, "videoanchor convert foreign --out foreign-hf", id="internvl"),
-        pytest.param({"model_type": "llava_qwen"}, "videoanchor convert foreign --out foreign-hf", id="llava-video"),
-        pytest.param({"model_type": "my_vlm"}, "needs Python code of its own", id="unknown-model"),
-        pytest.param({"processor_class": "MyProcessor"}, "needs Python code of its own", id="unknown-processor"),
-        pytest.param({"vision_config": {"attn_implementation": "a/b"}}, "code of the hub", id="kernel"),
-        pytest.param({"files": ["custom_generate/generate.py"]}, "custom_generate", id="generate"),
-        pytest.param({}, None, id="known-to-transformers"),
-    ],
-)
-def test_code_of_a_repository_is_never_run(
-    demo: tuple[Path, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    changes: dict[str, Any],
-    message: str | None,
-) -> None:
-    folder = _foreign(demo[0], tmp_path / "foreign", changes)
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks"))
-    monkeypatch.chdir(tmp_path)
-    code = cli.main(_run(demo[0], Path("out"), "--model", "foreign"))
-    shown = capsys.readouterr().err
-    assert not (folder / "EVIL").exists()
-    if message is None:
-        assert code == 0
-    else:
-        assert code == 2
-        assert message in shown.splitlines()[-1]
-        assert "clip.mp4" not in shown, "the video is read after the checkpoint"
-        shutil.copytree(demo[0], "done", ignore=shutil.ignore_patterns("checkpoint"))
-        assert cli.main(["viz", "done", "--what", "sheet,attention", "--model", "foreign"]) == 2
-        assert not Path("done/viz").exists()
-
-
-@pytest.mark.parametrize(
-    ("cause", "message"),
-    [
-        (RepositoryNotFoundError, "no such name on the hub"),
-        (GatedRepoError, "hf auth login"),
-        (EntryNotFoundError, "has no config.json"),
-        (LocalEntryNotFoundError, "the hub cannot be reached"),
-    ],
-)
-def test_names_of_the_hub(cause: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*_: object, **__: object) -> None:
-        raise OSError("three\nlong\nlines") from cause.__new__(cause)
-
-    monkeypatch.setattr(checkpoint, "cached_file", failing)
-    with pytest.raises(InputError, match=message) as caught:
-        checkpoint.read_config("someone/model")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_published_format_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "internvl_chat"}')
-    monkeypatch.setattr(checkpoint, "cached_file", lambda *_: str(tmp_path / "config.json"))
-    command = "hf download OpenGVLab/InternVL2-8B --local-dir InternVL2-8B && videoanchor convert InternVL2-8B --out "
-    with pytest.raises(InputError, match=command):
-        checkpoint.read_config("OpenGVLab/InternVL2-8B")
-
-
-def test_the_revision_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cached = tmp_path / "models--org--name" / "snapshots" / "0123abcd" / "config.json"
-    monkeypatch.setattr(checkpoint, "cached_file", lambda *_: str(cached))
-    assert checkpoint.revision_of("org/name") == "0123abcd"
-    assert checkpoint.revision_of(str(tmp_path)) is None
+    assert cli.main(run_arguments(demo[0], tmp_path / "dangling" / "out")) == 2
 
 
 def test_sigterm(demo: tuple[Path, str], tmp_path: Path) -> None:
     """Ends with a word and 143, however often it is sent; nothing half-written is left."""
-    command = _run(demo[0], tmp_path / "out", "--max-new-tokens", "3000")
+    command = run_arguments(demo[0], tmp_path / "out", "--max-new-tokens", "3000")
     process = subprocess.Popen(
         [sys.executable, "-m", "videoanchor_triton.app.cli", *command], stderr=subprocess.PIPE, text=True
     )
@@ -442,37 +317,6 @@ def test_missing_extras_are_named_before_any_work(
     assert cli.main([*map(str, run), *GATE]) == 2
     line = capsys.readouterr().err
     assert line == "videoanchor run: missing matplotlib: pip install 'videoanchor-triton[video,viz]'\n"
-
-
-def _copy_checkpoint(demo: Path, folder: Path) -> Path:
-    return Path(shutil.copytree(demo / "checkpoint", folder))
-
-
-def _run_on(checkpoint: Path, demo: Path, out: Path) -> list[str]:
-    run = ("run", "--model", checkpoint, "--video", demo / "clip.mp4", "--question", "?", "--out", out)
-    return [*map(str, run), *GATE]
-
-
-def test_truncated_checkpoint(demo: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weights = _copy_checkpoint(demo[0], tmp_path / "checkpoint") / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:5000])
-    assert cli.main([*_run_on(weights.parent, demo[0], tmp_path / "out")]) == 2
-    assert "cannot be loaded" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_weights_that_overflow(demo: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from safetensors.torch import load_file as load
-    from safetensors.torch import save_file
-
-    weights = _copy_checkpoint(demo[0], tmp_path / "checkpoint") / "model.safetensors"
-    tensors = load(weights)
-    tensors["visual.patch_embed.proj.weight"][:] = float("nan")
-    save_file(tensors, weights, metadata={"format": "pt"})
-    assert cli.main([*_run_on(weights.parent, demo[0], tmp_path / "out"), "--max-frames", "2"]) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert "X must be finite" in line
-    assert "--dtype" in line
-    assert not (tmp_path / "out").exists()
 
 
 def test_info(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_evaluate import clips, lose_the_device_after, n_scored, run  # noqa: F401
+from eval_runs import lose_the_device_after, run
 
 from videoanchor_triton.app import pipeline
 from videoanchor_triton.app.evaluation.paired import compare
@@ -163,8 +163,8 @@ def test_picture_of_a_search_over_one_coordinate() -> None:
     ids=["search", "one point"],
 )
 def test_tune_as_a_user_runs_it(
-    clips: Path,  # noqa: F811
-    n_scored: list[int],  # noqa: F811
+    clips: Path,
+    n_scored: list[int],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     options: tuple[str, ...],
@@ -195,7 +195,7 @@ def test_tune_as_a_user_runs_it(
 
 
 def test_tune_stops_where_the_device_is_lost(
-    clips: Path,  # noqa: F811
+    clips: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -219,7 +219,7 @@ def test_tune_stops_where_the_device_is_lost(
     ],
 )
 def test_wrong_options(
-    clips: Path,  # noqa: F811
+    clips: Path,
     tmp_path: Path,
     options: tuple[str, ...],
     message: str,

@@ -66,20 +66,26 @@ def pseudo_scores(tokens: Tensor) -> Tensor:
     return (y - y.min()) / (y.max() - y.min() + 1e-5)
 
 
-def merged_scores(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """(B, T) scores from the merged embeddings, taken without the hooks under test."""
-    merged: dict[str, Tensor] = {}
+def merged_embeddings(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """(B, T, D), what goes into the decoder: text and the features of the video."""
+    merged: list[Tensor] = []
     hook = model.base_model.language_model.register_forward_pre_hook(
-        lambda _module, _args, kwargs: merged.update(embeds=kwargs["inputs_embeds"].clone()), with_kwargs=True
+        lambda _module, _args, kwargs: merged.append(kwargs["inputs_embeds"].clone()), with_kwargs=True
     )
     with torch.no_grad():
         model(**batch, use_cache=False)
     hook.remove()
+    return merged[0]
+
+
+def merged_scores(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """(B, T) scores from the merged embeddings, taken without the hooks under test."""
+    embeds = merged_embeddings(model, batch)
     visual = torch.isin(batch["input_ids"], torch.tensor([IMAGE, VIDEO]))
     scores = torch.zeros(visual.shape)
     for row in range(len(scores)):
         if visual[row].any():
-            scores[row, visual[row]] = pseudo_scores(merged["embeds"][row, visual[row]])
+            scores[row, visual[row]] = pseudo_scores(embeds[row, visual[row]])
     return scores
 
 

@@ -20,6 +20,7 @@ from dense_eager import (
     merged_scores,
     pseudo_scores,
 )
+from gated_prompts import TWO
 from largest_square import LargestSquare
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -27,18 +28,9 @@ from transformers import CompileConfig, DynamicCache
 
 import videoanchor_triton as va
 
-TWO = [[3, 4, "V", 5], [7, 8, "V", 9, 10, 11, 12]]
-
 
 def config(**options: Any) -> va.VideoAnchorConfig:
     return va.VideoAnchorConfig(alpha_q=ALPHA_Q, alpha_k=ALPHA_K, alpha_v=ALPHA_V, scorer=pseudo_scores, **options)
-
-
-@pytest.fixture(params=tiny.BACKBONES)
-def backbone(request: pytest.FixtureRequest) -> tuple[str, Any]:
-    model = tiny.build(request.param)
-    model.set_attn_implementation("sdpa")
-    return request.param, model
 
 
 @pytest.mark.parametrize("decode", ["persist", "prefill"])

@@ -1,14 +1,8 @@
 """Further ways of generating, against the eager model with a dense gate: greedy tokens equal, logits within 1e-4."""
 
 import copy
-import functools
-import threading
-from collections.abc import Callable
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
-import dense_eager
 import pytest
 import tiny_models as tiny
 import torch
@@ -20,38 +14,14 @@ from dense_eager import (
     assert_same,
     build,
     generate_dense,
+    merged_embeddings,
     merged_scores,
-    pseudo_scores,
 )
+from gated_prompts import CONFIG, ONE, TWO, counting_config
 from torch import Tensor
-from transformers import BitsAndBytesConfig, DynamicCache
+from transformers import DynamicCache
 
 import videoanchor_triton as va
-
-ONE = [[3, 4, "V", 5, 6]]
-TWO = [[3, 4, "V", 5], [7, 8, "V", 9, 10, 11, 12]]
-CONFIG = va.VideoAnchorConfig(alpha_k=ALPHA_K, alpha_v=ALPHA_V, scorer=pseudo_scores)
-
-
-class Counting:
-    """A scorer that counts its calls."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        self.calls += 1
-        return pseudo_scores(tokens)
-
-
-def counting_config() -> tuple[va.VideoAnchorConfig, Counting]:
-    scorer = Counting()
-    return va.VideoAnchorConfig(alpha_k=ALPHA_K, alpha_v=ALPHA_V, scorer=scorer), scorer
-
-
-@pytest.fixture(params=tiny.BACKBONES)
-def backbone(request: pytest.FixtureRequest) -> tuple[str, Any]:
-    return request.param, build(request.param)
 
 
 @pytest.mark.skipif(not tiny.V5, reason="transformers 4.57 cannot prefill a video in chunks")
@@ -211,21 +181,13 @@ def test_merged_embeddings_with_given_scores(options: dict[str, Any]) -> None:
     batch = tiny.inputs(name, TWO)
     scores = merged_scores(model, batch)
     expected = generate_dense(model, batch, scores.repeat_interleave(options.get("num_beams", 1), 0), **options)
-    merged: dict[str, Tensor] = {}
-    hook = model.base_model.language_model.register_forward_pre_hook(
-        lambda _module, _args, kwargs: merged.update(embeds=kwargs["inputs_embeds"].clone()), with_kwargs=True
-    )
-    with torch.no_grad():
-        model(**batch, use_cache=False)
-    hook.remove()
+    embeds = merged_embeddings(model, batch)
     config, scorer = counting_config()
     with va.enable(model, config) as handle:
         with handle.use_scores(scores):
-            out = model.generate(
-                inputs_embeds=merged["embeds"], attention_mask=batch["attention_mask"], **GENERATE, **options
-            )
+            out = model.generate(inputs_embeds=embeds, attention_mask=batch["attention_mask"], **GENERATE, **options)
         with pytest.raises(ValueError, match="use_scores"):
-            model.generate(inputs_embeds=merged["embeds"], attention_mask=batch["attention_mask"], **GENERATE)
+            model.generate(inputs_embeds=embeds, attention_mask=batch["attention_mask"], **GENERATE)
     assert scorer.calls == 0
     for ours, dense in zip(out.logits, expected.logits, strict=True):
         torch.testing.assert_close(ours, dense, atol=TOLERANCE, rtol=0)
@@ -335,194 +297,3 @@ def test_rows_of_a_cache_are_repeated_with_their_scores() -> None:
             layer.batch_repeat_interleave(2)
         with pytest.raises(ValueError, match="scores of 2 rows, the batch has 4"):
             model(input_ids=text, attention_mask=mask, past_key_values=cache, use_cache=True, **later)
-
-
-def test_gradient_checkpointing() -> None:
-    """The layers that run again in backward see the same gate."""
-    batch = tiny.inputs("qwen2_5_vl", TWO)
-
-    def gradients(checkpointing: bool) -> list[Tensor]:
-        model = build("qwen2_5_vl").train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        with va.enable(model, CONFIG):
-            model(**batch, use_cache=False).logits.square().mean().backward()
-        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-
-    for ours, expected in zip(gradients(True), gradients(False), strict=True):
-        torch.testing.assert_close(ours, expected)
-
-
-def test_two_threads_on_one_model() -> None:
-    """Each thread's prompt keeps its own scores. InternVL keeps nothing of a prompt on the model."""
-    model = build("internvl")
-    batches = [tiny.inputs("internvl", [[3, 4, "V", 5, 6]], seed=5), tiny.inputs("internvl", [["V", 9, 7]], seed=6)]
-    expected = [generate_dense(model, batch, merged_scores(model, batch)) for batch in batches]
-    both_scoring = threading.Barrier(2, timeout=60)
-
-    def meeting(tokens: Tensor) -> Tensor:
-        both_scoring.wait()
-        return pseudo_scores(tokens)
-
-    config = va.VideoAnchorConfig(alpha_k=ALPHA_K, alpha_v=ALPHA_V, scorer=meeting)
-    outputs: dict[int, Any] = {}
-
-    def run(index: int) -> None:
-        outputs[index] = model.generate(**batches[index], **GENERATE)
-
-    with va.enable(model, config):
-        threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for index in range(2):
-        assert_same(outputs[index], expected[index])
-
-
-def test_two_threads_in_one_forward_each() -> None:
-    """Each thread's visual positions are its own, also while both are between the prompt and the decoder."""
-    model = build("internvl")
-    batches = [tiny.inputs("internvl", [[3, 4, "V", 5, 6]], seed=5), tiny.inputs("internvl", [["V", 9, 7]], seed=6)]
-    both_seeing = threading.Barrier(2, timeout=60)
-    outputs: dict[int, Tensor] = {}
-
-    def meet(*_args: Any) -> None:
-        both_seeing.wait()
-
-    def run(index: int) -> None:
-        with torch.no_grad():
-            outputs[index] = model(**batches[index], use_cache=False).logits
-
-    with va.enable(model, CONFIG):
-        for index in range(2):
-            run(index)
-        expected = dict(outputs)
-        hook = model.base_model.vision_tower.register_forward_pre_hook(meet)
-        threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
-        outputs.clear()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        hook.remove()
-    for index in range(2):
-        torch.testing.assert_close(outputs[index], expected[index])
-
-
-def test_interrupt_leaves_nothing_stale() -> None:
-    """KeyboardInterrupt passes by the hooks that run after a failed forward."""
-    model = build("internvl")
-    batch, text = tiny.inputs("internvl", [["V", 5]]), tiny.inputs("internvl", [list(range(3, 3 + 16))])
-    assert text["input_ids"].shape == batch["input_ids"].shape
-
-    def interrupt(*_args: Any) -> None:
-        raise KeyboardInterrupt
-
-    config, scorer = counting_config()
-    with va.enable(model, config), torch.no_grad():
-        hook = model.base_model.vision_tower.register_forward_pre_hook(interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            model(**batch)
-        hook.remove()
-        model(**text)
-    assert scorer.calls == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_stays_near_fp32(dtype: torch.dtype) -> None:
-    """The gate in half precision is off from fp32 by no more than twice what the dense eager model is."""
-    model = build("llava_onevision")
-    batch = tiny.inputs("llava_onevision", TWO)
-    scores = merged_scores(model, batch)
-    exact = generate_dense(model, batch, scores, max_new_tokens=1).logits[0]
-    model = model.to(dtype)
-    eager = generate_dense(model, batch, scores, max_new_tokens=1).logits[0]
-    with va.enable(model, CONFIG) as handle, handle.use_scores(scores):
-        ours = model.generate(**batch, **{**GENERATE, "max_new_tokens": 1}).logits[0]
-    assert (ours - exact).abs().max() <= 2 * (eager - exact).abs().max()
-
-
-def _compile(model: Any, what: str) -> Any:
-    base = model.base_model
-    compiled: Any = functools.partial(torch.compile, backend="eager")
-    if what == "forward":
-        model.forward = compiled(model.forward)
-    elif what == "language-model":
-        base.language_model = compiled(base.language_model)
-    elif what == "layers":
-        base.language_model.layers = torch.nn.ModuleList([compiled(layer) for layer in base.language_model.layers])
-    return compiled(model) if what in ("model", "given-scores") else model
-
-
-@pytest.mark.parametrize("what", ["model", "forward", "language-model", "layers", "given-scores"])
-def test_compiled_before_enable(what: str) -> None:
-    given = what == "given-scores"
-    model = build("internvl", num_hidden_layers=2)
-    batch = tiny.inputs("internvl", ONE)
-    scores = torch.rand(batch["input_ids"].shape) if given else merged_scores(model, batch)
-    expected = generate_dense(model, batch, scores)
-    torch._dynamo.reset()
-    compiled = _compile(model, what)
-    with va.enable(compiled, CONFIG) as handle, handle.use_scores(scores) if given else nullcontext():
-        out = compiled.generate(**batch, **GENERATE)
-    assert_same(out, expected)
-
-
-def _lora(model: Any) -> Any:
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(1)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    return peft.get_peft_model(model, config).eval()
-
-
-def _offloaded(folder: Path) -> Callable[[Any], Any]:
-    def offload(model: Any) -> Any:
-        accelerate = pytest.importorskip("accelerate")
-        return accelerate.disk_offload(model, str(folder), execution_device=torch.device("cpu"))
-
-    return offload
-
-
-@pytest.mark.parametrize("kind", ["peft", "disk-offload"])
-def test_wrapped_models(kind: str, tmp_path: Path) -> None:
-    model = build("qwen2_5_vl")
-    batch = tiny.inputs("qwen2_5_vl", TWO)
-    wrapped = {"peft": _lora, "disk-offload": _offloaded(tmp_path)}[kind](model)
-    scores = merged_scores(model, batch)
-    expected = generate_dense(model, batch, scores)
-    with va.enable(wrapped, CONFIG):
-        out = wrapped.generate(**batch, **GENERATE)
-    assert_same(out, expected)
-
-
-def test_four_bit_weights(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    build("internvl").save_pretrained(tmp_path)
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-    model = type(build("internvl")).from_pretrained(
-        tmp_path, quantization_config=quantization, device_map="cpu", dtype=torch.float32
-    )
-    for layer in model.modules():  # on some CPUs layers are repacked for bf16 products, if their width allows
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
-    batch = tiny.inputs("internvl", TWO)
-    scores = merged_scores(model, batch)
-    expected = generate_dense(model, batch, scores)
-    with va.enable(model, CONFIG):
-        out = model.generate(**batch, **GENERATE)
-    assert_same(out, expected)
-
-
-def test_factors_move_once_to_each_device() -> None:
-    from videoanchor_triton.integrations.transformers.attention import LayerGate
-
-    gate = LayerGate(gamma_k=1 + torch.rand(2, 5))
-    meta = torch.device("meta")
-    first, _ = gate.factors(2, 5, meta)
-    second, _ = gate.factors(2, 4, meta)
-    assert first is not None
-    assert second is not None
-    assert first.device == second.device == meta
-    assert second._base is first._base or second._base is first
-    assert dense_eager.state["scores"] is None
