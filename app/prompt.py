@@ -134,9 +134,11 @@ def build_inputs(
     try:
         prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         inputs = processor(text=[prompt], **given, return_tensors="pt")
-    except (ValueError, ImportError) as error:
-        what = "this video" if len(items) == len(clips) == 1 else "these videos and images"
+    except (ValueError, ImportError, RuntimeError) as error:
         uneven = len({len(clip.frames) for clip in clips}) > 1
+        if isinstance(error, RuntimeError) and not uneven:  # of torch.stack, in transformers 4.57
+            raise
+        what = "this video" if len(items) == len(clips) == 1 else "these videos and images"
         hint = "; most models take videos of equally many frames" if uneven else ""
         raise InputError(f"{type(processor).__name__} cannot take {what}: {first_line(error)}{hint}") from error
     if "newline" in visual_token_ids(config):

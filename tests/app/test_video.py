@@ -1,6 +1,5 @@
 """Frames and timestamps out of files that were written for the test, and files that are none."""
 
-import doctest
 import os
 from collections.abc import Callable
 from fractions import Fraction
@@ -11,7 +10,6 @@ import av
 import numpy as np
 import pytest
 
-from videoanchor_triton.app.video import reader
 from videoanchor_triton.app.video.reader import read_video, stream_video, write_video
 from videoanchor_triton.app.video.sampling import Request
 from videoanchor_triton.integrations.errors import InputError
@@ -42,10 +40,6 @@ def test_all_frames_with_their_times(clip: Path) -> None:
     assert video.source_fps == pytest.approx(8)
     assert video.duration == pytest.approx(5)
     assert video.sampled_fps == pytest.approx(8)
-
-
-def test_the_example_of_the_docstring() -> None:
-    assert doctest.testmod(reader) == (0, 6)
 
 
 @pytest.mark.parametrize(
