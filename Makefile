@@ -17,7 +17,7 @@ test: $(INSTALLED)  ## the suite, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-cuda: $(INSTALLED)  ## what runs on an emulated CUDA card: kernels, scores, drop-in, commands, Triton's launch path
-	PYTHONPATH=tests $(BIN)/python -m pytest -p emulated_cuda.plugin -n 2 --dist loadfile tests/emulated_cuda tests/kernels
+	PYTHONPATH=tests $(BIN)/python -m pytest -p emulated_cuda.plugin -n 2 --dist loadfile --no-loadscope-reorder tests/emulated_cuda tests/kernels
 
 test-all: test .venv-4.57/.installed $(TRITONS:%=.venv-triton-%/.installed)  ## the suite, then the integrations on the oldest supported transformers and the kernels on other Tritons
 	.venv-4.57/bin/python -m pytest -n 2 --dist loadfile tests/integrations tests/app

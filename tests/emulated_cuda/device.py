@@ -35,6 +35,7 @@ from . import state  # before torch, since it loads the guard
 
 # isort: split
 import torch
+from torch.utils import dlpack
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
@@ -61,7 +62,7 @@ class EmulatedCuda(state.State):
         for name in ("tensor", "as_tensor"):
             self._patch(torch, name, _built(getattr(torch, name)))
         self._patch(torch.Tensor, "pin_memory", _pinned)
-        for module in (torch, torch.utils.dlpack):
+        for module in (torch, dlpack):
             self._patch(module, "from_dlpack", _from_dlpack(module.from_dlpack))
         self._patch(threading.Thread, "run", _in_mode(threading.Thread.run))  # modes belong to a thread
         if os.environ.get("TRITON_INTERPRET") == "1":

@@ -97,6 +97,8 @@ def graph(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
 class Generator(torch.Generator):
     """torch.Generator(device="cuda"). On its way to an operator it loses its class, so that it is known by address."""
 
+    _cdata: int
+
     def __new__(cls, device: Any = "cpu") -> Any:
         self = super().__new__(cls)
         if torch.device(device).type == "cuda":
@@ -108,7 +110,6 @@ class Generator(torch.Generator):
             state.CARD.generators.pop(self._cdata, None)
 
     @property
-    def device(self) -> torch.device:
-        return (
-            torch.device("cpu") if state.CARD is None else state.CARD.generators.get(self._cdata, torch.device("cpu"))
-        )
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
+        places = {} if state.CARD is None else state.CARD.generators
+        return places.get(self._cdata, torch.device("cpu"))

@@ -41,10 +41,10 @@ MASKS = (torch.bool, torch.uint8)
 
 
 class CudaTensor(torch.Tensor):
-    """A tensor on the emulated card. `inner` is where its numbers are."""
+    """A tensor on the emulated card. `on_cpu` is where its numbers are."""
 
-    inner: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    on_cpu: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor, device: torch.device) -> "CudaTensor":
@@ -53,7 +53,7 @@ class CudaTensor(torch.Tensor):
         self = torch.Tensor._make_wrapper_subclass(
             cls, inner.shape, **place, dtype=inner.dtype, layout=inner.layout, device=device
         )
-        self.inner = inner.detach()
+        self.on_cpu = inner.detach()
         return self
 
     @classmethod
@@ -61,14 +61,14 @@ class CudaTensor(torch.Tensor):
         return run(func, args, kwargs or {})
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["inner"], self.device
+        return ["on_cpu"], self.device
 
     @staticmethod
     def __tensor_unflatten__(parts: dict[str, torch.Tensor], device: Any, size: Any, stride: Any) -> "CudaTensor":
-        return CudaTensor(parts["inner"], device)
+        return CudaTensor(parts["on_cpu"], device)
 
     def data_ptr(self) -> int:
-        return self.inner.data_ptr()
+        return self.on_cpu.data_ptr()
 
     def numpy(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first.")
@@ -78,10 +78,22 @@ class CudaTensor(torch.Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
-    def new_tensor(self, data: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> torch.Tensor:
+    def new_tensor(self, data: Any, dtype: Any = None, device: Any = None, *_: Any, **__: Any) -> torch.Tensor:
         return torch.tensor(data, dtype=dtype or self.dtype, device=device or self.device)
 
-    def __dlpack_device__(self) -> tuple[int, int]:
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(self._without_lists(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(self._without_lists(index), value)
+
+    def _without_lists(self, index: Any) -> Any:
+        """An index whose lists are tensors of the card, uploaded as torch uploads them."""
+        if isinstance(index, tuple):
+            return tuple(map(self._without_lists, index))
+        return torch.tensor(index).to(self.device) if isinstance(index, list) else index
+
+    def __dlpack_device__(self) -> Any:
         return 2, self.device.index  # kDLCUDA
 
     def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
@@ -90,23 +102,20 @@ class CudaTensor(torch.Tensor):
             raise BufferError("Can't export tensors that require gradient, use tensor.detach()")
         if stream is not None and not isinstance(stream, int):
             raise TypeError(f"stream must be an int or None, got {type(stream).__name__}")
-        return self.inner.__dlpack__()
+        return self.on_cpu.__dlpack__()
 
     def __repr__(self, **_: Any) -> str:
-        return f"{self.inner!r}@{self.device}"
+        return f"{self.on_cpu!r}@{self.device}"
 
     def __reduce_ex__(self, _: Any) -> Any:
-        return CudaTensor, (self.inner, self.device)
+        return CudaTensor, (self.on_cpu, self.device)
 
     def __deepcopy__(self, memo: Any) -> Any:
         if id(self) not in memo:
-            copy = CudaTensor(self.inner.clone(), self.device).requires_grad_(self.requires_grad)
-            memo[id(self)] = torch.nn.Parameter(copy, self.requires_grad) if _is_parameter(self) else copy
+            copy = CudaTensor(self.on_cpu.clone(), self.device).requires_grad_(self.requires_grad)
+            parameter = isinstance(self, torch.nn.Parameter)
+            memo[id(self)] = torch.nn.Parameter(copy, self.requires_grad) if parameter else copy
         return memo[id(self)]
-
-
-def _is_parameter(x: torch.Tensor) -> bool:
-    return isinstance(x, torch.nn.Parameter)
 
 
 class Mode(TorchDispatchMode):
@@ -130,7 +139,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     card = state.card()
     if to_card:
         asked = card.place(asked)
-    device = ours[0].device if ours else asked
+    device = asked if asked is not None and not ours else ours[0].device
     if name in OPDEFS:  # an operator written in Python sees tensors of the card
         with Mode():
             return OPDEFS[name]._init_fn(*args, **kwargs)
@@ -159,7 +168,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def unwrap(x: Any) -> Any:
-    return x.inner if isinstance(x, CudaTensor) else x
+    return x.on_cpu if isinstance(x, CudaTensor) else x
 
 
 def _copied(

@@ -20,7 +20,7 @@ FORMS = {
 }
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("target", "precisions"),
     [
