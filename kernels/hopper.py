@@ -24,7 +24,7 @@ REGISTERS = 168
 
 @torch.compiler.assume_constant_result
 def hopper_enabled(head_dim: int) -> bool:
-    """Whether backend="auto" may choose this path: as VIDEOANCHOR_HOPPER=1 or 0 says, else where a GPU found it faster."""
+    """Whether backend="auto" may choose this path: as VIDEOANCHOR_HOPPER says, else where a GPU found it faster."""
     setting = os.environ.get(SWITCH, "")
     if setting not in ("", "0", "1"):
         raise ValueError(f"the environment variable {SWITCH} must be 0 or 1, got {setting!r}")

@@ -20,6 +20,13 @@ FLUSH_BYTES = 2**28
 HEAD_START_CYCLES = 2_000_000
 MEMORY_SHARE = 0.4
 
+small = False  # the tiny sizes of a CPU on a GPU too, to see in a minute or two whether everything runs
+
+
+def full_size(device: torch.device) -> bool:
+    """Whether tasks have the sizes that are worth timing."""
+    return device.type == "cuda" and not small
+
 
 @dataclass(frozen=True)
 class Task:
@@ -172,7 +179,7 @@ def timed(row: Row, run: Callable[[], Any], work: float, unit: str, device: torc
     """
     if row.status != OK or device.type != "cuda":
         return row
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    flush = torch.empty(FLUSH_BYTES if full_size(device) else 1, dtype=torch.int8, device="cuda")
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times: list[float] = []
     wanted = LEAST_RUNS
@@ -193,7 +200,7 @@ def timed(row: Row, run: Callable[[], Any], work: float, unit: str, device: torc
 
 def ceiling_tasks(device: torch.device) -> Iterator[Task]:
     """A large bf16 matrix product (TFLOP/s) and a large copy on the device (bytes read plus written, TB/s)."""
-    size, length = (16384, 2**30) if device.type == "cuda" else (64, 2**10)
+    size, length = (16384, 2**30) if full_size(device) else (64, 2**10)
 
     def product(row: Row) -> Row:
         a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))

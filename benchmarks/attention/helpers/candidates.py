@@ -15,7 +15,8 @@ from benchmarks.attention.helpers.contenders import HEADS, Contender, Run, measu
 from benchmarks.attention.helpers.gradients import TRAINERS, training
 from benchmarks.attention.helpers.settled import entry, key_of, values
 from benchmarks.helpers.decisions import FEW_QUERIES, candidate_name
-from benchmarks.helpers.measure import Inputs, Shape, Task
+from benchmarks.helpers.measure import Inputs, Shape, Task, full_size
+from videoanchor_triton.kernels.tiles import MAX_QUERIES
 
 RANK = 1  # after the most important shapes of ours
 FEW = (4, 8, 16)
@@ -24,7 +25,7 @@ Make = Callable[[Inputs], Run]
 
 def candidate_tasks(section: str, device: torch.device) -> Iterator[Task]:
     """The candidates of "prefill", "decode" or "backward", and what they are compared with that nothing else times."""
-    small = device.type != "cuda"
+    small = not full_size(device)
     if section == "backward":
         for length in (40,) if small else (2048, 8192):
             shape = Shape(1, *((4, 2) if small else HEADS[0]), 16 if small else 128, length, length, True)
@@ -49,7 +50,8 @@ def _border(device: torch.device, small: bool) -> Iterator[Task]:
     make = ours("triton", "post-exp")
     for queries in FEW[:1] if small else FEW:
         shape = Shape(1, 4, 2, 16, queries, 70, True) if small else Shape(1, *HEADS[0], 128, queries, 32768, True)
-        yield _task("decode", shape, FEW_QUERIES, make, device)
+        by_decode = _tried("DECODE_QUERIES", MAX_QUERIES, make)
+        yield _task("decode", shape, FEW_QUERIES, by_decode, device)
         name = candidate_name("DECODE_QUERIES", queries - 1)
         yield _task("decode", shape, name, _tried("DECODE_QUERIES", queries - 1, make), device)
 

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 import videoanchor_triton as va
 from benchmarks.attention.helpers.checks import hopper_absence
 from benchmarks.attention.helpers.settled import entry, key_of
-from benchmarks.helpers.measure import Inputs, Shape, Task, skip_for_memory, timed, with_peak
+from benchmarks.helpers.measure import Inputs, Shape, Task, full_size, skip_for_memory, timed, with_peak
 from benchmarks.helpers.record import SKIPPED, Row
 
 Run = Callable[[], torch.Tensor]
@@ -63,20 +63,20 @@ def _kernel(contender: Contender) -> str:
 
 def shapes(section: str, device: torch.device) -> Iterator[tuple[int, Shape]]:
     """(rank, shape) by importance: head dim 128 and 28 heads first, 128k keys of the other shapes last."""
-    if device.type != "cuda":
+    if not full_size(device):
         if section == "prefill":
-            yield 1, Shape(1, 4, 2, 16, 40, 40, True)
-            yield 1, Shape(1, 4, 2, 16, 40, 40, False)
+            yield 0, Shape(1, 4, 2, 16, 40, 40, True)
+            yield 0, Shape(1, 4, 2, 16, 40, 40, False)
         else:
-            yield 1, Shape(2, 4, 2, 16, 1, 150, True)
+            yield 0, Shape(2, 4, 2, 16, 1, 150, True)
         return
     if section == "prefill":
         for heads, head_dim, keys, causal in product(HEADS, (128, 64), (2048, 8192, 32768, 131072), (True, False)):
             first = heads == HEADS[0] and head_dim == 128
-            yield 1 if first else 5 if keys > 32768 else 3, Shape(1, *heads, head_dim, keys, keys, causal)
+            yield 0 if first else 2 if keys > 32768 else 1, Shape(1, *heads, head_dim, keys, keys, causal)
     else:
         for heads, batch, keys in product(HEADS, (1, 8, 64), (8192, 32768, 131072)):
-            yield 2 if heads == HEADS[0] else 4, Shape(batch, *heads, 128, 1, keys, True)
+            yield 0 if heads == HEADS[0] else 1, Shape(batch, *heads, 128, 1, keys, True)
 
 
 _held: dict[Shape, Inputs] = {}  # those of the shape that is being timed
@@ -293,7 +293,7 @@ def _flex(gated: bool) -> Callable[[Inputs], Run]:
 
 def _flex_absence(gated: bool) -> Callable[[Shape, torch.device], str]:
     def absence(shape: Shape, device: torch.device) -> str:
-        if device.type != "cuda":
+        if not full_size(device):
             return ""
         if (shape.query_heads, shape.kv_heads) != HEADS[0] or shape.batch > 8:
             return "FlexAttention is compiled for each shape: 28 query heads and batches of up to 8 only"

@@ -18,13 +18,12 @@ import videoanchor_triton as va
 from benchmarks.attention.helpers.checks import gradient_finding
 from benchmarks.attention.helpers.contenders import HEADS, dense_mask
 from benchmarks.attention.helpers.settled import entry, key_of
-from benchmarks.helpers.measure import Inputs, Shape, Task, judged, skip_for_memory, timed, with_peak
+from benchmarks.helpers.measure import Inputs, Shape, Task, full_size, judged, skip_for_memory, timed, with_peak
 from benchmarks.helpers.record import Row
 from videoanchor_triton.kernels.reference import reference_attention
 from videoanchor_triton.kernels.tolerance import eager_attention
 
 BACKWARD_WORK = 3.5
-RANK = 3
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,12 @@ class Trainer:
 
 def backward_tasks(device: torch.device) -> Iterator[Task]:
     """One task for each contender and length."""
-    heads, head_dim, lengths = ((4, 2), 16, (40,)) if device.type != "cuda" else (HEADS[0], 128, (2048, 8192, 32768))
+    heads, head_dim, lengths = ((4, 2), 16, (40,)) if not full_size(device) else (HEADS[0], 128, (2048, 8192, 32768))
     for length in lengths:
         shape = Shape(1, *heads, head_dim, length, length, True)
         for trainer in TRAINERS:
             kernel = "backward" if trainer.name.startswith("ours") else trainer.name
-            yield Task(shape.row("backward", trainer.name), kernel, training(shape, trainer, device), RANK)
+            yield Task(shape.row("backward", trainer.name), kernel, training(shape, trainer, device))
 
 
 def training(shape: Shape, trainer: Trainer, device: torch.device) -> Callable[[Row], Row]:
