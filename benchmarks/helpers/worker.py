@@ -25,11 +25,13 @@ from benchmarks.helpers.decisions import CANDIDATE
 from benchmarks.helpers.environment import environment, source_digest
 from benchmarks.helpers.measure import Task, ceiling_tasks
 from benchmarks.helpers.record import FAILED, Row
+from benchmarks.model.helpers.generation import model_tasks
 from benchmarks.scores.helpers.gpu_tasks import score_tasks
 from videoanchor_triton.kernels.dispatch import triton_target
 
 SECTIONS = {
     "ceiling": ceiling_tasks,
+    "model": model_tasks,
     "correctness": correctness,
     "decode": lambda device: chain(attention_tasks("decode", device), candidate_tasks("decode", device)),
     "scores": score_tasks,

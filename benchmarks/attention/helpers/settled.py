@@ -25,16 +25,19 @@ HALF = 2  # bytes of an element that the tables serve
 SPLIT_KEYS = (128, 256, 512, 1024)
 # query rows, keys, warps, stages; by target and head dim; all compile without a spill, with Triton 3.7.1
 PREFILL: dict[Key, list[tuple[int, ...]]] = {
+    ("sm_80", 128): [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 8, 2), (128, 32, 8, 3)],
     ("sm_90", 128): [(128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 3)],
     ("sm_90", 64): [(128, 128, 8, 3), (128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2)],
     (INTERPRETER, 16): [(16, 32, 4, 1)],
 }
 DECODE: dict[Key, list[tuple[int, ...]]] = {
+    ("sm_80", 128): [(64, 64, 4, 2), (64, 64, 4, 4), (64, 128, 8, 2), (64, 128, 8, 3)],
     ("sm_90", 128): [(64, 64, 4, 2), (64, 64, 4, 4), (64, 128, 8, 2), (64, 128, 8, 3)],
     (INTERPRETER, 16): [(32, 16, 4, 1)],
 }
 # of dQ, and of dK and dV
 BACKWARD: dict[Key, tuple[list[tuple[int, ...]], list[tuple[int, ...]]]] = {
+    ("sm_80", 128): ([(64, 64, 4, 2), (64, 128, 8, 2), (128, 64, 8, 3)], [(32, 128, 8, 3)]),
     ("sm_90", 128): ([(128, 64, 8, 3), (64, 64, 4, 2)], [(32, 128, 8, 2), (64, 64, 8, 2)]),
     (INTERPRETER, 16): ([(16, 32, 4, 1)], [(32, 16, 4, 1)]),
 }
