@@ -6,9 +6,9 @@ What matters most comes first: one call of each kernel, the models, decode, scor
 against an fp64 oracle just before it is timed, then what torch offers. Kernels are compiled many at a time before the
 first task that needs them. A row without a correct result carries no time.
 
-All rows so far are in DIR/gpu_check.json, DIR/gpu_check.csv and DIR/summary.md at any moment, whatever ends the run. The
-same command goes on where it ended: what the minutes left out is run, what failed is not (--retry), and another device,
-version or commit is refused (--anew starts over).
+All rows so far are in DIR/gpu_check.json, DIR/gpu_check.csv and DIR/summary.md at any moment, whatever ends the run.
+The same command goes on where it ended: what the minutes left out is run, what failed is not (--retry), and another
+device, version or commit is refused (--anew starts over).
 
 `--apply DIR ...` runs nothing: it writes the tiles and rules that the runs in these folders found faster, and the
 devices whose every check was right, into kernels/measured.py, from where the kernels take them.
@@ -32,12 +32,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.helpers import watch
 from benchmarks.helpers.record import FAILED, SKIPPED, TIME_BUDGET, Row, headline_table, write
-from benchmarks.helpers.resume import Refused, difference, earlier
+from benchmarks.helpers.resume import RefusedError, difference, earlier
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = [sys.executable, str(ROOT / "benchmarks" / "helpers" / "worker.py")]
 PATHS = (ROOT, ROOT / "src", *(ROOT / "tests" / part for part in ("", "kernels", "integrations/transformers")))
-SECTIONS = ("ceiling", "sanity", "model", "correctness", "decode", "scores", "prefill", "backward")
+SECTIONS = ("ceiling", "sanity", "correctness", "decode", "scores", "prefill", "backward")
 
 
 @dataclass
@@ -77,9 +77,8 @@ def collect(options: argparse.Namespace, results: Results, deadline: float) -> N
             if "plan" in message:
                 results.environment = message["environment"]
                 if differs := before and difference(before, results.environment):
-                    raise Refused(
-                        f"{options.out} holds results of another run ({differs}): give another --out or --anew"
-                    )
+                    held = f"{options.out} holds results of another run"
+                    raise RefusedError(f"{held} ({differs}): give another --out or --anew")
                 planned = [Row(**row) for row in message["plan"]]
                 left = len(planned)
             elif "row" in message:
@@ -90,7 +89,7 @@ def collect(options: argparse.Namespace, results: Results, deadline: float) -> N
             else:
                 died = message["died"]
         if died and not planned:
-            raise Refused(f"the worker did not start: {died} (see {log})")
+            raise RefusedError(f"the worker did not start: {died} (see {log})")
         rest = planned[len(planned) - left :] if planned else []
         if died and died != TIME_BUDGET and rest:
             results.add(replace(rest.pop(0), status=FAILED, reason=died))
@@ -120,7 +119,7 @@ def _apply(folders: list[Path]) -> int:
 
     try:
         print(apply(folders, [task.row.key for task in correctness(torch.device("cuda"))]))
-    except Refused as failure:
+    except RefusedError as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 2
     return 0
@@ -154,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         if results.rows:
             print(f"{len(results.rows)} rows of an earlier call stand", flush=True)
         collect(options, results, deadline)
-    except (Refused, OSError) as failure:
+    except (RefusedError, OSError) as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 2
     if results.unwritten:

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.helpers.decisions import ALGORITHM, MEASURED, WHAT, Trial, chosen, held, trials
 from benchmarks.helpers.record import CHECKS, TIME_BUDGET, Row
-from benchmarks.helpers.resume import Refused
+from benchmarks.helpers.resume import RefusedError
 
 ROOT = MEASURED.parents[1]
 SOURCES, SHOWN_RIGHT = "SOURCES", "SHOWN_RIGHT"
@@ -23,25 +23,31 @@ AGAIN = "run the same gpu_check command again, which goes on where it ended"
 
 
 class Result:
-    """A folder's environment and rows; Refused where they cannot be applied."""
+    """A folder's environment and rows; RefusedError where they cannot be applied."""
 
     def __init__(self, folder: Path, expected: Iterable[tuple[str, str, str]]) -> None:
         try:
             content = json.loads((folder / "gpu_check.json").read_text())
         except OSError as error:
-            raise Refused(f"--apply: {folder} has no gpu_check.json to read ({error.strerror})") from None
+            raise RefusedError(f"--apply: {folder} has no gpu_check.json to read ({error.strerror})") from None
         self.rows = [Row(**row) for row in content.pop("rows")]
         self.environment: dict[str, str] = content
         if content["device"].startswith("cpu") or content.get("sizes", "full") != "full":
-            raise Refused(f"--apply: the results in {folder} are of {content['device']} at small sizes: run on a GPU")
+            raise RefusedError(
+                f"--apply: the results in {folder} are of {content['device']} at small sizes: run on a GPU"
+            )
         if content["dirty"] != "false":
-            raise Refused(f"--apply: the results in {folder} are of uncommitted changes: commit, then run gpu_check")
+            raise RefusedError(
+                f"--apply: the results in {folder} are of uncommitted changes: commit, then run gpu_check"
+            )
         if not _is_ancestor(content["commit"]):
-            raise Refused(f"--apply: the results in {folder} are of commit {content['commit']}, which is not in HEAD")
+            raise RefusedError(
+                f"--apply: the results in {folder} are of commit {content['commit']}, which is not in HEAD"
+            )
         cut = sum(row.reason == TIME_BUDGET for row in self.rows if row.section in CHECKS)
         missing = cut + len({*expected} - {row.key for row in self.rows})
         if missing or not {*CHECKS} <= {row.section for row in self.rows}:
-            raise Refused(f"--apply: {missing or 'sections of'} checks are missing in {folder}: {AGAIN}")
+            raise RefusedError(f"--apply: {missing or 'sections of'} checks are missing in {folder}: {AGAIN}")
 
     @property
     def pair(self) -> tuple[str, str]:

@@ -1,11 +1,20 @@
 """What a task of gpu_check.py's worker says to the process that watches it: lines of JSON on the first stdout."""
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from typing import Any, TextIO
 
+PR_SET_PDEATHSIG = 1
 _channel: TextIO | None = None
+
+
+def end_with_parent() -> None:
+    """A kernel that hangs must not hold the GPU when gpu_check.py itself was killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def open_channel() -> None:

@@ -38,7 +38,7 @@ def environment(device: torch.device, cpu: str) -> dict[str, str]:
 
 
 def source_digest() -> str:
-    """A short hash of the Python files whose speed and results are measured: it also tells uncommitted changes apart."""
+    """A short hash of the Python files that are measured, which tells uncommitted changes apart too."""
     digest = hashlib.sha256()
     for folder in ("kernels", "anchor", "integrations", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*.py")):

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.helpers.record import COMPILE, FAILED, TIME_BUDGET, Row
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The run cannot begin or go on; the text says why."""
 
 
@@ -24,7 +24,9 @@ def earlier(out: Path, retry: bool) -> tuple[dict[str, Any], list[Row]]:
         content = json.loads(results.read_text())
         rows = [Row(**row) for row in content.pop("rows")]
     except (ValueError, TypeError, KeyError) as failure:
-        raise Refused(f"{results} is not what this version writes ({failure}): give another --out or --anew") from None
+        raise RefusedError(
+            f"{results} is not what this version writes ({failure}): give another --out or --anew"
+        ) from None
     again = (FAILED,) if retry else ()
     return content, [r for r in rows if r.section != COMPILE and r.reason != TIME_BUDGET and r.status not in again]
 

@@ -27,6 +27,7 @@ def messages(
     It gets `order` as JSON on its stdin. It is ended when silent for SILENCE_SECONDS (START_SECONDS before its first
     word, as long as it said when it last was "alive"), or GRACE_SECONDS past the deadline.
     """
+    said_before = log.stat().st_size
     with log.open("a") as errors:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
@@ -55,7 +56,7 @@ def messages(
                 return
             if line is None:
                 if process.wait() != 0:
-                    yield {"died": f"{ENDED} with status {process.returncode}: {_last_line(log)}"}
+                    yield {"died": f"{ENDED} with status {process.returncode}: {_last_line(log, said_before)}"}
                 return
             message = json.loads(line)
             patience = message.get("seconds") or SILENCE_SECONDS
@@ -66,5 +67,6 @@ def messages(
         process.wait()
 
 
-def _last_line(log: Path) -> str:
-    return (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1][:200]
+def _last_line(log: Path, start: int) -> str:
+    said = log.read_bytes()[start:].decode(errors="replace")
+    return (said.strip().splitlines() or ["no message"])[-1][:200]

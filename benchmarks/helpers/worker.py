@@ -1,10 +1,8 @@
 """The process of gpu_check.py that touches the device: says its plan, then a row of JSON after each task."""
 
 import argparse
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -19,8 +17,9 @@ from benchmarks.attention.helpers.candidates import candidate_tasks
 from benchmarks.attention.helpers.checks import correctness
 from benchmarks.attention.helpers.contenders import attention_tasks
 from benchmarks.attention.helpers.gradients import backward_tasks
+from benchmarks.attention.helpers.sanity_tasks import sanity_tasks
 from benchmarks.helpers import compilation, measure
-from benchmarks.helpers.channel import open_channel, say
+from benchmarks.helpers.channel import end_with_parent, open_channel, say
 from benchmarks.helpers.decisions import CANDIDATE
 from benchmarks.helpers.environment import environment, source_digest
 from benchmarks.helpers.measure import Task, ceiling_tasks
@@ -31,6 +30,7 @@ from videoanchor_triton.kernels.dispatch import triton_target
 
 SECTIONS = {
     "ceiling": ceiling_tasks,
+    "sanity": sanity_tasks,
     "model": model_tasks,
     "correctness": correctness,
     "decode": lambda device: chain(attention_tasks("decode", device), candidate_tasks("decode", device)),
@@ -42,7 +42,6 @@ SECTIONS = {
 GROUPS = ("ceiling", "sanity", "model", "decode", "scores", "prefill", "backward")
 CHECKED_BEFORE = {"decode": "decode", "cache": "decode", "backward": "backward", "varlen backward": "backward"}
 SLOWEST = "FlexAttention"  # compiled for each shape, one after the other
-PR_SET_PDEATHSIG = 1
 
 
 def place(task: Task) -> tuple[int, int, int, bool]:
@@ -128,8 +127,7 @@ def main() -> int:
     parser.add_argument("--sections", nargs="+", choices=tuple(SECTIONS), required=True)
     parser.add_argument("--small", action="store_true", help="the sizes of a CPU on a GPU")
     options = parser.parse_args()
-    if sys.platform == "linux":  # a hung kernel must not outlive a killed gpu_check.py
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     open_channel()
     order: dict[str, Any] = json.load(sys.stdin)
     done, died = ({tuple(key) for key in order[name]} for name in ("done", "died"))

@@ -17,6 +17,7 @@ from benchmarks.attention.helpers.findings import Check, Finding, generator, gra
 from benchmarks.attention.helpers.packed_checks import gradient_check, packed_cases, packed_check
 from benchmarks.helpers.measure import Task, full_size, judged
 from benchmarks.helpers.record import SKIPPED, Row
+from videoanchor_triton.kernels.dispatch import triton_target
 from videoanchor_triton.kernels.hopper import gluon_refusal
 from videoanchor_triton.kernels.reference import reference_attention
 from videoanchor_triton.kernels.tolerance import eager_attention
@@ -149,7 +150,7 @@ def _hopper_task(problem: Problem, gate_form: str, device: torch.device) -> Task
 
 def hopper_absence(device: torch.device) -> str:
     """Why the Hopper path cannot run on a device, or an empty string."""
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
+    if triton_target(device)[0] != "sm_90":
         return "the Hopper path needs a GPU of sm_90"
     return gluon_refusal() or ""
 
