@@ -10,6 +10,9 @@ All rows so far are in DIR/gpu_check.json, DIR/gpu_check.csv and DIR/summary.md 
 The same command goes on where it ended: what the minutes left out is run, what failed is not (--retry), and another
 device, version or commit is refused (--anew starts over).
 
+`--apply DIR ...` runs nothing: it writes the tiles and rules that the runs in these folders found faster, and the
+devices whose every check was right, into kernels/measured.py, from where the kernels take them.
+
 Everything that touches the device runs in a process of its own (helpers/worker.py), which is ended when it is silent
 for too long; a kernel that hung or crashed is a row with its reason, and a new process goes on with the next kernel.
 The exit status is 1 if a result of ours was wrong or missing, 2 if nothing could be run or written. `--small` runs
@@ -107,9 +110,28 @@ def _worker(options: argparse.Namespace, rows: list[Row], log: Path, deadline: f
     return watch.messages(command, os.environ | settings, order, log, deadline)
 
 
+def _apply(folders: list[Path]) -> int:
+    import torch  # not needed to watch a worker
+
+    sys.path[:0] = map(str, PATHS)
+    from benchmarks.attention.helpers.checks import correctness
+    from benchmarks.helpers.apply import apply
+
+    try:
+        print(apply(folders, [task.row.key for task in correctness(torch.device("cuda"))]))
+    except RefusedError as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument(
+        "--apply", nargs="+", type=Path, metavar="DIR",
+        help="run nothing: write what earlier runs in these folders decided into kernels/measured.py",
+    )  # fmt: skip
     parser.add_argument("--minutes", type=float, default=8.0, help="time budget of the whole run (default 8)")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to run")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -117,6 +139,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--retry", action="store_true", help="run again what failed in an earlier call")
     parser.add_argument("--anew", action="store_true", help="replace the results of earlier calls")
     options = parser.parse_args(arguments)
+    if (options.out is None) == (options.apply is None):
+        parser.error("give --out DIR to run, or --apply DIR to write what runs decided into kernels/measured.py")
+    if options.apply:
+        return _apply(options.apply)
     if not options.minutes > 0:
         parser.error(f"--minutes must be greater than 0, got {options.minutes}")
     deadline = time.time() + 60 * options.minutes - watch.GRACE_SECONDS

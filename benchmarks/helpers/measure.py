@@ -62,7 +62,7 @@ class Shape:
     @property
     def flop(self) -> float:
         """Of the two products of the forward pass, over visible pairs only."""
-        pairs = self.keys * (self.keys + 1) / 2 if self.causal and self.queries > 1 else self.queries * self.keys
+        pairs = self.queries * (self.keys - (self.queries - 1) / 2 if self.causal else self.keys)
         return 4 * self.batch * self.query_heads * self.head_dim * pairs
 
     def visible_keys(self, query: int) -> int:
@@ -72,7 +72,8 @@ class Shape:
         """An empty row."""
         heads = f"B={self.batch} Hq={self.query_heads} Hkv={self.kv_heads} D={self.head_dim}"
         mask = ("causal " if self.causal else "full ") if self.queries > 1 else ""
-        case = f"{heads} {mask}N={self.keys}"
+        few = f"Nq={self.queries} " if 1 < self.queries < self.keys else ""
+        case = f"{heads} {mask}{few}N={self.keys}"
         return Row(
             section, case, contender, self.batch, self.query_heads, self.kv_heads, self.head_dim, self.causal,
             self.queries, self.keys,

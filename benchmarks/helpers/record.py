@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from benchmarks.helpers.decisions import CANDIDATE, decision_table
+
 OK, WRONG, FAILED, SKIPPED = "ok", "wrong", "failed", "skipped"
 TIME_BUDGET = "time budget"
 CHECKS = ("sanity", "model", "correctness")  # sections whose every row is a check of ours
@@ -206,9 +208,12 @@ def summary(environment: dict[str, str], rows: list[Row]) -> str:
             parts.append(f"Ceiling, {row.case}: {row.rate:.2f} {row.unit}.")
     for section in ("prefill", "decode", "backward", "scores"):
         timed = [row for row in rows if row.section == section and row.ms is not None]
+        timed = [row for row in timed if not row.contender.startswith(CANDIDATE)]
         if timed:
             unit = "ms" if section == "scores" else f"{timed[0].unit} (share of the ceiling)"
             parts.append(f"## {section}\n\n{unit}\n\n{_pivot(timed)}")
+    if settled := decision_table(environment, rows):
+        parts.append(f"## What this decides\n\n{settled}")
     for status in (WRONG, FAILED, SKIPPED):
         lines = [f"- {row.section}, {row.case}, {row.contender}: {row.reason}" for row in rows if row.status == status]
         if lines:

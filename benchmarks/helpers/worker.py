@@ -7,30 +7,36 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from triton import knobs
 
+from benchmarks.attention.helpers.candidates import candidate_tasks
 from benchmarks.attention.helpers.checks import correctness
 from benchmarks.attention.helpers.contenders import attention_tasks
 from benchmarks.attention.helpers.gradients import backward_tasks
 from benchmarks.attention.helpers.sanity_tasks import sanity_tasks
 from benchmarks.helpers import compilation, measure
 from benchmarks.helpers.channel import end_with_parent, open_channel, say
+from benchmarks.helpers.decisions import CANDIDATE
 from benchmarks.helpers.environment import environment, source_digest
 from benchmarks.helpers.measure import Task, ceiling_tasks
 from benchmarks.helpers.record import FAILED, Row
+from benchmarks.model.helpers.generation import model_tasks
 from benchmarks.scores.helpers.gpu_tasks import score_tasks
+from videoanchor_triton.kernels.dispatch import triton_target
 
 SECTIONS = {
     "ceiling": ceiling_tasks,
     "sanity": sanity_tasks,
+    "model": model_tasks,
     "correctness": correctness,
-    "decode": lambda device: attention_tasks("decode", device),
+    "decode": lambda device: chain(attention_tasks("decode", device), candidate_tasks("decode", device)),
     "scores": score_tasks,
-    "prefill": lambda device: attention_tasks("prefill", device),
-    "backward": backward_tasks,
+    "prefill": lambda device: chain(attention_tasks("prefill", device), candidate_tasks("prefill", device)),
+    "backward": lambda device: chain(backward_tasks(device), candidate_tasks("backward", device)),
 }
 # What runs first. The checks of a section's kernels stand just before its times.
 GROUPS = ("ceiling", "sanity", "model", "decode", "scores", "prefill", "backward")
@@ -39,12 +45,16 @@ SLOWEST = "FlexAttention"  # compiled for each shape, one after the other
 
 
 def place(task: Task) -> tuple[int, int, int, bool]:
-    """Where a task stands in the order: ours before what it is compared with, important shapes first, then by group."""
+    """Where a task stands in the order: by whose kernel it is, important shapes first, then by group."""
     row = task.row
-    theirs = 0 if row.ours or row.section == "ceiling" else 2 if row.contender.startswith(SLOWEST) else 1
+    # ours, what ours could be, what torch offers
+    if row.ours or row.section == "ceiling":
+        turn = 0
+    else:
+        turn = 1 if row.contender.startswith(CANDIDATE) else 3 if row.contender.startswith(SLOWEST) else 2
     check = row.section == "correctness"
     group = CHECKED_BEFORE.get(task.kernel, "prefill") if check else row.section
-    return theirs, task.rank, GROUPS.index(group), not check
+    return turn, task.rank, GROUPS.index(group), not check
 
 
 def tasks(device: torch.device, sections: list[str]) -> list[Task]:
@@ -136,6 +146,7 @@ def main() -> int:
         planned = [task for task in with_compilation(planned) if task.row.key not in done]
     found = environment(device, "cpu, Triton interpreter")
     found |= {"source": source_digest(), "sizes": "full" if measure.full_size(device) else "small"}
+    found["target"] = str(triton_target(device)[0])
     say({"environment": found, "plan": [asdict(task.row) for task in planned]})
     broken = {task.kernel for task in known if task.row.key in died}
     for row in run(planned, options.deadline, broken):
