@@ -41,17 +41,17 @@ SECTIONS = {
 # What runs first. The checks of a section's kernels stand just before its times.
 GROUPS = ("ceiling", "sanity", "model", "decode", "scores", "prefill", "backward")
 CHECKED_BEFORE = {"decode": "decode", "cache": "decode", "backward": "backward", "varlen backward": "backward"}
+OURS, CANDIDATES = 0, 1  # the turns before torch's own: ours, and what ours could be
 SLOWEST = "FlexAttention"  # compiled for each shape, one after the other
 
 
 def place(task: Task) -> tuple[int, int, int, bool]:
     """Where a task stands in the order: by whose kernel it is, important shapes first, then by group."""
     row = task.row
-    # ours, what ours could be, what torch offers
     if row.ours or row.section == "ceiling":
-        turn = 0
+        turn = OURS
     else:
-        turn = 1 if row.contender.startswith(CANDIDATE) else 3 if row.contender.startswith(SLOWEST) else 2
+        turn = CANDIDATES if row.contender.startswith(CANDIDATE) else 3 if row.contender.startswith(SLOWEST) else 2
     check = row.section == "correctness"
     group = CHECKED_BEFORE.get(task.kernel, "prefill") if check else row.section
     return turn, task.rank, GROUPS.index(group), not check
@@ -63,17 +63,16 @@ def tasks(device: torch.device, sections: list[str]) -> list[Task]:
 
 
 def with_compilation(planned: list[Task]) -> list[Task]:
-    """The tasks, with a task that compiles the kernels of ours before the first of each group and rank."""
-    steps: dict[tuple[int, int], list[Task]] = {}
+    """The tasks, with a task that compiles the kernels of ours before the first of each turn, rank and group."""
+    steps: dict[tuple[int, int, int], list[Task]] = {}
     for task in planned:
-        if task.row.ours and task.row.section in compilation.SECTIONS:
-            steps.setdefault(place(task)[1:3], []).append(task)
+        if place(task)[0] <= CANDIDATES and task.row.section in compilation.SECTIONS:
+            steps.setdefault(place(task)[:3], []).append(task)
     found: list[Task] = []
     for task in planned:
-        where = place(task)[1:3]
-        if task.row.ours and where in steps:
-            rank, group = where
-            name = GROUPS[group] + ("", ", other shapes", ", largest shapes")[rank]
+        if (where := place(task)[:3]) in steps:
+            turn, rank, group = where
+            name = GROUPS[group] + (", candidates" if turn else "") + ("", ", other shapes", ", largest shapes")[rank]
             found.append(compilation.compile_task(name, steps.pop(where)))
         found.append(task)
     return found
