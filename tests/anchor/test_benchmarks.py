@@ -210,7 +210,6 @@ def test_gpu_check_plans_scores_from_2k_to_65k_tokens(gpu: Any) -> None:
     tasks = list(gpu.score_tasks(torch.device("cuda")))
     assert {task.row.keys for task in tasks} == {2048, 8192, 16384, 65536}
     assert len({(task.row.case, task.row.contender) for task in tasks}) == len(tasks)
-    assert all(task.rank > 0 for task in tasks), "after the checks of correctness"
 
 
 def test_gpu_check_headlines_and_table_of_scores() -> None:

@@ -18,7 +18,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 import videoanchor_triton as va
-from benchmarks.helpers.measure import Task, judged, skip_for_memory, with_peak
+from benchmarks.helpers.measure import Task, full_size, judged, skip_for_memory, with_peak
 from benchmarks.helpers.record import OK, SKIPPED, Row
 from benchmarks.scores.helpers import token_sets
 from benchmarks.scores.helpers.reference import Optimum, Problem, certified_optimum, objectives, textbook_iterates
@@ -41,7 +41,7 @@ SAME_ITERATES = 1e-8
 
 def score_tasks(device: torch.device) -> Iterator[Task]:
     """For each number of tokens: the check, the whole with its stages, and an iteration of the textbook."""
-    sizes = {2048: 1, 8192: 1, 16384: 1, 65536: 2} if device.type == "cuda" else {96: 1}
+    sizes = {2048: 0, 8192: 0, 16384: 0, 65536: 1} if full_size(device) else {96: 0}
     for n_tokens, order in sizes.items():
         scores = Scores(n_tokens, device)
         runs = {
@@ -64,7 +64,7 @@ class Scores:
     def __init__(self, n_tokens: int, device: torch.device) -> None:
         self.n_tokens, self.device = n_tokens, device
         self.config = va.VideoAnchorConfig(
-            alpha_k=0, alpha_v=0, pca_rank=64 if device.type == "cuda" else 32, n_clusters=24
+            alpha_k=0, alpha_v=0, pca_rank=64 if full_size(device) else 32, n_clusters=24
         )
         self.checked: Row | None = None
         self.runs: list[va.AnchorResult] = []
