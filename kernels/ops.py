@@ -10,7 +10,7 @@ from .dispatch import triton_target
 from .hopper import hopper_prefill
 from .prefill import prefill
 from .prescale import prescale
-from .tiles import MAX_QUERIES
+from .tiles import decode_queries
 
 MAX_ROW_STRIDE = 2**23
 Outputs = tuple[torch.Tensor, torch.Tensor]
@@ -96,7 +96,7 @@ def anchored_attention_op(
         if hopper:
             form, v, gate, _ = prescale(v, gamma_k, gamma_v, None, post_exp)
             hopper_prefill(q, k, v, gate, out, lse, scale, causal, form)
-        elif q.shape[2] <= MAX_QUERIES:
+        elif q.shape[2] <= decode_queries(target, q.shape[-1]):
             decode(q, k, v, gamma_k, gamma_v, key_padding_mask, out, lse, scale, causal, window, softcap, target)
         else:
             prefill(

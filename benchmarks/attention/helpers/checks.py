@@ -9,16 +9,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from oracle import Problem, eager_attention
+from oracle import Problem
 
 import videoanchor_triton as va
 from benchmarks.attention.helpers.cache_checks import cache_check, caches
 from benchmarks.attention.helpers.findings import Check, Finding, generator, gradient_finding, gradients, outcome
 from benchmarks.attention.helpers.packed_checks import gradient_check, packed_cases, packed_check
-from benchmarks.helpers.measure import Task, judged
+from benchmarks.helpers.measure import Task, full_size, judged
 from benchmarks.helpers.record import SKIPPED, Row
+from videoanchor_triton.kernels.dispatch import triton_target
 from videoanchor_triton.kernels.hopper import gluon_refusal
 from videoanchor_triton.kernels.reference import reference_attention
+from videoanchor_triton.kernels.tolerance import eager_attention
 
 FORMS = ("post-exp", "log-bias")
 HEAD_DIMS = (16, 32, 64, 80, 96, 256)
@@ -26,7 +28,7 @@ HEAD_DIMS = (16, 32, 64, 80, 96, 256)
 
 def correctness(device: torch.device) -> Iterator[Task]:
     """All correctness tasks for a device: the problems are larger on a GPU."""
-    large = device.type == "cuda"
+    large = full_size(device)
     for problem in _problems(large):
         kernel = problem.name.split(",")[0]
         for gate_form in _forms(problem) if large else _forms(problem)[-1:]:
@@ -148,7 +150,7 @@ def _hopper_task(problem: Problem, gate_form: str, device: torch.device) -> Task
 
 def hopper_absence(device: torch.device) -> str:
     """Why the Hopper path cannot run on a device, or an empty string."""
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
+    if triton_target(device)[0] != "sm_90":
         return "the Hopper path needs a GPU of sm_90"
     return gluon_refusal() or ""
 

@@ -1,0 +1,94 @@
+"""The worker of gpu_check.py on an emulated card, with a fault planted in each task that FAULTS names."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+from emulated_cuda.device import EmulatedCuda
+
+# isort: split
+import torch
+from triton.runtime import interpreter
+
+from benchmarks.attention.helpers import contenders
+from benchmarks.helpers import measure, worker
+from videoanchor_triton.anchor import admm
+
+EVERY = 15  # of the checks, the models and the candidates, which take minutes here
+ABSENT = ("FlexAttention", "SDPA efficient")  # no form of them takes emulated tensors
+
+
+def update_state(state: Any, product: Any, reflected: Any, own: Any, settings: Any) -> None:
+    """The fused pass of the scores, for which the interpreter takes minutes."""
+
+    def coefficients() -> Any:
+        found = state - state.clamp(-settings[0], settings[0])
+        return found if own is None else found.scatter(1, own, 0)
+
+    state += settings[1] * (coefficients() + product - state)
+    reflected.copy_(2 * coefficients() - state)
+
+
+def context_dies(_: Any) -> Any:
+    """As Triton words it; from here on every call of CUDA fails, as torch words it."""
+
+    def dead(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    interpreter.GridExecutor.__call__ = torch.cuda.synchronize = dead
+    raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+
+def hangs(_: Any) -> Any:
+    time.sleep(1000)
+
+
+def crashes(_: Any) -> Any:
+    os.abort()
+
+
+def wrong(run: Any, row: Any) -> Any:
+    right = contenders.va.anchored_attention_decode
+    contenders.va.anchored_attention_decode = lambda *given, **options: 1.02 * right(*given, **options)
+    try:
+        return run(row)
+    finally:
+        contenders.va.anchored_attention_decode = right
+
+
+FAULTS = {
+    ("sanity", "decode, pages", "ours"): lambda _: context_dies,
+    ("decode", "B=2 Hq=4 Hkv=2 D=16 N=150", "ours, gated, pages of 64"): lambda run: partial(wrong, run),
+    ("prefill", "B=1 Hq=4 Hkv=2 D=16 causal N=40", "ours, ungated"): lambda _: hangs,
+    ("backward", "B=1 Hq=4 Hkv=2 D=16 causal N=40", "ours, gated, log-bias"): lambda _: crashes,
+}
+
+
+def thinned(make: Any, device: torch.device) -> Iterator[measure.Task]:
+    for number, task in enumerate(make(device)):
+        timed = worker.place(task)[0] != worker.CANDIDATES and task.row.section not in ("correctness", "model")
+        if timed or number % EVERY == 0:
+            yield task
+
+
+def faulty(make: Any, device: torch.device) -> Iterator[measure.Task]:
+    for task in make(device):
+        fault = FAULTS.get(task.row.key)
+        yield replace(task, run=fault(task.run)) if fault else task
+
+
+if __name__ == "__main__":
+    admm.update_state = update_state
+    for section, known in contenders.CONTENDERS.items():
+        contenders.CONTENDERS[section] = [x for x in known if x.name.split(",")[0] not in ABSENT]
+    measure.MOST_RUNS = measure.LEAST_RUNS
+    for section in ("correctness", "model", "decode", "prefill", "backward"):
+        worker.SECTIONS[section] = partial(thinned, worker.SECTIONS[section])
+    worker.SECTIONS |= {name: partial(faulty, make) for name, make in worker.SECTIONS.items()}
+    with EmulatedCuda():
+        sys.exit(worker.main())
