@@ -19,7 +19,7 @@ from benchmarks.attention.helpers import contenders
 from benchmarks.helpers import measure, worker
 from videoanchor_triton.anchor import admm
 
-EVERY = 15  # of the checks, the models and the candidates, which take minutes here
+EVERY = 18  # of the checks, the models and the candidates, which take minutes here
 ABSENT = ("FlexAttention", "SDPA efficient")  # no form of them takes emulated tensors
 
 
