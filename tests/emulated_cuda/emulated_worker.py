@@ -40,7 +40,8 @@ def context_dies(_: Any) -> Any:
     def dead(*_: Any) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    interpreter.GridExecutor.__call__ = torch.cuda.synchronize = dead
+    launches: Any = interpreter.GridExecutor
+    launches.__call__ = torch.cuda.synchronize = dead
     raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
 
 
