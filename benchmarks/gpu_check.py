@@ -37,7 +37,7 @@ from benchmarks.helpers.resume import RefusedError, difference, earlier
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = [sys.executable, str(ROOT / "benchmarks" / "helpers" / "worker.py")]
 PATHS = (ROOT, ROOT / "src", *(ROOT / "tests" / part for part in ("", "kernels", "integrations/transformers")))
-SECTIONS = ("ceiling", "sanity", "correctness", "decode", "scores", "prefill", "backward")
+SECTIONS = ("ceiling", "sanity", "model", "correctness", "decode", "scores", "prefill", "backward")
 
 
 @dataclass
