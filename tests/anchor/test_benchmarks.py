@@ -249,3 +249,20 @@ def test_benchmark_finds_no_difference_where_there_is_none() -> None:
     parts = ssc_streaming.streamed(X, config, 40, 20, 80)
     assert np.array_equal(parts.row_sums[60:], whole.row_sums().numpy()[60:])
     assert not np.array_equal(parts.row_sums[:60], whole.row_sums().numpy()[:60])
+
+
+def test_a_long_task_of_the_scores_says_that_it_is_at_work(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gpu_check.py ends a worker that is silent: each stage is said, and that it may take long."""
+    said: list[tuple[str, float]] = []
+    monkeypatch.setattr(gpu, "alive", lambda what, seconds: said.append((what, seconds)))
+    scores = gpu.Scores(40, torch.device("cpu"))
+    scores.total(record.Row("scores", "N=40", "ours, total"))
+    words = " ".join(what for what, _ in said)
+    assert all(stage in words for stage in ("solve", "optimum of token", "of 40 tokens", "pca"))
+    assert {seconds for _, seconds in said} == {gpu.STAGE_SECONDS}
+    said.clear()
+    report = gpu.saying("scores")
+    for done in range(1000):
+        report("solve", done, 1000)
+    report("score", 0, 1)
+    assert [what.split(",")[0] for what, _ in said] == ["scores: solve", "scores: score"]

@@ -53,7 +53,9 @@ def labels_of(affinity: Tensor, n_clusters, **options) -> np.ndarray:
 def embedding_of(affinity: Tensor, n_vectors: int) -> tuple[np.ndarray, np.ndarray]:
     graph, linked = spectral._linked_graph(affinity)
     assert linked.all()
-    return spectral._embedding(graph, spectral._parts(graph), n_vectors, np.random.RandomState(0))
+    part, n_parts = spectral._parts(graph)
+    others, embedding = spectral._embedding(graph, part, n_parts, n_vectors, np.random.RandomState(0))
+    return np.concatenate([np.ones(n_parts), others.numpy()]), embedding
 
 
 class Calls(TorchDispatchMode):
@@ -231,7 +233,9 @@ def test_parts_are_those_of_scipy(seed):
     graph = graph + graph.T
     found, linked = spectral._linked_graph(graph)
     expected = connected_components(scipy.sparse.csr_array(graph[linked][:, linked].numpy()), directed=False)[1]
-    np.testing.assert_array_equal(spectral._parts(found).numpy(), expected)
+    part, n_parts = spectral._parts(found)
+    np.testing.assert_array_equal(part.numpy(), expected)
+    assert n_parts == len(np.unique(expected))
 
 
 def test_parts_of_long_chains():
@@ -242,7 +246,9 @@ def test_parts_of_long_chains():
         affinity = torch.sparse_coo_tensor(pairs, torch.ones(7998), (4000, 4000), check_invariants=False)
         graph, _ = spectral._linked_graph(affinity)
         with Calls("scatter_reduce") as rounds:
-            assert not spectral._parts(graph).any()
+            part, n_parts = spectral._parts(graph)
+            assert n_parts == 1
+            assert not part.any()
         assert rounds.count < 30
 
 

@@ -32,6 +32,11 @@ BUDGETS: dict[str, Budget] = {
     "packed backward, triton": Budget(reads=0, uploads=0),
     "packed backward, sdpa": Budget(reads=2, uploads=0),
     "merge": Budget(reads=0, uploads=0),
+    "scores: dense": Budget(reads=40, uploads=4),
+    "scores: working-set": Budget(reads=40, uploads=4),
+    "solve: dense, 20 iterations": Budget(reads=1, uploads=0),
+    "solve: blocked, 20 iterations": Budget(reads=1, uploads=0),
+    "solve: working-set, 20 iterations": Budget(reads=2, uploads=0),
 }
 
 

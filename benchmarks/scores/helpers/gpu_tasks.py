@@ -18,6 +18,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 import videoanchor_triton as va
+from benchmarks.helpers.channel import alive
 from benchmarks.helpers.measure import Task, full_size, judged, skip_for_memory, with_peak
 from benchmarks.helpers.record import OK, SKIPPED, Row
 from benchmarks.scores.helpers import token_sets
@@ -25,7 +26,7 @@ from benchmarks.scores.helpers.reference import Optimum, Problem, certified_opti
 from videoanchor_triton.anchor.options import Algorithm, SolverOptions
 from videoanchor_triton.anchor.problem import penalty_weights, token_features
 from videoanchor_triton.anchor.solver import self_expression
-from videoanchor_triton.anchor.timing import mark_time, seconds_between
+from videoanchor_triton.anchor.timing import Progress, mark_time, seconds_between
 
 CHECKED_TOKENS = 16
 STAGES = ("pca", "solve", "spectral", "score")
@@ -33,6 +34,8 @@ ALGORITHMS: tuple[Algorithm, ...] = ("dense", "blocked", "working-set")
 MOST_TOKENS_FOR_ALL = 16384  # beyond that only the one that "auto" chooses
 LEAST_RUNS, REPEAT_SECONDS = 3, 10.0
 TEXTBOOK_ITERATIONS = 3
+# How long a stage may be silent (the spectral step of 65,536 tokens, on the CPU), and how often it says something.
+STAGE_SECONDS, SAY_EVERY = 240.0, 10.0
 # N x N float64 matrices that the textbook and its check hold at a time.
 TEXTBOOK_MATRICES = 14
 # The textbook's coefficients and those of algorithm="authors" differ by roundoff only.
@@ -58,6 +61,19 @@ def score_tasks(device: torch.device) -> Iterator[Task]:
             yield Task(row, f"{contender.split(',')[0]}, N={n_tokens}", run, order)
 
 
+def saying(what: str) -> Progress:
+    """A progress that tells the watching process, at each new stage and from time to time, that `what` is not hung."""
+    last_stage, last_time = "", 0.0
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal last_stage, last_time
+        if stage != last_stage or time.monotonic() - last_time > SAY_EVERY:
+            last_stage, last_time = stage, time.monotonic()
+            alive(f"{what}: {stage}, {done} of {total}", STAGE_SECONDS)
+
+    return report
+
+
 class Scores:
     """`anchor_scores` of N tokens. What a task needs of an earlier one is computed again in a new process."""
 
@@ -66,6 +82,7 @@ class Scores:
         self.config = va.VideoAnchorConfig(
             alpha_k=0, alpha_v=0, pca_rank=64 if full_size(device) else 32, n_clusters=24
         )
+        self.progress = saying(f"scores of {n_tokens} tokens")
         self.checked: Row | None = None
         self.runs: list[va.AnchorResult] = []
 
@@ -78,7 +95,8 @@ class Scores:
 
     def distance(self, row: Row, config: va.VideoAnchorConfig) -> Row:
         """The largest distance of sampled tokens from their certified optimum; allowed is the tolerance."""
-        solution = self_expression(token_features(self.tokens(), config.pca_rank), config.solver_options())
+        Y = token_features(self.tokens(), config.pca_rank)
+        solution = self_expression(Y, config.solver_options(), progress=self.progress)
         problem, optimum = self.optimum
         indices = solution.indices[optimum.tokens].cpu().numpy()
         values = solution.values[optimum.tokens].double().cpu().numpy()
@@ -92,7 +110,12 @@ class Scores:
     def optimum(self) -> tuple[Problem, Optimum]:
         problem = self.problem(token_features(self.tokens(), self.config.pca_rank))
         sampled = torch.randperm(self.n_tokens, generator=torch.Generator().manual_seed(0))[:CHECKED_TOKENS].numpy()
-        return problem, certified_optimum(problem, sampled)
+        found = []
+        for i, token in enumerate(sampled):
+            self.progress(f"optimum of token {token}", i, CHECKED_TOKENS)
+            found.append(certified_optimum(problem, sampled[i : i + 1]))
+        bounds = [np.concatenate([getattr(one, name) for one in found]) for name in ("lower", "upper")]
+        return problem, Optimum(sampled, *bounds)
 
     def problem(self, Y: torch.Tensor) -> Problem:
         weights = penalty_weights(Y, self.config.alpha_e, self.config.alpha_z)
@@ -106,7 +129,7 @@ class Scores:
         tokens = self.tokens()
 
         def run() -> torch.Tensor:
-            self.runs.append(va.anchor_scores(tokens, self.config))
+            self.runs.append(va.anchor_scores(tokens, self.config, progress=self.progress))
             return self.runs[-1].scores
 
         self.runs.clear()
@@ -135,7 +158,7 @@ class Scores:
             Y, seconds = token_features(self.tokens(), config.pca_rank), []
             while row.status == OK and len(seconds) < LEAST_RUNS and sum(seconds) < REPEAT_SECONDS:
                 begin = mark_time(self.device)
-                self_expression(Y, config.solver_options())
+                self_expression(Y, config.solver_options(), progress=self.progress)
                 seconds.append(seconds_between(begin, mark_time(self.device)))
             return self.with_times(row, seconds)
 
@@ -164,7 +187,8 @@ class Scores:
         Y = token_features(self.tokens(), self.config.pca_rank)
         iterates = textbook_iterates(self.problem(Y), factorised=False, xp=xp)
         times, C = [], None
-        for _ in range(TEXTBOOK_ITERATIONS):
+        for i in range(TEXTBOOK_ITERATIONS):
+            self.progress(f"textbook, iteration {i + 1}", i, TEXTBOOK_ITERATIONS)
             start = time.perf_counter()
             C = next(iterates)
             float(C[0, 0])  # waits for the device
