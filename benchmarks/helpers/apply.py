@@ -32,22 +32,19 @@ class Result:
             raise RefusedError(f"--apply: {folder} has no gpu_check.json to read ({error.strerror})") from None
         self.rows = [Row(**row) for row in content.pop("rows")]
         self.environment: dict[str, str] = content
-        if content["device"].startswith("cpu") or content.get("sizes", "full") != "full":
-            raise RefusedError(
-                f"--apply: the results in {folder} are of {content['device']} at small sizes: run on a GPU"
-            )
-        if content["dirty"] != "false":
-            raise RefusedError(
-                f"--apply: the results in {folder} are of uncommitted changes: commit, then run gpu_check"
-            )
-        if not _is_ancestor(content["commit"]):
-            raise RefusedError(
-                f"--apply: the results in {folder} are of commit {content['commit']}, which is not in HEAD"
-            )
         cut = sum(row.reason == TIME_BUDGET for row in self.rows if row.section in CHECKS)
         missing = cut + len({*expected} - {row.key for row in self.rows})
-        if missing or not {*CHECKS} <= {row.section for row in self.rows}:
-            raise RefusedError(f"--apply: {missing or 'sections of'} checks are missing in {folder}: {AGAIN}")
+        reason = ""
+        if content["device"].startswith("cpu") or content.get("sizes", "full") != "full":
+            reason = f"are of {content['device']} at small sizes: run on a GPU"
+        elif content["dirty"] != "false":
+            reason = "are of uncommitted changes: commit, then run gpu_check"
+        elif not _is_ancestor(content["commit"]):
+            reason = f"are of commit {content['commit']}, which is not in HEAD: run gpu_check on this commit"
+        elif missing or not {*CHECKS} <= {row.section for row in self.rows}:
+            reason = f"lack {missing or 'sections of'} checks: {AGAIN}"
+        if reason:
+            raise RefusedError(f"--apply: the results in {folder} {reason}")
 
     @property
     def pair(self) -> tuple[str, str]:

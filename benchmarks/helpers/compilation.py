@@ -64,7 +64,8 @@ class Compilations:
         def compile_both() -> Any:
             kernel = function()
             # up to Triton 3.6 each signature has a launcher in C, which takes its time too
-            driver.active.launcher_cls(kernel.src, kernel.metadata)
+            active: Any = driver.active
+            active.launcher_cls(kernel.src, kernel.metadata)
             return kernel
 
         future = self.pool.submit(compile_both)

@@ -19,7 +19,7 @@ from benchmarks.attention.helpers import contenders
 from benchmarks.helpers import measure, worker
 from videoanchor_triton.anchor import admm
 
-EVERY = 15  # of the checks, the models and the candidates, which take minutes here
+EVERY = 18  # of the checks, the models and the candidates, which take minutes here
 ABSENT = ("FlexAttention", "SDPA efficient")  # no form of them takes emulated tensors
 
 
@@ -40,7 +40,8 @@ def context_dies(_: Any) -> Any:
     def dead(*_: Any) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    interpreter.GridExecutor.__call__ = torch.cuda.synchronize = dead
+    launches: Any = interpreter.GridExecutor
+    launches.__call__ = torch.cuda.synchronize = dead
     raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
 
 

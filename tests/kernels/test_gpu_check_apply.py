@@ -202,11 +202,11 @@ def test_results_that_cannot_be_applied_are_one_sentence(
 def test_results_that_are_not_complete_are_refused(run: Any, source: Path, tmp_path: Path, monkeypatch: Any) -> None:
     before = source.read_text()
     cut = replace(CHECK, case="cut", status="skipped", reason="time budget")
-    with pytest.raises(resume.RefusedError, match=f"1 checks are missing in {tmp_path}/0: run the same gpu_check"):
+    with pytest.raises(resume.RefusedError, match=f"the results in {tmp_path}/0 lack 1 checks: run the same gpu_check"):
         run(([cut], {}))
     monkeypatch.setitem(globals(), "CHECKS", [])
     for rows in ([], [CHECK]):
-        with pytest.raises(resume.RefusedError, match="checks are missing"):
+        with pytest.raises(resume.RefusedError, match="checks: run the same"):
             run((rows, {}))
     with pytest.raises(resume.RefusedError, match="nothing has no gpu_check"):
         apply.apply([tmp_path / "nothing"], [], source)
