@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.helpers.decisions import ALGORITHM, MEASURED, WHAT, Trial, chosen, held, trials
+from benchmarks.helpers.decisions import ALGORITHM, MEASURED, WHAT, Trial, Tried, chosen, held, trials
 from benchmarks.helpers.record import CHECKS, TIME_BUDGET, Row
 from benchmarks.helpers.resume import RefusedError
 
@@ -123,7 +123,7 @@ def _deeper(lines: list[str]) -> list[str]:
 
 def _pooled(results: list[Result]) -> list[Trial]:
     """The trials of all results; one value on two devices of a target is one trial over the cases of both."""
-    found: dict[Any, list[tuple[float, float]]] = {}
+    found: dict[Tried, list[tuple[float, float]]] = {}
     for result in results:
         for trial in trials(result.environment, result.rows):
             found.setdefault((trial.table, trial.key, trial.value), []).extend(trial.ratios)
