@@ -46,7 +46,8 @@ class Dictionary:
             row = atoms.new_full((*atoms.shape[:-2], 1, atoms.shape[-1]), rho**0.5)
             atoms = torch.cat([atoms, row], dim=-2)
         gram = atoms @ atoms.mT
-        inverse = torch.linalg.inv(gram + rho * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
+        shifted = gram + rho * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        inverse = torch.linalg.inv_ex(shifted).inverse  # positive definite: no check that waits for the device
         return cls(atoms.to(dtype), gram.to(dtype), inverse.to(dtype), rank, rho)
 
     @property
@@ -91,7 +92,7 @@ class Admm:
         self.error_bound = error_bound
         self.relaxation = relaxation
         # For the fused pass, as a tensor: Triton's scalar arguments are float32.
-        self.settings = targets.new_tensor([1 / dictionary.rho, relaxation]) if _runs_triton(targets) else None
+        self.settings = _filled(targets, 1 / dictionary.rho, relaxation) if _runs_triton(targets) else None
         self.own = None if own is None else own[:, None]
         self.target = targets
         if dictionary.affine:
@@ -173,7 +174,8 @@ class Admm:
         for first in range(0, len(rows), chunk_rows(self.state.shape[1])):
             part = slice(first, first + chunk_rows(self.state.shape[1]))
             coefficients = self.coefficients(rows[part])
-            for row in ((coefficients != 0).sum(1) > k).nonzero()[:, 0].tolist():
+            spread = (coefficients != 0).sum(1) > k
+            for row in np.flatnonzero(spread.cpu()) if k < coefficients.shape[1] else ():
                 atoms = self.dictionary.of_tokens(rows[part][row]).factor[: self.dictionary.rank]
                 coefficients[row] = _fewest(coefficients[row], atoms)
             found.indices[part] = coefficients.abs().topk(k).indices
@@ -286,6 +288,11 @@ def _fewest(coefficients: Tensor, atoms: Tensor) -> Tensor:
     weights = nnls(rows, rows @ np.abs(given), maxiter=100 * len(given))[0]
     fewest = torch.from_numpy(weights * sign).to(coefficients)
     return torch.zeros_like(coefficients).index_put_((support,), fewest)
+
+
+def _filled(like: Tensor, *numbers: float) -> Tensor:
+    """Numbers as a tensor on a device, each written there: nothing is copied from the host."""
+    return torch.cat([like.new_full((1,), number) for number in numbers])
 
 
 def _runs_triton(tensor: Tensor) -> bool:

@@ -4,6 +4,8 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
+from .host_reads import read
+
 
 def coefficient_matrix(indices: Tensor, values: Tensor) -> scipy.sparse.csc_array:
     """Coefficients W on the CPU: W[indices[j, m], j] = values[j, m], so that column j expresses token j.
@@ -18,8 +20,8 @@ def coefficient_matrix(indices: Tensor, values: Tensor) -> scipy.sparse.csc_arra
     Raises:
         TypeError, ValueError: the arguments are not as described, or a value is not finite.
     """
-    from_token, to_token = _links(indices, values)
-    entries = (values[values != 0].cpu().numpy(), (from_token.cpu().numpy(), to_token.cpu().numpy()))
+    from_token, to_token, weight = _links(indices, values)
+    entries = (weight.cpu().numpy(), tuple(torch.stack([from_token, to_token]).cpu().numpy()))
     return scipy.sparse.coo_array(entries, shape=(len(values), len(values))).tocsc()
 
 
@@ -35,11 +37,10 @@ def affinity_matrix(indices: Tensor, values: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: as `coefficient_matrix`.
     """
-    from_token, to_token = _links(indices, values)
-    weight = values[values != 0].abs().double()
+    from_token, to_token, weight = _links(indices, values)
     pairs = torch.stack([torch.cat([from_token, to_token]), torch.cat([to_token, from_token])])
     shape = (len(values), len(values))
-    return torch.sparse_coo_tensor(pairs, weight.repeat(2), shape, check_invariants=False).coalesce()
+    return torch.sparse_coo_tensor(pairs, weight.abs().double().repeat(2), shape, check_invariants=False).coalesce()
 
 
 def scipy_matrix(matrix: Tensor) -> scipy.sparse.csr_array:
@@ -48,8 +49,8 @@ def scipy_matrix(matrix: Tensor) -> scipy.sparse.csr_array:
     return scipy.sparse.coo_array((matrix.values().cpu().numpy(), (rows, columns)), shape=tuple(matrix.shape)).tocsr()
 
 
-def _links(indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Both ends of every coefficient: the token that expresses, and the one that is expressed."""
+def _links(indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both ends of every coefficient, the token that expresses and the one that is expressed, and its value."""
     if indices.ndim != 2 or indices.shape != values.shape:
         raise ValueError(
             f"indices and values must both have shape (n_tokens, k), got {tuple(indices.shape)} and "
@@ -59,13 +60,17 @@ def _links(indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         raise TypeError(
             f"indices must be int32 or int64 and values floating-point, got {indices.dtype} and {values.dtype}"
         )
-    if not torch.isfinite(values).all():
+    to_token, slot = (values != 0).nonzero().unbind(1)
+    from_token = indices[to_token, slot].long()
+    finite, low, high = read(torch.isfinite(values).all(), *_range(from_token))
+    if not finite:
         raise ValueError("values must be finite, got NaN or infinite coefficients")
-    used = values != 0
-    from_token = indices[used].long()
-    if from_token.numel() and not 0 <= int(from_token.min()) <= int(from_token.max()) < len(values):
-        raise ValueError(
-            f"indices must lie in [0, n_tokens={len(values)}), got values from {int(from_token.min())} to "
-            f"{int(from_token.max())}"
-        )
-    return from_token, used.nonzero()[:, 0]
+    if low < 0 or high >= max(len(values), 1):
+        raise ValueError(f"indices must lie in [0, n_tokens={len(values)}), got values from {low} to {high}")
+    return from_token, to_token, values[to_token, slot]
+
+
+def _range(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest; 0 of none."""
+    low, high = numbers.aminmax() if len(numbers) else (numbers.sum(), numbers.sum())
+    return low, high

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .admm import Admm, Dictionary, Rows
+from .host_reads import places, read
 from .options import SolverOptions
 from .problem import Problem
 
@@ -41,30 +42,35 @@ def solve_block(
     found = Rows.empty(len(targets), keep, targets.dtype, targets.device)
     token = torch.arange(len(targets), device=targets.device)  # of each row that is still iterated
     waiting = torch.ones_like(token, dtype=torch.bool)
-    n_iter = 0
-    while waiting.any():
+    n_iter, n_waiting = 0, len(waiting)
+    while n_waiting:
         for _ in range(min(CHECK_EVERY, options.max_iter - n_iter)):
             admm.advance()
             n_iter += 1
-        if not torch.isfinite(admm.step).all():
+        last = n_iter >= options.max_iter
+        ready = waiting & (last | (admm.gaps() <= options.tol))
+        finite, n_ready = read(torch.isfinite(admm.step).all(), ready.sum())
+        if not finite:
             raise FloatingPointError(
                 f"the self-expression left the range of {targets.dtype} after {n_iter} iterations; use float64 "
                 f"tokens, or less extreme alpha_e={options.alpha_e}, alpha_z={options.alpha_z}, rho={dictionary.rho}"
             )
-        last = n_iter >= options.max_iter
-        candidates = (waiting & (last | (admm.gaps() <= options.tol))).nonzero()[:, 0]
-        if len(candidates) == 0:
+        if n_ready == 0:
             continue
+        candidates = places(ready, n_ready)
         rows = admm.largest(candidates, keep)
         rows.n_iter.fill_(n_iter)
         accepted = last | (rows.gap <= options.tol)
+        (n_accepted,) = read(accepted.sum())
+        accepted = places(accepted, n_accepted)
         found[token[candidates[accepted]]] = rows[accepted]
-        waiting[candidates[accepted]] = False
+        waiting.index_fill_(0, candidates[accepted], False)
+        n_waiting -= n_accepted
         if done is not None:
-            done(int(accepted.sum()))
+            done(n_accepted)
         # Dropping rows copies the rest, so it waits until it is worth that.
-        if 4 * int(waiting.sum()) <= 3 * len(waiting):
-            rest = waiting.nonzero()[:, 0]
+        if 4 * n_waiting <= 3 * len(waiting):
+            rest = places(waiting, n_waiting)
             admm.keep(rest)
             token, waiting = token[rest], waiting[rest]
     return found

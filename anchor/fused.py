@@ -1,5 +1,6 @@
 """One pass over the ADMM state on a GPU, in place of four."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -42,13 +43,14 @@ def update_state(state: Tensor, product: Tensor, reflected: Tensor, own: Tensor 
         settings: (2,) bound and relaxation, of the same dtype.
     """
     rows, n_atoms = state.shape
-    update_state_kernel[(rows, triton.cdiv(n_atoms, BLOCK))](
-        state,
-        product,
-        reflected,
-        state if own is None else own,
-        settings,
-        n_atoms,
-        HAS_OWN=own is not None,  # pyright: ignore[reportArgumentType]
-        BLOCK=BLOCK,  # pyright: ignore[reportArgumentType]
-    )
+    with torch.cuda.device_of(state):  # Triton launches on the current card
+        update_state_kernel[(rows, triton.cdiv(n_atoms, BLOCK))](
+            state,
+            product,
+            reflected,
+            state if own is None else own,
+            settings,
+            n_atoms,
+            HAS_OWN=own is not None,  # pyright: ignore[reportArgumentType]
+            BLOCK=BLOCK,  # pyright: ignore[reportArgumentType]
+        )

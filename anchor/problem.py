@@ -177,7 +177,7 @@ def penalty_weights(Y: Tensor, alpha_e: float, alpha_z: float) -> tuple[float, f
     correlated = strongest > NEGLIGIBLE * largest_square
     mu_z = torch.where(correlated, strongest, torch.inf).amin()
     mu_z = torch.where(correlated.any(), mu_z, largest_square)
-    mu_e, mu_z = float(mu_e), float(mu_z)
+    mu_e, mu_z = torch.stack([mu_e, mu_z]).tolist()
     return alpha_e / (mu_e or 1.0), alpha_z / (mu_z or 1.0)
 
 

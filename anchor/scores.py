@@ -11,6 +11,7 @@ from .affinity import affinity_matrix
 from .authors import authors_labels, authors_score
 from .config import Score, ScoreFunction, VideoAnchorConfig
 from .cross_frame import check_frames, cross_frame_score
+from .host_reads import read
 from .memory import plan_solver
 from .options import Algorithm
 from .problem import DLPackArray, as_tokens, computing_precision, token_features
@@ -84,14 +85,16 @@ def shared_expression_score(coef_row_sums: Tensor, labels: Tensor, n_clusters: i
             "coef_row_sums and labels must both have shape (n_tokens,), got "
             f"{tuple(coef_row_sums.shape)} and {tuple(labels.shape)}"
         )
-    if not torch.isfinite(coef_row_sums).all():
-        raise ValueError("coef_row_sums must be finite, got NaN or infinite values")
     if labels.numel() == 0:
         return torch.zeros(0, device=coef_row_sums.device)
-    low, high = int(labels.min()), int(labels.max())
+    finite, low, high = read(torch.isfinite(coef_row_sums).all(), *labels.aminmax())
+    if not finite:
+        raise ValueError("coef_row_sums must be finite, got NaN or infinite values")
     if low < 0 or high >= n_clusters:
         raise ValueError(f"labels must lie in [0, n_clusters={n_clusters}), got values from {low} to {high}")
-    share = torch.bincount(labels, minlength=n_clusters)[labels].double() / len(labels)
+    sizes = torch.zeros(n_clusters, dtype=torch.int64, device=labels.device)  # bincount would ask for the largest label
+    sizes.index_add_(0, labels, torch.ones_like(labels, dtype=torch.int64))
+    share = sizes[labels].double() / len(labels)
     unscaled = share * coef_row_sums.double()
     lowest, highest = unscaled.amin(), unscaled.amax()
     spread = highest - lowest

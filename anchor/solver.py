@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from sklearn.exceptions import ConvergenceWarning
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .admm import Dictionary, Rows
 from .blocked import solve_as_authors, solve_block
+from .host_reads import read
 from .memory import kept_coefficients, plan_solver
 from .options import Algorithm, SolverOptions
 from .precision import full_precision_products
@@ -48,7 +50,7 @@ class SelfExpression:
     tol: float
     algorithm: Algorithm
 
-    @property
+    @cached_property
     def unconverged(self) -> Tensor:
         """Indices of the tokens above the tolerance; of all, if the authors' rule was not met."""
         return (~(self.gap <= self.tol) | self.gap.isinf()).nonzero()[:, 0]
@@ -57,7 +59,7 @@ class SelfExpression:
     def converged(self) -> bool:
         return len(self.unconverged) == 0
 
-    @property
+    @cached_property
     def residual(self) -> float:
         """The largest relative duality gap of a token."""
         return float(self.gap.amax()) if len(self.gap) else 0.0
@@ -138,11 +140,11 @@ def self_expression(
                 rows = solve_working_sets(problem, options, plan.block, dtype, done)
             else:
                 rows = _solve_blocks(problem, options, plan.block, dtype, done)
-    used = max(1, int((rows.values != 0).sum(1).amax())) if n_tokens else 0
     tol = math.inf if plan.algorithm == "authors" else options.tol
-    n_iter = int(rows.n_iter.amax()) if n_tokens else 0
+    used, n_iter = read((rows.values != 0).sum(1).amax(), rows.n_iter.amax()) if n_tokens else (0, 0)
+    kept = slice(0, max(1, used))
     solution = SelfExpression(
-        rows.indices[:, :used].clone(), rows.values[:, :used].clone(), rows.gap, n_iter, tol, plan.algorithm
+        rows.indices[:, kept].clone(), rows.values[:, kept].clone(), rows.gap, n_iter, tol, plan.algorithm
     )
     _warn_unconverged(solution, options)
     return solution

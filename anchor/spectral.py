@@ -13,6 +13,7 @@ from sklearn.utils import check_random_state
 from torch import Tensor
 
 from .eigenvectors import SparseMatrix, leading_eigenvectors
+from .host_reads import places, read
 
 AssignLabels = Literal["discretize", "cluster_qr", "kmeans"]
 
@@ -78,17 +79,16 @@ def spectral_labels(
         raise ValueError(f'n_clusters must be >= 1 or "auto", got {n_clusters}')
     graph, linked = _linked_graph(affinity)
     n_tokens, n_linked = len(linked), graph.size
-    labels = torch.zeros(n_tokens, dtype=torch.int64, device=affinity.device)
     if n_clusters != "auto" and n_clusters >= n_tokens:
         return torch.arange(n_tokens, device=affinity.device)
     n_remaining = n_clusters if n_clusters == "auto" or n_linked == n_tokens else n_clusters - 1
     if n_linked == 0 or n_remaining == 0:
-        return labels
+        return torch.zeros(n_tokens, dtype=torch.int64, device=affinity.device)
     found = _linked_labels(graph, n_remaining, assign_labels, check_random_state(random_state))
     used, found = np.unique(found, return_inverse=True)
-    labels[~linked] = len(used)
-    labels[linked] = torch.from_numpy(found.astype(np.int64)).to(labels.device)
-    return labels
+    labels = np.full(n_tokens, len(used), dtype=np.int64)
+    labels[linked.cpu().numpy()] = found
+    return torch.from_numpy(labels).to(affinity.device)
 
 
 def _linked_graph(affinity: Tensor) -> tuple[SparseMatrix, Tensor]:
@@ -99,27 +99,32 @@ def _linked_graph(affinity: Tensor) -> tuple[SparseMatrix, Tensor]:
         raise TypeError(f"affinity must be of a floating-point type, got {affinity.dtype}")
     matrix = affinity.detach().to_sparse_coo().coalesce()
     values = matrix.values().double()
-    if not (torch.isfinite(values) & (values >= 0)).all():
-        raise ValueError("affinity must hold finite values >= 0, got NaN, infinite or negative ones")
     rows, columns = matrix.indices()
     kept = (values > 0) & (rows != columns)
-    rows, columns, values = rows[kept], columns[kept], values[kept]
-    if not _is_symmetric(rows, columns, values, len(affinity)):
+    linked = torch.zeros(len(affinity), dtype=torch.int64, device=values.device).index_add_(0, rows, kept.long()) > 0
+    valid, symmetric, n_kept, n_linked = read(
+        (torch.isfinite(values) & (values >= 0)).all(),
+        _is_symmetric(rows, columns, torch.where(kept, values, 0.0), len(affinity)),
+        kept.sum(),
+        linked.sum(),
+    )
+    if not valid:
+        raise ValueError("affinity must hold finite values >= 0, got NaN, infinite or negative ones")
+    if not symmetric:
         raise ValueError("affinity must be symmetric, A == A.T; give A + A.T, or (A + A.T) / 2")
-    linked = torch.zeros(len(affinity), dtype=torch.bool, device=values.device)
-    linked[rows] = True
+    entries = places(kept, n_kept)
     number = linked.cumsum(0) - 1
-    rows, columns = number[rows], number[columns]
-    offsets = torch.searchsorted(rows, torch.arange(int(linked.sum()) + 1, device=rows.device))
-    return SparseMatrix(rows, columns, offsets, values), linked
+    rows, columns = number[rows[entries]], number[columns[entries]]
+    offsets = torch.searchsorted(rows, torch.arange(n_linked + 1, device=rows.device))
+    return SparseMatrix(rows, columns, offsets, values[entries]), linked
 
 
-def _is_symmetric(rows: Tensor, columns: Tensor, values: Tensor, n_tokens: int) -> bool:
+def _is_symmetric(rows: Tensor, columns: Tensor, values: Tensor, n_tokens: int) -> Tensor:
     """Whether A x = A'x for a random x, which only a symmetric matrix passes (Freivalds, 1979)."""
     x = torch.from_numpy(np.random.default_rng(0).uniform(1, 2, n_tokens)).to(values.device)
     forward = torch.zeros_like(x).index_add_(0, rows, values * x[columns])
     backward = torch.zeros_like(x).index_add_(0, columns, values * x[rows])
-    return bool(((forward - backward).abs() <= ASYMMETRY * (forward + backward)).all())
+    return ((forward - backward).abs() <= ASYMMETRY * (forward + backward)).all()
 
 
 def _linked_labels(
@@ -131,24 +136,24 @@ def _linked_labels(
     """(N,) labels of N >= 2 tokens that all have an affinity; some clusters may be empty."""
     if n_clusters != "auto" and n_clusters >= graph.size:
         return np.arange(graph.size)
-    part = _parts(graph)
-    n_parts = int(part.max()) + 1
+    part, n_parts = _parts(graph)
     n_found = min(MAX_AUTO_CLUSTERS, graph.size - 1) if n_clusters == "auto" else n_clusters
     embedding = np.empty((0, 0))
     if n_parts < n_found:
         # "auto" needs one eigenvalue more than clusters, for the gap behind the last one.
-        values, embedding = _embedding(graph, part, n_found + (n_clusters == "auto"), random)
+        values, embedding = _embedding(graph, part, n_parts, n_found + (n_clusters == "auto"), random)
         if n_clusters == "auto":
+            values = np.concatenate([np.ones(n_parts), values.cpu().numpy()])
             gaps = values[1:-1] - values[2:]
             n_found = int(gaps.round(EQUAL_GAPS).argmax()) + 2
     if n_parts >= n_found:
-        sizes = torch.bincount(part).cpu().numpy()
-        return _deal_parts(sizes, n_found)[part.cpu().numpy()]
+        part = part.cpu().numpy()
+        return _deal_parts(np.bincount(part), n_found)[part]
     return _assign(embedding[:, :n_found], assign_labels, random)
 
 
-def _parts(graph: SparseMatrix) -> Tensor:
-    """(N,) connected part of each token, 0, 1, ... by their first tokens.
+def _parts(graph: SparseMatrix) -> tuple[Tensor, int]:
+    """(N,) connected part of each token, 0, 1, ... by their first tokens, and how many parts there are.
 
     Hooking and pointer jumping (Shiloach and Vishkin, 1982): the token that gives a tree its label takes the smallest
     label next to the tree, then every token its label's label, until nothing changes.
@@ -158,7 +163,8 @@ def _parts(graph: SparseMatrix) -> Tensor:
         lower = label.scatter_reduce(0, label[graph.rows], label[graph.columns], "amin")
         lower = lower[lower]
         if torch.equal(lower, label):
-            return label.unique(return_inverse=True)[1]
+            firsts, part = label.unique(return_inverse=True)
+            return part, len(firsts)
         label = lower
 
 
@@ -174,22 +180,22 @@ def _deal_parts(sizes: np.ndarray, n_clusters: int) -> np.ndarray:
 
 
 def _embedding(
-    graph: SparseMatrix, part: Tensor, n_vectors: int, random: np.random.RandomState
-) -> tuple[np.ndarray, np.ndarray]:
-    """(n_vectors,) leading eigenvalues of the normalised affinity, and (N, n_vectors) eigenvectors over root degree.
+    graph: SparseMatrix, part: Tensor, n_parts: int, n_vectors: int, random: np.random.RandomState
+) -> tuple[Tensor, np.ndarray]:
+    """(n_vectors - n_parts,) leading eigenvalues of the normalised affinity behind those that are 1, and (N, n_vectors)
+    eigenvectors over root degree.
 
     Eigenvalue 1 has one eigenvector per connected part, known in closed form; an iterative solver would return an
     arbitrary basis of them. Only the others are computed.
     """
     root = graph.product(torch.ones(graph.size, dtype=graph.values.dtype, device=graph.values.device)).sqrt()
     values = graph.values / root[graph.rows] / root[graph.columns]
-    known = torch.zeros(graph.size, int(part.max()) + 1, dtype=root.dtype, device=root.device)
+    known = torch.zeros(graph.size, n_parts, dtype=root.dtype, device=root.device)
     known.scatter_(1, part[:, None], root[:, None])
     known /= known.norm(dim=0)
     start = torch.from_numpy(random.uniform(-1, 1, graph.size)).to(root.device)
-    others, vectors = leading_eigenvectors(replace(graph, values=values), n_vectors - known.shape[1], known, start)
-    eigenvalues = np.concatenate([np.ones(known.shape[1]), others.cpu().numpy()])
-    return eigenvalues, (torch.cat([known, vectors], 1) / root[:, None]).cpu().numpy()
+    others, vectors = leading_eigenvectors(replace(graph, values=values), n_vectors - n_parts, known, start)
+    return others, (torch.cat([known, vectors], 1) / root[:, None]).cpu().numpy()
 
 
 def _assign(embedding: np.ndarray, assign_labels: AssignLabels, random: np.random.RandomState) -> np.ndarray:

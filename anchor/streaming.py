@@ -227,5 +227,6 @@ class AnchorStream:
 
 def _range(unscaled: Tensor) -> tuple[float, float]:
     """Lowest value and spread of the unscaled score, see `shared_expression_score`; infinite spread if constant."""
-    lowest, spread = float(unscaled.amin()), float(unscaled.amax() - unscaled.amin())
-    return lowest, math.inf if spread <= ROUNDOFF * float(unscaled.abs().amax()) else spread
+    lowest, highest = torch.stack(unscaled.aminmax()).tolist()
+    spread = highest - lowest
+    return lowest, math.inf if spread <= ROUNDOFF * max(-lowest, highest) else spread

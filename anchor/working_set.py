@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .admm import Admm, Dictionary, Rows, product
 from .blocked import CHECK_EVERY
+from .host_reads import places, read
 from .memory import candidate_atoms
 from .options import SolverOptions
 from .problem import Problem
@@ -154,16 +155,16 @@ class _WorkingSets:
             solved.n_iter.clamp_(max=max_iter)  # they are counted by CHECK_EVERY
             found[token] = solved.to(found.values.dtype)
             accepted = solved.gap <= self.options.tol
-            done(int(accepted.sum()))
             ended = accepted | last[rows]
-            missed[token[ended & ~accepted]] = True
-            again = ~ended
+            missed[token] = ended & ~accepted
+            n_accepted, n_ended = read(accepted.sum(), ended.sum())
+            done(n_accepted)
+            again = places(~ended, len(rows) - n_ended)
             candidates, state = self.next_candidates(pool, rows, slopes)
             changed = self.go_on(pool, rows[again], candidates[again], state[again])
             changed.enough.copy_((PART_OF_GAP * solved.gap[again]).clamp(PART_OF_TOL * self.options.tol, LOOSE))
-            staying = torch.ones_like(last)
-            staying[rows] = False
-            pool.keep(staying.nonzero()[:, 0])
+            staying = torch.ones_like(last).index_fill_(0, rows, False)
+            pool.keep(places(staying, len(staying) - len(rows)))
             pool.join(changed)
         return missed.nonzero()[:, 0]
 
