@@ -41,24 +41,31 @@ class VisualTokens:
         self._base, self._config = base, config
 
     def positions(self, modalities: Collection[str], input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-        """(B, M) True at the tokens that are scored where features of these modalities are given.
+        """(B, M) True at the tokens that are scored where features of these modalities are given."""
+        return self._placeholders(self._scored(modalities), input_ids, embeds)
+
+    def columns(self, modalities: Collection[str], visual: Tensor) -> list[Tensor]:
+        """For each row of `positions` (B, M) where it is True, (n,) int64. Of all that index by them only this waits
+        for the device: once, and once more for several rows.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are none in any row.
         """
+        columns = visual.nonzero()[:, 1]
+        if not len(columns):
+            raise ValueError(
+                f"got features of {' and '.join(sorted(modalities))}, and no token of theirs in the prompt: expected "
+                f"one of {self._scored(modalities)}, by which VideoAnchor knows what is visual"
+            )
+        return [columns] if len(visual) == 1 else [*columns.split(visual.sum(1).tolist())]
+
+    def _scored(self, modalities: Collection[str]) -> list[int]:
         scored = {*modalities}
         if "video" in scored:
             scored.add("newline")
             if self._config.arithmetic == "authors":
                 scored.discard("image")  # their code scores the video only where a prompt has both
-        tokens = [token for name, token in visual_token_ids(self._base.config).items() if name in scored]
-        visual = self._placeholders(tokens, input_ids, embeds)
-        if not visual.any():
-            raise ValueError(
-                f"got features of {' and '.join(sorted(modalities))}, and no token of theirs in the prompt: expected "
-                f"one of {tokens}, by which VideoAnchor knows what is visual"
-            )
-        return visual
+        return [token for name, token in visual_token_ids(self._base.config).items() if name in scored]
 
     def of_videos(self, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor | None:
         """(B, M) True at the tokens of videos, where the score looks at frames."""
@@ -67,8 +74,9 @@ class VisualTokens:
         tokens = [token for name, token in visual_token_ids(self._base.config).items() if name != "image"]
         return self._placeholders(tokens, input_ids, embeds)
 
-    def merged(self, ids: Tensor, encoded: Mapping[str, Any]) -> tuple[list[Tensor], Tensor]:
-        """The visual tokens (n, D) of each row of a prompt, as the model will merge them, and their positions (B, M).
+    def merged(self, ids: Tensor, encoded: Mapping[str, Any]) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """The visual tokens (n, D) of each row of a prompt, as the model will merge them, their `positions` (B, M) and
+        their `columns` (n,).
 
         Args:
             ids: (B, M) the token ids of the whole prompt.
@@ -86,21 +94,27 @@ class VisualTokens:
                     "which transformers cuts them into chunks, and would lose them: leave prefill_chunk_size out"
                 )
         visual = self.positions(features, ids, None)
-        chosen = ids[visual]
+        columns = self.columns(features, visual)
+        chosen = torch.cat([row[places] for row, places in zip(ids, columns, strict=True)])
         merged: Tensor = self._base.get_input_embeddings()(chosen).detach().clone()
         for modality, token in visual_token_ids(self._base.config).items():
-            if modality in features and (chosen == token).any():
-                merged[chosen == token] = features[modality].to(merged)
-        return [*merged.split(visual.sum(1).tolist())], visual
+            if modality in features:  # an index by a mask would wait for the device
+                merged.masked_scatter_((chosen == token)[:, None], features[modality].to(merged))
+        return [*merged.split([len(places) for places in columns])], visual, columns
 
     def _placeholders(self, tokens: list[int], input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         """(B, M) True at these tokens, known by id or by embedding."""
         if embeds is None:
             if input_ids is None:
                 raise ValueError("expected input_ids or inputs_embeds beside the pixels, got neither")
-            return torch.isin(input_ids, torch.tensor(tokens, device=input_ids.device))
-        placeholders = self._base.get_input_embeddings()(torch.tensor(tokens, device=embeds.device))
+            return torch.isin(input_ids, _on_device(tokens, input_ids.device))
+        placeholders = self._base.get_input_embeddings()(_on_device(tokens, embeds.device))
         return (embeds[:, :, None] == placeholders).all(-1).any(-1)
+
+
+def _on_device(ids: list[int], device: torch.device) -> Tensor:
+    """(n,) int64, written by the device: a copy of the list would wait for it."""
+    return torch.cat([torch.full((1,), token, device=device) for token in ids])
 
 
 def feature_rows(output: Any) -> Tensor:
