@@ -185,7 +185,8 @@ class Handle:
         call = self._call
         if call.prompt is not None and call.prompt.encoded:
             return  # a chunk: the whole prompt is scored at once
-        call.modalities, call.visual = modalities, self._tokens.positions(modalities, call.input_ids, call.embeds)
+        call.modalities = modalities
+        call.visual, call.columns = self._tokens.positions(modalities, call.input_ids, call.embeds)
         call.video = self._tokens.of_videos(call.input_ids, call.embeds)
 
     def _before_merge(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -289,8 +290,7 @@ class Handle:
             return for_rows(F.pad(new, (0, n_queries - new.shape[1])), batch, embeds)
         if call.visual is None or embeds is None:
             return None
-        visual = call.visual.to(embeds.device)
-        columns = self._tokens.columns(call.modalities, visual)
+        visual, columns = call.visual.to(embeds.device), [places.to(embeds.device) for places in call.columns]
         return self._score((embeds[row, places] for row, places in enumerate(columns)), visual, columns, call.video)
 
     def _gate(self, held: CacheScores | None, past: int | None, n_queries: int) -> LayerGate:
@@ -328,9 +328,7 @@ class Handle:
         if cache is not None and arguments(module.forward, args, kwargs).get("past_key_values") is None:
             keep_scores(cache, self._call.without_cache, self._switch)
 
-    def _score(
-        self, rows: Iterable[Tensor], visual: Tensor, columns: list[Tensor], video: Tensor | None
-    ) -> Tensor:
+    def _score(self, rows: Iterable[Tensor], visual: Tensor, columns: list[Tensor], video: Tensor | None) -> Tensor:
         """(B, M) scores of the visual tokens of each row, which stand at its `columns`, 0 where `visual` is False."""
         call = self._call
         known: Known | None = call.known

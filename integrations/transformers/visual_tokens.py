@@ -40,32 +40,30 @@ class VisualTokens:
     def __init__(self, base: PreTrainedModel, config: VideoAnchorConfig) -> None:
         self._base, self._config = base, config
 
-    def positions(self, modalities: Collection[str], input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-        """(B, M) True at the tokens that are scored where features of these modalities are given."""
-        return self._placeholders(self._scored(modalities), input_ids, embeds)
-
-    def columns(self, modalities: Collection[str], visual: Tensor) -> list[Tensor]:
-        """For each row of `positions` (B, M) where it is True, (n,) int64. Of all that index by them only this waits
-        for the device: once, and once more for several rows.
+    def positions(
+        self, modalities: Collection[str], input_ids: Tensor | None, embeds: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The tokens that are scored where features of these modalities are given: (B, M) True at them, and for each
+        row their columns, (n,) int64. The host waits for the device once, and once more for several rows; what is
+        indexed by the columns waits no more.
 
         Raises:
-            ValueError: there are none in any row.
+            ValueError: there are none.
         """
-        columns = visual.nonzero()[:, 1]
-        if not len(columns):
-            raise ValueError(
-                f"got features of {' and '.join(sorted(modalities))}, and no token of theirs in the prompt: expected "
-                f"one of {self._scored(modalities)}, by which VideoAnchor knows what is visual"
-            )
-        return [columns] if len(visual) == 1 else [*columns.split(visual.sum(1).tolist())]
-
-    def _scored(self, modalities: Collection[str]) -> list[int]:
         scored = {*modalities}
         if "video" in scored:
             scored.add("newline")
             if self._config.arithmetic == "authors":
                 scored.discard("image")  # their code scores the video only where a prompt has both
-        return [token for name, token in visual_token_ids(self._base.config).items() if name in scored]
+        tokens = [token for name, token in visual_token_ids(self._base.config).items() if name in scored]
+        visual = self._placeholders(tokens, input_ids, embeds)
+        columns = visual.nonzero()[:, 1]
+        if not len(columns):
+            raise ValueError(
+                f"got features of {' and '.join(sorted(modalities))}, and no token of theirs in the prompt: expected "
+                f"one of {tokens}, by which VideoAnchor knows what is visual"
+            )
+        return visual, [columns] if len(visual) == 1 else [*columns.split(visual.sum(1).tolist())]
 
     def of_videos(self, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor | None:
         """(B, M) True at the tokens of videos, where the score looks at frames."""
@@ -75,8 +73,7 @@ class VisualTokens:
         return self._placeholders(tokens, input_ids, embeds)
 
     def merged(self, ids: Tensor, encoded: Mapping[str, Any]) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        """The visual tokens (n, D) of each row of a prompt, as the model will merge them, their `positions` (B, M) and
-        their `columns` (n,).
+        """The visual tokens (n, D) of each row of a prompt, as the model will merge them, and their `positions`.
 
         Args:
             ids: (B, M) the token ids of the whole prompt.
@@ -93,8 +90,7 @@ class VisualTokens:
                     f"{type(self._base).__name__} puts its {modality} features elsewhere than at token {token}, by "
                     "which transformers cuts them into chunks, and would lose them: leave prefill_chunk_size out"
                 )
-        visual = self.positions(features, ids, None)
-        columns = self.columns(features, visual)
+        visual, columns = self.positions(features, ids, None)
         chosen = torch.cat([row[places] for row, places in zip(ids, columns, strict=True)])
         merged: Tensor = self._base.get_input_embeddings()(chosen).detach().clone()
         for modality, token in visual_token_ids(self._base.config).items():
@@ -114,7 +110,8 @@ class VisualTokens:
 
 def _on_device(ids: list[int], device: torch.device) -> Tensor:
     """(n,) int64, written by the device: a copy of the list would wait for it."""
-    return torch.cat([torch.full((1,), token, device=device) for token in ids])
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    return torch.cat([none, *(torch.full((1,), token, device=device) for token in ids)])
 
 
 def feature_rows(output: Any) -> Tensor:

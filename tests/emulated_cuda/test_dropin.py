@@ -104,10 +104,9 @@ def generate(models: tuple[Any, Any], batch: dict[str, Tensor], options: dict[st
     return model.generate(**batch, **{**GENERATE, "max_new_tokens": N_TOKENS, **options})
 
 
+@pytest.mark.usefixtures("on_sdpa")
 @pytest.mark.parametrize("mode", MODES)
-def test_the_tokens_are_those_of_the_cpu_and_no_step_waits(
-    backbone: Backbone, mode: str, card: EmulatedCuda, on_sdpa: None
-) -> None:
+def test_the_tokens_are_those_of_the_cpu_and_no_step_waits(backbone: Backbone, mode: str, card: EmulatedCuda) -> None:
     options, budget, one_row = MODES[mode]
     batch = prompt(backbone.name, one_row=one_row)
     with va.enable(backbone.cpu[0], CONFIG):
