@@ -18,8 +18,21 @@ from videoanchor_triton.anchor import admm
 from videoanchor_triton.app.cli import main
 from videoanchor_triton.kernels import dispatch
 
-SMALL = "--max-frames 2 --max-new-tokens 3 --scorer kmeans --n-clusters 4 --pca-rank 8 --tol 0.1".split()
-GATE = "--alpha-k 9.5 --alpha-v 2.5".split()
+SMALL = (
+    "--max-frames",
+    "2",
+    "--max-new-tokens",
+    "3",
+    "--scorer",
+    "kmeans",
+    "--n-clusters",
+    "4",
+    "--pca-rank",
+    "8",
+    "--tol",
+    "0.1",
+)
+GATE = ("--alpha-k", "9.5", "--alpha-v", "2.5")
 
 
 def update_state(state: Tensor, product: Tensor, reflected: Tensor, own: Tensor | None, settings: Tensor) -> None:

@@ -9,6 +9,7 @@ import pytest
 import tiny_models as tiny
 import torch
 import torch.nn.functional as F
+from accelerate import dispatch_model
 from dense_eager import GENERATE
 from emulated_cuda.budgets import assert_within
 from emulated_cuda.device import EmulatedCuda
@@ -104,28 +105,59 @@ def generate(models: tuple[Any, Any], batch: dict[str, Tensor], options: dict[st
     return model.generate(**batch, **{**GENERATE, "max_new_tokens": N_TOKENS, **options})
 
 
-@pytest.mark.usefixtures("on_sdpa")
-@pytest.mark.parametrize("mode", MODES)
-def test_the_tokens_are_those_of_the_cpu_and_no_step_waits(backbone: Backbone, mode: str, card: EmulatedCuda) -> None:
+def compare(name: str, cpu: tuple[Any, Any], on_card: tuple[Any, Any], mode: str, card: EmulatedCuda) -> list[int]:
+    """Assert that the card's tokens are the CPU's and that waits stay within the table; the lengths of its passes after
+    the prompt."""
     options, budget, one_row = MODES[mode]
-    batch = prompt(backbone.name, one_row=one_row)
-    with va.enable(backbone.cpu[0], CONFIG):
-        expected = generate(backbone.cpu, batch, options)
-    ungated = generate(backbone.cpu, batch, options)
+    batch = prompt(name, one_row=one_row)
+    with va.enable(cpu[0], CONFIG):
+        expected = generate(cpu, batch, options)
+    ungated = generate(cpu, batch, options)
     assert not torch.equal(expected.logits[0], ungated.logits[0]), "the gate must show"
 
     def prompt_is_done() -> None:
         assert_within(card, budget)
         card.reset()
 
-    batch = {key: value.to("cuda") for key, value in batch.items()}
+    model = on_card[0]
+    batch = {key: value.to(model.device) for key, value in batch.items()}
     chunks = -(-batch["input_ids"].shape[1] // 5) if mode == "chunked" else 1
-    model = backbone.card[0]
     with va.enable(model, CONFIG) as handle, passes_of(model, prompt_is_done, chunks) as lengths:
         card.reset()
-        out = generate(backbone.card, batch, options)
+        out = generate(on_card, batch, options)
     assert_within(card, "generate: decoding step")
     assert torch.equal(out.sequences.cpu(), expected.sequences)
     assert all(result is not None and result.scores.is_cuda for result in handle.last)
-    steps = lengths[chunks:]
-    assert (max(steps) > 1) if mode == "assistant" else steps, "a model of its own drafts for each step"
+    assert len(lengths) > chunks
+    return lengths[chunks:]
+
+
+@pytest.mark.usefixtures("on_sdpa")
+@pytest.mark.parametrize("mode", MODES)
+def test_the_tokens_are_those_of_the_cpu_and_no_step_waits(backbone: Backbone, mode: str, card: EmulatedCuda) -> None:
+    steps = compare(*backbone, mode, card)
+    assert mode != "assistant" or max(steps) > 1, "a model of its own drafts for each step"
+
+
+@pytest.mark.parametrize("backbone", ["internvl"], indirect=True)
+def test_the_kernels_take_the_drop_ins_calls(backbone: Backbone, card: EmulatedCuda) -> None:
+    compare(*backbone, "static", card)
+    assert card.launches
+
+
+@pytest.mark.usefixtures("on_sdpa")
+@pytest.mark.parametrize("spread", [False, True], ids=["whole", "spread"])
+def test_a_second_card(spread: bool, two_cards: EmulatedCuda) -> None:
+    """The whole model on a card that is not the current one, and a model spread over both as by `device_map`."""
+    cpu = tiny.build("qwen2_5_vl", num_hidden_layers=2)
+    model = copy.deepcopy(cpu)
+    if spread:
+        text = "model.language_model"
+        first = ("model.visual", f"{text}.embed_tokens", f"{text}.layers.0", f"{text}.rotary_emb")
+        second = (f"{text}.layers.1", f"{text}.norm", "lm_head")
+        model = dispatch_model(model, {**dict.fromkeys(first, 0), **dict.fromkeys(second, 1)})
+    else:
+        model.to("cuda:1")
+    assert {x.device.index for x in model.parameters()} == ({0, 1} if spread else {1})
+    compare("qwen2_5_vl", (cpu, None), (model, None), "dynamic", two_cards)
+    assert two_cards.current == 0
