@@ -1,6 +1,5 @@
 """Seconds that the vision tower and each pass of the language model take."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anchor.timing import Progress
+from ..anchor.timing import Mark, Progress, mark_time, seconds_between
 from ..integrations.transformers.visual_tokens import find_multimodal_model
 
 
@@ -21,27 +20,23 @@ def gpus_of(model: PreTrainedModel) -> list[torch.device]:
 
 @dataclass
 class _StageTimes:
-    gpus: list[torch.device]
-    vision: float = 0.0
-    steps: list[float] = field(default_factory=list)
-    _start: float = 0.0
-    total: float = 0.0
+    """Begin and end of each stage, noted while the model runs and read in `summary`: no pass waits for a GPU."""
 
-    def now(self) -> float:
-        for gpu in self.gpus:
-            torch.cuda.synchronize(gpu)
-        return time.perf_counter()
+    begin: Mark
+    end: Mark
+    vision: list[tuple[Mark, Mark]] = field(default_factory=list)
+    steps: list[tuple[Mark, Mark]] = field(default_factory=list)
 
     def summary(self, ssc: float) -> dict[str, float]:
         """Seconds by stage. A step is one pass of the language model, without the scoring before the first."""
-        first, decode = self.steps[0], sum(self.steps[1:])
+        first, *steps = (seconds_between(*step) for step in self.steps)
         return {
-            "vision": self.vision,
+            "vision": sum(seconds_between(*call) for call in self.vision),
             "ssc": ssc,
             "prefill": first,
-            "decode": decode,
-            "decode_per_token": decode / max(len(self.steps) - 1, 1),
-            "generate": self.total,
+            "decode": sum(steps),
+            "decode_per_token": sum(steps) / max(len(steps), 1),
+            "generate": seconds_between(self.begin, self.end),
         }
 
 
@@ -50,10 +45,13 @@ def stage_times(model: PreTrainedModel, progress: Progress | None) -> Iterator[_
     """Times the vision tower and each pass of the language model (its layers only: the scores come before them)."""
     base = find_multimodal_model(model)
     tower: nn.Module = getattr(base, "visual", None) or base.vision_tower  # pyright: ignore[reportAssignmentType]
-    times = _StageTimes(gpus_of(model))
+    gpus = gpus_of(model)
+    begin = last = _now(gpus)
+    times = _StageTimes(begin, begin)
 
     def start(*_: Any) -> None:
-        times._start = times.now()
+        nonlocal last
+        last = _now(gpus)
 
     def start_vision(*_: Any) -> None:
         if progress is not None:
@@ -61,7 +59,7 @@ def stage_times(model: PreTrainedModel, progress: Progress | None) -> Iterator[_
         start()
 
     def end_vision(*_: Any) -> None:
-        times.vision += times.now() - times._start
+        times.vision.append((last, _now(gpus)))
 
     def start_step(*_: Any) -> None:
         if progress is not None and not times.steps:
@@ -69,7 +67,7 @@ def stage_times(model: PreTrainedModel, progress: Progress | None) -> Iterator[_
         start()
 
     def end_step(*_: Any) -> None:
-        times.steps.append(times.now() - times._start)
+        times.steps.append((last, _now(gpus)))
         if progress is not None:
             progress("tokens", len(times.steps), 0)
 
@@ -81,10 +79,20 @@ def stage_times(model: PreTrainedModel, progress: Progress | None) -> Iterator[_
         text.register_forward_pre_hook(start_step),
         text.register_forward_hook(end_step),
     ]
-    begin = times.now()
     try:
         yield times
     finally:
-        times.total = times.now() - begin
+        times.end = _now(gpus)
         for hook in hooks:
             hook.remove()
+
+
+def _now(gpus: list[torch.device]) -> Mark:
+    """When all that is queued on these GPUs is done, on the first one's clock: it waits for the others, the host for
+    none of them. Two events can be compared on one GPU only."""
+    if not gpus:
+        return mark_time(torch.device("cpu"))
+    first, *others = gpus
+    for gpu in others:
+        torch.cuda.current_stream(first).wait_event(mark_time(gpu))  # pyright: ignore[reportArgumentType]
+    return mark_time(first)

@@ -340,8 +340,8 @@ def attention_mask_forward(
         if kv_length > n_filled:  # queries end where the filled part ends, not where the cache does
             filled = torch.ones(batch_size, n_filled, dtype=torch.bool, device=device)
             visible = filled if visible is None else visible[:, :n_filled]
-        elif visible is not None and visible.shape[1] == kv_length and bool(visible.all()):
-            visible = None
+        elif visible is not None and visible.shape[1] == kv_length == q_length and bool(visible.all()):
+            visible = None  # looked up for a prompt, not for each chunk of it or step of assisted decoding: that waits
     if visible is None or before_5:
         return visible
     whole = q_length == 1 and not sliding

@@ -138,7 +138,7 @@ class CallState:
         merging: the multimodal model's forward runs.
         modalities: those whose features the running forward merges.
         input_ids, embeds: what it was given.
-        visual: (B, M) positions that receive visual features.
+        visual, columns: (B, M) positions that receive visual features, and for each row their columns, (n,).
         video: (B, M) those of videos, where the score looks at frames.
         given: (B, T) scores by cache position, from the caller.
         without_cache: what a cache that the language model makes itself is to keep.
@@ -165,6 +165,7 @@ class CallState:
 
     def __init__(self) -> None:
         self.encoded_rows: dict[str, int] = {}
+        self.columns: list[Tensor] = []
 
     def clear(self) -> None:
         """Forgets the forward pass."""

@@ -183,7 +183,10 @@ class Handle:
     def _see(self, modalities: frozenset[str]) -> None:
         """Finds where this pass merges features of these modalities."""
         call = self._call
-        call.modalities, call.visual = modalities, self._tokens.positions(modalities, call.input_ids, call.embeds)
+        if call.prompt is not None and call.prompt.encoded:
+            return  # a chunk: the whole prompt is scored at once
+        call.modalities = modalities
+        call.visual, call.columns = self._tokens.positions(modalities, call.input_ids, call.embeds)
         call.video = self._tokens.of_videos(call.input_ids, call.embeds)
 
     def _before_merge(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -278,8 +281,8 @@ class Handle:
             if chunks.scores is None:
                 if chunks.new_ids is None:
                     raise ValueError("chunked prefill of embeddings: give the scores, by handle.use_scores(scores)")
-                rows, visual = self._tokens.merged(chunks.new_ids, chunks.encoded)
-                chunks.scores = self._score(rows, visual, self._tokens.of_videos(chunks.new_ids, None))
+                rows, visual, columns = self._tokens.merged(chunks.new_ids, chunks.encoded)
+                chunks.scores = self._score(rows, visual, columns, self._tokens.of_videos(chunks.new_ids, None))
             first = (past or 0) - chunks.start
             new = chunks.scores[:, first : first + n_queries]
             if first + n_queries >= chunks.scores.shape[1]:
@@ -287,8 +290,8 @@ class Handle:
             return for_rows(F.pad(new, (0, n_queries - new.shape[1])), batch, embeds)
         if call.visual is None or embeds is None:
             return None
-        visual = call.visual.to(embeds.device)
-        return self._score((embeds[row, visual[row]] for row in range(batch)), visual, call.video)
+        visual, columns = call.visual.to(embeds.device), [places.to(embeds.device) for places in call.columns]
+        return self._score((embeds[row, places] for row, places in enumerate(columns)), visual, columns, call.video)
 
     def _gate(self, held: CacheScores | None, past: int | None, n_queries: int) -> LayerGate:
         if (self.config.decode == "prefill" and self._decodes(n_queries)) or held is None:
@@ -325,8 +328,8 @@ class Handle:
         if cache is not None and arguments(module.forward, args, kwargs).get("past_key_values") is None:
             keep_scores(cache, self._call.without_cache, self._switch)
 
-    def _score(self, rows: Iterable[Tensor], visual: Tensor, video: Tensor | None) -> Tensor:
-        """(B, M) scores of the visual tokens of each row, 0 where `visual` (B, M) is False."""
+    def _score(self, rows: Iterable[Tensor], visual: Tensor, columns: list[Tensor], video: Tensor | None) -> Tensor:
+        """(B, M) scores of the visual tokens of each row, which stand at its `columns`, 0 where `visual` is False."""
         call = self._call
         known: Known | None = call.known
         if known is None and len(visual) > 1:  # beams are equal rows
@@ -338,7 +341,7 @@ class Handle:
         scores = torch.zeros(visual.shape, dtype=torch.float32, device=visual.device)
         for row, result in enumerate(results):
             if result is not None:
-                scores[row, visual[row]] = result.scores
+                scores[row, columns[row]] = result.scores
         self.last = results
         return scores
 

@@ -40,8 +40,12 @@ class VisualTokens:
     def __init__(self, base: PreTrainedModel, config: VideoAnchorConfig) -> None:
         self._base, self._config = base, config
 
-    def positions(self, modalities: Collection[str], input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-        """(B, M) True at the tokens that are scored where features of these modalities are given.
+    def positions(
+        self, modalities: Collection[str], input_ids: Tensor | None, embeds: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The tokens that are scored where features of these modalities are given: (B, M) True at them, and for each
+        row their columns, (n,) int64. The host waits for the device once, and once more for several rows; what is
+        indexed by the columns waits no more.
 
         Raises:
             ValueError: there are none.
@@ -53,12 +57,13 @@ class VisualTokens:
                 scored.discard("image")  # their code scores the video only where a prompt has both
         tokens = [token for name, token in visual_token_ids(self._base.config).items() if name in scored]
         visual = self._placeholders(tokens, input_ids, embeds)
-        if not visual.any():
+        columns = visual.nonzero()[:, 1]
+        if not len(columns):
             raise ValueError(
                 f"got features of {' and '.join(sorted(modalities))}, and no token of theirs in the prompt: expected "
                 f"one of {tokens}, by which VideoAnchor knows what is visual"
             )
-        return visual
+        return visual, [columns] if len(visual) == 1 else [*columns.split(visual.sum(1).tolist())]
 
     def of_videos(self, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor | None:
         """(B, M) True at the tokens of videos, where the score looks at frames."""
@@ -67,8 +72,8 @@ class VisualTokens:
         tokens = [token for name, token in visual_token_ids(self._base.config).items() if name != "image"]
         return self._placeholders(tokens, input_ids, embeds)
 
-    def merged(self, ids: Tensor, encoded: Mapping[str, Any]) -> tuple[list[Tensor], Tensor]:
-        """The visual tokens (n, D) of each row of a prompt, as the model will merge them, and their positions (B, M).
+    def merged(self, ids: Tensor, encoded: Mapping[str, Any]) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """The visual tokens (n, D) of each row of a prompt, as the model will merge them, and their `positions`.
 
         Args:
             ids: (B, M) the token ids of the whole prompt.
@@ -85,22 +90,28 @@ class VisualTokens:
                     f"{type(self._base).__name__} puts its {modality} features elsewhere than at token {token}, by "
                     "which transformers cuts them into chunks, and would lose them: leave prefill_chunk_size out"
                 )
-        visual = self.positions(features, ids, None)
-        chosen = ids[visual]
+        visual, columns = self.positions(features, ids, None)
+        chosen = torch.cat([row[places] for row, places in zip(ids, columns, strict=True)])
         merged: Tensor = self._base.get_input_embeddings()(chosen).detach().clone()
         for modality, token in visual_token_ids(self._base.config).items():
-            if modality in features and (chosen == token).any():
-                merged[chosen == token] = features[modality].to(merged)
-        return [*merged.split(visual.sum(1).tolist())], visual
+            if modality in features:  # an index by a mask would wait for the device
+                merged.masked_scatter_((chosen == token)[:, None], features[modality].to(merged))
+        return [*merged.split([len(places) for places in columns])], visual, columns
 
     def _placeholders(self, tokens: list[int], input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         """(B, M) True at these tokens, known by id or by embedding."""
         if embeds is None:
             if input_ids is None:
                 raise ValueError("expected input_ids or inputs_embeds beside the pixels, got neither")
-            return torch.isin(input_ids, torch.tensor(tokens, device=input_ids.device))
-        placeholders = self._base.get_input_embeddings()(torch.tensor(tokens, device=embeds.device))
+            return torch.isin(input_ids, _on_device(tokens, input_ids.device))
+        placeholders = self._base.get_input_embeddings()(_on_device(tokens, embeds.device))
         return (embeds[:, :, None] == placeholders).all(-1).any(-1)
+
+
+def _on_device(ids: list[int], device: torch.device) -> Tensor:
+    """(n,) int64, written by the device: a copy of the list would wait for it."""
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    return torch.cat([none, *(torch.full((1,), token, device=device) for token in ids)])
 
 
 def feature_rows(output: Any) -> Tensor:

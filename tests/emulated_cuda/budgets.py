@@ -37,6 +37,12 @@ BUDGETS: dict[str, Budget] = {
     "solve: dense, 20 iterations": Budget(reads=1, uploads=0),
     "solve: blocked, 20 iterations": Budget(reads=1, uploads=0),
     "solve: working-set, 20 iterations": Budget(reads=2, uploads=0),
+    # generate() with a scorer that is a function: the solver's own reads are apart
+    "generate: prompt, two rows": Budget(reads=9, uploads=0),
+    "generate: prompt, two rows of two beams": Budget(reads=11, uploads=0),
+    "generate: prompt, one padded row": Budget(reads=4, uploads=0),
+    "generate: prompt in chunks, two rows": Budget(reads=10, uploads=0),
+    "generate: decoding step": Budget(reads=0, uploads=0),
 }
 
 
