@@ -26,11 +26,11 @@ from ...anchor.scores import AnchorResult, anchor_scores
 from ...anchor.timing import Progress
 from .attention import GATE_ARGUMENT, IMPLEMENTATION, LayerGate
 from .backbones import check_chunked_prefill, model_type_of
-from .cache_scores import CacheScores, GateSwitch, cached_positions, cached_scores, for_rows, is_marked, keep_scores
+from .cache_scores import CacheScores, GateSwitch, cached_positions, cached_scores, for_rows, is_marked, keep_scores, room_of
 from .call_state import CallState, CallStates, GivenScores, Prompt, arguments, check_single_steps, options_of, prompt_of
 from .frames import frames_of_rows, frames_of_videos, images_of
 from .scoring import AnchorScores, Known, score_rows, tensor_parallel_group
-from .undoable import replace_method, set_attention
+from .undoable import add_hook, replace_method, set_attention
 from .visual_tokens import VisualTokens, feature_rows
 
 HANDLE_ATTRIBUTE = "_videoanchor_handle"
@@ -88,7 +88,7 @@ class Handle:
                 text.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
                 text.register_forward_hook(self._after_decoder, with_kwargs=True),
             ):
-                undo.callback(hook.remove)
+                add_hook(hook, undo)
             setattr(base, HANDLE_ATTRIBUTE, self)
             self._undo = undo.pop_all()
 
@@ -189,7 +189,7 @@ class Handle:
     def _before_merge(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = self._call
         call.clear()
-        call.merging, call.given = True, self._given.of_this_thread()
+        call.merging, call.given = True, self._given.of_thread(call.thread)
         if call.given is not None:
             return
         inputs = arguments(module.forward, args, kwargs)
@@ -222,7 +222,7 @@ class Handle:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         call = self._call
-        given = call.given if call.merging else self._given.of_this_thread()
+        given = call.given if call.merging else self._given.of_thread(call.thread)
         inputs = arguments(module.forward, args, kwargs)
         cache: Cache | None = inputs.get("past_key_values")
         embeds: Tensor | None = inputs.get("inputs_embeds")
@@ -246,7 +246,7 @@ class Handle:
             if held is not None:
                 before[:, : held.scores.shape[1]] = held.scores
             held = CacheScores(torch.cat([before, new], 1))
-        gate = self._gate(held, past, n_queries)
+        gate = self._gate(held, cache, past, n_queries)
         call.visual = None
         if cache is None:
             call.without_cache = held
@@ -290,10 +290,10 @@ class Handle:
         visual = call.visual.to(embeds.device)
         return self._score((embeds[row, visual[row]] for row in range(batch)), visual, call.video)
 
-    def _gate(self, held: CacheScores | None, past: int | None, n_queries: int) -> LayerGate:
+    def _gate(self, held: CacheScores | None, cache: Cache | None, past: int | None, n_queries: int) -> LayerGate:
         if (self.config.decode == "prefill" and self._decodes(n_queries)) or held is None:
             return LayerGate()
-        return replace(held.gate(self.config), n_positions=None if past is None else past + n_queries)
+        return replace(held.gate(self.config, room_of(cache)), n_positions=None if past is None else past + n_queries)
 
     def _decodes(self, n_queries: int) -> bool:
         """Whether this pass comes after the prompt; outside generate(), whether it looks like that."""
