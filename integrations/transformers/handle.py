@@ -26,7 +26,16 @@ from ...anchor.scores import AnchorResult, anchor_scores
 from ...anchor.timing import Progress
 from .attention import GATE_ARGUMENT, IMPLEMENTATION, LayerGate
 from .backbones import check_chunked_prefill, model_type_of
-from .cache_scores import CacheScores, GateSwitch, cached_positions, cached_scores, for_rows, is_marked, keep_scores, room_of
+from .cache_scores import (
+    CacheScores,
+    GateSwitch,
+    cached_positions,
+    cached_scores,
+    for_rows,
+    is_marked,
+    keep_scores,
+    room_of,
+)
 from .call_state import CallState, CallStates, GivenScores, Prompt, arguments, check_single_steps, options_of, prompt_of
 from .frames import frames_of_rows, frames_of_videos, images_of
 from .scoring import AnchorScores, Known, score_rows, tensor_parallel_group
@@ -233,6 +242,23 @@ class Handle:
         chunks = call.prompt if call.prompt is not None and call.prompt.encoded and given is None else None
         taken = given is None or (held is not None and held.given is given and held.scores.shape[1] == given.shape[1])
         asked = call.visual is not None or chunks is not None or not taken
+        find_gate = self._find_gate_uncompiled if asked else self._find_gate
+        gate = find_gate(held, chunks, given, cache, embeds, (batch, n_queries), asked)
+        return args, {**kwargs, GATE_ARGUMENT: gate}
+
+    def _find_gate(
+        self,
+        held: CacheScores | None,
+        chunks: Prompt | None,
+        given: Tensor | None,
+        cache: Cache | None,
+        embeds: Tensor | None,
+        shape: tuple[int, int],
+        asked: bool,
+    ) -> LayerGate:
+        """The gate of a pass of shape (rows, positions), by the scores that its cache holds and then keeps: those held
+        before, and new ones where they are `asked` for."""
+        call, (batch, n_queries) = self._call, shape
         past = cached_positions(cache, n_queries, asked=asked, given=given is not None)
         if past == 0 and call.prompt is None:
             self.last = []
@@ -252,7 +278,10 @@ class Handle:
             call.without_cache = held
         else:
             keep_scores(cache, held, self._switch)
-        return args, {**kwargs, GATE_ARGUMENT: gate}
+        return gate
+
+    _find_gate_uncompiled = torch.compiler.disable(_find_gate)
+    """For tokens to score: nothing for a compiler, and what a cache is to keep must not lie in a CUDA graph's memory."""
 
     def _check_pass(self, module: nn.Module, given: Tensor | None) -> None:
         """Raise unless this pass of the language model can be gated."""

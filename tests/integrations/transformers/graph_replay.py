@@ -37,7 +37,8 @@ class Replays:
 
     @property
     def backend(self) -> Any:
-        return aot_autograd(fw_compiler=self._compile, keep_inference_input_mutations=True)
+        compiler = aot_autograd(fw_compiler=self._compile, keep_inference_input_mutations=True)
+        return lambda graph, inputs: compiler(graph, inputs)  # transformers copies what is no function
 
     def _compile(self, graph: GraphModule, _: list[Any]) -> Any:
         context = TracingContext.try_get()
@@ -48,24 +49,26 @@ class Replays:
         self.graphs.append(graph)
         self.inputs.append([])
         self.skipped += _reasons(graph, fixed)
-        recording: tuple[list[int], list[Any]] | None = None
+        memory: dict[Any, list[Any]] = {}
         outputs: list[Tensor] = []
 
         def run(*inputs: Any) -> Any:
-            nonlocal recording, outputs
-            addresses = [inputs[i].data_ptr() for i in sorted(fixed)]
-            if recording is None or recording[0] != addresses:
-                own = [x.clone() if isinstance(x, Tensor) and i not in fixed else x for i, x in enumerate(inputs)]
-                recording = addresses, own
-                self.recorded += 1
+            nonlocal outputs
             copied = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and i not in fixed]
-            self.inputs[number] = [inputs[i] for i in copied]
+            recording = tuple(
+                (*x.shape,) if i in copied else x.data_ptr() if i in fixed else x for i, x in enumerate(inputs)
+            )
+            if recording not in memory:
+                memory[recording] = [x.clone() if i in copied else x for i, x in enumerate(inputs)]
+                self.recorded += 1
+            own = memory[recording]
             for i in copied:
-                recording[1][i].copy_(inputs[i])
+                own[i].copy_(inputs[i])
+            self.inputs[number] = [inputs[i] for i in copied]
             for output in outputs:  # of the step before: whoever still reads them reads NaN
                 output.fill_(float("nan") if output.is_floating_point() else -1)
-            results = graph(*recording[1])
-            kept = {recording[1][i].untyped_storage().data_ptr() for i in fixed}
+            results = graph(*own)
+            kept = {x.untyped_storage().data_ptr() for x in own if isinstance(x, Tensor)}
             outputs = [x for x in results if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in kept]
             return results
 
