@@ -281,7 +281,7 @@ class Handle:
         return gate
 
     _find_gate_uncompiled = torch.compiler.disable(_find_gate)
-    """For tokens to score: nothing for a compiler, and what a cache is to keep must not lie in a CUDA graph's memory."""
+    """For tokens to score: nothing for a compiler, and what a cache keeps must not lie in a CUDA graph's memory."""
 
     def _check_pass(self, module: nn.Module, given: Tensor | None) -> None:
         """Raise unless this pass of the language model can be gated."""

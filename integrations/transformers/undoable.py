@@ -53,8 +53,8 @@ def replace_method(model: PreTrainedModel, name: str, around: Callable[..., Any]
 
 
 def add_hook(hook: RemovableHandle, undo: ExitStack) -> None:
-    """Gives a hook, just registered, an id that is the same each time. torch.compile looks at the ids of hooks: it would
-    compile decoding again for each `enable`, and after eight of them compile no more."""
+    """Gives a hook, just registered, an id that is the same each time. torch.compile looks at the ids of hooks: with
+    others it would compile decoding again for each `enable`, and after eight of them compile no more."""
     for hooks in (hook.hooks_dict_ref(), *(extra() for extra in hook.extra_dict_ref)):
         if hooks is not None and hook.id in hooks:
             hooks[_HOOK] = hooks.pop(hook.id)
