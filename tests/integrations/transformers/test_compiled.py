@@ -72,6 +72,7 @@ def assert_one_graph_for_all_prompts(model: Any, name: str, compiled: dict[str, 
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.timeout(900)  # a busy machine compiles C++ for minutes
 @pytest.mark.parametrize(("name", "operator"), [("qwen2_5_vl", "triton"), ("internvl", "sdpa")])
 def test_inductor(name: str, operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """ "triton": decoding calls the operator that a GPU gets, in Triton's interpreter."""
