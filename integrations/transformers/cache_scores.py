@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
@@ -42,7 +43,7 @@ class CacheScores:
 
     def __init__(self, scores: Tensor, given: Tensor | None = None) -> None:
         self.scores, self.given = scores, given
-        self._gate: tuple[VideoAnchorConfig, LayerGate] | None = None
+        self._gate: tuple[VideoAnchorConfig, int, LayerGate] | None = None
 
     def __reduce__(self) -> tuple[type["CacheScores"], tuple[Tensor]]:
         return CacheScores, (self.scores,)
@@ -53,16 +54,20 @@ class CacheScores:
             return self
         return CacheScores(self.scores[:, :positions]) if positions else None
 
-    def gate(self, config: VideoAnchorConfig) -> LayerGate:
-        """The factors 1 + alpha * score (arXiv 2509.25151), computed once for each config."""
-        if self._gate is None or self._gate[0] is not config:
-            self._gate = (
-                config,
-                _authors_gate(self.scores, config)
-                if config.arithmetic == "authors"
-                else _exact_gate(self.scores, config),
-            )
-        return self._gate[1]
+    def gate(self, config: VideoAnchorConfig, room: int = 0) -> LayerGate:
+        """The factors 1 + alpha * score (arXiv 2509.25151) of at least `room` positions, computed once for each config.
+
+        A static cache asks for as many positions as it has room for, so that decoding, which is compiled there, is not
+        compiled again for a prompt of another length.
+        """
+        if self._gate is not None and self._gate[0] is config and self._gate[1] == room:
+            return self._gate[2]
+        scores = F.pad(self.scores, (0, max(room - self.scores.shape[1], 0)))
+        gate = (_authors_gate if config.arithmetic == "authors" else _exact_gate)(scores, config)
+        # what a compiled step makes, a CUDA graph overwrites in the next one
+        if not torch.compiler.is_compiling():
+            self._gate = config, room, gate
+        return gate
 
 
 def _exact_gate(scores: Tensor, config: VideoAnchorConfig) -> LayerGate:
@@ -110,6 +115,14 @@ def cached_positions(cache: Cache | None, n_queries: int, *, asked: bool, given:
     layers: list[Any] = cache.layers
     sliding = next((layer for layer in layers if getattr(layer, "is_sliding", False)), None)  # counts on the host
     return None if sliding is None else int(sliding.get_seq_length())
+
+
+def room_of(cache: Cache | None) -> int:
+    """The positions for which a static cache has memory; 0 for a cache that grows."""
+    if not getattr(cache, "is_compileable", False):
+        return 0
+    layers: list[Any] = cache.layers  # pyright: ignore[reportOptionalMemberAccess]
+    return max(getattr(layer, "max_cache_len", 0) for layer in layers)
 
 
 def for_rows(scores: Tensor, batch: int, embeds: Tensor | None) -> Tensor:

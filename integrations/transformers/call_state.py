@@ -64,15 +64,14 @@ class GivenScores:
         finally:
             self._blocks = [other for other in self._blocks if other is not block]
 
-    def of_this_thread(self) -> Tensor | None:
-        """The scores of this thread's innermost block, else of the block in which it was started.
+    def of_thread(self, thread: int) -> Tensor | None:
+        """The scores of a thread's innermost block, else of the block in which it was started.
 
         Raises:
             RuntimeError: it may have been started in the block of either of two threads.
         """
         if not self._blocks:
             return None
-        thread = threading.get_ident()
         own = [scores for opener, _, scores in self._blocks if opener == thread]
         if own:
             return own[-1]
@@ -147,6 +146,7 @@ class CallState:
         encoded_rows: how many features of each modality were made outside the forward, where no prompt is known.
         prompt: while generate() runs, its prompt.
         known: while generate() runs without a cache, rows that have been scored.
+        thread: the thread, asked for once: torch.compile cannot ask.
     """
 
     merging: bool = False
@@ -166,6 +166,7 @@ class CallState:
     def __init__(self) -> None:
         self.encoded_rows: dict[str, int] = {}
         self.columns: list[Tensor] = []
+        self.thread = threading.get_ident()
 
     def clear(self) -> None:
         """Forgets the forward pass."""

@@ -26,11 +26,20 @@ from ...anchor.scores import AnchorResult, anchor_scores
 from ...anchor.timing import Progress
 from .attention import GATE_ARGUMENT, IMPLEMENTATION, LayerGate
 from .backbones import check_chunked_prefill, model_type_of
-from .cache_scores import CacheScores, GateSwitch, cached_positions, cached_scores, for_rows, is_marked, keep_scores
+from .cache_scores import (
+    CacheScores,
+    GateSwitch,
+    cached_positions,
+    cached_scores,
+    for_rows,
+    is_marked,
+    keep_scores,
+    room_of,
+)
 from .call_state import CallState, CallStates, GivenScores, Prompt, arguments, check_single_steps, options_of, prompt_of
 from .frames import frames_of_rows, frames_of_videos, images_of
 from .scoring import AnchorScores, Known, score_rows, tensor_parallel_group
-from .undoable import replace_method, set_attention
+from .undoable import add_hook, replace_method, set_attention
 from .visual_tokens import VisualTokens, feature_rows
 
 HANDLE_ATTRIBUTE = "_videoanchor_handle"
@@ -88,7 +97,7 @@ class Handle:
                 text.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
                 text.register_forward_hook(self._after_decoder, with_kwargs=True),
             ):
-                undo.callback(hook.remove)
+                add_hook(hook, undo)
             setattr(base, HANDLE_ATTRIBUTE, self)
             self._undo = undo.pop_all()
 
@@ -192,7 +201,7 @@ class Handle:
     def _before_merge(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = self._call
         call.clear()
-        call.merging, call.given = True, self._given.of_this_thread()
+        call.merging, call.given = True, self._given.of_thread(call.thread)
         if call.given is not None:
             return
         inputs = arguments(module.forward, args, kwargs)
@@ -225,7 +234,7 @@ class Handle:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         call = self._call
-        given = call.given if call.merging else self._given.of_this_thread()
+        given = call.given if call.merging else self._given.of_thread(call.thread)
         inputs = arguments(module.forward, args, kwargs)
         cache: Cache | None = inputs.get("past_key_values")
         embeds: Tensor | None = inputs.get("inputs_embeds")
@@ -236,6 +245,23 @@ class Handle:
         chunks = call.prompt if call.prompt is not None and call.prompt.encoded and given is None else None
         taken = given is None or (held is not None and held.given is given and held.scores.shape[1] == given.shape[1])
         asked = call.visual is not None or chunks is not None or not taken
+        find_gate = self._find_gate_uncompiled if asked else self._find_gate
+        gate = find_gate(held, chunks, given, cache, embeds, (batch, n_queries), asked)
+        return args, {**kwargs, GATE_ARGUMENT: gate}
+
+    def _find_gate(
+        self,
+        held: CacheScores | None,
+        chunks: Prompt | None,
+        given: Tensor | None,
+        cache: Cache | None,
+        embeds: Tensor | None,
+        shape: tuple[int, int],
+        asked: bool,
+    ) -> LayerGate:
+        """The gate of a pass of shape (rows, positions), by the scores that its cache holds and then keeps: those held
+        before, and new ones where they are `asked` for."""
+        call, (batch, n_queries) = self._call, shape
         past = cached_positions(cache, n_queries, asked=asked, given=given is not None)
         if past == 0 and call.prompt is None:
             self.last = []
@@ -249,13 +275,16 @@ class Handle:
             if held is not None:
                 before[:, : held.scores.shape[1]] = held.scores
             held = CacheScores(torch.cat([before, new], 1))
-        gate = self._gate(held, past, n_queries)
+        gate = self._gate(held, cache, past, n_queries)
         call.visual = None
         if cache is None:
             call.without_cache = held
         else:
             keep_scores(cache, held, self._switch)
-        return args, {**kwargs, GATE_ARGUMENT: gate}
+        return gate
+
+    _find_gate_uncompiled = torch.compiler.disable(_find_gate)
+    """For tokens to score: nothing for a compiler, and what a cache keeps must not lie in a CUDA graph's memory."""
 
     def _check_pass(self, module: nn.Module, given: Tensor | None) -> None:
         """Raise unless this pass of the language model can be gated."""
@@ -293,10 +322,10 @@ class Handle:
         visual, columns = call.visual.to(embeds.device), [places.to(embeds.device) for places in call.columns]
         return self._score((embeds[row, places] for row, places in enumerate(columns)), visual, columns, call.video)
 
-    def _gate(self, held: CacheScores | None, past: int | None, n_queries: int) -> LayerGate:
+    def _gate(self, held: CacheScores | None, cache: Cache | None, past: int | None, n_queries: int) -> LayerGate:
         if (self.config.decode == "prefill" and self._decodes(n_queries)) or held is None:
             return LayerGate()
-        return replace(held.gate(self.config), n_positions=None if past is None else past + n_queries)
+        return replace(held.gate(self.config, room_of(cache)), n_positions=None if past is None else past + n_queries)
 
     def _decodes(self, n_queries: int) -> bool:
         """Whether this pass comes after the prompt; outside generate(), whether it looks like that."""

@@ -1,13 +1,16 @@
-"""Changes to a model that can be undone: the attention of its language model, and methods of this one model."""
+"""Changes to a model that can be undone: the attention of its language model, hooks, and methods of this one model."""
 
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from .attention import ENABLED, IMPLEMENTATION
+
+_HOOK = "videoanchor"
 
 
 def set_attention(model: PreTrainedModel, text: PreTrainedModel, undo: ExitStack) -> None:
@@ -47,3 +50,13 @@ def replace_method(model: PreTrainedModel, name: str, around: Callable[..., Any]
         return around(original, *args, **kwargs)
 
     setattr(model, name, wrapped)
+
+
+def add_hook(hook: RemovableHandle, undo: ExitStack) -> None:
+    """Gives a hook, just registered, an id that is the same each time. torch.compile looks at the ids of hooks: with
+    others it would compile decoding again for each `enable`, and after eight of them compile no more."""
+    for hooks in (hook.hooks_dict_ref(), *(extra() for extra in hook.extra_dict_ref)):
+        if hooks is not None and hook.id in hooks:
+            hooks[_HOOK] = hooks.pop(hook.id)
+    hook.id = _HOOK  # pyright: ignore[reportAttributeAccessIssue]
+    undo.callback(hook.remove)
