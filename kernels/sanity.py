@@ -111,14 +111,15 @@ class Form:
         def dense(attend: Callable[..., Result], sequences: list[Sequence]) -> list[Result]:
             return [attend(*tensors, **named, **self.options) for tensors, named in sequences]
 
-        mine, eager, exact = (
-            _gradients(attend, sequences)
-            for attend in (found, partial(dense, eager_attention), partial(dense, reference_attention))
-        )
-        return [
-            (name, error(x, true) if x.isfinite().all() else float("inf"), allowed_error(true, error(y, true), x.dtype))
-            for (name, x), (_, y), (_, true) in zip(mine, eager, exact, strict=True)
-        ]
+        forms = found, partial(dense, eager_attention), partial(dense, reference_attention)
+        mine, eager, exact = (_gradients(attend, sequences) for attend in forms)
+        # a weight is exp of a logit minus the lse: rounding these to fp32 moves it, and its gradients, by this part
+        part = max(fp32_roundings(*tensors, **named, **self.options)[1].max().item() for tensors, named in sequences)
+        compared = []
+        for (name, x), (_, y), (_, true) in zip(mine, eager, exact, strict=True):
+            allowed = allowed_error(true, error(y, true), x.dtype, part * true.abs().max().item())
+            compared.append((name, error(x, true) if x.isfinite().all() else float("inf"), allowed))
+        return compared
 
 
 def _worst(compared: list[tuple[str, float, float]]) -> Finding:
