@@ -19,9 +19,7 @@ def add(commands: Commands) -> None:
         description="Runs each form of the attention against its dense form in fp64, prefill and decode beside torch's "
         "SDPA, and the scores of 648 tokens. The exit code is 0 where all of it is right, else 1.",
     )
-    check.add_argument(
-        "--device", default="auto", help="auto (the first GPU, or else the CPU), cpu, cuda or cuda:N"
-    )
+    check.add_argument("--device", default="auto", help="auto (the first GPU, or else the CPU), cpu, cuda or cuda:N")
     check.add_argument("--json", action="store_true", help="the same for programs, on standard output")
     check.set_defaults(command=_check)
 

@@ -14,9 +14,12 @@ INTERPRETED = list(sanity._forms("triton", torch.float32, large=False))
 ON_A_CARD = list(sanity._forms("sdpa", torch.bfloat16, large=True))
 WRITTEN = {"prefill": 6, "decode": 6, "hopper_prefill": 4}  # where the launchers take `out`
 EVERY = 1.02
+Launcher = Callable[..., Any]
 
 
-def planted(launcher: Callable[..., Any], place: int | None, spoil: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
+def planted(
+    launcher: Callable[..., Any], place: int | None, spoil: Callable[[torch.Tensor], Any]
+) -> Callable[..., Any]:
     """The launcher, with its `out` (or, without a place, its first gradient) spoilt."""
 
     def launch(*args: Any, **kwargs: Any) -> Any:
