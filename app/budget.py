@@ -13,7 +13,8 @@ from ..anchor.config import VideoAnchorConfig
 from ..anchor.problem import features_memory_bytes
 from ..integrations.errors import InputError
 from ..integrations.transformers.backbones import softmax_layers
-from .checkpoint import check_dtype, devices_of, read_config, read_processor, weight_bytes
+from .checkpoint import check_dtype, read_config, read_processor, weight_bytes
+from .machine import devices_of
 from .prompt import build_inputs
 from .token_grid import TokenGrid
 from .video.reader import VideoClip

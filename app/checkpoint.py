@@ -30,6 +30,7 @@ from transformers.utils.hub import cached_file
 
 from ..integrations.errors import InputError
 from ..integrations.transformers.convert.conversion import CONVERTED
+from .machine import devices_of
 
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64, "F4": 4}
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -49,19 +50,6 @@ def check_dtype(dtype: str) -> None:
     known = getattr(torch, dtype, None)
     if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
         raise InputError(f"dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}")
-
-
-def devices_of(device: str) -> list[torch.device]:
-    """The devices that `device` ("auto", "cpu", "cuda" or "cuda:N") stands for; "auto" is all GPUs, or else the CPU.
-
-    Raises:
-        InputError: a GPU is asked for and there is none.
-    """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device {device}: no CUDA device here; use --device cpu")
-    if device != "auto":
-        return [torch.device(device)]
-    return [torch.device("cuda", n) for n in range(torch.cuda.device_count())] or [torch.device("cpu")]
 
 
 def check_splits(name_or_path: str, n: int, device: str = "auto") -> None:

@@ -1,7 +1,6 @@
 """What a run leaves in its folder: its results first, and a picture of them."""
 
 import os
-import platform
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..anchor.config import VideoAnchorConfig
 from ..integrations.errors import InputError
 from .atomic_write import replacing
+from .machine import versions
 from .text import json_text, printable
 from .token_grid import TokenGrid
 from .video.reader import VideoClip
@@ -37,19 +37,6 @@ def check_folder(path: Path) -> None:
         raise InputError(f"--out {path}: {existing} is a file; give a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"--out {path}: no permission to write in {existing}; give another folder")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for name in ("videoanchor-triton", "torch", "triton", "transformers", "scikit-learn", "av"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def _tensors(result: "AnchorResult", grid: TokenGrid, clip: VideoClip) -> dict[str, Tensor]:

@@ -23,7 +23,8 @@ from ..integrations.transformers.enable import enable
 from ..integrations.transformers.handle import Handle
 from ..integrations.transformers.visual_tokens import find_multimodal_model
 from .budget import check_fits
-from .checkpoint import cannot_load, check_dtype, check_splits, devices_of, first_line, read_config, read_processor
+from .checkpoint import cannot_load, check_dtype, check_splits, first_line, read_config, read_processor
+from .machine import devices_of
 from .prompt import Medium, Messages, build_inputs, place
 from .score_cache import ScoreCache
 from .stage_times import gpus_of, stage_times

@@ -21,10 +21,10 @@ from .hopper import gluon_refusal
 from .merge import merge_attention
 from .reference import reference_attention
 from .tiles import INTERPRETER
-from .tolerance import Result, Tensors, allowed_error, compare_results, eager_attention, error, fp32_roundings
+from .tolerance import Result, allowed_error, compare_results, eager_attention, error, fp32_roundings
 
 PAGE_SIZE = 16
-Sequence = tuple[Tensors, dict[str, torch.Tensor]]
+Sequence = tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]
 """q (1, Hq, Nq, D), k and v (1, Hkv, Nk, D), and by name gamma_k, gamma_v, key_padding_mask (1, Nk)."""
 Attend = Callable[[list[Sequence], dict[str, Any]], list[Result]]
 
@@ -111,14 +111,15 @@ class Form:
         def dense(attend: Callable[..., Result], sequences: list[Sequence]) -> list[Result]:
             return [attend(*tensors, **named, **self.options) for tensors, named in sequences]
 
-        mine, eager, exact = (
-            _gradients(attend, sequences)
-            for attend in (found, partial(dense, eager_attention), partial(dense, reference_attention))
-        )
-        return [
-            (name, error(x, true) if x.isfinite().all() else float("inf"), allowed_error(true, error(y, true), x.dtype))
-            for (name, x), (_, y), (_, true) in zip(mine, eager, exact, strict=True)
-        ]
+        forms = found, partial(dense, eager_attention), partial(dense, reference_attention)
+        mine, eager, exact = (_gradients(attend, sequences) for attend in forms)
+        # a weight is exp of a logit minus the lse: rounding these to fp32 moves it, and its gradients, by this part
+        part = max(fp32_roundings(*tensors, **named, **self.options)[1].max().item() for tensors, named in sequences)
+        compared = []
+        for (name, x), (_, y), (_, true) in zip(mine, eager, exact, strict=True):
+            allowed = allowed_error(true, error(y, true), x.dtype, part * true.abs().max().item())
+            compared.append((name, error(x, true) if x.isfinite().all() else float("inf"), allowed))
+        return compared
 
 
 def _worst(compared: list[tuple[str, float, float]]) -> Finding:
@@ -185,12 +186,13 @@ def attend_packed(sequences: list[Sequence], options: dict[str, Any]) -> list[Re
         torch.cat([x[0].transpose(0, 1) for x in xs]) for xs in zip(*(tensors for tensors, _ in sequences), strict=True)
     ]
     named = {name: torch.cat([named[name][0] for _, named in sequences]) for name in sequences[0][1]}
-    lengths = [[tensors[i].shape[2] for tensors, _ in sequences] for i in (0, 1)]
-    offsets = [F.pad(torch.tensor(n), (1, 0)).cumsum(0).to(tensors[0].device, torch.int32) for n in lengths]
-    out, lse = anchored_attention_varlen(*tensors, *offsets, *map(max, lengths), **named, **options, return_lse=True)
-    return [
-        (o.transpose(0, 1)[None], s.T[None]) for o, s in zip(out.split(lengths[0]), lse.split(lengths[0]), strict=True)
-    ]
+    queries, keys = ([tensors[i].shape[2] for tensors, _ in sequences] for i in (0, 1))
+    cu_q, cu_k = (F.pad(torch.tensor(n), (1, 0)).cumsum(0).to(tensors[0].device, torch.int32) for n in (queries, keys))
+    q, k, v = tensors
+    out, lse = anchored_attention_varlen(
+        q, k, v, cu_q, cu_k, max(queries), max(keys), **named, **options, return_lse=True
+    )
+    return [(o.transpose(0, 1)[None], s.T[None]) for o, s in zip(out.split(queries), lse.split(queries), strict=True)]
 
 
 def attend_cache(sequences: list[Sequence], options: dict[str, Any], paged: bool = False) -> list[Result]:

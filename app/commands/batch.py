@@ -112,7 +112,8 @@ def _batch(args: argparse.Namespace) -> int:
     from ..batch.results import ResultsLog
     from ..batch.rows import read_rows
     from ..batch.stopping import StoppedError
-    from ..output import check_folder, versions
+    from ..machine import versions
+    from ..output import check_folder
 
     _check(args)
     job = _job(args)

@@ -162,7 +162,7 @@ class Session:
         from ..checkpoint import revision_of
         from ..evaluation import evaluate as ev
         from ..evaluation.questions import digest, videos_of
-        from ..output import versions
+        from ..machine import versions
         from ..score_cache import ScoreCache
 
         args, progress = self.args, ProgressLine(not self.args.json)

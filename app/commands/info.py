@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 
 from ..libraries import prepare_libraries
-from .shared import Commands
+from .shared import Commands, machine_lines
 
 
 def add(commands: Commands) -> None:
@@ -22,34 +22,10 @@ def _info(args: argparse.Namespace) -> int:
     prepare_libraries()
     if args.backbones:
         return _info_backbones(args.json)
-    import torch
+    from ..machine import devices_of, machine
 
-    from ...kernels.dispatch import available_backends
-    from ..output import versions
-
-    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
-    report = {
-        "versions": versions(),
-        "devices": [
-            {
-                "device": str(device),
-                "name": torch.cuda.get_device_name(device)
-                if device.type == "cuda"
-                else f"{torch.get_num_threads()} threads",
-                "backends": available_backends(device),
-            }
-            for device in devices
-        ],
-    }
-    if args.json:
-        print(json.dumps(report, indent=2))
-        return 0
-    for name, version in report["versions"].items():
-        print(f"{name:18s} {version}")
-    for entry in report["devices"]:
-        print(f"\n{entry['device']} ({entry['name']})")
-        for backend, what in entry["backends"].items():
-            print(f"  {backend:10s} {what}")
+    report = machine(devices_of("auto"))
+    print(json.dumps(report, indent=2) if args.json else "\n".join(machine_lines(report)))
     return 0
 
 

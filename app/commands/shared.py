@@ -249,6 +249,15 @@ def config_of(args: argparse.Namespace) -> Any:
         raise InputError(str(error)) from error
 
 
+def machine_lines(report: dict[str, Any]) -> list[str]:
+    """What `machine` returned, for people."""
+    lines = [f"{name:18s} {version}" for name, version in report["versions"].items()]
+    for entry in report["devices"]:
+        lines += ["", f"{entry['device']} ({entry['name']})"]
+        lines += [f"  {backend:10s} {what}" for backend, what in entry["backends"].items()]
+    return lines
+
+
 def check_extras() -> None:
     """Refuses before any work is done where the packages of the extras are missing."""
     missing = [name for name in ("av", "torchvision", "PIL", "accelerate", "matplotlib") if find_spec(name) is None]
