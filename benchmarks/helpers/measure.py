@@ -8,10 +8,10 @@ from statistics import quantiles
 from typing import Any
 
 import torch
-from oracle import eager_attention, error
 
 from benchmarks.helpers.record import OK, SKIPPED, WRONG, Row
 from videoanchor_triton.kernels.reference import reference_attention
+from videoanchor_triton.kernels.tolerance import allowed_error, eager_attention, error
 
 REPETITION_MS = 60.0
 LEAST_RUNS, MOST_RUNS = 3, 50
@@ -117,7 +117,7 @@ class Inputs:
             tensors, gates = self.rows_as_group(b, i)
             exact = reference_attention(*tensors, **(gates if gated else {}))[0]
             eager = eager_attention(*tensors, **(gates if gated else {}))[0]
-            allowed.append(2 * error(eager, exact) + torch.finfo(eager.dtype).eps * exact.abs().max().item())
+            allowed.append(allowed_error(exact, error(eager, exact), eager.dtype))
             rows.append(exact.reshape(self.shape.query_heads, self.shape.head_dim))
         return torch.stack(rows), torch.tensor(allowed, dtype=torch.float64)
 

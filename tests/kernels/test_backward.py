@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import Problem, Tensors, eager_attention, error
+from oracle import Problem
 
 from videoanchor_triton.kernels.backward import backward
 from videoanchor_triton.kernels.dispatch import triton_target
 from videoanchor_triton.kernels.reference import reference_attention
 from videoanchor_triton.kernels.tiles import HEAD_DIMS
+from videoanchor_triton.kernels.tolerance import Tensors, eager_attention, error
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import Problem, assert_results_as_exact_as_eager, eager_attention, fp32_roundings
+from oracle import Problem, assert_results_as_exact_as_eager
 
 from videoanchor_triton.kernels.api import anchored_attention
 from videoanchor_triton.kernels.merge import merge_attention
 from videoanchor_triton.kernels.reference import reference_attention
+from videoanchor_triton.kernels.tolerance import eager_attention, fp32_roundings
 
 INF, NAN = float("inf"), float("nan")
 Part = tuple[torch.Tensor, torch.Tensor]

@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import Result, assert_results_as_exact_as_eager, eager_attention, fp32_roundings
+from oracle import assert_results_as_exact_as_eager
 from torch._dynamo.testing import CompileCounter
 
 from videoanchor_triton.kernels.api import anchored_attention, anchored_attention_varlen
 from videoanchor_triton.kernels.reference import reference_attention
+from videoanchor_triton.kernels.tolerance import Result, eager_attention, fp32_roundings
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

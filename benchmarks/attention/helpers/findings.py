@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from oracle import Tensors, compare, error
+
+from videoanchor_triton.kernels.tolerance import Tensors, allowed_error, compare, error
 
 Finding = tuple[float, float]  # error, allowed error
 Check = Callable[[torch.device], Finding]
@@ -47,9 +48,9 @@ def gradients(
 
 
 def gradient_finding(found: list[torch.Tensor], eager: list[torch.Tensor], exact: list[torch.Tensor]) -> Finding:
-    """The worst gradient; allowed is twice the eager form's error plus a rounding of the largest element."""
+    """The worst gradient; allowed is `allowed_error`."""
     findings = []
     for mine, theirs, true in zip(found, eager, exact, strict=True):
-        allowed = 2 * error(theirs, true) + torch.finfo(mine.dtype).eps * true.abs().max().item()
+        allowed = allowed_error(true, error(theirs, true), mine.dtype)
         findings.append((error(mine, true) if mine.isfinite().all() else float("inf"), allowed))
     return worst(findings)

@@ -6,11 +6,11 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from oracle import Tensors, eager_attention
 
 import videoanchor_triton as va
 from benchmarks.attention.helpers.findings import Check, Finding, generator, gradient_finding, gradients, outcome, worst
 from videoanchor_triton.kernels.reference import reference_attention
+from videoanchor_triton.kernels.tolerance import Tensors, eager_attention
 
 
 @dataclass(frozen=True)

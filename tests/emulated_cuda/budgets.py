@@ -1,0 +1,44 @@
+"""How often a call may make the host wait for the card, and copy from memory that is not pinned: one table.
+
+Only what lines of the package ask for counts, not the caller's own, nor that of transformers.
+"""
+
+from collections import Counter
+from typing import NamedTuple
+
+from .device import EmulatedCuda
+
+AREAS = ("kernels/", "anchor/", "integrations/", "app/")
+
+
+class Budget(NamedTuple):
+    reads: int
+    uploads: int
+
+
+BUDGETS: dict[str, Budget] = {
+    "attention: triton": Budget(reads=0, uploads=0),
+    "attention: sdpa": Budget(reads=0, uploads=0),
+    "attention: backward": Budget(reads=0, uploads=0),
+    "decode: triton, dense": Budget(reads=0, uploads=0),
+    "decode: triton, cache": Budget(reads=0, uploads=0),
+    "decode: triton, pages": Budget(reads=0, uploads=0),
+    "decode: sdpa, cache": Budget(reads=2, uploads=0),
+    "varlen: triton": Budget(reads=0, uploads=0),
+    "varlen: triton, backward": Budget(reads=0, uploads=0),
+    "varlen: sdpa": Budget(reads=2, uploads=0),
+    "merge": Budget(reads=0, uploads=0),
+}
+
+
+def of_the_package(counts: Counter[tuple[str, str]]) -> Counter[tuple[str, str]]:
+    """What lines of the package asked for."""
+    return Counter({key: count for key, count in counts.items() if key[1].startswith(AREAS)})
+
+
+def assert_within(card: EmulatedCuda, name: str) -> None:
+    """Fail, with the lines that asked, where more was read or uploaded since `card.reset()` than the table allows."""
+    for kind, counts, allowed in zip(Budget._fields, (card.reads, card.uploads), BUDGETS[name], strict=True):
+        ours = of_the_package(counts)
+        lines = "\n".join(f"  {count} {what}  {line}" for (what, line), count in ours.most_common())
+        assert ours.total() <= allowed, f"{name}: {ours.total()} {kind}, {allowed} allowed\n{lines}"
