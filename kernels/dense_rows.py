@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from .tolerance import allowance
+
 DENSE_KEYS = 4096
 # roundings to fp32 of a logit or of a sum, truncation in the tensor cores included
 ROUNDING = 16 * torch.finfo(torch.float32).eps
@@ -29,18 +31,11 @@ class Rows(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """A result in fp64, what the eager form of its precision gives, and what fp32 within the computation moves it by."""
+    """A result in fp64, what the eager form of its precision gives, and what rounding to fp32 within moves it by."""
 
     exact: torch.Tensor
     eager: torch.Tensor
     inside: torch.Tensor
-
-
-def allowance(
-    eager_error: torch.Tensor, largest: torch.Tensor, dtype: torch.dtype, inside: torch.Tensor
-) -> torch.Tensor:
-    """What a right result in `dtype` may be off by: twice what the eager form is, a rounding, and fp32 within."""
-    return 2 * eager_error + torch.finfo(dtype).eps / 2 * largest + inside
 
 
 def sum_roundings(terms: int) -> float:

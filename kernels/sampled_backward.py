@@ -87,19 +87,14 @@ def _gates_error(
         return pad_gate(gate, max(gate.shape[-1], 1), neutral)[..., keys.clamp(max=max(gate.shape[-1], 1) - 1)]
 
     gates = of_keys(gamma_k, 1.0), of_keys(gamma_v, 1.0)
-    results = [gate_gradients(t.log_gamma_k, t.gamma_v, *gates, packed) for t in totals]
+    results = [gate_gradients(total.log_gamma_k, total.gamma_v, *gates, packed) for total in totals]
     errors = []
     for gate, d_gate, *forms in zip((gamma_k, gamma_v), found, *results, strict=True):
-        if gate is not None and d_gate is not None:
-            mine = of_keys(d_gate, 0.0)
+        mine = of_keys(d_gate, 0.0)
+        if gate is not None and mine is not None:
             there = counted if packed else counted & (keys < gate.shape[-1])
             there = there[:, None] if packed and gate.dim() == 2 else there
-            assert mine is not None
-            errors.append(
-                worst_error(
-                    mine, _expected([form.abs() if i == 2 else form for i, form in enumerate(forms)], mine.dtype), there
-                )
-            )
+            errors.append(worst_error(mine, _expected(forms, mine.dtype), there))
     return errors
 
 
