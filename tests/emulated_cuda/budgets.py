@@ -17,16 +17,20 @@ class Budget(NamedTuple):
 
 
 BUDGETS: dict[str, Budget] = {
-    "attention: triton": Budget(reads=0, uploads=0),
-    "attention: sdpa": Budget(reads=0, uploads=0),
-    "attention: backward": Budget(reads=0, uploads=0),
-    "decode: triton, dense": Budget(reads=0, uploads=0),
-    "decode: triton, cache": Budget(reads=0, uploads=0),
-    "decode: triton, pages": Budget(reads=0, uploads=0),
-    "decode: sdpa, cache": Budget(reads=2, uploads=0),
-    "varlen: triton": Budget(reads=0, uploads=0),
-    "varlen: triton, backward": Budget(reads=0, uploads=0),
-    "varlen: sdpa": Budget(reads=2, uploads=0),
+    "prefill, triton": Budget(reads=0, uploads=0),
+    "prefill, sdpa": Budget(reads=0, uploads=0),
+    "decode, triton": Budget(reads=0, uploads=0),
+    "decode, sdpa": Budget(reads=0, uploads=0),
+    "cache, triton": Budget(reads=0, uploads=0),
+    "cache, sdpa": Budget(reads=2, uploads=0),
+    "pages, triton": Budget(reads=0, uploads=0),
+    "pages, sdpa": Budget(reads=3, uploads=0),
+    "varlen, triton": Budget(reads=0, uploads=0),
+    "varlen, sdpa": Budget(reads=2, uploads=0),
+    "backward, triton": Budget(reads=0, uploads=0),
+    "backward, sdpa": Budget(reads=0, uploads=0),
+    "packed backward, triton": Budget(reads=0, uploads=0),
+    "packed backward, sdpa": Budget(reads=2, uploads=0),
     "merge": Budget(reads=0, uploads=0),
 }
 

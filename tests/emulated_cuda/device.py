@@ -7,8 +7,8 @@
         x.sum().item()
     card.reads                                         # Counter({("item", "tests/test_it.py:5"): 1})
 
-`python -m pytest -p emulated_cuda.plugin PATHS`, with `tests` on PYTHONPATH, runs tests on it; `make test-cuda` runs all
-that belong to it. Needs g++ and a build of torch without CUDA.
+`python -m pytest -p emulated_cuda.plugin PATHS`, with `tests` on PYTHONPATH, runs tests on it; `make test-cuda` runs
+all that belong to it. Needs g++ and a build of torch without CUDA.
 
 Enforced: no operator mixes devices (CPU scalars beside tensors of the card and CPU indices excepted, as CUDA has it);
 generators are of the operator's device; `.numpy()` raises; a Triton launch takes tensors of the current device only;
@@ -19,10 +19,12 @@ pinned (`uploads`), launches. Reads and uploads raise inside `torch.cuda.graph`,
 
 Not emulated: CUDA's arithmetic (TF32, atomics, order of sums), asynchrony and streams, the fused kernels of torch's
 scaled_dot_product_attention (its math form runs), torch.compile and opcheck, inference mode (it is no_grad), memory
-(all of it is free). An operator that `tensor.CPU_ONLY` does not name is taken to have a CUDA kernel for the CPU's dtypes.
+(all of it is free). An operator that `tensor.CPU_ONLY` does not name is taken to have a CUDA kernel for the CPU's
+dtypes.
 """
 
 import contextlib
+import dataclasses
 import os
 import threading
 import types
@@ -150,7 +152,7 @@ class EmulatedCuda(state.State):
     def kernel_argument(self, x: Any) -> Any:
         """An argument of a Triton launch as the interpreter takes it; raise where a card could not reach it."""
         if _is_descriptor(x):
-            return type(x)(self.kernel_argument(x.base), x.shape, x.strides, x.block_shape)
+            return dataclasses.replace(x, base=self.kernel_argument(x.base))
         if isinstance(x, CudaTensor) and x.device.index != self.current:
             raise RuntimeError(
                 f"illegal memory access: a kernel on cuda:{self.current} was given a tensor of {x.device}"
