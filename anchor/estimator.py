@@ -14,7 +14,7 @@ from .affinity import affinity_matrix, coefficient_matrix, scipy_matrix
 from .problem import DLPackArray, as_tokens, computing_precision, token_features
 from .solver import Algorithm, SolverOptions, self_expression
 from .spectral import AssignLabels, spectral_labels
-from .timing import timed
+from .timing import Stopwatch
 
 
 class SparseSubspaceClustering(ClusterMixin, BaseEstimator):
@@ -166,12 +166,12 @@ class SparseSubspaceClustering(ClusterMixin, BaseEstimator):
             validate_data(self, tokens, skip_check_array=True)  # pyright: ignore[reportArgumentType]
         options = SolverOptions(**{field.name: getattr(self, field.name) for field in fields(SolverOptions)})
         progress = _print_progress if self.verbose else None
-        self.seconds_: dict[str, float] = {}
-        with timed("pca", self.seconds_, tokens.device):
+        watch = Stopwatch(tokens.device)
+        with watch.stage("pca"):
             features = token_features(tokens, self.pca_rank)
-        with timed("solve", self.seconds_, tokens.device):
+        with watch.stage("solve"):
             solution = self_expression(features, options, dtype=computing_precision(tokens), progress=progress)
-        with timed("spectral", self.seconds_, tokens.device):
+        with watch.stage("spectral"):
             affinity = affinity_matrix(solution.indices, solution.values)
             labels = spectral_labels(
                 affinity, self.n_clusters, assign_labels=self.assign_labels, random_state=self.random_state
@@ -182,6 +182,7 @@ class SparseSubspaceClustering(ClusterMixin, BaseEstimator):
         self.affinity_matrix_ = scipy_matrix(affinity)
         self.duality_gap_ = solution.gap.cpu().numpy()
         self.n_iter_ = solution.n_iter
+        self.seconds_ = watch.seconds()
         return self
 
 

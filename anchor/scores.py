@@ -16,7 +16,7 @@ from .options import Algorithm
 from .problem import DLPackArray, as_tokens, computing_precision, token_features
 from .solver import SelfExpression, self_expression
 from .spectral import spectral_labels
-from .timing import Progress, throttled, timed
+from .timing import Progress, Stopwatch, throttled
 
 # Differences of the unscaled score below this part of its largest value are float32 roundoff.
 ROUNDOFF = 1e-6
@@ -36,8 +36,8 @@ class AnchorResult:
         duality_gap: (N,) float64 relative duality gap of each token, see `SelfExpression`; None where no such solver
             ran.
         algorithm: the solver's that ran, see `SolverOptions`; None where no such solver ran.
-        seconds: wall time of each stage, the device synchronised: "pca", "solve", "spectral", "cluster", "score",
-            those that ran.
+        seconds: wall time of each stage, by the device's own clock on CUDA: "pca", "solve", "spectral", "cluster",
+            "score", those that ran.
 
     Examples:
         >>> import torch
@@ -209,19 +209,19 @@ def anchor_scores(
 def _subspace_scores(
     tokens: Tensor, config: VideoAnchorConfig, frames: Tensor | None, report: Progress
 ) -> AnchorResult:
-    seconds: dict[str, float] = {}
+    watch = Stopwatch(tokens.device)
     n_tokens, n_features = tokens.shape
     rank = min(config.pca_rank or n_features, n_features)
     dtype = computing_precision(tokens)
     plan_solver(n_tokens, rank, dtype, tokens.device, config.algorithm, config.memory_budget)
-    with timed("pca", seconds, tokens.device):
+    with watch.stage("pca"):
         report("pca", 0, 1)
         features = token_features(tokens, config.pca_rank)
-    with timed("solve", seconds, tokens.device):
+    with watch.stage("solve"):
         report("solve", 0, n_tokens)
         solution = self_expression(features, config.solver_options(), dtype=dtype, progress=report)
     authors = config.arithmetic == "authors"
-    with timed("spectral", seconds, tokens.device):
+    with watch.stage("spectral"):
         report("spectral", 0, 1)
         if authors:
             labels = authors_labels(solution.to_dense(), min(int(config.n_clusters), n_tokens), config.random_state)
@@ -232,7 +232,7 @@ def _subspace_scores(
                 assign_labels=config.assign_labels,
                 random_state=config.random_state,
             )
-    with timed("score", seconds, tokens.device):
+    with watch.stage("score"):
         report("score", 0, 1)
         if authors:
             scores = authors_score(solution.to_dense(), labels)
@@ -246,35 +246,35 @@ def _subspace_scores(
         converged=solution.converged,
         duality_gap=solution.gap,
         algorithm=solution.algorithm,
-        seconds=seconds,
+        seconds=watch.seconds(),
     )
 
 
 def _kmeans_scores(tokens: Tensor, config: VideoAnchorConfig, report: Progress) -> AnchorResult:
-    seconds: dict[str, float] = {}
-    with timed("pca", seconds, tokens.device):
+    watch = Stopwatch(tokens.device)
+    with watch.stage("pca"):
         report("pca", 0, 1)
         features = token_features(tokens, config.pca_rank)
     if features.shape[0] == 0:
-        return _one_cluster(torch.zeros(len(tokens), device=tokens.device), seconds)
-    with timed("cluster", seconds, tokens.device):
+        return _one_cluster(torch.zeros(len(tokens), device=tokens.device), watch.seconds())
+    with watch.stage("cluster"):
         report("cluster", 0, 1)
         points = features.T.cpu().numpy()
         n_clusters = min(int(config.n_clusters), len(np.unique(points, axis=0)))
         kmeans = KMeans(n_clusters, n_init=10, random_state=config.random_state)  # pyright: ignore[reportArgumentType]
         found = kmeans.fit_predict(points).astype(np.int64)
         distance = np.linalg.norm(points - kmeans.cluster_centers_[found], axis=1)
-    with timed("score", seconds, tokens.device):
+    with watch.stage("score"):
         report("score", 0, 1)
         labels = torch.from_numpy(found).to(tokens.device)
         closeness = torch.from_numpy(1 - distance / (distance.max() or 1.0)).to(tokens.device)
         scores = shared_expression_score(closeness, labels, n_clusters)
-    return AnchorResult(scores, labels, n_iter=int(kmeans.n_iter_), seconds=seconds)
+    return AnchorResult(scores, labels, n_iter=int(kmeans.n_iter_), seconds=watch.seconds())
 
 
 def _function_scores(tokens: Tensor, function: ScoreFunction, report: Progress) -> AnchorResult:
-    seconds: dict[str, float] = {}
-    with timed("score", seconds, tokens.device):
+    watch = Stopwatch(tokens.device)
+    with watch.stage("score"):
         report("score", 0, 1)
         returned = function(tokens)
     if not isinstance(returned, Tensor | np.ndarray):
@@ -293,7 +293,7 @@ def _function_scores(tokens: Tensor, function: ScoreFunction, report: Progress) 
             f"scorer must return finite scores in [0, 1], got {float(scores[outside][0])} "
             f"({int(outside.sum())} scores are outside) from {function!r}"
         )
-    return _one_cluster(scores, seconds)
+    return _one_cluster(scores, watch.seconds())
 
 
 def _one_cluster(scores: Tensor, seconds: dict[str, float] | None = None) -> AnchorResult:

@@ -14,7 +14,7 @@ from .problem import DLPackArray, as_tokens, computing_precision, token_features
 from .scores import ROUNDOFF, AnchorResult
 from .solver import SelfExpression, self_expression
 from .spectral import MAX_AUTO_CLUSTERS, spectral_labels
-from .timing import Progress, timed
+from .timing import Progress, Stopwatch
 from .validation import check_integer
 
 
@@ -142,20 +142,20 @@ class AnchorStream:
         old, config, device = self.dictionary, self.config, tokens.device
         window = tokens if old is None else torch.cat([old.tokens, tokens])
         n_old = len(window) - len(tokens)
-        seconds: dict[str, float] = {}
-        with timed("pca", seconds, device):
+        watch = Stopwatch(device)
+        with watch.stage("pca"):
             features = token_features(window, config.pca_rank)
         if old is None and bool((features == features[:, :1]).all()):
             raise ValueError(f"the {len(tokens)} tokens of the first chunk are equal; start with frames that differ")
-        with timed("solve", seconds, device):
+        with watch.stage("solve"):
             solution = self_expression(features, config.solver_options(), dtype=window.dtype, progress=progress)
         weights = abs(coefficient_matrix(solution.indices, solution.values.double()))
-        with timed("spectral" if old is None else "cluster", seconds, device):
+        with watch.stage("spectral" if old is None else "cluster"):
             labels = self._first_labels(solution) if old is None else self._joined_labels(weights, old.labels)
             n_clusters = len(self.cluster_sizes) or int(labels.amax()) + 2
             sizes = torch.bincount(labels[n_old:].cpu(), minlength=n_clusters)
             sizes[: len(self.cluster_sizes)] += self.cluster_sizes
-        with timed("score", seconds, device):
+        with watch.stage("score"):
             n_tokens = self.n_tokens + len(tokens)
             unscaled = sizes.to(device)[labels].double() / n_tokens * solution.row_sums()
             lowest, spread = _range(unscaled) if old is None else (self._lowest, self._spread)
@@ -176,7 +176,7 @@ class AnchorStream:
             converged=solution.converged,
             duality_gap=solution.gap[n_old:].clone(),
             algorithm=solution.algorithm,
-            seconds=seconds,
+            seconds=watch.seconds(),
         )
 
     def _check(self, tokens: Tensor) -> None:

@@ -1,120 +1,111 @@
 """One command for a machine with a GPU: is every kernel right, and how fast is it beside what torch offers?
 
-    python benchmarks/gpu_check.py --out DIR [--minutes 8] [--sections ...] [--device cpu]
+    python benchmarks/gpu_check.py --out DIR [--minutes 8] [--sections ...] [--small] [--device cpu]
 
-Correctness of every op against an fp64 oracle comes first, then times of our kernels and of torch's, case by case in
-order of importance until the minutes are used up; what is left then is written as skipped rows. All rows so far are in
-DIR/gpu_check.json, DIR/gpu_check.csv and DIR/summary.md at any moment. A row without a correct result carries no time.
+What matters most comes first: one call of each kernel, the models, decode, scores, prefill, backward, each checked
+against an fp64 oracle just before it is timed, then what torch offers. Kernels are compiled many at a time before the
+first task that needs them. A row without a correct result carries no time.
+
+All rows so far are in DIR/gpu_check.json, DIR/gpu_check.csv and DIR/summary.md at any moment, whatever ends the run. The
+same command goes on where it ended: what the minutes left out is run, what failed is not (--retry), and another device,
+version or commit is refused (--anew starts over).
 
 Everything that touches the device runs in a process of its own (helpers/worker.py), which is ended when it is silent
 for too long; a kernel that hung or crashed is a row with its reason, and a new process goes on with the next kernel.
-The exit status is 1 if a result of ours was wrong or missing. `--device cpu` runs the same code in Triton's interpreter
-at tiny sizes, without times. `python benchmarks/plot.py DIR/gpu_check.csv --out DIR` draws the figures.
+The exit status is 1 if a result of ours was wrong or missing, 2 if nothing could be run or written. `--small` runs
+everything at tiny sizes on the GPU, `--device cpu` in Triton's interpreter, without times. `python benchmarks/plot.py
+DIR/gpu_check.csv --out DIR` draws the figures.
 """
 
 import argparse
-import json
 import os
-import queue
-import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.helpers import watch
 from benchmarks.helpers.record import FAILED, SKIPPED, TIME_BUDGET, Row, headline_table, write
+from benchmarks.helpers.resume import Refused, difference, earlier
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = [sys.executable, str(ROOT / "benchmarks" / "helpers" / "worker.py")]
-PATHS = (ROOT, ROOT / "src", ROOT / "tests", ROOT / "tests" / "kernels")
-SECTIONS = ("ceiling", "correctness", "prefill", "decode", "backward", "scores")
-START_SECONDS = 180.0
-SILENCE_SECONDS = 90.0
-GRACE_SECONDS = 15.0
+PATHS = (ROOT, ROOT / "src", *(ROOT / "tests" / part for part in ("", "kernels", "integrations/transformers")))
+SECTIONS = ("ceiling", "sanity", "model", "correctness", "decode", "scores", "prefill", "backward")
 
 
-def messages(command: list[str], device: str, log: Path, deadline: float) -> Iterator[dict[str, Any]]:
-    """What a worker says, until it ends; a last message with "died" if it did not end by itself and well.
+@dataclass
+class Results:
+    """The rows so far, on disk after each as far as the disk takes them."""
 
-    It is ended when silent for SILENCE_SECONDS (START_SECONDS before its first word), or GRACE_SECONDS past the
-    deadline.
-    """
-    path = os.pathsep.join([*map(str, PATHS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    if device == "cpu":
-        environment["TRITON_INTERPRET"] = "1"
-    with log.open("a") as errors:
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
-        )
-    lines: queue.Queue[str | None] = queue.Queue()
+    out: Path
+    environment: dict[str, Any]
+    rows: list[Row]
+    unwritten: str = ""
 
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.put(line)
-        lines.put(None)
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        ceilings = {r.unit: r.rate for r in self.rows if r.section == "ceiling" and r.rate}
+        if row.rate is not None and row.section != "ceiling" and row.unit in ceilings:
+            self.rows[-1] = replace(row, share=row.rate / ceilings[row.unit])
+        print(self.rows[-1].line(), flush=True)
+        self.write()
 
-    threading.Thread(target=read, daemon=True).start()
-    patience = START_SECONDS
-    try:
-        while True:
-            left = max(deadline + GRACE_SECONDS - time.time(), 0)
-            try:
-                line = lines.get(timeout=min(patience, left))
-            except queue.Empty:
-                yield {"died": TIME_BUDGET if left < patience else f"no answer within {patience:g} s"}
-                return
-            if line is None:
-                if process.wait() != 0:
-                    yield {"died": f"the process ended with status {process.returncode}: {_last_line(log)}"}
-                return
-            if line.startswith("{"):
-                patience = SILENCE_SECONDS
-                yield json.loads(line)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    def write(self) -> None:
+        try:
+            write(self.out, self.environment, self.rows)
+            self.unwritten = ""
+        except OSError as failure:
+            if not self.unwritten:
+                print(f"warning: the rows from here on are not on disk yet: {failure}", file=sys.stderr, flush=True)
+            self.unwritten = str(failure)
 
 
-def _last_line(log: Path) -> str:
-    return (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1][:200]
-
-
-def collect(device: str, sections: list[str], out: Path, deadline: float) -> Iterator[dict[str, str] | Row]:
-    """The environment, then a row for each task of the plan, from as many workers as it takes."""
-    plan: list[dict[str, Any]] = []
-    done, broken = 0, []
-    while done < len(plan) or not plan:
-        command = [*WORKER, "--device", device, "--deadline", str(deadline), "--start", str(done)]
-        command += ["--sections", *sections, "--broken", *broken]
-        died = None
-        for message in messages(command, device, out / "worker.log", deadline):
+def collect(options: argparse.Namespace, results: Results, deadline: float) -> None:
+    """Add a row for each task of the plan that has none yet, from as many workers as it takes."""
+    before, log = results.environment, options.out / "worker.log"
+    while True:
+        planned: list[Row] = []
+        left, died = 0, ""
+        for message in _worker(options, results.rows, log, deadline):
             if "plan" in message:
-                if not plan:
-                    yield message["environment"]
-                plan = message["plan"]
+                results.environment = message["environment"]
+                if differs := before and difference(before, results.environment):
+                    raise Refused(
+                        f"{options.out} holds results of another run ({differs}): give another --out or --anew"
+                    )
+                planned = [Row(**row) for row in message["plan"]]
+                left = len(planned)
             elif "row" in message:
-                done += 1
-                yield Row(**message["row"])
+                left -= 1
+                results.add(Row(**message["row"]))
+            elif "alive" in message:
+                print(f"        ... {message['alive']}", flush=True)
             else:
                 died = message["died"]
-        if not plan:
-            raise RuntimeError(f"the worker did not start: {died} (see {out / 'worker.log'})")
-        if died is not None and died != TIME_BUDGET and done < len(plan):
-            yield replace(Row(**plan[done]["row"]), status=FAILED, reason=died)
-            broken.append(plan[done]["kernel"])
-            done += 1
-        if died is None or time.time() > deadline:
+        if died and not planned:
+            raise Refused(f"the worker did not start: {died} (see {log})")
+        rest = planned[len(planned) - left :] if planned else []
+        if died and died != TIME_BUDGET and rest:
+            results.add(replace(rest.pop(0), status=FAILED, reason=died))
+        if not rest or not died or time.time() > deadline:
             break
-    for task in plan[done:]:
-        yield replace(Row(**task["row"]), status=SKIPPED, reason=TIME_BUDGET)
+    for row in rest:
+        results.add(replace(row, status=SKIPPED, reason=TIME_BUDGET))
+
+
+def _worker(options: argparse.Namespace, rows: list[Row], log: Path, deadline: float) -> Iterator[dict[str, Any]]:
+    """The messages of a worker that leaves out the tasks that have a row."""
+    path = os.pathsep.join([*map(str, PATHS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    settings = {"PYTHONPATH": path, "TORCHINDUCTOR_COMPILE_THREADS": "1", "VIDEOANCHOR_SELF_CHECK": "off"}
+    settings |= {"TRITON_INTERPRET": "1"} if options.device == "cpu" else {}
+    command = [*WORKER, "--device", options.device, "--deadline", str(deadline), "--sections", *options.sections]
+    command += ["--small"] if options.small else []
+    order = {"done": [row.key for row in rows], "died": [row.key for row in rows if row.died]}
+    return watch.messages(command, os.environ | settings, order, log, deadline)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -123,34 +114,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="time budget of the whole run (default 8)")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to run")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--small", action="store_true", help="the sizes of --device cpu on a GPU: does everything run?")
+    parser.add_argument("--retry", action="store_true", help="run again what failed in an earlier call")
+    parser.add_argument("--anew", action="store_true", help="replace the results of earlier calls")
     options = parser.parse_args(arguments)
     if not options.minutes > 0:
         parser.error(f"--minutes must be greater than 0, got {options.minutes}")
-    deadline = time.time() + 60 * options.minutes - GRACE_SECONDS
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "worker.log").unlink(missing_ok=True)
-    environment: dict[str, str] = {}
-    rows: list[Row] = []
-    ceilings: dict[str, float] = {}
+    deadline = time.time() + 60 * options.minutes - watch.GRACE_SECONDS
     try:
-        for item in collect(options.device, options.sections, options.out, deadline):
-            if isinstance(item, dict):
-                environment = item
-                continue
-            if item.section == "ceiling" and item.rate is not None:
-                ceilings[item.unit] = item.rate
-            elif item.rate is not None and item.unit in ceilings:
-                item = replace(item, share=item.rate / ceilings[item.unit])
-            rows.append(item)
-            print(item.line(), flush=True)
-            write(options.out, environment, rows)
-    except RuntimeError as failure:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "worker.log").write_text("")
+        results = Results(options.out, *({}, []) if options.anew else earlier(options.out, options.retry))
+        if results.rows:
+            print(f"{len(results.rows)} rows of an earlier call stand", flush=True)
+        collect(options, results, deadline)
+    except (Refused, OSError) as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 2
-    print(f"\n{headline_table(rows)}\n")
-    counts = {status: sum(row.status == status for row in rows) for status in ("ok", "wrong", "failed", "skipped")}
+    if results.unwritten:
+        results.write()
+    print(f"\n{headline_table(results.rows)}\n")
+    counts = {s: sum(row.status == s for row in results.rows) for s in ("ok", "wrong", "failed", "skipped")}
     print(", ".join(f"{count} {status}" for status, count in counts.items()), f"-> {options.out}")
-    return 1 if not rows or any(row.bad for row in rows) else 0
+    if results.unwritten:
+        print(f"error: not all rows above are in {options.out}: {results.unwritten}", file=sys.stderr)
+        return 2
+    return 1 if not results.rows or any(row.bad for row in results.rows) else 0
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ import triton
 
 from .decode_kernel import merge_kernel, split_kernel
 from .gates import expand_gate
-from .tiles import decode_tile, multiprocessors
+from .tiles import decode_tile, multiprocessors, split_keys
 
 MERGE_BLOCK = 16
-SPLIT_KEYS = 256
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -64,7 +63,7 @@ def decode(
     programs = triton.cdiv(queries * group, tile.queries) * kv_heads * batch
     if splits is None:
         seen_keys = keys if window is None else min(keys, window + queries - 1)
-        splits = split_count(programs, max(seen_keys // SPLIT_KEYS, 1), 2 * multiprocessors(q.device))
+        splits = split_count(programs, max(seen_keys // split_keys(target, head_dim), 1), 2 * multiprocessors(q.device))
     part_out = torch.empty((batch, query_heads, queries, splits, head_dim), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((batch, query_heads, queries, splits), dtype=torch.float32, device=q.device)
     if gamma_k is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from . import measured
 from .hopper import hopper_enabled, hopper_refusal
 from .reference import reference_attention
 from .sdpa import sdpa_attention
@@ -110,7 +111,7 @@ def hopper_choice(
 
     With "auto" and the path switched on, a refusal is said once for each reason.
     """
-    if asked == "triton" or (asked == "auto" and (not hopper_enabled() or q.shape[2] <= MAX_QUERIES)):
+    if asked == "triton" or (asked == "auto" and (not hopper_enabled(q.shape[-1]) or q.shape[2] <= MAX_QUERIES)):
         return False
     target, reason = triton_target(q.device)
     if target is not None:
@@ -157,6 +158,11 @@ def torch_backend(
     return attend
 
 
+def _hopper_line() -> str:
+    chosen = [str(head_dim) for (_, head_dim), faster in sorted(measured.HOPPER.items()) if faster]
+    return f"prefill only, {'head dim ' + ' and '.join(chosen) if chosen else 'off'} unless VIDEOANCHOR_HOPPER says so"
+
+
 def available_backends(device: torch.device | str) -> dict[str, str]:
     """One line for each backend of `anchored_attention`: what it can do on `device`.
 
@@ -176,7 +182,7 @@ def available_backends(device: torch.device | str) -> dict[str, str]:
     target = triton_target(device)[0]
     return {
         "triton": f"yes, tiles for {target}" if refusal is None else f"no: {refusal}",
-        "hopper": "prefill only, off unless VIDEOANCHOR_HOPPER=1" if target == "sm_90" else "no: it takes sm_90 only",
+        "hopper": _hopper_line() if target == "sm_90" else "no: it takes sm_90 only",
         "sdpa": "yes, any dtype and head dim",
         "reference": "yes, dense in fp64, for tests",
     }

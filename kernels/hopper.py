@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from . import measured
 from .tiles import Tile
 
 if TYPE_CHECKING:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-# it has been compiled and emulated, but has yet to run on a GPU
-ON_BY_DEFAULT = False
 SWITCH = "VIDEOANCHOR_HOPPER"
 # Gluon's interface is experimental: the versions whose names and behaviour are known
 TRITON_VERSIONS = ((3, 6), (3, 9))
@@ -24,12 +23,12 @@ REGISTERS = 168
 
 
 @torch.compiler.assume_constant_result
-def hopper_enabled() -> bool:
-    """Whether backend="auto" may choose this path: ON_BY_DEFAULT, or VIDEOANCHOR_HOPPER=1 or 0 where it is set."""
+def hopper_enabled(head_dim: int) -> bool:
+    """Whether backend="auto" may choose this path: as VIDEOANCHOR_HOPPER says, else where a GPU found it faster."""
     setting = os.environ.get(SWITCH, "")
     if setting not in ("", "0", "1"):
         raise ValueError(f"the environment variable {SWITCH} must be 0 or 1, got {setting!r}")
-    return setting == "1" if setting else ON_BY_DEFAULT
+    return setting == "1" if setting else measured.HOPPER.get(("sm_90", head_dim), False)
 
 
 @torch.compiler.assume_constant_result

@@ -15,7 +15,7 @@ from .sampled import Masks, cache_error, dense_error, packed_error
 from .sampled_backward import backward_error
 from .self_check import Variant, self_checked
 from .sequences import decode_by_sequence, varlen_by_sequence
-from .tiles import MAX_QUERIES
+from .tiles import decode_queries
 
 MAX_ROW_STRIDE = 2**23
 Outputs = tuple[torch.Tensor, torch.Tensor]
@@ -130,12 +130,9 @@ def anchored_attention_op(
     if not hopper:
         q, k, v = _rows(q), _rows(k), _rows(v)
     gamma_k, gamma_v, key_padding_mask = (_gate_rows(x) for x in (gamma_k, gamma_v, key_padding_mask))
-    tensors, masks, target = (
-        (q, k, v, gamma_k, gamma_v, key_padding_mask),
-        Masks(scale, causal, window, softcap),
-        _target(q),
-    )
-    small = q.shape[2] <= MAX_QUERIES
+    tensors = q, k, v, gamma_k, gamma_v, key_padding_mask
+    masks, target = Masks(scale, causal, window, softcap), _target(q)
+    small = q.shape[2] <= decode_queries(target, q.shape[-1])
     kernel = "hopper" if hopper else "decode" if small else "prefill"
 
     def launch() -> None:

@@ -6,6 +6,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import measured
 from .prefill_kernel import prefill_kernel
 from .prescale import prescale
 from .tiles import TMA_TARGETS, Tile, prefill_tile, split_head_dim
@@ -61,6 +62,7 @@ def prefill(
         window=window is not None,
         softcap=softcap is not None,
     )
+    post_exp = post_exp and not measured.LOG_BIAS.get((target, head_dim), False)
     form, v, gate, rest = prescale(v, gamma_k, gamma_v, key_padding_mask, post_exp, tile.keys)
     # fp32 tiles spill with descriptors
     tma = target in TMA_TARGETS and q.element_size() < 4 if tma is None else tma

@@ -1,13 +1,19 @@
-"""Tile sizes by target, head dim and element size. A table: nothing autotunes."""
+"""Tile sizes by target, head dim and element size. A table: nothing autotunes.
+
+What a GPU has settled (measured.py) goes before the tables here.
+"""
 
 from collections.abc import Set
 from typing import NamedTuple, TypeVar
 
 import torch
 
+from . import measured
+
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 INTERPRETER = "interpreter"
 MAX_QUERIES = 16  # of decode
+SPLIT_KEYS = 256
 PAGE_SIZES = (16, 32, 64, 128, 256)
 TMA_TARGETS = ("sm_90", "sm_100", "sm_120")
 Row = TypeVar("Row")
@@ -119,6 +125,8 @@ def prefill_tile(
     call = {"padded": padded, "varlen": varlen, "window": window, "softcap": softcap}
     features = {name for name, asked in call.items() if asked}
     if element_size < 4:
+        if not features and (target, head_dim) in measured.PREFILL:
+            return Tile(*measured.PREFILL[target, head_dim])
         for heavy_target, heavy, head_dims, tile in PREFILL_SMALLER:
             if target == heavy_target and head_dim in head_dims and features >= heavy:
                 return tile
@@ -127,14 +135,30 @@ def prefill_tile(
 
 def decode_tile(target: str, head_dim: int, element_size: int, rows: int) -> Tile:
     """The tile of decode for `rows` packed rows (query positions times heads of a group)."""
-    tile = _row(DECODE[target] if _tabled(target, element_size) else DECODE_FP32, head_dim)
+    if element_size < 4 and (target, head_dim) in measured.DECODE:
+        tile = Tile(*measured.DECODE[target, head_dim])
+    else:
+        tile = _row(DECODE[target] if _tabled(target, element_size) else DECODE_FP32, head_dim)
     return tile._replace(queries=min(tile.queries, max(16, 1 << (rows - 1).bit_length())))
 
 
 def backward_tiles(target: str, head_dim: int, element_size: int) -> tuple[Tile, Tile]:
     """The tiles of backward's dQ kernel, and of its dK and dV kernel."""
+    if element_size < 4 and (target, head_dim) in measured.BACKWARD:
+        of_queries, of_keys = measured.BACKWARD[target, head_dim]
+        return Tile(*of_queries), Tile(*of_keys)
     fp32 = BACKWARD_FP32_CDNA if target == "gfx942" else BACKWARD_FP32
     return _row(BACKWARD[target] if _tabled(target, element_size) else fp32, head_dim)
+
+
+def split_keys(target: str, head_dim: int) -> int:
+    """The fewest keys that a split of decode takes."""
+    return measured.SPLIT_KEYS.get((target, head_dim), SPLIT_KEYS)
+
+
+def decode_queries(target: str, head_dim: int) -> int:
+    """The most queries for which a dense call goes to decode, at most MAX_QUERIES."""
+    return measured.DECODE_QUERIES.get((target, head_dim), MAX_QUERIES)
 
 
 def _tabled(target: str, element_size: int) -> bool:

@@ -1,5 +1,6 @@
 """What measured numbers depend on."""
 
+import hashlib
 import platform
 import subprocess
 from pathlib import Path
@@ -18,7 +19,8 @@ def environment(device: torch.device, cpu: str) -> dict[str, str]:
     git = ("git", "-C", str(ROOT))
     driver = "none"
     if device.type == "cuda":
-        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
+        answer = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver = (answer.splitlines() or ["unknown"])[0]
     changes = _output(*git, "status", "--porcelain", "--untracked-files=no")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
@@ -33,6 +35,15 @@ def environment(device: torch.device, cpu: str) -> dict[str, str]:
         "commit": _output(*git, "rev-parse", "HEAD"),
         "dirty": changes if changes == "unknown" else str(bool(changes)).lower(),
     }
+
+
+def source_digest() -> str:
+    """A short hash of the Python files whose speed and results are measured: it also tells uncommitted changes apart."""
+    digest = hashlib.sha256()
+    for folder in ("kernels", "anchor", "integrations", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def processor() -> str:

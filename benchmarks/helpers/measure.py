@@ -20,6 +20,13 @@ FLUSH_BYTES = 2**28
 HEAD_START_CYCLES = 2_000_000
 MEMORY_SHARE = 0.4
 
+small = False  # the tiny sizes of a CPU on a GPU too, to see in a minute or two whether everything runs
+
+
+def full_size(device: torch.device) -> bool:
+    """Whether tasks have the sizes that are worth timing."""
+    return device.type == "cuda" and not small
+
 
 @dataclass(frozen=True)
 class Task:
@@ -55,7 +62,7 @@ class Shape:
     @property
     def flop(self) -> float:
         """Of the two products of the forward pass, over visible pairs only."""
-        pairs = self.keys * (self.keys + 1) / 2 if self.causal and self.queries > 1 else self.queries * self.keys
+        pairs = self.queries * (self.keys - (self.queries - 1) / 2 if self.causal else self.keys)
         return 4 * self.batch * self.query_heads * self.head_dim * pairs
 
     def visible_keys(self, query: int) -> int:
@@ -65,7 +72,8 @@ class Shape:
         """An empty row."""
         heads = f"B={self.batch} Hq={self.query_heads} Hkv={self.kv_heads} D={self.head_dim}"
         mask = ("causal " if self.causal else "full ") if self.queries > 1 else ""
-        case = f"{heads} {mask}N={self.keys}"
+        few = f"Nq={self.queries} " if 1 < self.queries < self.keys else ""
+        case = f"{heads} {mask}{few}N={self.keys}"
         return Row(
             section, case, contender, self.batch, self.query_heads, self.kv_heads, self.head_dim, self.causal,
             self.queries, self.keys,
@@ -171,7 +179,7 @@ def timed(row: Row, run: Callable[[], Any], work: float, unit: str, device: torc
     """
     if row.status != OK or device.type != "cuda":
         return row
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    flush = torch.empty(FLUSH_BYTES if full_size(device) else 1, dtype=torch.int8, device="cuda")
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times: list[float] = []
     wanted = LEAST_RUNS
@@ -192,7 +200,7 @@ def timed(row: Row, run: Callable[[], Any], work: float, unit: str, device: torc
 
 def ceiling_tasks(device: torch.device) -> Iterator[Task]:
     """A large bf16 matrix product (TFLOP/s) and a large copy on the device (bytes read plus written, TB/s)."""
-    size, length = (16384, 2**30) if device.type == "cuda" else (64, 2**10)
+    size, length = (16384, 2**30) if full_size(device) else (64, 2**10)
 
     def product(row: Row) -> Row:
         a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))

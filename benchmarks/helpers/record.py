@@ -7,8 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from benchmarks.helpers.decisions import CANDIDATE, decision_table
+
 OK, WRONG, FAILED, SKIPPED = "ok", "wrong", "failed", "skipped"
 TIME_BUDGET = "time budget"
+CHECKS = ("sanity", "model", "correctness")  # sections whose every row is a check of ours
+COMPILE = "compile"  # the section of rows that hold how long a step of compilation took
+SILENT, ENDED = "no answer within", "the process ended"  # how a reason begins where a task took its process with it
 
 
 @dataclass(frozen=True)
@@ -42,13 +47,22 @@ class Row:
     reason: str = ""
 
     @property
+    def key(self) -> tuple[str, str, str]:
+        return self.section, self.case, self.contender
+
+    @property
+    def died(self) -> bool:
+        """Whether the task hung or took its process with it."""
+        return self.status == FAILED and self.reason.startswith((SILENT, ENDED))
+
+    @property
     def ours(self) -> bool:
-        return self.section == "correctness" or self.contender.startswith("ours")
+        return self.section in CHECKS or self.contender.startswith("ours")
 
     @property
     def bad(self) -> bool:
         """Whether the row makes the run fail: ours and not right, or a correctness check that the budget cut off."""
-        cut = self.section == "correctness" and self.reason == TIME_BUDGET
+        cut = self.section in CHECKS and self.reason == TIME_BUDGET
         return self.ours and (self.status in (WRONG, FAILED) or cut)
 
     def line(self) -> str:
@@ -174,23 +188,32 @@ def write(out: Path, environment: dict[str, str], rows: list[Row]) -> None:
     texts = {"gpu_check.json": json.dumps(content, indent=1) + "\n", "gpu_check.csv": table.getvalue()}
     for name, text in (texts | {"summary.md": summary(environment, rows)}).items():
         # whole or not at all, whenever the run is interrupted
-        (out / f"{name}.new").write_text(text)
-        (out / f"{name}.new").replace(out / name)
+        new = out / f"{name}.new"
+        try:
+            new.write_text(text)
+            new.replace(out / name)
+        finally:
+            new.unlink(missing_ok=True)
 
 
 def summary(environment: dict[str, str], rows: list[Row]) -> str:
     """Markdown: the headlines, a table of rates for each section, what was not right, and what was not run."""
     parts = ["# GPU check", ", ".join(f"{name} {value}" for name, value in environment.items()), headline_table(rows)]
-    checks = [row for row in rows if row.section == "correctness"]
-    parts.append(f"Correctness: {sum(row.status == OK for row in checks)} of {len(checks)} checks passed.")
+    for section in CHECKS:
+        if checks := [row for row in rows if row.section == section]:
+            passed = sum(row.status == OK for row in checks)
+            parts.append(f"{section.capitalize()}: {passed} of {len(checks)} checks passed.")
     for row in rows:
         if row.section == "ceiling" and row.rate is not None:
             parts.append(f"Ceiling, {row.case}: {row.rate:.2f} {row.unit}.")
     for section in ("prefill", "decode", "backward", "scores"):
         timed = [row for row in rows if row.section == section and row.ms is not None]
+        timed = [row for row in timed if not row.contender.startswith(CANDIDATE)]
         if timed:
             unit = "ms" if section == "scores" else f"{timed[0].unit} (share of the ceiling)"
             parts.append(f"## {section}\n\n{unit}\n\n{_pivot(timed)}")
+    if settled := decision_table(environment, rows):
+        parts.append(f"## What this decides\n\n{settled}")
     for status in (WRONG, FAILED, SKIPPED):
         lines = [f"- {row.section}, {row.case}, {row.contender}: {row.reason}" for row in rows if row.status == status]
         if lines:

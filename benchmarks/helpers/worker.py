@@ -1,85 +1,156 @@
 """The process of gpu_check.py that touches the device: says its plan, then a row of JSON after each task."""
 
 import argparse
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import chain
+from typing import Any
 
 import torch
+from triton import knobs
 
+from benchmarks.attention.helpers.candidates import candidate_tasks
 from benchmarks.attention.helpers.checks import correctness
 from benchmarks.attention.helpers.contenders import attention_tasks
 from benchmarks.attention.helpers.gradients import backward_tasks
-from benchmarks.helpers.environment import environment
+from benchmarks.helpers import compilation, measure
+from benchmarks.helpers.channel import open_channel, say
+from benchmarks.helpers.decisions import CANDIDATE
+from benchmarks.helpers.environment import environment, source_digest
 from benchmarks.helpers.measure import Task, ceiling_tasks
 from benchmarks.helpers.record import FAILED, Row
 from benchmarks.scores.helpers.gpu_tasks import score_tasks
+from videoanchor_triton.kernels.dispatch import triton_target
 
 SECTIONS = {
     "ceiling": ceiling_tasks,
     "correctness": correctness,
-    "prefill": lambda device: attention_tasks("prefill", device),
-    "decode": lambda device: attention_tasks("decode", device),
-    "backward": backward_tasks,
+    "decode": lambda device: chain(attention_tasks("decode", device), candidate_tasks("decode", device)),
     "scores": score_tasks,
+    "prefill": lambda device: chain(attention_tasks("prefill", device), candidate_tasks("prefill", device)),
+    "backward": lambda device: chain(backward_tasks(device), candidate_tasks("backward", device)),
 }
+# What runs first. The checks of a section's kernels stand just before its times.
+GROUPS = ("ceiling", "sanity", "model", "decode", "scores", "prefill", "backward")
+CHECKED_BEFORE = {"decode": "decode", "cache": "decode", "backward": "backward", "varlen backward": "backward"}
+SLOWEST = "FlexAttention"  # compiled for each shape, one after the other
+PR_SET_PDEATHSIG = 1
+
+
+def place(task: Task) -> tuple[int, int, int, bool]:
+    """Where a task stands in the order: by whose kernel it is, important shapes first, then by group."""
+    row = task.row
+    # ours, what ours could be, what torch offers
+    if row.ours or row.section == "ceiling":
+        turn = 0
+    else:
+        turn = 1 if row.contender.startswith(CANDIDATE) else 3 if row.contender.startswith(SLOWEST) else 2
+    check = row.section == "correctness"
+    group = CHECKED_BEFORE.get(task.kernel, "prefill") if check else row.section
+    return turn, task.rank, GROUPS.index(group), not check
 
 
 def tasks(device: torch.device, sections: list[str]) -> list[Task]:
-    """All tasks in the order in which they run: by section, times by importance across the sections."""
-    chosen = [task for name, make in SECTIONS.items() if name in sections for task in make(device)]
-    return sorted(chosen, key=lambda task: task.rank)
+    """All tasks in the order in which they run."""
+    return sorted((task for name, make in SECTIONS.items() if name in sections for task in make(device)), key=place)
 
 
-def poisoned(failure: Exception) -> bool:
-    """Whether a failure leaves the process's GPU context unusable."""
-    text = str(failure)
-    return "out of memory" not in text and ("CUDA error" in text or "HIP error" in text)
+def with_compilation(planned: list[Task]) -> list[Task]:
+    """The tasks, with a task that compiles the kernels of ours before the first of each group and rank."""
+    steps: dict[tuple[int, int], list[Task]] = {}
+    for task in planned:
+        if task.row.ours and task.row.section in compilation.SECTIONS:
+            steps.setdefault(place(task)[1:3], []).append(task)
+    found: list[Task] = []
+    for task in planned:
+        where = place(task)[1:3]
+        if task.row.ours and where in steps:
+            rank, group = where
+            name = GROUPS[group] + ("", ", other shapes", ", largest shapes")[rank]
+            found.append(compilation.compile_task(name, steps.pop(where)))
+        found.append(task)
+    return found
 
 
-def run(planned: list[Task], deadline: float, broken: list[str]) -> Iterator[Row]:
-    """A row for each task until the deadline. A failure that poisons the process ends it, as a crash would."""
+def run(planned: list[Task], deadline: float, broken: set[str]) -> Iterator[Row]:
+    """A row for each task until the deadline. A failure that leaves the GPU unusable ends the process, as a crash."""
     for task in planned:
         if time.time() > deadline:
             return
         if task.kernel in broken:
             yield replace(task.row, status=FAILED, reason=f"not run: {task.kernel} hung or crashed before")
             continue
+        row = finished(task)
         try:
-            row = task.run(task.row)
+            # an error of the GPU's context stays, whoever words it, and would be held against the next kernel
+            synchronize()
         except Exception as failure:
-            line = (str(failure).strip().splitlines() or [""])[0]
-            row = replace(task.row, status=FAILED, reason=f"{type(failure).__name__}: {line}"[:200])
-            if poisoned(failure):
-                print(row.reason, file=sys.stderr, flush=True)
-                os._exit(1)
+            _end(row.reason or reason(failure))
         yield row
+
+
+def finished(task: Task) -> Row:
+    try:
+        return task.run(task.row)
+    except Exception as failure:
+        return replace(task.row, status=FAILED, reason=reason(failure))
+
+
+def reason(failure: Exception) -> str:
+    line = (str(failure).strip().splitlines() or [""])[0]
+    return f"{type(failure).__name__}: {line}"[:200]
+
+
+def synchronize() -> None:
+    for device in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(device)
+
+
+def _end(last_words: str) -> None:
+    try:
+        print(last_words, file=sys.stderr, flush=True)
+    finally:  # no clean-up: it would wait for the GPU
+        os._exit(1)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--deadline", type=float, required=True, help="seconds since the epoch")
-    parser.add_argument("--start", type=int, required=True, help="index of the first task to run")
     parser.add_argument("--sections", nargs="+", choices=tuple(SECTIONS), required=True)
-    parser.add_argument("--broken", nargs="*", default=[], help="kernels that are not to be run again")
+    parser.add_argument("--small", action="store_true", help="the sizes of a CPU on a GPU")
     options = parser.parse_args()
+    if sys.platform == "linux":  # a hung kernel must not outlive a killed gpu_check.py
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    open_channel()
+    order: dict[str, Any] = json.load(sys.stdin)
+    done, died = ({tuple(key) for key in order[name]} for name in ("done", "died"))
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("no GPU is visible; --device cpu runs the script in Triton's interpreter", file=sys.stderr)
         return 2
-    if device.type == "cpu":
+    if knobs.runtime.interpret:
         import interpreter_fixes
 
         interpreter_fixes.apply()
-    planned = tasks(device, options.sections)
-    plan = [{"row": asdict(task.row), "kernel": task.kernel} for task in planned]
-    print(json.dumps({"environment": environment(device, "cpu, Triton interpreter"), "plan": plan}), flush=True)
-    for row in run(planned[options.start :], options.deadline, options.broken):
-        print(json.dumps({"row": asdict(row)}), flush=True)
+    measure.small = options.small
+    known = tasks(device, options.sections)
+    planned = [task for task in known if task.row.key not in done]
+    if device.type == "cuda" and not knobs.runtime.interpret:
+        planned = [task for task in with_compilation(planned) if task.row.key not in done]
+    found = environment(device, "cpu, Triton interpreter")
+    found |= {"source": source_digest(), "sizes": "full" if measure.full_size(device) else "small"}
+    found["target"] = str(triton_target(device)[0])
+    say({"environment": found, "plan": [asdict(task.row) for task in planned]})
+    broken = {task.kernel for task in known if task.row.key in died}
+    for row in run(planned, options.deadline, broken):
+        say({"row": asdict(row)})
     return 0
 
 

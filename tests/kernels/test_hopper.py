@@ -13,7 +13,7 @@ import torch
 from gluon_emulator import Emulator, FaultError
 from oracle import Problem, assert_as_exact_as_eager
 
-from videoanchor_triton.kernels import hopper, hopper_kernel
+from videoanchor_triton.kernels import hopper, hopper_kernel, measured
 from videoanchor_triton.kernels.gates import expand_gate, pad_gate
 from videoanchor_triton.kernels.hopper import hopper_enabled, hopper_prefill, hopper_refusal
 from videoanchor_triton.kernels.tiles import Tile
@@ -320,7 +320,7 @@ def test_a_compiled_graph_may_ask(emulate: Any, monkeypatch: pytest.MonkeyPatch)
 
     @torch.compile(fullgraph=True, backend="eager")
     def accepted(x: torch.Tensor) -> torch.Tensor:
-        return x if hopper_enabled() and hopper_refusal(x, x, x, "sm_90") is None else x - x
+        return x if hopper_enabled(x.shape[-1]) and hopper_refusal(x, x, x, "sm_90") is None else x - x
 
     x = torch.randn(1, 1, 20, 72).to(BF16)[..., 4:68]
     assert torch.equal(accepted(x), x)
@@ -332,13 +332,16 @@ def test_a_compiled_graph_may_ask(emulate: Any, monkeypatch: pytest.MonkeyPatch)
 
 def test_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(hopper.SWITCH, raising=False)
-    assert hopper_enabled() is hopper.ON_BY_DEFAULT
+    assert not hopper_enabled(128)
+    monkeypatch.setitem(measured.HOPPER, ("sm_90", 64), True)
+    assert hopper_enabled(64)
+    assert not hopper_enabled(128)
     for setting, enabled in (("1", True), ("0", False)):
         monkeypatch.setenv(hopper.SWITCH, setting)
-        assert hopper_enabled() is enabled
+        assert hopper_enabled(64) is enabled
     monkeypatch.setenv(hopper.SWITCH, "yes")
     with pytest.raises(ValueError, match="VIDEOANCHOR_HOPPER must be 0 or 1, got 'yes'"):
-        hopper_enabled()
+        hopper_enabled(64)
 
 
 ON_GPU = """

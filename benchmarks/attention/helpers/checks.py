@@ -15,7 +15,7 @@ import videoanchor_triton as va
 from benchmarks.attention.helpers.cache_checks import cache_check, caches
 from benchmarks.attention.helpers.findings import Check, Finding, generator, gradient_finding, gradients, outcome
 from benchmarks.attention.helpers.packed_checks import gradient_check, packed_cases, packed_check
-from benchmarks.helpers.measure import Task, judged
+from benchmarks.helpers.measure import Task, full_size, judged
 from benchmarks.helpers.record import SKIPPED, Row
 from videoanchor_triton.kernels.hopper import gluon_refusal
 from videoanchor_triton.kernels.reference import reference_attention
@@ -27,7 +27,7 @@ HEAD_DIMS = (16, 32, 64, 80, 96, 256)
 
 def correctness(device: torch.device) -> Iterator[Task]:
     """All correctness tasks for a device: the problems are larger on a GPU."""
-    large = device.type == "cuda"
+    large = full_size(device)
     for problem in _problems(large):
         kernel = problem.name.split(",")[0]
         for gate_form in _forms(problem) if large else _forms(problem)[-1:]:

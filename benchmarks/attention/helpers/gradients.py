@@ -6,6 +6,7 @@ still compared.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import videoanchor_triton as va
 from benchmarks.attention.helpers.checks import gradient_finding
 from benchmarks.attention.helpers.contenders import HEADS, dense_mask
-from benchmarks.helpers.measure import Inputs, Shape, Task, judged, skip_for_memory, timed, with_peak
+from benchmarks.attention.helpers.settled import entry, key_of
+from benchmarks.helpers.measure import Inputs, Shape, Task, full_size, judged, skip_for_memory, timed, with_peak
 from benchmarks.helpers.record import Row
 from videoanchor_triton.kernels.reference import reference_attention
 from videoanchor_triton.kernels.tolerance import eager_attention
 
 BACKWARD_WORK = 3.5
-RANK = 3
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Trainer:
     """A forward pass that is differentiated in q, k, v and, if `gates`, in gamma_k and gamma_v.
 
     `make` prepares what is done once per forward pass of a model and returns the pass as a function of the leaves.
-    `quadratic` says that it holds tensors of Nq x Nk elements.
+    `quadratic` says that it holds tensors of Nq x Nk elements, `tiles` stand in BACKWARD of kernels/measured.py
+    meanwhile.
     """
 
     name: str
@@ -38,19 +40,20 @@ class Trainer:
     make: Callable[[Inputs], Callable[..., torch.Tensor]]
     gates: bool = False
     quadratic: bool = False
+    tiles: Any = None
 
 
 def backward_tasks(device: torch.device) -> Iterator[Task]:
     """One task for each contender and length."""
-    heads, head_dim, lengths = ((4, 2), 16, (40,)) if device.type != "cuda" else (HEADS[0], 128, (2048, 8192, 32768))
+    heads, head_dim, lengths = ((4, 2), 16, (40,)) if not full_size(device) else (HEADS[0], 128, (2048, 8192, 32768))
     for length in lengths:
         shape = Shape(1, *heads, head_dim, length, length, True)
         for trainer in TRAINERS:
             kernel = "backward" if trainer.name.startswith("ours") else trainer.name
-            yield Task(shape.row("backward", trainer.name), kernel, _measurement(shape, trainer, device), RANK)
+            yield Task(shape.row("backward", trainer.name), kernel, training(shape, trainer, device))
 
 
-def _measurement(shape: Shape, trainer: Trainer, device: torch.device) -> Callable[[Row], Row]:
+def training(shape: Shape, trainer: Trainer, device: torch.device) -> Callable[[Row], Row]:
     def measure(row: Row) -> Row:
         # the mask, two bool tensors while it is built, and a copy in the backward pass
         needed = 6.0 * shape.queries * shape.keys if trainer.quadratic else 0.0
@@ -63,7 +66,9 @@ def _measurement(shape: Shape, trainer: Trainer, device: torch.device) -> Callab
         forward = trainer.make(inputs)
 
         def run(upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return torch.autograd.grad(forward(*leaves), leaves, upstream)
+            key = key_of(device, shape.head_dim)
+            with nullcontext() if trainer.tiles is None else entry("BACKWARD", key, trainer.tiles):
+                return torch.autograd.grad(forward(*leaves), leaves, upstream)
 
         upstream = torch.randn_like(inputs.q)
         sparse = torch.zeros_like(upstream)

@@ -1,0 +1,84 @@
+"""What kernels/measured.py can hold: its tables, the values that are tried beside the present ones, and how to try one.
+
+A value is tried by putting it into its table while a contender runs, which is how it acts once it is written there.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from videoanchor_triton.kernels import measured
+from videoanchor_triton.kernels.dispatch import triton_target
+from videoanchor_triton.kernels.tiles import (
+    INTERPRETER,
+    MAX_QUERIES,
+    backward_tiles,
+    decode_tile,
+    prefill_tile,
+    split_keys,
+)
+
+Key = tuple[str, int]
+HALF = 2  # bytes of an element that the tables serve
+SPLIT_KEYS = (128, 256, 512, 1024)
+# query rows, keys, warps, stages; by target and head dim; all compile without a spill, with Triton 3.7.1
+PREFILL: dict[Key, list[tuple[int, ...]]] = {
+    (INTERPRETER, 16): [(16, 32, 4, 1)],
+}
+DECODE: dict[Key, list[tuple[int, ...]]] = {
+    (INTERPRETER, 16): [(32, 16, 4, 1)],
+}
+# of dQ, and of dK and dV
+BACKWARD: dict[Key, tuple[list[tuple[int, ...]], list[tuple[int, ...]]]] = {
+    (INTERPRETER, 16): ([(16, 32, 4, 1)], [(32, 16, 4, 1)]),
+}
+
+
+def key_of(device: torch.device, head_dim: int) -> Key:
+    """The tables' key for a device that the kernels run on."""
+    target, reason = triton_target(device)
+    if target is None:
+        raise RuntimeError(f"the Triton kernels cannot run here: {reason}")
+    return target, head_dim
+
+
+@contextmanager
+def entry(table: str, key: Key, value: Any) -> Iterator[None]:
+    """`value` stands under `key` in a table of kernels/measured.py meanwhile."""
+    entries = getattr(measured, table)
+    before = dict(entries)
+    entries[key] = value
+    try:
+        yield
+    finally:
+        entries.clear()
+        entries.update(before)
+
+
+def present(table: str, key: Key) -> Any:
+    """What holds under a key now, by the table or by the rule that consults it."""
+    target, head_dim = key
+    if table == "PREFILL":
+        return tuple(prefill_tile(target, head_dim, HALF))
+    if table == "DECODE":
+        return tuple(decode_tile(target, head_dim, HALF, rows=2**20))
+    if table == "BACKWARD":
+        return tuple(tuple(tile) for tile in backward_tiles(target, head_dim, HALF))
+    if table == "SPLIT_KEYS":
+        return split_keys(target, head_dim)
+    return getattr(measured, table).get(key, MAX_QUERIES if table == "DECODE_QUERIES" else False)
+
+
+def values(table: str, key: Key) -> list[Any]:
+    """What is tried under a key, the present value left out; of backward's two tiles one is changed at a time."""
+    now = present(table, key)
+    if table == "BACKWARD":
+        of_queries, of_keys = BACKWARD.get(key, ([], []))
+        tried: list[Any] = [(tile, now[1]) for tile in of_queries] + [(now[0], tile) for tile in of_keys]
+    elif table == "SPLIT_KEYS":
+        tried = list(SPLIT_KEYS)
+    else:
+        tried = {"PREFILL": PREFILL, "DECODE": DECODE}[table].get(key, [])
+    return [value for value in tried if value != now]
