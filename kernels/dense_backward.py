@@ -159,6 +159,17 @@ def prepared(x: Operands, dtype: torch.dtype) -> Operands:
     return x._replace(**{name: getattr(x, name).to(dtype) for name in names})
 
 
+def _scores(x: Operands, masks: Masks) -> tuple[torch.Tensor, ...]:
+    """P, <dO, V>, and the gradients of the logits with their gate and of the products, (B, Hkv, G, M, J)."""
+    weights, slope = _weights(x, masks)
+    # what no weight reaches may hold anything
+    unseen = weights == 0
+    d_weights = torch.einsum("bhgmd,bhjd->bhgmj", x.d_out, x.v).masked_fill(unseen, 0)
+    d_logits = weights * (x.gamma_v[:, :, None, None] * d_weights - x.delta[..., None])
+    d_logits = d_logits.masked_fill(unseen, 0)
+    return weights, d_weights, d_logits, d_logits * slope
+
+
 def _rounded_where_held(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     low = rounded(x, dtype)
     return torch.where(low.isfinite(), low, x)
@@ -169,20 +180,28 @@ def block_gradients(x: Operands, masks: Masks, eager: torch.dtype | None = None)
 
     `eager` rounds P and dS to a dtype before they are multiplied, as the eager form does.
     """
-    weights, slope = _weights(x, masks)
-    d_weights = torch.einsum("bhgmd,bhjd->bhgmj", x.d_out, x.v)
-    gain = x.gamma_v[:, :, None, None]
-    d_logits = (weights * (gain * d_weights - x.delta[..., None])).masked_fill(weights == 0, 0)
-    d_gamma_v = (weights * d_weights).masked_fill(weights == 0, 0).sum((2, 3))
-    d_log_gamma_k, d_products = d_logits.sum((2, 3)), d_logits * slope
+    weights, d_weights, d_logits, d_products = _scores(x, masks)
     if eager is not None:
         weights, d_products = (_rounded_where_held(y, eager) for y in (weights, d_products))
     return Gradients(
         torch.einsum("bhgmj,bhjd->bhgmd", d_products, x.k) * masks.scale,
         torch.einsum("bhgmj,bhgmd->bhjd", d_products, x.q) * masks.scale,
         torch.einsum("bhgmj,bhgmd->bhjd", weights, x.d_out) * x.gamma_v[..., None],
-        d_log_gamma_k,
-        d_gamma_v,
+        d_logits.sum((2, 3)),
+        (weights * d_weights).sum((2, 3)),
+    )
+
+
+def block_squares(x: Operands, masks: Masks) -> Gradients:
+    """The sums of `block_gradients` whose terms are rounded to the operands' dtype, of the squares of their terms."""
+    squares = [y.square() for y in _scores(x, masks)]
+    weights, d_weights, d_logits, d_products = squares
+    return Gradients(
+        torch.einsum("bhgmj,bhjd->bhgmd", d_products, x.k.square()) * masks.scale**2,
+        torch.einsum("bhgmj,bhgmd->bhjd", d_products, x.q.square()) * masks.scale**2,
+        torch.einsum("bhgmj,bhgmd->bhjd", weights, x.d_out.square()) * x.gamma_v.square()[..., None],
+        torch.zeros_like(d_logits[:, :, 0, 0]),
+        (weights * d_weights).sum((2, 3)),
     )
 
 

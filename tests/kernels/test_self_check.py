@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle import Problem
 
-from videoanchor_triton.kernels import ops, self_check
+from videoanchor_triton.kernels import ops, self_check, validation
 from videoanchor_triton.kernels.api import anchored_attention, anchored_attention_varlen
 from videoanchor_triton.kernels.api_cache import anchored_attention_decode
 
@@ -192,3 +192,93 @@ def test_a_wrong_kernel_is_found_and_answered_for(
         close = 1e-4 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(mine, theirs, rtol=close, atol=close * theirs.abs().max().item())
         assert torch.equal(mine, again)
+
+
+@pytest.mark.parametrize("kind", ["cache", "pages"])
+def test_a_length_beyond_the_cache_is_not_the_kernels_fault(
+    kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, verdicts: Verdicts
+) -> None:
+    monkeypatch.setattr(validation, "values_are_free", lambda _: False)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 1, n, 16, generator=generator).to(device) for n in (1, 32))
+    lengths = torch.tensor([40, 9], dtype=torch.int32, device=device)
+    table = None if kind == "cache" else torch.tensor([[0, 1], [2, 3]], dtype=torch.int32, device=device)
+    k = k if table is None else k.view(4, 1, 16, 16)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", WRONG)
+        out = anchored_attention_decode(q, k, k, lengths, table, backend="triton")
+    assert isinstance(out, torch.Tensor)
+    assert out[0].isnan().all()
+    assert list(verdicts.values()) == [True]
+
+
+def test_threads_that_call_first_at_once_warn_once(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = problem_of("decode", torch.float32, device)
+    expected, together = call("sdpa"), threading.Barrier(3)
+    compare = ops.dense_error
+
+    def at_once(*args: Any) -> torch.Tensor:
+        together.wait(30)
+        return compare(*args)
+
+    monkeypatch.setattr(ops, "dense_error", at_once)
+    plant("decode", FAULTS["2% off"], monkeypatch)
+    found: list[Tensors] = []
+    threads = [threading.Thread(target=lambda: found.append(call("triton"))) for _ in range(3)]
+    with pytest.warns(RuntimeWarning, match=WRONG) as told:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len([w for w in told if WRONG in str(w.message)]) == 1
+    assert len(found) == 3
+    for out, _ in found:
+        torch.testing.assert_close(out, expected[0])
+
+
+@pytest.mark.parametrize(
+    ("setting", "checks"), [("off", 0), ("first", 1), ("always", 3), (None, 1), ("shown right", 0)]
+)
+def test_how_often_a_call_is_checked(
+    setting: str | None, checks: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(self_check.SWITCH)
+    if setting == "shown right":
+        monkeypatch.setattr(self_check, "SHOWN_RIGHT", {self_check._card(device)})
+    elif setting is not None:
+        monkeypatch.setenv(self_check.SWITCH, setting)
+    asked: list[str] = []
+    compare = ops.dense_error
+    monkeypatch.setattr(ops, "dense_error", lambda *args: (asked.append("dense"), compare(*args))[1])
+    call = problem_of("decode", torch.float32, device)
+    for _ in range(3):
+        call("triton")
+    assert len(asked) == checks
+
+
+def test_a_setting_that_does_not_exist(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(self_check.SWITCH, "on")
+    with pytest.raises(ValueError, match="VIDEOANCHOR_SELF_CHECK must be first, off or always, got 'on'"):
+        problem_of("decode", torch.float32, device)("triton")
+
+
+def test_a_call_that_shows_nothing_leaves_the_next_one_to_be_checked(device: torch.device, verdicts: Verdicts) -> None:
+    q, k = torch.zeros(1, 1, 1, 16, device=device), torch.randn(1, 1, 20, 16, device=device)
+    anchored_attention(q, k, torch.zeros_like(k), backend="triton")
+    assert not verdicts
+    anchored_attention(q, k, k, backend="triton")
+    assert list(verdicts.values()) == [True]
+
+
+def test_a_wrong_kernel_is_answered_for_in_a_compiled_graph(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
+    call = problem_of("decode", torch.float32, device)
+    launches = plant("decode", FAULTS["2% off"], monkeypatch)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match=WRONG):
+        found = compiled("triton"), compiled("triton")
+    for out, lse in found:
+        torch.testing.assert_close([out, lse], call("sdpa"))
+    assert len(launches) == 1
