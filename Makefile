@@ -8,13 +8,16 @@ DEFINES_ENVIRONMENTS := pyproject.toml constraints.txt tools/repair_torchvision.
 
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: demo test test-all test-lmms lint docs clean
+.PHONY: demo test test-all test-cuda test-lmms lint docs clean
 
 demo: $(INSTALLED)  ## the whole pipeline on a clip and a model made on the spot; pictures in $(OUT)
 	$(BIN)/videoanchor demo --out $(OUT)
 
 test: $(INSTALLED)  ## the suite, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-cuda: $(INSTALLED)  ## what runs on an emulated CUDA card: kernels, scores, drop-in, commands, Triton's launch path
+	PYTHONPATH=tests $(BIN)/python -m pytest -p emulated_cuda.plugin -n 2 --dist loadfile tests/emulated_cuda tests/kernels
 
 test-all: test .venv-4.57/.installed $(TRITONS:%=.venv-triton-%/.installed)  ## the suite, then the integrations on the oldest supported transformers and the kernels on other Tritons
 	.venv-4.57/bin/python -m pytest -n 2 --dist loadfile tests/integrations tests/app

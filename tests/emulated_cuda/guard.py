@@ -32,12 +32,12 @@ def load() -> ctypes.CDLL:
         )
     if "torch" in sys.modules:
         raise NotEmulatedError("load the emulated card before torch: torch asks once whether CUDA is there", fault=True)
-    if shutil.which("g++") is None:
-        raise NotEmulatedError("the emulated card needs a C++ compiler: install g++", fault=True)
     source = Path(__file__).with_name("guard.cpp")
     tag = zlib.crc32(source.read_bytes() + (torch / "version.py").read_bytes() + bytes(torch))
     library = Path(tempfile.gettempdir()) / f"emulated-cuda-{tag:08x}.so"
     if not library.exists():
+        if shutil.which("g++") is None:
+            raise NotEmulatedError("the emulated card needs a C++ compiler: install g++", fault=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder, library.name)
             command = ["g++", "-std=c++20", "-O0", "-shared", "-fPIC", f"-I{torch}/include", str(source)]

@@ -7,6 +7,7 @@ import pytest
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
+from . import kernels_suite
 from .guard import NotEmulatedError
 
 try:
@@ -25,6 +26,15 @@ def pytest_configure() -> None:
 
     interpreter_fixes.apply()
     CARD.__enter__()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if kernels_suite.left_out(item)]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+    for item in items:
+        if reason := kernels_suite.reason_to_skip(item):
+            item.add_marker(pytest.mark.skip(reason=f"the emulated card has no {reason}"))
 
 
 def pytest_unconfigure() -> None:

@@ -34,6 +34,7 @@ FORMS = {
 def test_each_launch_is_bound_and_compiled_without_a_wait(target: str, precisions: list[str]) -> None:
     """Shared memory, the grid and the device of each tensor are held where it would be launched: else it raises."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     program = [sys.executable, "-m", "emulated_cuda.launch_path", target, *precisions]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
