@@ -69,7 +69,7 @@ def _strike_off(variant: Variant, device: torch.device, worst: float) -> None:
         warnings.warn(
             f"a Triton kernel gave wrong results on {card} with Triton {version}, {worst:.3g} times the error allowed: "
             f"{' '.join(map(str, variant))}; it is not used again in this process, and torch's SDPA answers instead. "
-            f"run `videoanchor check` and report what it prints",
+            f"Run `videoanchor check` and report what it prints",
             RuntimeWarning,
             stacklevel=2,
         )
