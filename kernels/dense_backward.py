@@ -112,9 +112,10 @@ def operands(
         return gamma if key_padding_mask is None else gamma.masked_fill(~present[:, None], 1)
 
     delta = torch.linalg.vecdot(out.double(), d_out.double()) - d_lse
-    grouped = (x.unflatten(1, (kv_heads, -1)) for x in (q, d_out, lse, delta))
-    of_q, of_k = _places(q.shape[2], keys, cu_seqlens_q, cu_seqlens_k, q.device)
-    return Operands(*grouped, *of_q, k, v, gate(gamma_k), gate(gamma_v), present, *of_k)
+    q, d_out, lse, delta = (x.unflatten(1, (kv_heads, -1)) for x in (q, d_out, lse, delta))
+    (sequence_q, position_q), (sequence_k, position_k) = _places(q.shape[3], keys, cu_seqlens_q, cu_seqlens_k, q.device)
+    of_q = q, d_out, lse, delta, sequence_q, position_q
+    return Operands(*of_q, k, v, gate(gamma_k), gate(gamma_v), present, sequence_k, position_k)
 
 
 def _places(

@@ -186,9 +186,11 @@ def varlen_op(
     offsets, gates = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()), (gamma_k, gamma_v)
 
     def launch() -> None:
+        heads_first = _packed_rows(q), _packed_rows(k), _packed_rows(v)
         prefill(
-            *(_packed_rows(x) for x in tensors),
-            *(_packed_gate(gate) for gate in gates),
+            *heads_first,
+            _packed_gate(gamma_k),
+            _packed_gate(gamma_v),
             None,
             _packed_rows(out),
             lse.T[None],

@@ -78,10 +78,10 @@ def dense_error(
     errors = []
     for b, h in places((batch, query_heads)):
         kv = h * kv_heads // query_heads
-        gates = (of_head(gate, b, kv, (batch, kv_heads, keys)) for gate in (gamma_k, gamma_v))
+        gate_k, gate_v = (of_head(gate, b, kv, (batch, kv_heads, keys)) for gate in (gamma_k, gamma_v))
         present = torch.ones_like(key, dtype=torch.bool) if key_padding_mask is None else key_padding_mask[b]
         visible = seen_from(rows + keys - queries, key, present, masks.causal, masks.window)
-        chosen = Rows(q[b, h, rows], k[b, kv], v[b, kv], *gates, present, visible)
+        chosen = Rows(q[b, h, rows], k[b, kv], v[b, kv], gate_k, gate_v, present, visible)
         errors += _errors(chosen, out[b, h, rows], lse[b, h, rows], masks)
     return torch.stack(errors).amax()
 
@@ -116,8 +116,8 @@ def packed_error(
         key = torch.arange(keys, device=q.device) - first
         present = (key >= 0) & (key < last - first)
         visible = seen_from(row + (last - first) - length, key, present, masks.causal, masks.window)
-        gates = (gate if gate is None or gate.dim() == 1 else gate[:, kv] for gate in (gamma_k, gamma_v))
-        chosen = Rows(q[rows, h], k[:, kv], v[:, kv], *gates, present, visible)
+        gate_k, gate_v = (x if x is None or x.dim() == 1 else x[:, kv] for x in (gamma_k, gamma_v))
+        chosen = Rows(q[rows, h], k[:, kv], v[:, kv], gate_k, gate_v, present, visible)
         errors += _errors(chosen, out[rows, h], lse[rows, h], masks, counted)
     return torch.stack(errors).amax()
 
@@ -153,13 +153,13 @@ def cache_error(
             gate if gate is None else pad_gate(expand_gate(gate, batch, kv_heads)[:, kv], capacity)
             for gate in (gamma_k, gamma_v)
         )
-        gates = (gate if gate is None else gate.index_select(0, entry)[0] for gate in gates)
+        gate_k, gate_v = (x if x is None else x.index_select(0, entry)[0] for x in gates)
         position = (torch.arange(queries, device=q.device) + length - queries).repeat(query_heads // kv_heads)
         visible = seen_from(position, key, present, masks.causal, masks.window)
         group = slice(kv * query_heads // kv_heads, (kv + 1) * query_heads // kv_heads)
         of_q, of_out, of_lse = (x[:, group].index_select(0, entry)[0].flatten(0, 1) for x in (q, out, lse))
         counted = ((length >= 0) & (length <= capacity)).expand_as(of_lse)
-        errors += _errors(Rows(of_q, k, v, *gates, present, visible), of_out, of_lse, masks, counted)
+        errors += _errors(Rows(of_q, k, v, gate_k, gate_v, present, visible), of_out, of_lse, masks, counted)
     return torch.stack(errors).amax()
 
 

@@ -1,6 +1,7 @@
 """How far a few rows of the gradients are off: rows of dQ of a few heads, keys of dK, dV and the gates of all heads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import reduce
 
 import torch
 
@@ -57,9 +58,9 @@ def _forms(dtype: torch.dtype) -> list[Form]:
     return [block_gradients, eager, block_roundings, block_squares]
 
 
-def _sum(form: Form, blocks: object, masks: Masks) -> Gradients:
+def _sum(form: Form, blocks: Iterable[Operands], masks: Masks) -> Gradients:
     total = None
-    for block in blocks:  # pyright: ignore[reportGeneralTypeIssues]
+    for block in blocks:
         part = form(block, masks)
         # queries differ from block to block, keys do not
         total = part if total is None else Gradients(part.q, *(a + b for a, b in zip(total[1:], part[1:], strict=True)))
@@ -73,10 +74,13 @@ def _queries_error(x: Operands, rows: torch.Tensor, masks: Masks, d_q: torch.Ten
     for b, h in places((x.k.shape[0], x.k.shape[1])):
         head = x.head(b, h).queries(rows)
         parts = [head.keys(slice(i, i + DENSE_KEYS)) for i in range(0, x.k.shape[2], DENSE_KEYS)]
-        totals = [sum(form(prepared(part, torch.float64), masks).q for part in parts) for form in _forms(d_q.dtype)]
+        sums = (
+            reduce(torch.add, (form(prepared(part, torch.float64), masks).q for part in parts))
+            for form in _forms(d_q.dtype)
+        )
         mine = d_q[b : b + 1, h : h + 1, :, rows]
         errors.append(
-            worst_error(mine, _expected(totals, mine.dtype, mine.dtype), torch.ones_like(mine, dtype=torch.bool))
+            worst_error(mine, _expected(list(sums), mine.dtype, mine.dtype), torch.ones_like(mine, dtype=torch.bool))
         )
     return torch.stack(errors).amax()
 

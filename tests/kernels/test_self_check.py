@@ -111,7 +111,9 @@ def problem_of(kind: str, dtype: torch.dtype, device: torch.device) -> Callable[
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    gates = {name: 1 + torch.rand(80, generator=generator).to(device) for name in ("gamma_k", "gamma_v")}
+    gates: dict[str, Any] = {
+        name: 1 + torch.rand(80, generator=generator).to(device) for name in ("gamma_k", "gamma_v")
+    }
     if kind in ("prefill", "decode", "backward"):
         q, k, v = draw(2, 2, 3 if kind == "decode" else 34, 16), draw(2, 1, 80, 16), draw(2, 1, 80, 16)
         if kind == "backward":
@@ -162,7 +164,7 @@ def plant(kind: str, fault: Callable[[torch.Tensor], Any], patch: pytest.MonkeyP
         if found is None:  # forward: out is the seventh argument
             fault(args[6])
             return None
-        spoilt = [x if x is None else x.clone() for x in found]
+        spoilt: list[Any] = [x if x is None else x.clone() for x in found]
         for x in spoilt[:3]:
             fault(x)
         return tuple(spoilt)
