@@ -283,8 +283,8 @@ def anchored_attention_varlen(
     validation.check_packed_gate("gamma_q", gamma_q, *q.shape[:2])
     gamma_k, gamma_v, gamma_q = (fitted_gate(gate, q.dtype) for gate in (gamma_k, gamma_v, gamma_q))
     if validation.values_are_free(q):
-        validation.check_offset_values("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-        validation.check_offset_values("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+        tokens, longest = (q.shape[0], k.shape[0]), (max_seqlen_q, max_seqlen_k)
+        validation.check_offset_values(cu_seqlens_q, cu_seqlens_k, tokens, longest)
         validation.check_values(gamma_k, gamma_v, gamma_q, gate_form)
 
     post_exp = gate_form == "post-exp"

@@ -62,8 +62,9 @@ def anchored_attention_decode(
 ) -> torch.Tensor | Outputs:
     """`anchored_attention` of the last 1 to 16 queries of each sequence over a cache, contiguous or paged.
 
-    On "triton" nothing is read on the host, so that a CUDA graph can hold the call while lengths, pages and gates
-    change. Not differentiable there. Arguments that are not named here mean what they mean in `anchored_attention`.
+    On "triton" nothing is read on the host, but for the verdict on a first call (VIDEOANCHOR_SELF_CHECK), so that a
+    CUDA graph can hold the call while lengths, pages and gates change. Not differentiable there. Arguments that are
+    not named here mean what they mean in `anchored_attention`.
 
     Args:
         q: (B, Hq, Nq, D), floating, Nq from 1 to 16 (more than 1 for speculative decoding).

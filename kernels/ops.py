@@ -6,10 +6,15 @@ import torch
 
 from .backward import backward
 from .decode import decode
-from .dispatch import triton_target
+from .dense_backward import dense_backward, operands
+from .dispatch import torch_backend, triton_target
 from .hopper import hopper_prefill
 from .prefill import prefill
 from .prescale import prescale
+from .sampled import Masks, cache_error, dense_error, packed_error
+from .sampled_backward import backward_error
+from .self_check import Variant, self_checked
+from .sequences import decode_by_sequence, varlen_by_sequence
 from .tiles import decode_queries
 
 MAX_ROW_STRIDE = 2**23
@@ -69,6 +74,40 @@ def _target(q: torch.Tensor) -> str:
     return target
 
 
+def _variant(
+    kernel: str,
+    q: torch.Tensor,
+    gates: tuple[torch.Tensor | None, torch.Tensor | None],
+    masks: Masks,
+    *rest: int | bool,
+) -> Variant:
+    """What Triton compiles anew for, and tiles are chosen by."""
+    gamma_k, gamma_v = gates
+    return (
+        kernel,
+        q.device,
+        q.dtype,
+        f"D{q.shape[-1]}",
+        None if gamma_k is None else (gamma_k.dtype, gamma_k.dim()),
+        None if gamma_v is None else (gamma_v.dtype, gamma_v.dim()),
+        masks.causal,
+        masks.window is not None,
+        masks.softcap is not None,
+        *rest,
+    )
+
+
+def _decode_rows(q: torch.Tensor, k: torch.Tensor) -> tuple[bool, int]:
+    """Whether several queries are packed into a tile, and what its rows are rounded up to (decode_tile)."""
+    rows = q.shape[2] * q.shape[1] // k.shape[1]
+    return q.shape[2] > 1, min(max(16, 1 << (rows - 1).bit_length()), 64)
+
+
+def _fill(results: Outputs, answers: Outputs) -> None:
+    for result, answer in zip(results, answers, strict=True):
+        result.copy_(answer)
+
+
 @torch.library.custom_op("videoanchor::anchored_attention", mutates_args=())
 def anchored_attention_op(
     q: torch.Tensor,
@@ -91,17 +130,27 @@ def anchored_attention_op(
     if not hopper:
         q, k, v = _rows(q), _rows(k), _rows(v)
     gamma_k, gamma_v, key_padding_mask = (_gate_rows(x) for x in (gamma_k, gamma_v, key_padding_mask))
-    target = _target(q)
-    with torch.cuda.device_of(q):
+    tensors = q, k, v, gamma_k, gamma_v, key_padding_mask
+    masks, target = Masks(scale, causal, window, softcap), _target(q)
+    small = q.shape[2] <= decode_queries(target, q.shape[-1])
+    kernel = "hopper" if hopper else "decode" if small else "prefill"
+
+    def launch() -> None:
         if hopper:
-            form, v, gate, _ = prescale(v, gamma_k, gamma_v, None, post_exp)
-            hopper_prefill(q, k, v, gate, out, lse, scale, causal, form)
-        elif q.shape[2] <= decode_queries(target, q.shape[-1]):
-            decode(q, k, v, gamma_k, gamma_v, key_padding_mask, out, lse, scale, causal, window, softcap, target)
+            form, gated, gate, _ = prescale(v, gamma_k, gamma_v, None, post_exp)
+            hopper_prefill(q, k, gated, gate, out, lse, scale, causal, form)
+        elif small:
+            decode(*tensors, out, lse, *masks, target)
         else:
-            prefill(
-                q, k, v, gamma_k, gamma_v, key_padding_mask, out, lse, scale, causal, window, softcap, post_exp, target
-            )
+            prefill(*tensors, out, lse, *masks, post_exp, target)
+
+    def answer() -> None:
+        _fill((out, lse), torch_backend("sdpa", *masks, post_exp, True)(*tensors))
+
+    form = _decode_rows(q, k) if kernel == "decode" else (post_exp,)
+    variant = _variant(kernel, q, (gamma_k, gamma_v), masks, key_padding_mask is not None, *form)
+    with torch.cuda.device_of(q):
+        self_checked(variant, q.device, launch, lambda: dense_error(*tensors, out, lse, masks), answer)
     return out, lse
 
 
@@ -118,7 +167,7 @@ def varlen_op(
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
     max_seqlen_q: int,
-    max_seqlen_k: int,  # noqa: ARG001 (for the backward)
+    max_seqlen_k: int,
     gamma_k: torch.Tensor | None,
     gamma_v: torch.Tensor | None,
     scale: float,
@@ -133,21 +182,36 @@ def varlen_op(
     out.zero_(), lse.fill_(float("-inf"))
     if out.numel() == 0 or k.shape[0] == 0:
         return out, lse
-    with torch.cuda.device_of(q):
+    tensors, masks, target = (q, k, v), Masks(scale, causal, window, softcap), _target(q)
+    offsets, gates = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()), (gamma_k, gamma_v)
+
+    def launch() -> None:
+        heads_first = _packed_rows(q), _packed_rows(k), _packed_rows(v)
         prefill(
-            *(_packed_rows(x) for x in (q, k, v)),
+            *heads_first,
             _packed_gate(gamma_k),
             _packed_gate(gamma_v),
             None,
             _packed_rows(out),
             lse.T[None],
-            scale,
-            causal,
-            window,
-            softcap,
+            *masks,
             post_exp,
-            _target(q),
-            cu_seqlens=(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q),
+            target,
+            cu_seqlens=(*offsets, max_seqlen_q),
+        )
+
+    def answer() -> None:
+        attend = torch_backend("sdpa", *masks, post_exp, True)
+        _fill((out, lse), varlen_by_sequence(attend, *tensors, *offsets, max_seqlen_q, max_seqlen_k, *gates))
+
+    with torch.cuda.device_of(q):
+        self_checked(
+            _variant("packed", q, gates, masks, post_exp),
+            q.device,
+            launch,
+            lambda: packed_error(*tensors, *offsets, max_seqlen_q, *gates, out, lse, masks),
+            answer,
+            "it reads cu_seqlens on the host",
         )
     return out, lse
 
@@ -176,23 +240,26 @@ def decode_op(
     if out.numel() == 0 or k_cache.shape[2] == 0 or (block_table is not None and block_table.shape[1] == 0):
         return out.zero_(), lse.fill_(float("-inf"))
     gamma_k, gamma_v, block_table = (_gate_rows(x) for x in (gamma_k, gamma_v, block_table))
+    tensors = _rows(q), _cache_rows("k_cache", k_cache), _cache_rows("v_cache", v_cache)
+    cache, gates = (cache_seqlens.contiguous(), block_table), (gamma_k, gamma_v)
+    masks, target = Masks(scale, causal, window, softcap), _target(q)
+
+    def launch() -> None:
+        decode(*tensors, *gates, None, out, lse, *masks, target, *cache)
+
+    def answer() -> None:
+        attend = torch_backend("sdpa", *masks, False, True)
+        _fill((out, lse), decode_by_sequence(attend, *tensors, *cache, *gates))
+
+    page = 0 if block_table is None else k_cache.shape[2]
     with torch.cuda.device_of(q):
-        decode(
-            _rows(q),
-            _cache_rows("k_cache", k_cache),
-            _cache_rows("v_cache", v_cache),
-            gamma_k,
-            gamma_v,
-            None,
-            out,
-            lse,
-            scale,
-            causal,
-            window,
-            softcap,
-            _target(q),
-            cache_seqlens=cache_seqlens.contiguous(),
-            block_table=block_table,
+        self_checked(
+            _variant("cache", q, gates, masks, page, *_decode_rows(q, k_cache)),
+            q.device,
+            launch,
+            lambda: cache_error(*tensors, *cache, *gates, out, lse, masks),
+            answer,
+            "it reads cache_seqlens on the host",
         )
     return out, lse
 
@@ -225,28 +292,28 @@ def backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v (contiguous, in their dtypes) and of the gates (fp32, empty where there is no gate)."""
     q, k, v = (_rows(x) if cu_seqlens_q is None else _packed_rows(x)[0].transpose(0, 1) for x in (q, k, v))
+    masks, target = Masks(scale, causal, window, softcap), _target(q)
+    tensors = q, k, v, gamma_k, gamma_v, key_padding_mask, out, lse, d_out, d_lse
+    offsets, packed = (cu_seqlens_q, cu_seqlens_k), cu_seqlens_q is not None
+    grads: tuple[torch.Tensor | None, ...] = ()
+
+    def launch() -> None:
+        nonlocal grads
+        grads = backward(*tensors, *masks, target, *offsets, max_seqlen_q, max_seqlen_k)
+
+    def compare() -> torch.Tensor:
+        return backward_error(operands(*tensors, *offsets), gamma_k, gamma_v, masks, offsets, max_seqlen_k, grads)
+
+    def answer() -> None:
+        nonlocal grads
+        grads = dense_backward(operands(*tensors, *offsets), gamma_k, gamma_v, masks, packed)
+
+    variant = _variant("backward", q, (gamma_k, gamma_v), masks, key_padding_mask is not None, packed)
     with torch.cuda.device_of(q):
-        grads = backward(
-            q,
-            k,
-            v,
-            gamma_k,
-            gamma_v,
-            key_padding_mask,
-            out,
-            lse,
-            d_out,
-            d_lse,
-            scale,
-            causal,
-            window,
-            softcap,
-            _target(q),
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-        )
+        if q.numel() == 0 or k.numel() == 0:
+            launch()
+        else:
+            self_checked(variant, q.device, launch, compare, answer)
     d_q, d_k, d_v, d_gamma_k, d_gamma_v = (q.new_empty(0, dtype=torch.float32) if x is None else x for x in grads)
     return d_q, d_k, d_v, d_gamma_k, d_gamma_v
 

@@ -46,8 +46,8 @@ def varlen_by_sequence(
         ValueError: cu_seqlens do not run from 0 to the number of tokens, or decrease, or a sequence is longer than the
             longest named.
     """
-    bounds_q = pairwise(check_offset_values("q", cu_seqlens_q, q.shape[0], max_seqlen_q))
-    bounds_k = pairwise(check_offset_values("k", cu_seqlens_k, k.shape[0], max_seqlen_k))
+    tokens, longest = (q.shape[0], k.shape[0]), (max_seqlen_q, max_seqlen_k)
+    bounds_q, bounds_k = map(pairwise, check_offset_values(cu_seqlens_q, cu_seqlens_k, tokens, longest))
 
     # an empty part first: nothing else is there to concatenate when there is no sequence
     outs, lses = [q[:0]], [q.new_empty((0, q.shape[1]), dtype=torch.float32)]

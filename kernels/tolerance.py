@@ -6,7 +6,7 @@ and what fp32 rounds within (`fp32_roundings`): an eager form that was lucky, or
 a right result wrong. It is about 1% of a bf16 result's largest element, and less in every other dtype.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +15,7 @@ from .reference import reference_attention
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Result = tuple[torch.Tensor, torch.Tensor]
+Size = TypeVar("Size", float, torch.Tensor)
 
 
 class Scores(torch.autograd.Function):
@@ -129,7 +130,12 @@ def allowed_error(exact: torch.Tensor, eager_error: float, dtype: torch.dtype, i
     rounding to fp32 within the computation moves it by (the largest of `fp32_roundings`). A rounding of x is at most
     eps / 2 * |x|.
     """
-    return 2 * eager_error + torch.finfo(dtype).eps / 2 * largest(exact) + inside
+    return allowance(eager_error, largest(exact), dtype, inside)
+
+
+def allowance(eager_error: Size, largest: Size, dtype: torch.dtype, inside: Size) -> Size:
+    """The rule of `allowed_error` for sizes that are there: numbers, or tensors that stay where they are."""
+    return 2 * eager_error + torch.finfo(dtype).eps / 2 * largest + inside
 
 
 def compare_results(found: Result, exact: Result, eager: Result, roundings: Result) -> list[tuple[str, float, float]]:

@@ -1,7 +1,7 @@
 """Checks of what the public operations are called with. Each error names the argument, what was expected, what came."""
 
 import math
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch.autograd.forward_ad import unpack_dual
@@ -116,10 +116,12 @@ def values_are_free(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms()
 
 
-def host_values(name: str, x: torch.Tensor) -> list[int]:
-    """The values of a 1-D tensor, which waits for its device; ValueError where torch.func.vmap runs over it."""
+def host_values(name: str, *tensors: torch.Tensor) -> list[list[int]]:
+    """The values of tensors of one dtype, read in one wait for their device; ValueError where torch.func.vmap runs."""
     try:
-        return x.tolist()
+        values = torch.cat([x.flatten() for x in tensors]).tolist()
+        ends = [*accumulate(x.numel() for x in tensors)]
+        return [values[end - x.numel() : end] for x, end in zip(tensors, ends, strict=True)]
     except RuntimeError as error:
         if "Vmap" not in transforms():
             raise
@@ -185,17 +187,20 @@ def check_offsets(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_se
             raise ValueError(f"{name} must be at least 0, got {longest}")
 
 
-def check_offset_values(name: str, offsets: torch.Tensor, tokens: int, longest: int | None = None) -> list[int]:
-    """The offsets as a list; raise unless they run from 0 to `tokens` by steps of at least 0 and at most `longest`."""
-    marks = host_values(f"cu_seqlens_{name}", offsets)
-    steps = [last - first for first, last in pairwise(marks)]
-    if marks[0] != 0 or marks[-1] != tokens or min(steps, default=0) < 0:
-        raise ValueError(
-            f"cu_seqlens_{name} must not decrease and run from 0 to the {tokens} packed tokens, got {marks}"
-        )
-    if longest is not None and max(steps, default=0) > longest:
-        raise ValueError(f"max_seqlen_{name} must be at least the longest sequence, {max(steps)}, got {longest}")
-    return marks
+def check_offset_values(
+    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, tokens: tuple[int, int], longest: tuple[int, int]
+) -> list[list[int]]:
+    """Both offsets as lists; raise unless they run from 0 to `tokens` by steps of at least 0 and at most `longest`."""
+    found = host_values("cu_seqlens_q and cu_seqlens_k", cu_seqlens_q, cu_seqlens_k)
+    for name, marks, end, most in zip("qk", found, tokens, longest, strict=True):
+        steps = [last - first for first, last in pairwise(marks)]
+        if marks[0] != 0 or marks[-1] != end or min(steps, default=0) < 0:
+            raise ValueError(
+                f"cu_seqlens_{name} must not decrease and run from 0 to the {end} packed tokens, got {marks}"
+            )
+        if max(steps, default=0) > most:
+            raise ValueError(f"max_seqlen_{name} must be at least the longest sequence, {max(steps)}, got {most}")
+    return found
 
 
 def check_cache(q: torch.Tensor, k_cache: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor | None) -> int:
@@ -229,11 +234,14 @@ def check_cache_values(
     lengths: torch.Tensor, capacity: int, table: torch.Tensor | None, pages: int, page_size: int
 ) -> list[int]:
     """The lengths as a list; raise unless every one fits the cache and every page that a sequence uses exists."""
-    known = host_values("cache_seqlens", lengths)
+    if table is None:
+        (known,), rows = host_values("cache_seqlens", lengths), None
+    else:
+        known, *rows = host_values("cache_seqlens and block_table", lengths, *table)
     for b, length in enumerate(known):
         if not 0 <= length <= capacity:
             raise ValueError(f"cache_seqlens must be within 0 and the cache's {capacity} keys, got {length} at {b}")
-        used = [] if table is None else host_values("block_table", table[b, : -(-length // page_size)])
+        used = [] if rows is None else rows[b][: -(-length // page_size)]
         if not all(0 <= page < pages for page in used):
             raise ValueError(
                 f"block_table must name pages within 0 and {pages - 1} up to each sequence's length {length}, "

@@ -143,6 +143,9 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name in OPDEFS:  # an operator written in Python sees tensors of the card
         with Mode():
             return OPDEFS[name]._init_fn(*args, **kwargs)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        with Mode():  # called by such an operator, below autograd, which takes them apart elsewhere
+            return func.decompose(*args, **kwargs)
     inner_args, inner_kwargs = tree_unflatten([unwrap(x) for x in flat], spec)
     if asked is not None:
         inner_kwargs["device"] = torch.device("cpu")

@@ -79,7 +79,9 @@ def test_lengths_under_vmap_are_refused_where_the_host_reads_them(backend: str, 
     with pytest.raises(ValueError, match=r"cache_seqlens must be the same in all calls of torch.func.vmap"):
         torch.func.vmap(lambda q, n: anchored_attention_decode(q, q, q, n, backend=backend))(q, lengths)
     offsets = torch.tensor([[0, 1], [0, 1]], dtype=torch.int32, device=device)
-    with pytest.raises(ValueError, match=r"cu_seqlens_q must be the same in all calls of torch.func.vmap"):
+    with pytest.raises(
+        ValueError, match=r"cu_seqlens_q and cu_seqlens_k must be the same in all calls of torch.func.vmap"
+    ):
         torch.func.vmap(lambda q, n: anchored_attention_varlen(q[0].mT, q[0].mT, q[0].mT, n, n, 1, 1, backend=backend))(
             q.mT, offsets
         )

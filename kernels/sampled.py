@@ -1,0 +1,173 @@
+"""Which rows of a call the self-check looks at, and how far they are off. Nothing here waits for the device.
+
+Chosen are queries at the edges of tiles, the first and the last, in the first, a middle (of several sequences the
+longest) and the last head and batch entry.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+from .dense_rows import Rows, dense_rows, worst_error
+from .gates import expand_gate, pad_gate
+
+EDGES = (0, 15, 16, 31, 32, 63, 64, 127, 128)
+
+
+class Masks(NamedTuple):
+    """What hides keys from queries, and the scale of the logits."""
+
+    scale: float
+    causal: bool
+    window: int | None
+    softcap: float | None
+
+
+def indices(values: Iterable[int | torch.Tensor], device: torch.device) -> torch.Tensor:
+    """An index of numbers of host and device, without an upload."""
+    return torch.stack(
+        [x if isinstance(x, torch.Tensor) else torch.full((), x, dtype=torch.long, device=device) for x in values]
+    )
+
+
+def edges(length: int) -> list[int]:
+    """Rows at the edges of tiles of a sequence, its middle one and its last one."""
+    return sorted({*(row for row in EDGES if row < length), length // 2, length - 1})
+
+
+def seen_from(
+    position: torch.Tensor, key: torch.Tensor, present: torch.Tensor, causal: bool, window: int | None
+) -> torch.Tensor:
+    """(R, N) bool: which keys at `key` (N,) the queries at `position` (R,) may see."""
+    visible = present.expand(position.shape[0], -1)
+    if causal:
+        visible = visible & (key <= position[:, None])
+    if window is not None:
+        visible = visible & (key > position[:, None] - window)
+    return visible
+
+
+def places(sizes: tuple[int, int], middle: Any = None) -> list[tuple[Any, int]]:
+    """(batch entry, head): the first of both, the middle, and the last of both. `middle` replaces the middle entry."""
+    entries, heads = sizes
+    between = entries // 2 if middle is None else middle
+    return list(dict.fromkeys([(0, 0), (between, heads // 2), (entries - 1, heads - 1)]))
+
+
+def of_head(gate: torch.Tensor | None, entry: int, head: int, sizes: tuple[int, int, int]) -> torch.Tensor | None:
+    """(N,) of a gate (N',), (B, N') or (B, Hkv, N'), for sizes (B, Hkv, N)."""
+    return None if gate is None else pad_gate(expand_gate(gate, *sizes[:2])[entry, head], sizes[2])
+
+
+def dense_error(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gamma_k: torch.Tensor | None,
+    gamma_v: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    masks: Masks,
+) -> torch.Tensor:
+    """`worst_error` of attention of (B, H, N, D)."""
+    batch, query_heads, queries, _ = q.shape
+    kv_heads, keys = k.shape[1:3]
+    rows, key = indices(edges(queries), q.device), torch.arange(keys, device=q.device)
+    errors = []
+    for b, h in places((batch, query_heads)):
+        kv = h * kv_heads // query_heads
+        gate_k, gate_v = (of_head(gate, b, kv, (batch, kv_heads, keys)) for gate in (gamma_k, gamma_v))
+        present = torch.ones_like(key, dtype=torch.bool) if key_padding_mask is None else key_padding_mask[b]
+        visible = seen_from(rows + keys - queries, key, present, masks.causal, masks.window)
+        chosen = Rows(q[b, h, rows], k[b, kv], v[b, kv], gate_k, gate_v, present, visible)
+        errors += _errors(chosen, out[b, h, rows], lse[b, h, rows], masks)
+    return torch.stack(errors).amax()
+
+
+def packed_error(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    gamma_k: torch.Tensor | None,
+    gamma_v: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    masks: Masks,
+) -> torch.Tensor:
+    """`worst_error` of packed attention, (T, H, D). What lies beyond the longest length named is not counted."""
+    query_heads, kv_heads, keys = q.shape[1], k.shape[1], k.shape[0]
+    starts, lengths = cu_seqlens_q.long(), cu_seqlens_q.diff().long()
+    longest = lengths.argmax()
+    errors = []
+    for b, h in places((lengths.shape[0], query_heads), longest):
+        kv = h * kv_heads // query_heads
+        entry = indices([b], q.device)
+        length = lengths.index_select(0, entry)
+        # rows beyond the sequence are its last one
+        row = torch.minimum(indices([*EDGES, length[0] // 2, length[0] - 1], q.device), length - 1)
+        counted = (row >= 0) & (row < max_seqlen_q)
+        rows = (starts.index_select(0, entry) + row).clamp(0, q.shape[0] - 1)
+        first, last = (cu_seqlens_k.long().index_select(0, entry + end) for end in (0, 1))
+        key = torch.arange(keys, device=q.device) - first
+        present = (key >= 0) & (key < last - first)
+        visible = seen_from(row + (last - first) - length, key, present, masks.causal, masks.window)
+        gate_k, gate_v = (x if x is None or x.dim() == 1 else x[:, kv] for x in (gamma_k, gamma_v))
+        chosen = Rows(q[rows, h], k[:, kv], v[:, kv], gate_k, gate_v, present, visible)
+        errors += _errors(chosen, out[rows, h], lse[rows, h], masks, counted)
+    return torch.stack(errors).amax()
+
+
+def cache_error(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    gamma_k: torch.Tensor | None,
+    gamma_v: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    masks: Masks,
+) -> torch.Tensor:
+    """`worst_error` of decode over a cache. A length that the cache cannot hold is not counted."""
+    batch, query_heads, queries, head_dim = q.shape
+    kv_heads, page_size = k_cache.shape[1:3]
+    capacity = page_size if block_table is None else page_size * block_table.shape[1]
+    lengths, key = cache_seqlens.long(), torch.arange(capacity, device=q.device)
+    errors = []
+    for b, kv in places((batch, kv_heads), lengths.argmax()):
+        entry = indices([b], q.device)
+        length = lengths.index_select(0, entry)
+        present = key < length
+        pages = entry
+        if block_table is not None:
+            # entries past a sequence's length may be anything
+            pages = block_table.index_select(0, entry)[0].long().masked_fill(~present[::page_size], 0)
+        k, v = (cache[:, kv].index_select(0, pages).reshape(capacity, head_dim) for cache in (k_cache, v_cache))
+        gates = (
+            gate if gate is None else pad_gate(expand_gate(gate, batch, kv_heads)[:, kv], capacity)
+            for gate in (gamma_k, gamma_v)
+        )
+        gate_k, gate_v = (x if x is None else x.index_select(0, entry)[0] for x in gates)
+        position = (torch.arange(queries, device=q.device) + length - queries).repeat(query_heads // kv_heads)
+        visible = seen_from(position, key, present, masks.causal, masks.window)
+        group = slice(kv * query_heads // kv_heads, (kv + 1) * query_heads // kv_heads)
+        of_q, of_out, of_lse = (x[:, group].index_select(0, entry)[0].flatten(0, 1) for x in (q, out, lse))
+        counted = ((length >= 0) & (length <= capacity)).expand_as(of_lse)
+        errors += _errors(Rows(of_q, k, v, gate_k, gate_v, present, visible), of_out, of_lse, masks, counted)
+    return torch.stack(errors).amax()
+
+
+def _errors(
+    rows: Rows, out: torch.Tensor, lse: torch.Tensor, masks: Masks, counted: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    counted = torch.ones_like(lse, dtype=torch.bool) if counted is None else counted
+    of_out, of_lse = dense_rows(rows, masks.scale, masks.softcap)
+    # an lse alone says nothing of the output
+    of_lse_alone = worst_error(lse, of_lse, counted)
+    return [worst_error(out, of_out, counted[:, None]), torch.where(of_lse_alone > 1, of_lse_alone, -1.0)]
