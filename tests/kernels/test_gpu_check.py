@@ -196,12 +196,12 @@ def test_what_matters_most_comes_first_and_is_checked_just_before_it_is_timed() 
         if step == "correctness":
             step += f" of {worker.GROUPS[worker.place(task)[2]]}"
         elif step in ("decode", "scores", "prefill", "backward"):
-            step += ("", " of SDPA", " of FlexAttention")[worker.place(task)[0]]
+            step += ("", " of candidates", " of SDPA", " of FlexAttention")[worker.place(task)[0]]
         if not steps or steps[-1] != step:
             steps.append(step)
-    first = "ceiling, compile, sanity, compile, correctness of decode, decode, scores, compile, correctness of prefill,"
+    first = "ceiling, compile, sanity, model, compile, correctness of decode, decode, scores, compile,"
     assert ", ".join(steps).startswith(
-        first + " prefill, compile, correctness of backward, backward, compile, decode, "
+        first + " correctness of prefill, prefill, compile, correctness of backward, backward, compile, decode, "
     )
     theirs = [step for step in steps if "SDPA" in step or "Flex" in step]
     assert steps[-len(theirs) :] == theirs
