@@ -72,7 +72,7 @@ def with_compilation(planned: list[Task]) -> list[Task]:
     for task in planned:
         if (where := place(task)[:3]) in steps:
             turn, rank, group = where
-            name = GROUPS[group] + (", candidates" if turn else "") + ("", ", other shapes", ", largest shapes")[rank]
+            name = GROUPS[group] + (", candidates" if turn else "") + (f", rank {rank}" if rank else "")
             found.append(compilation.compile_task(name, steps.pop(where)))
         found.append(task)
     return found

@@ -67,6 +67,14 @@ def test_a_task_that_hangs_or_crashes_is_a_row_and_the_next_ones_run(
     assert rows[2]["reason"] == "1", "the next worker is told"
 
 
+def test_a_crash_is_not_given_the_last_words_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "if i == 0: sys.exit('CUDA error: of the first')\nif i == 1: os._exit(7)\ndone(row)"
+    monkeypatch.setattr(gpu_check, "WORKER", fake_worker(tmp_path, body))
+    assert gpu_check.main(["--out", str(tmp_path)]) == 1
+    ends = [row["reason"].removeprefix("the process ended with status ") for row in written(tmp_path)]
+    assert ends == ["1: CUDA error: of the first", "7: no message", ""]
+
+
 def test_a_long_task_that_says_it_is_alive_is_not_taken_for_hung(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
