@@ -52,8 +52,8 @@ def install(monkeypatch: pytest.MonkeyPatch, card: EmulatedCuda, eigsh: Callable
             assert result.index == v0.index
             return result.inner
 
-        inner = scipy.sparse.linalg.LinearOperator(operator.shape, matvec=product, dtype=operator.dtype)
-        values, vectors = scipy.sparse.linalg.eigsh(inner, k=k, which=which, v0=v0.inner, tol=tol)
+        inner = scipy.sparse.linalg.LinearOperator(operator.shape, matvec=product, dtype=operator.dtype)  # pyright: ignore[reportCallIssue]
+        values, vectors = scipy.sparse.linalg.eigsh(inner, k=k, which=which, v0=v0.inner, tol=tol)  # pyright: ignore[reportArgumentType]
         return Array(values, v0.index), Array(vectors, v0.index)
 
     def operator(shape: tuple[int, int], matvec: Callable[[Array], Array], dtype: np.dtype) -> types.SimpleNamespace:

@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -91,9 +92,9 @@ def test_the_pass_itself(card: EmulatedCuda, dtype: torch.dtype, has_own: bool) 
     state, product, reflected = torch.randn(3, 3, 7, dtype=dtype)
     own, settings = torch.tensor([[0], [4], [6]]), torch.tensor([0.3, 1.8], dtype=dtype)
     ours = [x.to("cuda") for x in (state, product, reflected)]
-    fused.update_state(*ours, own.to("cuda") if has_own else None, settings.to("cuda"))
+    fused.update_state(ours[0], ours[1], ours[2], own.to("cuda") if has_own else None, settings.to("cuda"))
     expected = [x.double() for x in (state, product, reflected)]
-    in_torch(*expected, own, settings.double(), has_own)
+    in_torch(expected[0], expected[1], expected[2], own, settings.double(), has_own)
     for found, exact in zip(ours, expected, strict=True):
         torch.testing.assert_close(found.cpu().double(), exact, atol=16 * torch.finfo(dtype).eps, rtol=0)
     assert card.launches == 1
@@ -196,7 +197,7 @@ def of_the_estimator(X: Tensor) -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        *[lambda X, name=name: of_scores(X, name) for name in ALGORITHMS],
+        *[partial(of_scores, algorithm=name) for name in ALGORITHMS],
         of_authors,
         of_a_stream,
         of_the_estimator,
@@ -264,7 +265,7 @@ def test_an_array_of_cupy() -> None:
     array = cupy_stand_in.from_dlpack(X)
     assert torch.equal(va.anchor_scores(array, CONFIG).scores, va.anchor_scores(X, CONFIG).scores)
     labels = [va.SparseSubspaceClustering(4, 8, tol=0.1, rho=100.0, random_state=0).fit(x).labels_ for x in (X, array)]
-    np.testing.assert_array_equal(*labels)
+    np.testing.assert_array_equal(labels[0], labels[1])
 
 
 @pytest.mark.parametrize("algorithm", ["dense", "working-set"])

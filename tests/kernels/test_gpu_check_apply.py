@@ -270,9 +270,11 @@ def test_the_hopper_kernel_is_on_where_it_was_found_faster(monkeypatch: pytest.M
 
 def test_every_candidate_fits_the_target() -> None:
     """That none spills was compiled when the lists were made; what a wrong line would break first is seen here."""
-    for key, tiles in settled.PREFILL.items():
-        assert all(Tile(*tile) != prefill_tile(*key, 2) for tile in tiles), key
-    for key, tiles in settled.DECODE.items():
-        assert all(Tile(*tile) != decode_tile(*key, 2, 64) for tile in tiles), key
-    for key, tables in settled.BACKWARD.items():
-        assert all(Tile(*t) != now for tiles, now in zip(tables, backward_tiles(*key, 2), strict=True) for t in tiles)
+    for (target, size), tiles in settled.PREFILL.items():
+        assert all(Tile(*tile) != prefill_tile(target, size, 2) for tile in tiles), target
+    for (target, size), tiles in settled.DECODE.items():
+        assert all(Tile(*tile) != decode_tile(target, size, 2, 64) for tile in tiles), target
+    for (target, size), tables in settled.BACKWARD.items():
+        assert all(
+            Tile(*t) != now for tiles, now in zip(tables, backward_tiles(target, size, 2), strict=True) for t in tiles
+        )

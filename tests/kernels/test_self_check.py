@@ -219,7 +219,8 @@ def test_threads_that_call_first_at_once_warn_once(device: torch.device, monkeyp
     expected, together = call("sdpa"), threading.Barrier(3)
 
     def wrong(*args: Any) -> None:  # no kernel: the interpreter runs one at a time
-        args[6].fill_(1), args[7].fill_(1)
+        args[6].fill_(1)
+        args[7].fill_(1)
         together.wait(30)
 
     monkeypatch.setattr(ops, "decode", wrong)
