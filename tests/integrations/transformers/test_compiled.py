@@ -129,6 +129,7 @@ def test_a_gate_that_a_step_makes_is_not_overwritten() -> None:
     """A cache is continued by another config, one compiled step at a time."""
     model, batch = build("internvl", num_hidden_layers=1), tiny.inputs("internvl", TWO)
     n = batch["input_ids"].shape[1]
+    replays = Replays()
 
     def steps(run: Any) -> Tensor:
         cache = StaticCache(config=model.config.text_config, max_cache_len=64)
@@ -137,18 +138,18 @@ def test_a_gate_that_a_step_makes_is_not_overwritten() -> None:
             with va.enable(model, config()):
                 model(**batch, past_key_values=cache)
             with va.enable(model, config(9.5, 4.0)):
-                out = [
-                    run(
+                out = []
+                for i in range(3):
+                    replays.overwrite()
+                    step = run(
                         input_ids=torch.full((2, 1), 20 + i),
                         attention_mask=mask[:, : n + 1 + i],
                         position_ids=torch.full((2, 1), n + i),
                         past_key_values=cache,
-                    ).logits.clone()
-                    for i in range(3)
-                ]
+                    )
+                    out.append(step.logits.clone())
         return torch.stack(out)
 
-    replays = Replays()
     expected, found = steps(model), steps(torch.compile(model, backend=replays.backend))
     assert replays.graphs
     torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
