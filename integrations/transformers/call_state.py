@@ -50,8 +50,8 @@ def check_single_steps(options: Mapping[str, Any]) -> None:
 
 @dataclass(eq=False)
 class _Block:
-    """An open block of `use_scores`: the thread that opened it, those that ran then, and its scores. (No tuple, of which
-    torch.compile would look at all, the threads included.)"""
+    """An open block of `use_scores`: the thread that opened it, those that ran then, and its scores. (No tuple: of
+    one torch.compile would look at all, the threads included.)"""
 
     opener: int
     running: set[int]

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-HOST = torch.device("cpu")
 WAITS = frozenset({"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique"})
 
 
@@ -98,6 +97,6 @@ def _reasons(graph: GraphModule, fixed: set[int]) -> list[str]:
         if torch.Tag.cudagraph_unsafe in getattr(node.target, "tags", ()):
             reasons.append(f"an operator that no CUDA graph holds: {name}")
         written = node.args[0] if name.split(".")[0] in ("copy_", "set_") else None
-        if written in places and places[written] not in fixed:
+        if isinstance(written, Node) and written in places and places[written] not in fixed:
             reasons.append(f"writes an input without a fixed address: {written.meta['val'].shape}")
     return reasons
