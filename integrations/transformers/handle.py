@@ -280,8 +280,10 @@ class Handle:
             keep_scores(cache, held, self._switch)
         return gate
 
-    _find_gate_uncompiled = torch.compiler.disable(_find_gate)
-    """For tokens to score: nothing for a compiler, and what a cache keeps must not lie in a CUDA graph's memory."""
+    @torch.compiler.disable
+    def _find_gate_uncompiled(self, *arguments: Any) -> LayerGate:
+        """For tokens to score: nothing for a compiler, and what a cache keeps must not lie in a CUDA graph's memory."""
+        return self._find_gate(*arguments)
 
     def _check_pass(self, module: nn.Module, given: Tensor | None) -> None:
         """Raise unless this pass of the language model can be gated."""
