@@ -242,7 +242,7 @@ class Handle:
         chunks = call.prompt if call.prompt is not None and call.prompt.encoded and given is None else None
         taken = given is None or (held is not None and held.given is given and held.scores.shape[1] == given.shape[1])
         asked = call.visual is not None or chunks is not None or not taken
-        find_gate = self._find_gate_uncompiled if asked else self._find_gate
+        find_gate = self._find_gate_uncompiled if asked else self._find_gate  # pyright: ignore[reportAttributeAccessIssue]
         gate = find_gate(held, chunks, given, cache, embeds, (batch, n_queries), asked)
         return args, {**kwargs, GATE_ARGUMENT: gate}
 
