@@ -48,16 +48,26 @@ def check_single_steps(options: Mapping[str, Any]) -> None:
         )
 
 
+@dataclass(eq=False)
+class _Block:
+    """An open block of `use_scores`: the thread that opened it, those that ran then, and its scores. (No tuple: of
+    one torch.compile would look at all, the threads included.)"""
+
+    opener: int
+    running: set[int]
+    scores: Tensor
+
+
 class GivenScores:
     """The open blocks of `use_scores`. A block holds in its own thread and in threads that start while it is open."""
 
     def __init__(self) -> None:
-        self._blocks: list[tuple[int, set[int], Tensor]] = []
+        self._blocks: list[_Block] = []
 
     @contextmanager
     def block(self, scores: Tensor) -> Iterator[None]:
         running = {thread.ident for thread in threading.enumerate() if thread.ident is not None}
-        block = (threading.get_ident(), running, scores)
+        block = _Block(threading.get_ident(), running, scores)
         self._blocks.append(block)
         try:
             yield
@@ -72,16 +82,16 @@ class GivenScores:
         """
         if not self._blocks:
             return None
-        own = [scores for opener, _, scores in self._blocks if opener == thread]
+        own = [block for block in self._blocks if block.opener == thread]
         if own:
-            return own[-1]
-        others = [(opener, scores) for opener, running, scores in self._blocks if thread not in running]
-        if len({opener for opener, _ in others}) > 1:
+            return own[-1].scores
+        others = [block for block in self._blocks if thread not in block.running]
+        if len({block.opener for block in others}) > 1:
             raise RuntimeError(
                 "several threads have a use_scores block open, and this thread, started since, has none of its own: "
                 "open use_scores in the thread that calls the model"
             )
-        return others[-1][1] if others else None
+        return others[-1].scores if others else None
 
 
 @dataclass

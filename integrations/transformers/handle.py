@@ -245,7 +245,7 @@ class Handle:
         chunks = call.prompt if call.prompt is not None and call.prompt.encoded and given is None else None
         taken = given is None or (held is not None and held.given is given and held.scores.shape[1] == given.shape[1])
         asked = call.visual is not None or chunks is not None or not taken
-        find_gate = self._find_gate_uncompiled if asked else self._find_gate
+        find_gate = self._find_gate_uncompiled if asked else self._find_gate  # pyright: ignore[reportAttributeAccessIssue]
         gate = find_gate(held, chunks, given, cache, embeds, (batch, n_queries), asked)
         return args, {**kwargs, GATE_ARGUMENT: gate}
 
@@ -283,8 +283,10 @@ class Handle:
             keep_scores(cache, held, self._switch)
         return gate
 
-    _find_gate_uncompiled = torch.compiler.disable(_find_gate)
-    """For tokens to score: nothing for a compiler, and what a cache keeps must not lie in a CUDA graph's memory."""
+    @torch.compiler.disable
+    def _find_gate_uncompiled(self, *arguments: Any) -> LayerGate:
+        """For tokens to score: nothing for a compiler, and what a cache keeps must not lie in a CUDA graph's memory."""
+        return self._find_gate(*arguments)
 
     def _check_pass(self, module: nn.Module, given: Tensor | None) -> None:
         """Raise unless this pass of the language model can be gated."""

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-HOST = torch.device("cpu")
 WAITS = frozenset({"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique"})
 
 
@@ -34,11 +33,19 @@ class Replays:
     recorded: int = 0
     skipped: list[str] = field(default_factory=list)
     inputs: list[list[Tensor]] = field(default_factory=list)
+    _outputs: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @property
     def backend(self) -> Any:
         compiler = aot_autograd(fw_compiler=self._compile, keep_inference_input_mutations=True)
         return lambda graph, inputs: compiler(graph, inputs)  # transformers copies what is no function
+
+    def overwrite(self, *graphs: int) -> None:
+        """What a new step does to the outputs of the one before, of all graphs or of some: who still reads them reads
+        NaN."""
+        for number in graphs or list(self._outputs):
+            for output in self._outputs.pop(number, []):
+                output.fill_(float("nan") if output.is_floating_point() else -1)
 
     def _compile(self, graph: GraphModule, _: list[Any]) -> Any:
         context = TracingContext.try_get()
@@ -50,10 +57,8 @@ class Replays:
         self.inputs.append([])
         self.skipped += _reasons(graph, fixed)
         memory: dict[Any, list[Any]] = {}
-        outputs: list[Tensor] = []
 
         def run(*inputs: Any) -> Any:
-            nonlocal outputs
             copied = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and i not in fixed]
             recording = tuple(
                 (*x.shape,) if i in copied else x.data_ptr() if i in fixed else x for i, x in enumerate(inputs)
@@ -65,11 +70,12 @@ class Replays:
             for i in copied:
                 own[i].copy_(inputs[i])
             self.inputs[number] = [inputs[i] for i in copied]
-            for output in outputs:  # of the step before: whoever still reads them reads NaN
-                output.fill_(float("nan") if output.is_floating_point() else -1)
+            self.overwrite(number)
             results = graph(*own)
             kept = {x.untyped_storage().data_ptr() for x in own if isinstance(x, Tensor)}
-            outputs = [x for x in results if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in kept]
+            self._outputs[number] = [
+                x for x in results if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in kept
+            ]
             return results
 
         return make_boxed_func(run)
@@ -91,6 +97,6 @@ def _reasons(graph: GraphModule, fixed: set[int]) -> list[str]:
         if torch.Tag.cudagraph_unsafe in getattr(node.target, "tags", ()):
             reasons.append(f"an operator that no CUDA graph holds: {name}")
         written = node.args[0] if name.split(".")[0] in ("copy_", "set_") else None
-        if written in places and places[written] not in fixed:
+        if isinstance(written, Node) and written in places and places[written] not in fixed:
             reasons.append(f"writes an input without a fixed address: {written.meta['val'].shape}")
     return reasons
