@@ -23,7 +23,8 @@ from dense_eager import (
 from gated_prompts import TWO
 from largest_square import LargestSquare
 from torch import Tensor
-from transformers import DynamicCache
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, DynamicCache
 
 import videoanchor_triton as va
 
@@ -120,6 +121,23 @@ def test_static_cache(backbone: tuple[str, Any]) -> None:
     with va.enable(model, config()):
         out = model.generate(**batch, **GENERATE, cache_implementation="static", disable_compile=True)
     assert_same(out, expected)
+
+
+@pytest.mark.skipif(tiny.V5, reason="test_compiled.py asks more of a later transformers")
+def test_compiled_decode_is_one_graph(backbone: tuple[str, Any]) -> None:
+    name, model = backbone
+    batch = tiny.inputs(name, TWO)
+    expected = generate_dense(model, batch, merged_scores(model, batch))
+    compile_config = CompileConfig(backend="eager", mode=None)  # pyright: ignore[reportArgumentType]
+    # generate() compiles on a GPU only, unless told so
+    compile_config._compile_all_devices = True  # pyright: ignore[reportAttributeAccessIssue]
+    torch._dynamo.reset()
+    counters.clear()
+    with va.enable(model, config()):
+        out = model.generate(**batch, **GENERATE, cache_implementation="static", compile_config=compile_config)
+    assert_same(out, expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 def test_right_padded_forward(backbone: tuple[str, Any]) -> None:
