@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ..integrations.errors import InputError
-from ..kernels.dispatch import available_backends
 
 
 def devices_of(device: str) -> list[torch.device]:
@@ -54,6 +53,8 @@ def versions() -> dict[str, str]:
 
 def machine(devices: list[torch.device]) -> dict[str, Any]:
     """Versions, and a line about each backend for each device, for JSON; `machine_lines` is for people."""
+    from ..kernels.dispatch import available_backends  # imports Triton, for which `demo` sets something first
+
     cuda = torch.version.cuda or torch.version.hip or "none, torch is built for the CPU"
     return {
         "versions": {**versions(), "cuda": cuda, "driver": _driver()},

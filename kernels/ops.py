@@ -245,7 +245,8 @@ def decode_op(
     masks, target = Masks(scale, causal, window, softcap), _target(q)
 
     def launch() -> None:
-        decode(*tensors, *gates, None, out, lse, *masks, target, *cache)
+        lengths, table = cache
+        decode(*tensors, *gates, None, out, lse, *masks, target, cache_seqlens=lengths, block_table=table)
 
     def answer() -> None:
         attend = torch_backend("sdpa", *masks, False, True)

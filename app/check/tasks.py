@@ -28,7 +28,7 @@ def answer(task: str, device: str) -> dict[str, Any]:
     if kind == "machine":
         target = triton_target(there)[0]
         kernels = "none" if target is None else "interpreted" if target == INTERPRETER else "compiled"
-        unused = [] if hopper_enabled() else [form.name for form in forms(there) if form.kernel == "hopper"]
+        unused = [form.name for form in forms(there) if form.kernel == "hopper" and not hopper_enabled(form.head_dim)]
         return {
             **machine([there]),
             "kernels": kernels,
