@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.helpers.decisions import ALGORITHM, MEASURED, WHAT, Trial, Tried, chosen, held, trials
+from benchmarks.helpers.environment import UNKNOWN, commit, source_digest
 from benchmarks.helpers.record import CHECKS, TIME_BUDGET, Row
 from benchmarks.helpers.resume import RefusedError
 
@@ -34,9 +35,14 @@ class Result:
         self.environment: dict[str, str] = content
         cut = sum(row.reason == TIME_BUDGET for row in self.rows if row.section in CHECKS)
         missing = cut + len({*expected} - {row.key for row in self.rows})
+        if content["commit"] == UNKNOWN and content.get("source") == source_digest():
+            # measured on a copy without its Git history, of these very files
+            content |= commit()
         reason = ""
         if content["device"].startswith("cpu") or content.get("sizes", "full") != "full":
             reason = f"are of {content['device']} at small sizes: run on a GPU"
+        elif content["commit"] == UNKNOWN:
+            reason = "are of other sources than those here, without a commit: run gpu_check on these"
         elif content["dirty"] != "false":
             reason = "are of uncommitted changes: commit, then run gpu_check"
         elif not _is_ancestor(content["commit"]):
@@ -130,6 +136,6 @@ def _pooled(results: list[Result]) -> list[Trial]:
     return [Trial(*tried, tuple(ratios)) for tried, ratios in found.items()]
 
 
-def _is_ancestor(commit: str) -> bool:
-    command = ("git", "-C", str(ROOT), "merge-base", "--is-ancestor", commit, "HEAD")
+def _is_ancestor(of_results: str) -> bool:
+    command = ("git", "-C", str(ROOT), "merge-base", "--is-ancestor", of_results, "HEAD")
     return subprocess.run(command, capture_output=True).returncode == 0

@@ -12,16 +12,15 @@ import torch
 import triton
 
 ROOT = Path(__file__).resolve().parents[2]
+UNKNOWN = "unknown"
 
 
 def environment(device: torch.device, cpu: str) -> dict[str, str]:
     """Device (`cpu` is the name of one that is no GPU), driver, versions and commit."""
-    git = ("git", "-C", str(ROOT))
     driver = "none"
     if device.type == "cuda":
         answer = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        driver = (answer.splitlines() or ["unknown"])[0]
-    changes = _output(*git, "status", "--porcelain", "--untracked-files=no")
+        driver = (answer.splitlines() or [UNKNOWN])[0]
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "driver": driver,
@@ -32,13 +31,22 @@ def environment(device: torch.device, cpu: str) -> dict[str, str]:
         "scipy": scipy.__version__,
         "scikit-learn": sklearn.__version__,
         "python": platform.python_version(),
+        **commit(),
+    }
+
+
+def commit() -> dict[str, str]:
+    """The commit of the files here, and whether they have changed since ("true", "false"); unknown without Git."""
+    git = ("git", "-C", str(ROOT))
+    changes = _output(*git, "status", "--porcelain", "--untracked-files=no")
+    return {
         "commit": _output(*git, "rev-parse", "HEAD"),
-        "dirty": changes if changes == "unknown" else str(bool(changes)).lower(),
+        "dirty": changes if changes == UNKNOWN else str(bool(changes)).lower(),
     }
 
 
 def source_digest() -> str:
-    """A short hash of the Python files that are measured, which tells uncommitted changes apart too."""
+    """A short hash of the Python files that are measured: it tells uncommitted changes apart, and needs no Git."""
     digest = hashlib.sha256()
     for folder in ("kernels", "anchor", "integrations", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -59,4 +67,4 @@ def _output(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return UNKNOWN

@@ -48,8 +48,8 @@ def test_a_graph_is_not_held_up(card: EmulatedCuda, verdicts: dict[self_check.Va
 def test_a_graph_of_a_wrong_kernel(call: str, card: EmulatedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = ops.decode
 
-    def faulty(*args: Any) -> None:
-        launcher(*args)
+    def faulty(*args: Any, **named: Any) -> None:
+        launcher(*args, **named)
         args[6].mul_(1.02)
 
     monkeypatch.setattr(ops, "decode", faulty)

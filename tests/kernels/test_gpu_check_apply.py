@@ -24,6 +24,7 @@ from videoanchor_triton.kernels.tiles import Tile, backward_tiles, decode_querie
 apply: Any = importlib.import_module("benchmarks.helpers.apply")
 candidates: Any = importlib.import_module("benchmarks.attention.helpers.candidates")
 decisions: Any = importlib.import_module("benchmarks.helpers.decisions")
+environment: Any = importlib.import_module("benchmarks.helpers.environment")
 gpu_check: Any = importlib.import_module("benchmarks.gpu_check")
 record: Any = importlib.import_module("benchmarks.helpers.record")
 resume: Any = importlib.import_module("benchmarks.helpers.resume")
@@ -187,8 +188,9 @@ def test_the_summary_says_what_each_figure_decides() -> None:
         ({"device": "cpu, Triton interpreter"}, "run on a GPU"),
         ({"sizes": "small"}, "run on a GPU"),
         ({"commit": "1234567"}, "of commit 1234567, which is not in HEAD"),
+        ({"commit": "unknown", "dirty": "unknown", "source": "abc"}, "of other sources than those here"),
     ],
-    ids=["dirty", "cpu", "small", "another branch"],
+    ids=["dirty", "cpu", "small", "another branch", "other sources"],
 )
 def test_results_that_cannot_be_applied_are_one_sentence(
     run: Any, source: Path, changes: dict[str, str], said: str
@@ -197,6 +199,16 @@ def test_results_that_cannot_be_applied_are_one_sentence(
     with pytest.raises(resume.RefusedError, match=said):
         run(([], changes))
     assert source.read_text() == before
+
+
+def test_a_copy_without_git_is_known_by_its_sources(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = {"commit": "unknown", "dirty": "unknown", "source": environment.source_digest()}
+    monkeypatch.setattr(apply, "commit", lambda: {"commit": "HEAD", "dirty": "false"})
+    _, tables = run(([], same))
+    assert tables["SOURCES"] == ((*(ENVIRONMENT[name] for name in ("device", "driver", "torch", "triton")), "HEAD"),)
+    monkeypatch.setattr(apply, "commit", lambda: {"commit": "HEAD", "dirty": "true"})
+    with pytest.raises(resume.RefusedError, match="uncommitted changes"):
+        run(([], same))
 
 
 def test_results_that_are_not_complete_are_refused(run: Any, source: Path, tmp_path: Path, monkeypatch: Any) -> None:
