@@ -125,6 +125,14 @@ def test_every_algorithm_and_precision(algorithm: Algorithm, dtype: torch.dtype)
     agree(va.anchor_scores(X.to("cuda"), config), va.anchor_scores(X, config), atol=1e-3)
 
 
+def of_norms(X: Tensor) -> Tensor:
+    return X.float().square().sum(1) / 1e4
+
+
+def of_an_array(X: Tensor) -> np.ndarray:
+    return np.linspace(0, 1, len(X))
+
+
 @pytest.mark.usefixtures("torch_pass")
 @pytest.mark.parametrize(
     "changes",
@@ -140,10 +148,10 @@ def test_every_algorithm_and_precision(algorithm: Algorithm, dtype: torch.dtype)
         {"n_clusters": 100},
         {"scorer": "kmeans"},
         {"scorer": "uniform"},
-        {"scorer": lambda X: X.float().square().sum(1) / 1e4},
-        {"scorer": lambda X: np.linspace(0, 1, len(X))},
+        {"scorer": of_norms},
+        {"scorer": of_an_array},
     ],
-    ids=str,
+    ids=lambda changes: ", ".join(f"{name} {getattr(value, '__name__', value)}" for name, value in changes.items()),
 )
 def test_every_score_and_label(changes: dict[str, Any]) -> None:
     X, config = planes(), replace(CONFIG, **changes)
