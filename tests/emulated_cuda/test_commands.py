@@ -10,11 +10,12 @@ import pytest
 import torch
 from emulated_cuda.budgets import of_the_package
 from emulated_cuda.device import EmulatedCuda
-from torch import Tensor, nn
+from emulated_cuda.fused_pass import TorchPass
+from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import videoanchor_triton as va
-from videoanchor_triton.anchor import admm
+from videoanchor_triton.anchor import fused
 from videoanchor_triton.app.cli import main
 from videoanchor_triton.kernels import dispatch
 
@@ -35,25 +36,13 @@ SMALL = (
 GATE = ("--alpha-k", "9.5", "--alpha-v", "2.5")
 
 
-def update_state(state: Tensor, product: Tensor, reflected: Tensor, own: Tensor | None, settings: Tensor) -> None:
-    """The scores' kernel in torch: Triton's interpreter takes seconds for a pass."""
-    bound, relaxation = settings.unbind()
-
-    def coefficients() -> Tensor:
-        shrunk = state - state.minimum(bound).maximum(-bound)
-        return shrunk if own is None else shrunk.scatter_(1, own, 0.0)
-
-    state += relaxation * (coefficients() + product - state)
-    reflected.copy_(2 * coefficients() - state)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
     """No kernel in Triton's interpreter, and no solver for the demo's 648 tokens: test_scores.py has it."""
     preset = va.VideoAnchorConfig.preset("internvl2-8b")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "triton_refusal", lambda *_: "the kernels are not the point of these tests")
-        patch.setattr(admm, "update_state", update_state)
+        patch.setattr(fused, "update_state_kernel", TorchPass())
         patch.setattr(va.VideoAnchorConfig, "preset", lambda _name: replace(preset, scorer="kmeans"))
         yield
 
