@@ -114,15 +114,39 @@ def test_run_and_its_pictures(demo: Path, tmp_path: Path, waits: list[Any], opti
         assert {"affinity.png", "attention.png"} <= {path.name for path in (out / "viz").iterdir()}
 
 
-@pytest.mark.parametrize(("device", "scorer"), [("cuda:1", "ssc"), ("auto", "kmeans")])
-def test_run_on_two_cards(
-    demo: Path, tmp_path: Path, two_cards: EmulatedCuda, waits: list[Any], device: str, scorer: str
+@pytest.fixture
+def layers() -> Iterator[set[str]]:
+    """Where the layers of the language model computed."""
+    found: set[str] = set()
+
+    def computed(module: nn.Module, _args: Any, output: Any) -> None:
+        if type(module).__name__ == "Qwen2_5_VLDecoderLayer":
+            found.add(str(output.device))
+
+    hook = register_module_forward_hook(computed)
+    yield found
+    hook.remove()
+
+
+@pytest.mark.usefixtures("two_cards")
+@pytest.mark.parametrize(
+    ("device", "places", "scorer"),
+    [("cuda", {"cuda:0"}, "kmeans"), ("cuda:1", {"cuda:1"}, "ssc"), ("auto", {"cuda:0", "cuda:1"}, "kmeans")],
+)
+def test_an_answer_is_the_cpus(
+    demo: Path, tmp_path: Path, waits: list[Any], layers: set[str], device: str, places: set[str], scorer: str
 ) -> None:
-    assert main(run_options(demo, tmp_path / "out", "--device", device, "--scorer", scorer)) == 0
-    assert two_cards.current == 0
-    assert waits == [{}, {}]
-    seconds = json.loads((tmp_path / "out" / "result.json").read_text())["seconds"]
-    assert 0 < seconds["decode"] < seconds["generate"]
+    answers = []
+    for place in (device, "cpu"):
+        layers.clear()
+        assert main(run_options(demo, tmp_path / place, "--device", place, "--scorer", scorer)) == 0
+        assert layers == (places if place == device else {"cpu"})
+        assert torch.cuda.current_device() == 0
+        answers.append(json.loads((tmp_path / place / "result.json").read_text()))
+    ours, cpus = answers
+    assert ours["answer"] == cpus["answer"]
+    assert waits == [{}, {}] * 2
+    assert 0 < ours["seconds"]["decode"] < ours["seconds"]["generate"]
 
 
 @pytest.mark.parametrize(
