@@ -35,7 +35,9 @@ from . import state  # before torch, since it loads the guard
 
 # isort: split
 import torch
+from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils import dlpack
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
@@ -61,6 +63,7 @@ class EmulatedCuda(state.State):
         self._patch(torch, "inference_mode", lambda *_: torch.no_grad())  # a wrapper cannot be an inference tensor
         for name in ("tensor", "as_tensor"):
             self._patch(torch, name, _built(getattr(torch, name)))
+        _device_constructors.cache_clear()  # of `with torch.device(...)`: the functions it knows
         self._patch(torch.Tensor, "pin_memory", _pinned)
         for module in (torch, dlpack):
             self._patch(module, "from_dlpack", _from_dlpack(module.from_dlpack))
@@ -72,6 +75,7 @@ class EmulatedCuda(state.State):
 
     def __exit__(self, *exception: Any) -> None:
         self._patches.close()
+        _device_constructors.cache_clear()
         state.CARD = None
 
     def _patch(self, owner: Any, name: str, value: Any) -> None:
@@ -176,6 +180,8 @@ def _built(make: Any) -> Any:
     """torch.tensor and torch.as_tensor, which build on the CPU and go to the card from there."""
 
     def built(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Any:
+        if has_torch_function_unary(data):  # `with torch.device(...)`
+            return handle_torch_function(built, (data,), data, *args, device=device, **kwargs)
         if isinstance(data, CudaTensor):
             return data.to(device=device or data.device, dtype=kwargs.get("dtype") or data.dtype)
         data = tree_map(lambda x: x.item() if isinstance(x, CudaTensor) else x, data)

@@ -13,25 +13,15 @@ from emulated_cuda.device import EmulatedCuda
 
 # isort: split
 import torch
+from emulated_cuda.fused_pass import TorchPass
 from triton.runtime import interpreter
 
 from benchmarks.attention.helpers import contenders
 from benchmarks.helpers import measure, worker
-from videoanchor_triton.anchor import admm
+from videoanchor_triton.anchor import fused
 
 EVERY = 18  # of the checks, the models and the candidates, which take minutes here
 ABSENT = ("FlexAttention", "SDPA efficient")  # no form of them takes emulated tensors
-
-
-def update_state(state: Any, product: Any, reflected: Any, own: Any, settings: Any) -> None:
-    """The fused pass of the scores, for which the interpreter takes minutes."""
-
-    def coefficients() -> Any:
-        found = state - state.clamp(-settings[0], settings[0])
-        return found if own is None else found.scatter(1, own, 0)
-
-    state += settings[1] * (coefficients() + product - state)
-    reflected.copy_(2 * coefficients() - state)
 
 
 def context_dies(_: Any) -> Any:
@@ -84,7 +74,7 @@ def faulty(make: Any, device: torch.device) -> Iterator[measure.Task]:
 
 
 if __name__ == "__main__":
-    admm.update_state = update_state
+    vars(fused)["update_state_kernel"] = TorchPass()
     for section, known in contenders.CONTENDERS.items():
         contenders.CONTENDERS[section] = [x for x in known if x.name.split(",")[0] not in ABSENT]
     measure.MOST_RUNS = measure.LEAST_RUNS

@@ -82,16 +82,16 @@ class CudaTensor(torch.Tensor):
         return torch.tensor(data, dtype=dtype or self.dtype, device=device or self.device)
 
     def __getitem__(self, index: Any) -> Any:
-        return super().__getitem__(self._without_lists(index))
+        return super().__getitem__(self._with_tensors(index))
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        super().__setitem__(self._without_lists(index), value)
+        super().__setitem__(self._with_tensors(index), value)
 
-    def _without_lists(self, index: Any) -> Any:
-        """An index whose lists are tensors of the card, uploaded as torch uploads them."""
+    def _with_tensors(self, index: Any) -> Any:
+        """An index whose lists and ranges are tensors of the card, uploaded as torch uploads them."""
         if isinstance(index, tuple):
-            return tuple(map(self._without_lists, index))
-        return torch.tensor(index).to(self.device) if isinstance(index, list) else index
+            return tuple(map(self._with_tensors, index))
+        return torch.tensor(index).to(self.device) if isinstance(index, list | range) else index
 
     def __dlpack_device__(self) -> Any:
         return 2, self.device.index  # kDLCUDA

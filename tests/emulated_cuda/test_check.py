@@ -17,9 +17,10 @@ import sys
 sys.path.insert(0, sys.argv[-3])
 from emulated_cuda.device import EmulatedCuda
 with EmulatedCuda(devices=2):
-    from videoanchor_triton.app.check import child, tasks
-    on_card = tasks.anchor_scores  # minutes of the interpreter for 648 tokens: the anchor tests run it on the card
-    tasks.anchor_scores = lambda tokens, config: on_card(tokens.cpu(), config)
+    from emulated_cuda.fused_pass import TorchPass
+    from videoanchor_triton.anchor import fused
+    from videoanchor_triton.app.check import child
+    fused.update_state_kernel = TorchPass()
     child.main()
 """
 TESTS = Path(__file__).parents[1]

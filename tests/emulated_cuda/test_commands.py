@@ -10,11 +10,12 @@ import pytest
 import torch
 from emulated_cuda.budgets import of_the_package
 from emulated_cuda.device import EmulatedCuda
-from torch import Tensor, nn
+from emulated_cuda.fused_pass import TorchPass
+from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import videoanchor_triton as va
-from videoanchor_triton.anchor import admm
+from videoanchor_triton.anchor import fused
 from videoanchor_triton.app.cli import main
 from videoanchor_triton.kernels import dispatch
 
@@ -35,25 +36,13 @@ SMALL = (
 GATE = ("--alpha-k", "9.5", "--alpha-v", "2.5")
 
 
-def update_state(state: Tensor, product: Tensor, reflected: Tensor, own: Tensor | None, settings: Tensor) -> None:
-    """The scores' kernel in torch: Triton's interpreter takes seconds for a pass."""
-    bound, relaxation = settings.unbind()
-
-    def coefficients() -> Tensor:
-        shrunk = state - state.minimum(bound).maximum(-bound)
-        return shrunk if own is None else shrunk.scatter_(1, own, 0.0)
-
-    state += relaxation * (coefficients() + product - state)
-    reflected.copy_(2 * coefficients() - state)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
     """No kernel in Triton's interpreter, and no solver for the demo's 648 tokens: test_scores.py has it."""
     preset = va.VideoAnchorConfig.preset("internvl2-8b")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "triton_refusal", lambda *_: "the kernels are not the point of these tests")
-        patch.setattr(admm, "update_state", update_state)
+        patch.setattr(fused, "update_state_kernel", TorchPass())
         patch.setattr(va.VideoAnchorConfig, "preset", lambda _name: replace(preset, scorer="kmeans"))
         yield
 
@@ -125,15 +114,39 @@ def test_run_and_its_pictures(demo: Path, tmp_path: Path, waits: list[Any], opti
         assert {"affinity.png", "attention.png"} <= {path.name for path in (out / "viz").iterdir()}
 
 
-@pytest.mark.parametrize(("device", "scorer"), [("cuda:1", "ssc"), ("auto", "kmeans")])
-def test_run_on_two_cards(
-    demo: Path, tmp_path: Path, two_cards: EmulatedCuda, waits: list[Any], device: str, scorer: str
+@pytest.fixture
+def layers() -> Iterator[set[str]]:
+    """Where the layers of the language model computed."""
+    found: set[str] = set()
+
+    def computed(module: nn.Module, _args: Any, output: Any) -> None:
+        if type(module).__name__ == "Qwen2_5_VLDecoderLayer":
+            found.add(str(output.device))
+
+    hook = register_module_forward_hook(computed)
+    yield found
+    hook.remove()
+
+
+@pytest.mark.usefixtures("two_cards")
+@pytest.mark.parametrize(
+    ("device", "places", "scorer"),
+    [("cuda", {"cuda:0"}, "kmeans"), ("cuda:1", {"cuda:1"}, "ssc"), ("auto", {"cuda:0", "cuda:1"}, "kmeans")],
+)
+def test_an_answer_is_the_cpus(
+    demo: Path, tmp_path: Path, waits: list[Any], layers: set[str], device: str, places: set[str], scorer: str
 ) -> None:
-    assert main(run_options(demo, tmp_path / "out", "--device", device, "--scorer", scorer)) == 0
-    assert two_cards.current == 0
-    assert waits == [{}, {}]
-    seconds = json.loads((tmp_path / "out" / "result.json").read_text())["seconds"]
-    assert 0 < seconds["decode"] < seconds["generate"]
+    answers = []
+    for place in (device, "cpu"):
+        layers.clear()
+        assert main(run_options(demo, tmp_path / place, "--device", place, "--scorer", scorer)) == 0
+        assert layers == (places if place == device else {"cpu"})
+        assert torch.cuda.current_device() == 0
+        answers.append(json.loads((tmp_path / place / "result.json").read_text()))
+    ours, cpus = answers
+    assert ours["answer"] == cpus["answer"]
+    assert waits == [{}, {}] * 2
+    assert 0 < ours["seconds"]["decode"] < ours["seconds"]["generate"]
 
 
 @pytest.mark.parametrize(

@@ -29,13 +29,21 @@ def test_devices_do_not_mix(two_cards: EmulatedCuda) -> None:
     assert torch.rand(2, device="cuda", generator=torch.Generator("cuda")).is_cuda
 
 
+def test_a_default_device(two_cards: EmulatedCuda) -> None:  # noqa: ARG001
+    for device in (torch.device("meta"), torch.device("cuda", 1)):
+        with device:
+            assert torch.tensor([1.0]).device == torch.as_tensor([1.0]).device == torch.zeros(1).device == device
+            assert torch.tensor([1.0], device="cpu").device.type == "cpu"
+    assert torch.tensor([1.0]).device.type == "cpu"
+
+
 def test_waits_are_counted_by_line(card: EmulatedCuda) -> None:
     x = torch.arange(6.0).to("cuda")
     x.sum().item()
     _ = x[x > 2]
     x.to("cpu", non_blocking=True)
     torch.arange(6.0).pin_memory().to("cuda", non_blocking=True)
-    assert x[[1, 2]].tolist() == [1, 2]
+    assert x[[1, 2]].tolist() == x[range(1, 3)].tolist() == [1, 2]
     assert [what for what, _ in card.reads] == ["item", "index by a mask", "to cpu"]
     assert [what for what, _ in card.uploads] == ["upload", "upload"]
     assert all(line.startswith(LINE) for _, line in (*card.reads, *card.uploads))

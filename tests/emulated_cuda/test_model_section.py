@@ -18,7 +18,7 @@ def row_of(mode: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.usefixtures("card")
-@pytest.mark.parametrize("mode", ["dynamic", "chunked"])
+@pytest.mark.parametrize("mode", ["dynamic", "chunked", "assisted"])
 def test_tokens_of_one_card(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row = row_of(mode, monkeypatch)
     assert row.status == "ok", row

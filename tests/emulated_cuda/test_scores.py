@@ -13,6 +13,7 @@ import torch
 from emulated_cuda import cupy_stand_in
 from emulated_cuda.budgets import BUDGETS, assert_within, of_the_package
 from emulated_cuda.device import EmulatedCuda
+from emulated_cuda.fused_pass import TorchPass, in_torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
@@ -35,38 +36,9 @@ def planes(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.cat([torch.randn(n, 2) @ torch.randn(2, 16) + 1e-3 * torch.randn(n, 16) for n in sizes]).to(dtype)
 
 
-def in_torch(state: Tensor, product: Tensor, reflected: Tensor, own: Tensor, settings: Tensor, has_own: bool) -> None:
-    """`update_state_kernel` on the CPU."""
-    bound, relaxation = settings.tolist()
-
-    def coefficients() -> Tensor:
-        shrunk = state - state.clamp(-bound, bound)
-        return shrunk.scatter_(1, own, 0.0) if has_own else shrunk
-
-    state += relaxation * (coefficients() + product - state)
-    reflected.copy_(2 * coefficients() - state)
-
-
-class TorchPass:
-    """In place of the kernel, which Triton's interpreter takes seconds for: the same launch, checked as it is."""
-
-    def __init__(self, card: EmulatedCuda) -> None:
-        self.card = card
-
-    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
-        return self.launch
-
-    def launch(self, *arguments: Any, HAS_OWN: bool, BLOCK: int) -> None:  # noqa: ARG002
-        assert all(x.is_contiguous() for x in arguments[:5])
-        state, product, reflected, own, settings = (self.card.kernel_argument(x) for x in arguments[:5])
-        assert len({x.dtype for x in (state, product, reflected, settings)}) == 1
-        self.card.launches += 1
-        in_torch(state, product, reflected, own, settings, HAS_OWN)
-
-
 @pytest.fixture
 def torch_pass(card: EmulatedCuda, monkeypatch: pytest.MonkeyPatch) -> EmulatedCuda:
-    monkeypatch.setattr(fused, "update_state_kernel", TorchPass(card))
+    monkeypatch.setattr(fused, "update_state_kernel", TorchPass())
     return card
 
 
