@@ -27,7 +27,7 @@ class TorchPass:
         return self.launch
 
     def launch(self, *arguments: Any, HAS_OWN: bool, BLOCK: int) -> None:  # noqa: ARG002
-        card = emulated.card()
+        card: Any = emulated.card()
         assert all(x.is_contiguous() for x in arguments[:5])
         state, product, reflected, own, settings = (card.kernel_argument(x) for x in arguments[:5])
         assert len({x.dtype for x in (state, product, reflected, settings)}) == 1
