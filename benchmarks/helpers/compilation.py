@@ -21,7 +21,8 @@ from benchmarks.helpers.channel import alive
 from benchmarks.helpers.measure import Task
 from benchmarks.helpers.record import COMPILE, FAILED, OK, Row
 
-SECTIONS = ("sanity", "correctness", "decode", "prefill", "backward")  # whose tasks launch all that they need at once
+# Whose tasks launch all that they need at once. The models launch five kernels in all, and go on from what these wrote.
+SECTIONS = ("sanity", "correctness", "decode", "prefill", "backward")
 PATIENCE_SECONDS = 300.0
 
 
