@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ os.environ.setdefault("VIDEOANCHOR_SELF_CHECK", "off")  # a kernel that is wrong
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads; names that do not exist fail at once
 
 import torch
+
+# what inductor keeps of one instruction set it may load under another (ATEN_CPU_CAPABILITY), and then fails
+kept = f"videoanchor-inductor-{os.getuid()}-{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), kept)))
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
