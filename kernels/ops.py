@@ -147,10 +147,12 @@ def anchored_attention_op(
     def answer() -> None:
         _fill((out, lse), torch_backend("sdpa", *masks, post_exp, True)(*tensors))
 
-    form = _decode_rows(q, k) if kernel == "decode" else (post_exp,)
-    variant = _variant(kernel, q, (gamma_k, gamma_v), masks, key_padding_mask is not None, *form)
+    def name() -> Variant:
+        form = _decode_rows(q, k) if kernel == "decode" else (post_exp,)
+        return _variant(kernel, q, (gamma_k, gamma_v), masks, key_padding_mask is not None, *form)
+
     with torch.cuda.device_of(q):
-        self_checked(variant, q.device, launch, lambda: dense_error(*tensors, out, lse, masks), answer)
+        self_checked(name, q.device, launch, lambda: dense_error(*tensors, out, lse, masks), answer)
     return out, lse
 
 
@@ -206,7 +208,7 @@ def varlen_op(
 
     with torch.cuda.device_of(q):
         self_checked(
-            _variant("packed", q, gates, masks, post_exp),
+            lambda: _variant("packed", q, gates, masks, post_exp),
             q.device,
             launch,
             lambda: packed_error(*tensors, *offsets, max_seqlen_q, *gates, out, lse, masks),
@@ -255,7 +257,7 @@ def decode_op(
     page = 0 if block_table is None else k_cache.shape[2]
     with torch.cuda.device_of(q):
         self_checked(
-            _variant("cache", q, gates, masks, page, *_decode_rows(q, k_cache)),
+            lambda: _variant("cache", q, gates, masks, page, *_decode_rows(q, k_cache)),
             q.device,
             launch,
             lambda: cache_error(*tensors, *cache, *gates, out, lse, masks),
@@ -309,12 +311,14 @@ def backward_op(
         nonlocal grads
         grads = dense_backward(operands(*tensors, *offsets), gamma_k, gamma_v, masks, packed)
 
-    variant = _variant("backward", q, (gamma_k, gamma_v), masks, key_padding_mask is not None, packed)
+    def name() -> Variant:
+        return _variant("backward", q, (gamma_k, gamma_v), masks, key_padding_mask is not None, packed)
+
     with torch.cuda.device_of(q):
         if q.numel() == 0 or k.numel() == 0:
             launch()
         else:
-            self_checked(variant, q.device, launch, compare, answer)
+            self_checked(name, q.device, launch, compare, answer)
     d_q, d_k, d_v, d_gamma_k, d_gamma_v = (q.new_empty(0, dtype=torch.float32) if x is None else x for x in grads)
     return d_q, d_k, d_v, d_gamma_k, d_gamma_v
 

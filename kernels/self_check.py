@@ -24,21 +24,23 @@ _lock = threading.Lock()
 
 
 def self_checked(
-    variant: Variant,
+    name: Callable[[], Variant],
     device: torch.device,
     launch: Callable[[], None],
     compare: Callable[[], torch.Tensor],
     answer: Callable[[], None],
     graph_refusal: str | None = None,
 ) -> None:
-    """Fill the results of a call: by `launch`, or where this variant has been wrong by `answer`, which is torch's.
+    """Fill the results of a call: by `launch`, or where its variant has been wrong by `answer`, which is torch's.
 
+    `name` gives the variant, which costs more than looking it up, so that it is asked for only where it is needed.
     `compare` gives the error of what `launch` left, as `worst_error` does; it is read on the host, once. While a CUDA
     graph is captured nothing is compared. `graph_refusal` says why `answer` cannot be captured.
     """
     mode = _mode(device)
     if mode == "off":
         return launch()
+    variant = name()
     right = _right.get(variant)
     if right is None or right:
         launch()

@@ -104,9 +104,7 @@ def _assigned(left: str, value: Any) -> list[str]:
         inner = _listed(sorted(value))
         if not value:
             return [f"{left} = frozenset()"]
-        return (
-            [f"{left} = frozenset()"] if not value else [f"{left} = frozenset(", "    {", *_deeper(inner), "    }", ")"]
-        )
+        return [f"{left} = frozenset(", "    {", *_deeper(inner), "    }", ")"]
     items = _listed(value)
     opening, closing = "{}" if isinstance(value, dict) else "()"
     return [f"{left} = {opening}", *items, closing] if items else [f"{left} = {opening}{closing}"]
