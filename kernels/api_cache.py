@@ -11,7 +11,7 @@ from .gates import expand_gate, fitted_gate
 from .sequences import decode_by_sequence
 
 try:
-    from .ops import decode_op
+    from .ops_cache import decode_op
 except ModuleNotFoundError as error:  # as in api.py
     if error.name != "triton":
         raise

@@ -7,105 +7,29 @@ import torch
 from .backward import backward
 from .decode import decode
 from .dense_backward import dense_backward, operands
-from .dispatch import torch_backend, triton_target
+from .dispatch import torch_backend
 from .hopper import hopper_prefill
+from .layouts import (
+    Outputs,
+    decode_rows,
+    fill,
+    gate_rows,
+    launch_target,
+    outputs,
+    packed_gate,
+    packed_outputs,
+    packed_rows,
+    rows,
+    variant_of,
+)
+from .operands import Masks
 from .prefill import prefill
 from .prescale import prescale
-from .sampled import Masks, cache_error, dense_error, packed_error
+from .sampled import dense_error, packed_error
 from .sampled_backward import backward_error
 from .self_check import Variant, self_checked
-from .sequences import decode_by_sequence, varlen_by_sequence
+from .sequences import varlen_by_sequence
 from .tiles import decode_queries
-
-MAX_ROW_STRIDE = 2**23
-Outputs = tuple[torch.Tensor, torch.Tensor]
-
-
-def _outputs(q: torch.Tensor) -> Outputs:
-    batch, heads, queries, head_dim = q.shape
-    # the layout in which a model's output projection reads the heads
-    out = q.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
-    return out, q.new_empty((batch, heads, queries), dtype=torch.float32)
-
-
-def _packed_outputs(q: torch.Tensor) -> Outputs:
-    tokens, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((heads, tokens), dtype=torch.float32).T
-
-
-def _has_rows(x: torch.Tensor) -> bool:
-    """Whether rows are contiguous, and near enough to one another that a tile's offsets fit in 32 bits."""
-    return x.stride(-1) == 1 and (x.stride(-2) < MAX_ROW_STRIDE or x.shape[-2] == 1)
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x if _has_rows(x) else x.contiguous()
-
-
-def _cache_rows(name: str, x: torch.Tensor) -> torch.Tensor:
-    """A cache as it stands: raise where `_rows` would copy all of it in every step."""
-    if not _has_rows(x):
-        raise ValueError(
-            f"{name} must have contiguous rows less than {MAX_ROW_STRIDE} elements apart, got strides {x.stride()}: "
-            f"lay the cache out so, or use backend='sdpa'"
-        )
-    return x
-
-
-def _packed_rows(x: torch.Tensor) -> torch.Tensor:
-    """(T, H, D) as one batch entry (1, H, T, D) with rows as `_rows` makes them."""
-    return _rows(x.transpose(0, 1))[None]
-
-
-def _gate_rows(gate: torch.Tensor | None) -> torch.Tensor | None:
-    """A gate, a mask or a block table whose last dimension is contiguous, copied only where it is not."""
-    return gate if gate is None or gate.stride(-1) == 1 else gate.contiguous()
-
-
-def _packed_gate(gate: torch.Tensor | None) -> torch.Tensor | None:
-    """(T,), or (T, Hkv) as (1, Hkv, T)."""
-    return gate if gate is None or gate.dim() == 1 else gate.T[None]
-
-
-def _target(q: torch.Tensor) -> str:
-    target, reason = triton_target(q.device)
-    if target is None:
-        raise RuntimeError(f"the Triton kernels cannot run here: {reason}")
-    return target
-
-
-def _variant(
-    kernel: str,
-    q: torch.Tensor,
-    gates: tuple[torch.Tensor | None, torch.Tensor | None],
-    masks: Masks,
-    *rest: int | bool,
-) -> Variant:
-    """What Triton compiles anew for, and tiles are chosen by."""
-    gamma_k, gamma_v = gates
-    return (
-        kernel,
-        q.device,
-        q.dtype,
-        f"D{q.shape[-1]}",
-        None if gamma_k is None else (gamma_k.dtype, gamma_k.dim()),
-        None if gamma_v is None else (gamma_v.dtype, gamma_v.dim()),
-        masks.causal,
-        masks.window is not None,
-        masks.softcap is not None,
-        *rest,
-    )
-
-
-def _decode_rows(q: torch.Tensor, k: torch.Tensor) -> tuple[bool, int]:
-    """Whether several queries are packed into a tile, and what its rows are rounded up to (decode_tile)."""
-    rows = q.shape[2] * q.shape[1] // k.shape[1]
-    return q.shape[2] > 1, min(max(16, 1 << (rows - 1).bit_length()), 64)
-
-
-def _fill(results: Outputs, answers: Outputs) -> None:
-    for result, answer in zip(results, answers, strict=True):
-        result.copy_(answer)
 
 
 @torch.library.custom_op("videoanchor::anchored_attention", mutates_args=())
@@ -124,14 +48,14 @@ def anchored_attention_op(
     hopper: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of validated inputs by decode (few queries) or prefill: out (B, Hq, Nq, D) and lse (B, Hq, Nq) fp32."""
-    out, lse = _outputs(q)
+    out, lse = outputs(q)
     if out.numel() == 0 or k.shape[2] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     if not hopper:
-        q, k, v = _rows(q), _rows(k), _rows(v)
-    gamma_k, gamma_v, key_padding_mask = (_gate_rows(x) for x in (gamma_k, gamma_v, key_padding_mask))
+        q, k, v = rows(q), rows(k), rows(v)
+    gamma_k, gamma_v, key_padding_mask = (gate_rows(x) for x in (gamma_k, gamma_v, key_padding_mask))
     tensors = q, k, v, gamma_k, gamma_v, key_padding_mask
-    masks, target = Masks(scale, causal, window, softcap), _target(q)
+    masks, target = Masks(scale, causal, window, softcap), launch_target(q)
     small = q.shape[2] <= decode_queries(target, q.shape[-1])
     kernel = "hopper" if hopper else "decode" if small else "prefill"
 
@@ -145,11 +69,11 @@ def anchored_attention_op(
             prefill(*tensors, out, lse, *masks, post_exp, target)
 
     def answer() -> None:
-        _fill((out, lse), torch_backend("sdpa", *masks, post_exp, True)(*tensors))
+        fill((out, lse), torch_backend("sdpa", *masks, post_exp, True)(*tensors))
 
     def name() -> Variant:
-        form = _decode_rows(q, k) if kernel == "decode" else (post_exp,)
-        return _variant(kernel, q, (gamma_k, gamma_v), masks, key_padding_mask is not None, *form)
+        form = decode_rows(q, k) if kernel == "decode" else (post_exp,)
+        return variant_of(kernel, q, (gamma_k, gamma_v), masks, key_padding_mask is not None, *form)
 
     with torch.cuda.device_of(q):
         self_checked(name, q.device, launch, lambda: dense_error(*tensors, out, lse, masks), answer)
@@ -158,7 +82,7 @@ def anchored_attention_op(
 
 @anchored_attention_op.register_fake
 def _(q: torch.Tensor, *_: object) -> Outputs:
-    return _outputs(q)
+    return outputs(q)
 
 
 @torch.library.custom_op("videoanchor::anchored_attention_varlen", mutates_args=())
@@ -179,22 +103,22 @@ def varlen_op(
     post_exp: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of validated packed inputs: out (Tq, Hq, D) and lse (Tq, Hq) fp32."""
-    out, lse = _packed_outputs(q)
+    out, lse = packed_outputs(q)
     # no program writes the rows of no sequence
     out.zero_(), lse.fill_(float("-inf"))
     if out.numel() == 0 or k.shape[0] == 0:
         return out, lse
-    tensors, masks, target = (q, k, v), Masks(scale, causal, window, softcap), _target(q)
+    tensors, masks, target = (q, k, v), Masks(scale, causal, window, softcap), launch_target(q)
     offsets, gates = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()), (gamma_k, gamma_v)
 
     def launch() -> None:
-        heads_first = _packed_rows(q), _packed_rows(k), _packed_rows(v)
+        heads_first = packed_rows(q), packed_rows(k), packed_rows(v)
         prefill(
             *heads_first,
-            _packed_gate(gamma_k),
-            _packed_gate(gamma_v),
+            packed_gate(gamma_k),
+            packed_gate(gamma_v),
             None,
-            _packed_rows(out),
+            packed_rows(out),
             lse.T[None],
             *masks,
             post_exp,
@@ -204,11 +128,11 @@ def varlen_op(
 
     def answer() -> None:
         attend = torch_backend("sdpa", *masks, post_exp, True)
-        _fill((out, lse), varlen_by_sequence(attend, *tensors, *offsets, max_seqlen_q, max_seqlen_k, *gates))
+        fill((out, lse), varlen_by_sequence(attend, *tensors, *offsets, max_seqlen_q, max_seqlen_k, *gates))
 
     with torch.cuda.device_of(q):
         self_checked(
-            lambda: _variant("packed", q, gates, masks, post_exp),
+            lambda: variant_of("packed", q, gates, masks, post_exp),
             q.device,
             launch,
             lambda: packed_error(*tensors, *offsets, max_seqlen_q, *gates, out, lse, masks),
@@ -220,56 +144,7 @@ def varlen_op(
 
 @varlen_op.register_fake
 def _(q: torch.Tensor, *_: object) -> Outputs:
-    return _packed_outputs(q)
-
-
-@torch.library.custom_op("videoanchor::anchored_attention_decode", mutates_args=())
-def decode_op(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    cache_seqlens: torch.Tensor,
-    block_table: torch.Tensor | None,
-    gamma_k: torch.Tensor | None,
-    gamma_v: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of validated last queries over a cache: out (B, Hq, Nq, D) and lse (B, Hq, Nq) fp32."""
-    out, lse = _outputs(q)
-    if out.numel() == 0 or k_cache.shape[2] == 0 or (block_table is not None and block_table.shape[1] == 0):
-        return out.zero_(), lse.fill_(float("-inf"))
-    gamma_k, gamma_v, block_table = (_gate_rows(x) for x in (gamma_k, gamma_v, block_table))
-    tensors = _rows(q), _cache_rows("k_cache", k_cache), _cache_rows("v_cache", v_cache)
-    cache, gates = (cache_seqlens.contiguous(), block_table), (gamma_k, gamma_v)
-    masks, target = Masks(scale, causal, window, softcap), _target(q)
-
-    def launch() -> None:
-        lengths, table = cache
-        decode(*tensors, *gates, None, out, lse, *masks, target, cache_seqlens=lengths, block_table=table)
-
-    def answer() -> None:
-        attend = torch_backend("sdpa", *masks, False, True)
-        _fill((out, lse), decode_by_sequence(attend, *tensors, *cache, *gates))
-
-    page = 0 if block_table is None else k_cache.shape[2]
-    with torch.cuda.device_of(q):
-        self_checked(
-            lambda: _variant("cache", q, gates, masks, page, *_decode_rows(q, k_cache)),
-            q.device,
-            launch,
-            lambda: cache_error(*tensors, *cache, *gates, out, lse, masks),
-            answer,
-            "it reads cache_seqlens on the host",
-        )
-    return out, lse
-
-
-@decode_op.register_fake
-def _(q: torch.Tensor, *_: object) -> Outputs:
-    return _outputs(q)
+    return packed_outputs(q)
 
 
 @torch.library.custom_op("videoanchor::anchored_attention_backward", mutates_args=())
@@ -294,8 +169,8 @@ def backward_op(
     max_seqlen_k: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v (contiguous, in their dtypes) and of the gates (fp32, empty where there is no gate)."""
-    q, k, v = (_rows(x) if cu_seqlens_q is None else _packed_rows(x)[0].transpose(0, 1) for x in (q, k, v))
-    masks, target = Masks(scale, causal, window, softcap), _target(q)
+    q, k, v = (rows(x) if cu_seqlens_q is None else packed_rows(x)[0].transpose(0, 1) for x in (q, k, v))
+    masks, target = Masks(scale, causal, window, softcap), launch_target(q)
     tensors = q, k, v, gamma_k, gamma_v, key_padding_mask, out, lse, d_out, d_lse
     offsets, packed = (cu_seqlens_q, cu_seqlens_k), cu_seqlens_q is not None
     grads: tuple[torch.Tensor | None, ...] = ()
@@ -312,7 +187,7 @@ def backward_op(
         grads = dense_backward(operands(*tensors, *offsets), gamma_k, gamma_v, masks, packed)
 
     def name() -> Variant:
-        return _variant("backward", q, (gamma_k, gamma_v), masks, key_padding_mask is not None, packed)
+        return variant_of("backward", q, (gamma_k, gamma_v), masks, key_padding_mask is not None, packed)
 
     with torch.cuda.device_of(q):
         if q.numel() == 0 or k.numel() == 0:
@@ -333,7 +208,7 @@ def _(
     *_: object,
 ) -> tuple[torch.Tensor, ...]:
     gates = (q.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (gamma_k, gamma_v))
-    return *(_outputs(x)[0] if x.dim() == 4 else x.new_empty(x.shape) for x in (q, k, v)), *gates
+    return *(outputs(x)[0] if x.dim() == 4 else x.new_empty(x.shape) for x in (q, k, v)), *gates
 
 
 def _gradients(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor, *packed: Any) -> tuple[torch.Tensor | None, ...]:

@@ -5,23 +5,15 @@ longest) and the last head and batch entry.
 """
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from .dense_rows import Rows, dense_rows, worst_error
 from .gates import expand_gate, pad_gate
+from .operands import Masks
 
 EDGES = (0, 15, 16, 31, 32, 63, 64, 127, 128)
-
-
-class Masks(NamedTuple):
-    """What hides keys from queries, and the scale of the logits."""
-
-    scale: float
-    causal: bool
-    window: int | None
-    softcap: float | None
 
 
 def indices(values: Iterable[int | torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -16,7 +16,8 @@ from videoanchor_triton.kernels import dispatch
 from videoanchor_triton.kernels.api import anchored_attention, anchored_attention_varlen
 from videoanchor_triton.kernels.api_cache import anchored_attention_decode
 from videoanchor_triton.kernels.dispatch import available_backends, choose_backend, triton_refusal
-from videoanchor_triton.kernels.ops import anchored_attention_op, backward_op, decode_op, varlen_op
+from videoanchor_triton.kernels.ops import anchored_attention_op, backward_op, varlen_op
+from videoanchor_triton.kernels.ops_cache import decode_op
 
 Q, K = torch.zeros(2, 4, 3, 16), torch.zeros(2, 2, 5, 16)
 NAN, INF = float("nan"), float("inf")

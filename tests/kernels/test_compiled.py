@@ -8,7 +8,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from videoanchor_triton import anchored_attention, anchored_attention_decode, anchored_attention_varlen
-from videoanchor_triton.kernels.ops import anchored_attention_op, backward_op, decode_op, varlen_op
+from videoanchor_triton.kernels.ops import anchored_attention_op, backward_op, varlen_op
+from videoanchor_triton.kernels.ops_cache import decode_op
 
 
 @pytest.mark.parametrize("operator", [anchored_attention_op, varlen_op, decode_op, backward_op], ids=str)

@@ -1,0 +1,61 @@
+"""What kernels take in one piece: tensors with their strides, and what a call asks for. Triton takes NamedTuples as
+kernel arguments and passes each field as an argument of its own.
+
+A field that is an int is specialised by Triton on being 1 and on being a multiple of 16: what changes with a length
+comes beside them, as an argument in the kernel's `do_not_specialize`.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Masks(NamedTuple):
+    """What hides keys from queries, and the scale of the logits."""
+
+    scale: float
+    causal: bool
+    window: int | None
+    softcap: float | None
+
+
+class Rows(NamedTuple):
+    """(B, H, N, D), packed rows (T, H, D) as one batch entry: strides of batch, head and row, contiguous elements."""
+
+    ptr: torch.Tensor
+    b: int
+    h: int
+    n: int
+
+
+class Logits(NamedTuple):
+    """What becomes of a logit: scale and softcap (0: none), both times log2 e."""
+
+    scale: float
+    cap: float
+
+
+def rows_of(x: torch.Tensor) -> Rows:
+    """Of (B, H, N, D), or of packed (T, H, D)."""
+    return Rows(x, *x.stride()[:3]) if x.dim() == 4 else Rows(x, 0, x.stride(1), x.stride(0))
+
+
+class PageGate(NamedTuple):
+    """Gates by slot of a paged cache.
+
+    values: (P, H, page) fp32 where the cache holds gK gV V ("written": gK), (P, H, page, 2) fp32 where it holds V
+    ("apart": log2 gK, gV). H is Hkv, or 1 where the heads share their gates.
+    """
+
+    values: torch.Tensor
+    form: str
+
+
+class PositionGate(NamedTuple):
+    """Gates by position in the sequence, neutral beyond N': log gamma_k and gamma_v, (B, Hkv or Hq, N') fp32 or None.
+
+    Any strides: one of 0 where heads or sequences share a gate, slices of larger buffers.
+    """
+
+    log_gamma_k: torch.Tensor | None
+    gamma_v: torch.Tensor | None
