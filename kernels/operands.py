@@ -67,3 +67,10 @@ class PositionGate(NamedTuple):
 
     log_gamma_k: torch.Tensor | None
     gamma_v: torch.Tensor | None
+
+
+class Offsets(NamedTuple):
+    """Where packed sequences begin and end: (sequences + 1,) int32 of queries and of keys."""
+
+    q: torch.Tensor
+    k: torch.Tensor
