@@ -155,7 +155,7 @@ def torch_backend(
         gamma_v: torch.Tensor | None,
         key_padding_mask: torch.Tensor | None = None,
     ) -> Outputs:
-        options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
         options |= {"gamma_v": gamma_v, "key_padding_mask": key_padding_mask}
         if backend == "sdpa":
             options |= {"positive_gate": positive_gate, "return_lse": return_lse, "log_gate": log_gate}
