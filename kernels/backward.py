@@ -90,13 +90,31 @@ def backward(
         wide_k, wide_v = (x[0].transpose(0, 1) if packed else x for x in wide[:2])
         wide_g = (x[0].T if packed and x is not None and x.dim() == 3 else x for x in wide[2:])
         d_q, d_k, d_v, d_gk, d_gv = backward(
-            q, wide_k.contiguous(), wide_v.contiguous(), *wide_g, key_padding_mask, out, lse, d_out, d_lse, masks, target, log_gate=log_gate,
-            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+            q,
+            wide_k.contiguous(),
+            wide_v.contiguous(),
+            *wide_g,
+            key_padding_mask,
+            out,
+            lse,
+            d_out,
+            d_lse,
+            masks,
+            target,
+            log_gate=log_gate,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+        )
         d_k, d_v = (x.unflatten(1, (-1, group)).sum(2) for x in (d_k, d_v))
         axis = 1
+
         def of(d, g):
-            if g is None or d.shape == g.shape: return d
+            if g is None or d.shape == g.shape:
+                return d
             return d.unflatten(axis, (-1, group)).sum(axis + 1)
+
         return d_q, d_k, d_v, of(d_gk, gamma_k), of(d_gv, gamma_v)
     scale, causal, window, softcap = masks
     gate_key, log_key_gate = gamma_k, log_gate
@@ -131,8 +149,11 @@ def backward(
     q, k, v, out, d_out = (heads_first(x) for x in (q, k, v, out, d_out))
     query_heads, queries, head_dim = q.shape[1:]
     kv_heads, keys = k.shape[1:3]
-    log_gate = None if gamma_k is None else gate_of_keys(
-        gamma_k.float() * math.log2(math.e) if log_key_gate else gamma_k.float().log2(), 0.0)
+    log_gate = (
+        None
+        if gamma_k is None
+        else gate_of_keys(gamma_k.float() * math.log2(math.e) if log_key_gate else gamma_k.float().log2(), 0.0)
+    )
     value_gate = None if gamma_v is None else gate_of_keys(gamma_v.float(), 1.0)
     if key_padding_mask is not None:
         # a hidden key's weight is 0, and what it holds is cleared, since 0 * NaN is NaN

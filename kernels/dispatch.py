@@ -12,7 +12,7 @@ from . import measured
 from .hopper import hopper_enabled, hopper_refusal
 from .reference import reference_attention
 from .sdpa import sdpa_attention
-from .tiles import HEAD_DIMS, INTERPRETER, MAX_QUERIES, PREFILL
+from .tiles import HEAD_DIMS, INTERPRETER, PREFILL, takes_few_queries
 
 BACKENDS = ("auto", "triton", "hopper", "sdpa", "reference")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -112,7 +112,8 @@ def hopper_choice(
 
     With "auto" and the path switched on, a refusal is said once for each reason.
     """
-    if asked == "triton" or (asked == "auto" and (not hopper_enabled(q.shape[-1]) or q.shape[2] <= MAX_QUERIES)):
+    few = takes_few_queries("sm_90", q.shape[-1], q.shape[2], k.shape[2])
+    if asked == "triton" or (asked == "auto" and (few or not hopper_enabled(q.shape[-1]))):
         return False
     target, reason = triton_target(q.device)
     if target is not None:

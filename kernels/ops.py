@@ -5,10 +5,9 @@ from typing import Any
 import torch
 
 from .backward import backward
-from .decode import decode
 from .dense_backward import Operands, dense_backward, operands
 from .dispatch import torch_backend
-from .gates import log_of, per_query_head
+from .gates import by_position, log_of, per_query_head
 from .hopper import hopper_prefill
 from .layouts import (
     Outputs,
@@ -23,14 +22,15 @@ from .layouts import (
     rows,
     variant_of,
 )
-from .operands import Masks
+from .operands import Masks, PositionGate
+from .paged import paged
 from .prefill import prefill
 from .prescale import prescale
 from .sampled import dense_error, packed_error
 from .sampled_backward import backward_error
 from .self_check import Variant, self_checked
 from .sequences import varlen_by_sequence
-from .tiles import decode_queries
+from .tiles import takes_few_queries
 
 
 @torch.library.custom_op("videoanchor::anchored_attention", mutates_args=())
@@ -61,16 +61,22 @@ def anchored_attention_op(
     key_padding_mask = gate_rows(key_padding_mask)
     tensors = q, k, v, gamma_k, gamma_v, key_padding_mask
     masks, target = Masks(scale, causal, window, softcap), launch_target(q)
-    small = q.shape[2] <= decode_queries(target, q.shape[-1])
-    kernel = "hopper" if hopper else "decode" if small else "prefill"
+    few = takes_few_queries(target, q.shape[-1], q.shape[2], k.shape[2])
+    kernel = "hopper" if hopper else "decode" if few else "prefill"
 
     def launch() -> None:
         if hopper:
             form, gated, gate, _ = prescale(v, gamma_k, gamma_v, None, post_exp, log_gate=log_gate)
             hopper_prefill(q, k, gated, gate, out, lse, scale, causal, form)
-        elif small:
-            log_gamma_k = None if gamma_k is None else log_of(gamma_k, log_gate)
-            decode(q, k, v, gate_rows(log_gamma_k), gate_rows(gamma_v), key_padding_mask, out, lse, *masks, target)
+        elif few:
+            batch, kv_heads = k.shape[:2]
+            log_gamma_k = None if gamma_k is None else by_position(log_of(gamma_k, log_gate), batch, kv_heads)
+            gain = None if gamma_v is None else by_position(gamma_v, batch, kv_heads)
+            gate = None if log_gamma_k is gain is None else PositionGate(log_gamma_k, gain)
+            # the kernel walks both by the same strides
+            cache = (k, v) if k.stride() == v.stride() else (k.contiguous(), v.contiguous())
+            options = {"seqlens_k": None, "max_seqlen_q": q.shape[2], "gate": gate, "seen": key_padding_mask}
+            paged(q, *cache, out, lse, masks, target, **options)
         else:
             prefill(*tensors, out, lse, masks, post_exp, target, log_gate=log_gate)
 

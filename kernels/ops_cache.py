@@ -2,10 +2,10 @@
 
 import torch
 
-from .decode import decode
 from .dispatch import torch_backend
 from .layouts import Outputs, cache_rows, decode_rows, fill, gate_rows, launch_target, outputs, rows, variant_of
-from .operands import Masks
+from .operands import Masks, PositionGate
+from .paged import paged
 from .sampled import cache_error
 from .self_check import self_checked
 from .sequences import decode_by_sequence
@@ -29,14 +29,16 @@ def decode_op(
     out, lse = outputs(q)
     if out.numel() == 0 or k_cache.shape[2] == 0 or (block_table is not None and block_table.shape[1] == 0):
         return out.zero_(), lse.fill_(float("-inf"))
-    log_gamma_k, gamma_v, block_table = (gate_rows(x) for x in (log_gamma_k, gamma_v, block_table))
+    block_table, gates = gate_rows(block_table), (log_gamma_k, gamma_v)
     tensors = rows(q), cache_rows("k_cache", k_cache), cache_rows("v_cache", v_cache)
-    cache, gates = (cache_seqlens.contiguous(), block_table), (log_gamma_k, gamma_v)
+    cache = cache_seqlens.contiguous(), block_table
     masks, target = Masks(scale, causal, window, softcap), launch_target(q)
 
     def launch() -> None:
         lengths, table = cache
-        decode(*tensors, *gates, None, out, lse, *masks, target, cache_seqlens=lengths, block_table=table)
+        gate = None if log_gamma_k is gamma_v is None else PositionGate(*gates)
+        options = {"seqlens_k": lengths, "block_table": table, "max_seqlen_q": q.shape[2], "gate": gate}
+        paged(*tensors, out, lse, masks, target, **options)
 
     def answer() -> None:
         attend = torch_backend("sdpa", *masks, False, True, log_gate=True)
