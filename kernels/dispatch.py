@@ -12,7 +12,7 @@ from . import measured
 from .hopper import hopper_enabled, hopper_refusal
 from .reference import reference_attention
 from .sdpa import sdpa_attention
-from .tiles import HEAD_DIMS, INTERPRETER, MAX_QUERIES, PREFILL
+from .tiles import HEAD_DIMS, INTERPRETER, PREFILL, takes_few_queries
 
 BACKENDS = ("auto", "triton", "hopper", "sdpa", "reference")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -106,17 +106,22 @@ def hopper_choice(
     softcap: float | None,
     padding: bool,
     value_gate: bool,
+    query_gates: bool,
 ) -> bool:
     """Whether a call that a Triton kernel will take goes to the Hopper kernel; ValueError if asked for and it cannot.
 
     With "auto" and the path switched on, a refusal is said once for each reason.
     """
-    if asked == "triton" or (asked == "auto" and (not hopper_enabled(q.shape[-1]) or q.shape[2] <= MAX_QUERIES)):
+    if asked == "triton" or (asked == "auto" and not hopper_enabled(q.shape[-1])):
         return False
     target, reason = triton_target(q.device)
+    if asked == "auto" and (target is None or takes_few_queries(target, q.shape[-1], q.shape[2], k.shape[2])):
+        return False
     if target is not None:
         features: dict[str, Any] = {"window": window, "softcap": softcap, "padding": padding, "value_gate": value_gate}
         reason = hopper_refusal(q, k, v, target, **features)
+        if query_gates:
+            reason = reason or "the Hopper kernel has no gates per query head"
     if reason and asked == "hopper":
         raise ValueError(f"backend='hopper' cannot take this call: {reason}; use backend='triton' or 'auto'")
     if reason and not torch.compiler.is_compiling():
@@ -137,8 +142,12 @@ def torch_backend(
     softcap: float | None,
     positive_gate: bool,
     return_lse: bool,
+    log_gate: bool = False,
 ) -> Callable[..., Outputs]:
-    """SDPA (whose lse is None unless asked for) or the reference, with their options set."""
+    """SDPA (whose lse is None unless asked for) or the reference, with their options set.
+
+    With `log_gate` the gamma_k that it is called with holds log gamma_k.
+    """
 
     def attend(
         q: torch.Tensor,
@@ -148,11 +157,12 @@ def torch_backend(
         gamma_v: torch.Tensor | None,
         key_padding_mask: torch.Tensor | None = None,
     ) -> Outputs:
-        gates = {"gamma_k": gamma_k, "gamma_v": gamma_v, "key_padding_mask": key_padding_mask}
-        options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        options |= {"gamma_v": gamma_v, "key_padding_mask": key_padding_mask}
         if backend == "sdpa":
-            return sdpa_attention(q, k, v, **gates, **options, positive_gate=positive_gate, return_lse=return_lse)
-        out, lse = reference_attention(q, k, v, **gates, **options)
+            options |= {"positive_gate": positive_gate, "return_lse": return_lse, "log_gate": log_gate}
+            return sdpa_attention(q, k, v, gamma_k=gamma_k, **options)
+        out, lse = reference_attention(q, k, v, **{"log_gamma_k" if log_gate else "gamma_k": gamma_k}, **options)
         return out.to(q.dtype), lse.float()
 
     return attend
