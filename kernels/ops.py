@@ -7,11 +7,10 @@ import torch
 from .backward import backward
 from .dense_backward import Operands, dense_backward, operands
 from .dispatch import torch_backend
-from .gates import by_position, log_of, per_query_head
+from .gates import log_of, per_query_head
 from .hopper import hopper_prefill
 from .layouts import (
     Outputs,
-    decode_rows,
     fill,
     gate_rows,
     launch_target,
@@ -30,7 +29,7 @@ from .sampled import dense_error, packed_error
 from .sampled_backward import backward_error
 from .self_check import Variant, self_checked
 from .sequences import varlen_by_sequence
-from .tiles import takes_few_queries
+from .tiles import paged_tile, takes_few_queries
 
 
 @torch.library.custom_op("videoanchor::anchored_attention", mutates_args=())
@@ -49,7 +48,7 @@ def anchored_attention_op(
     log_gate: bool,
     hopper: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of validated inputs by decode (few queries) or prefill: out (B, Hq, Nq, D) and lse (B, Hq, Nq) fp32.
+    """Attention of validated inputs by the paged kernel (few queries) or prefill: out (B, Hq, Nq, D) and lse, fp32.
 
     With `log_gate` gamma_k holds log gamma_k.
     """
@@ -61,18 +60,16 @@ def anchored_attention_op(
     key_padding_mask = gate_rows(key_padding_mask)
     tensors = q, k, v, gamma_k, gamma_v, key_padding_mask
     masks, target = Masks(scale, causal, window, softcap), launch_target(q)
-    few = takes_few_queries(target, q.shape[-1], q.shape[2], k.shape[2])
-    kernel = "hopper" if hopper else "decode" if few else "prefill"
+    small = takes_few_queries(target, q.shape[-1], q.shape[2], k.shape[2])
+    kernel = "hopper" if hopper else "paged" if small else "prefill"
 
     def launch() -> None:
         if hopper:
             form, gated, gate, _ = prescale(v, gamma_k, gamma_v, None, post_exp, log_gate=log_gate)
             hopper_prefill(q, k, gated, gate, out, lse, scale, causal, form)
-        elif few:
-            batch, kv_heads = k.shape[:2]
-            log_gamma_k = None if gamma_k is None else by_position(log_of(gamma_k, log_gate), batch, kv_heads)
-            gain = None if gamma_v is None else by_position(gamma_v, batch, kv_heads)
-            gate = None if log_gamma_k is gain is None else PositionGate(log_gamma_k, gain)
+        elif small:
+            log_gamma_k = None if gamma_k is None else log_of(gamma_k, log_gate)
+            gate = None if log_gamma_k is gamma_v is None else PositionGate(log_gamma_k, gamma_v)
             # the kernel walks both by the same strides
             cache = (k, v) if k.stride() == v.stride() else (k.contiguous(), v.contiguous())
             options = {"seqlens_k": None, "max_seqlen_q": q.shape[2], "gate": gate, "seen": key_padding_mask}
@@ -84,7 +81,9 @@ def anchored_attention_op(
         fill((out, lse), torch_backend("sdpa", *masks, post_exp, True, log_gate)(*tensors))
 
     def name() -> Variant:
-        form = decode_rows(q, k) if kernel == "decode" else (post_exp, log_gate)
+        group = q.shape[1] // k.shape[1]
+        tile = paged_tile(target, q.shape[-1], q.element_size(), q.shape[2] * group)
+        form = (group, *tile) if kernel == "paged" else (post_exp, log_gate)
         form = *form, *(per_query_head(gate, k.shape[1]) for gate in (gamma_k, gamma_v))
         return variant_of(kernel, q, (gamma_k, gamma_v), masks, key_padding_mask is not None, *form)
 

@@ -93,7 +93,9 @@ def paged_arguments(
     return {
         "q": queries_of(q, q.dim() == 4),
         "cache": Cache(k, v, *k.stride()[:3]),
-        "gates": gates,
+        "slot_gate": gates[0],
+        "gate_k": gates[1],
+        "gate_v": gates[2],
         "scales": scales,
         "token_scales": token_scales,
         "sinks": sinks,

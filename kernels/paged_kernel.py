@@ -162,9 +162,9 @@ def add_weighted(b_p, b_v, b_acc, LARGE: tl.constexpr, QUANTISED: tl.constexpr):
 
 @triton.jit
 def attend(
-    state, b_q, cache, gates, token_scales, logits, lengths, i_b, i_head, i_kv, i_start, i_end, i_last, o_position,
-    window, D: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, FORM: tl.constexpr, CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
+    state, b_q, cache, slot_gate, gate_k, gate_v, token_scales, logits, lengths, i_b, i_head, i_kv, i_start, i_end,
+    i_last, o_position, window, D: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, FORM: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The keys i_start up to i_end of one KV head, a tile at a time, into the running softmax of BM packed rows.
 
@@ -174,7 +174,6 @@ def attend(
     """
     BN: tl.constexpr = TILE.keys
     BD: tl.constexpr = b_q.shape[1]
-    slot_gate, gate_k, gate_v = gates
     b_acc, b_sum, b_max = state
     p_k = cache.k + i_kv * cache.h
     p_v = cache.v + i_kv * cache.h
@@ -260,17 +259,18 @@ def with_sinks(b_acc, b_sum, b_max, sinks, o_h, m_r):
 
 @triton.jit(do_not_specialize=["window"])
 def paged_kernel(
-    q, cache, gates, scales, token_scales, sinks, out, lse, lengths, plan, parts, logits, sizes, shares, window,
-    D: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, FORM: tl.constexpr, CAUSAL: tl.constexpr,
+    q, cache, slot_gate, gate_k, gate_v, scales, token_scales, sinks, out, lse, lengths, plan, parts, logits, sizes,
+    shares, window, D: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, FORM: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """One program: the pieces that the work list gives it.
 
     q, out, lse: `Rows` of (Tq, Hq, D) and (Tq, Hq) fp32, rows counted through all sequences, b added for each; the
-    strides of lse are `odd`, None: not wanted. cache: `Cache`, pages of PAGE keys, PAGE = 0 where it has none. gates:
-    `Slots` of gK (FORM WRITTEN) or of log2 gK and gV in one int64 (APART), or None; `RawGate` of log gK and of gV
-    (POSITION), or None. scales, token_scales: `Scales` of a quantised cache, for tensors, or by token and head. sinks
-    (Hq,) or None. lengths: `Lengths`; plan: `Plan`; parts: `Parts`; logits: `Logits`; sizes: `Sizes`; shares: `Shares`.
-    window: keys that a query sees, None for all. A sequence longer than the cache allows gives NaN.
+    strides of lse are `odd`, None: not wanted. cache: `Cache`, pages of PAGE keys, PAGE = 0 where it has none.
+    slot_gate: `Slots` of gK (FORM WRITTEN) or of log2 gK and gV in one int64 (APART), or None; gate_k, gate_v:
+    `RawGate` of log gK and of gV (POSITION), or None. scales, token_scales: `Scales` of a quantised cache, for tensors,
+    or by token and head. sinks (Hq,) or None. lengths: `Lengths`; plan: `Plan`; parts: `Parts`; logits: `Logits`;
+    sizes: `Sizes`; shares: `Shares`. window: keys that a query sees, None for all. A sequence longer than the cache
+    allows gives NaN.
     """
     BM: tl.constexpr = TILE.queries
     BN: tl.constexpr = TILE.keys
@@ -322,13 +322,14 @@ def paged_kernel(
             i_last = tl.maximum(Nk - 1, 0)
             if not EVERYWHERE:
                 b_acc, b_sum, b_max = attend(
-                    (b_acc, b_sum, b_max), b_q, cache, gates, token_scales, logits, lengths, i_b, i_head,
-                    i_head // shares.kv, i_start, i_full, i_last, o_position, window, D, TILE, PAGE, FORM, CAUSAL,
-                    False,
+                    (b_acc, b_sum, b_max), b_q, cache, slot_gate, gate_k, gate_v, token_scales, logits, lengths, i_b,
+                    i_head, i_head // shares.kv, i_start, i_full, i_last, o_position, window, D, TILE, PAGE, FORM,
+                    CAUSAL, False,
                 )  # fmt: skip
             b_acc, b_sum, b_max = attend(
-                (b_acc, b_sum, b_max), b_q, cache, gates, token_scales, logits, lengths, i_b, i_head,
-                i_head // shares.kv, i_full, i_end, i_last, o_position, window, D, TILE, PAGE, FORM, CAUSAL, True,
+                (b_acc, b_sum, b_max), b_q, cache, slot_gate, gate_k, gate_v, token_scales, logits, lengths, i_b,
+                i_head, i_head // shares.kv, i_full, i_end, i_last, o_position, window, D, TILE, PAGE, FORM,
+                CAUSAL, True,
             )  # fmt: skip
             # a length that the cache cannot hold must not give a plausible result
             b_sum = tl.where(fits, b_sum, float("nan"))
