@@ -185,9 +185,10 @@ def loads_of(ttgir: str) -> Loads | None:
         if (found := COPY.search(line) or TMA_COPY.search(line))
     ]
     inside = [copy for copy in copied if start < copy[0] < end]
-    shapes = {made[1]: made[2].split("x")[:-1] for line in lines if (made := SHAPE.match(line))}
-    tiles = [shapes[buffer] for _, buffer, _ in inside if len(shapes.get(buffer, ())) >= 2]
-    buffers = [int(shape[0]) if len(shape) > 2 else 1 for shape in tiles if len(shape) > 2 or int(shape[0]) > 3]
+    shapes = {made[1]: [int(n) for n in made[2].split("x")[:-1]] for line in lines if (made := SHAPE.match(line))}
+    tiles = [shapes.get(buffer, []) for _, buffer, _ in inside]
+    # a gate has one column, and K and V at least 16 rows
+    buffers = [shape[0] if len(shape) > 2 else 1 for shape in tiles if min(shape[-2:], default=0) >= 16]
     ahead = [0] if used_at_once(lines[start:end]) else []
     groups = sum("ttg.async_commit_group" in line for line in lines[start:end])
     for i in range(start, end):
