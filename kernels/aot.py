@@ -36,7 +36,12 @@ B, HQ, HKV, N = 2, 28, 4, 512
 # the first word of a case's kernel, and the function that Triton compiles
 PREFILL = ("ungated", "log-bias", "post-exp", "split")
 FUNCTIONS = dict.fromkeys(PREFILL, "prefill_kernel") | {"dq": "d_queries_kernel", "dk-dv": "d_keys_kernel"}
-FUNCTIONS |= {"prescale": "prescale_kernel", "hopper": "hopper_kernel", "decode": "paged_kernel", "page": "paged_kernel"}
+FUNCTIONS |= {
+    "prescale": "prescale_kernel",
+    "hopper": "hopper_kernel",
+    "decode": "paged_kernel",
+    "page": "paged_kernel",
+}
 FUNCTIONS |= {"plan": "plan_kernel", "merge": "merge_kernel", "write": "write_kernel"}
 PAGE_SIZES = (1, 16, 64, 256)
 PAGE_FORMS = ("ungated", "written", "apart", "positions")
@@ -54,7 +59,12 @@ CASES: list[Case] = [
     (kernel, target, head_dim, "fp16" if kernel == "split" else "bf16")
     for target in TARGETS
     for head_dim in HEAD_DIMS
-    for kernel in (*PREFILL, "dq", "dk-dv", *(f"{pages} {form}" for pages in ("decode", "page-16") for form in PAGE_FORMS))
+    for kernel in (
+        *PREFILL,
+        "dq",
+        "dk-dv",
+        *(f"{pages} {form}" for pages in ("decode", "page-16") for form in PAGE_FORMS),
+    )
 ]
 CASES += [
     (kernel, target, head_dim, "bf16") for target in TARGETS for head_dim in (64, 128, 256) for kernel in VARIANTS
@@ -101,9 +111,9 @@ def compiling(target: str, function: str) -> Iterator[list[CompiledKernel]]:
     compiled: list[CompiledKernel] = []
     run, active = JITFunction.run, driver._active
 
-    def compile_only(kernel: JITFunction[Any], *args: Any, warmup: bool, **given: Any) -> None:
+    def compile_only(kernel: JITFunction[Any], *args: Any, **given: Any) -> None:
         if kernel.__name__ == function:
-            compiled.append(run(kernel, *args, warmup=True, **given))
+            compiled.append(run(kernel, *args, **(given | {"warmup": True})))
 
     driver.set_active(StandIn(target))  # pyright: ignore[reportArgumentType]
     JITFunction.run = compile_only
@@ -161,9 +171,7 @@ def dense(dtype: torch.dtype, heads: int, head_dim: int, rows: int = N) -> torch
     return torch.empty(B, rows, heads, head_dim, dtype=dtype).transpose(1, 2)
 
 
-def prefill_launch(
-    form: str, target: str, head_dim: int, dtype: torch.dtype, masks: Masks, words: list[str]
-) -> Launch:
+def prefill_launch(form: str, target: str, head_dim: int, dtype: torch.dtype, masks: Masks, words: list[str]) -> Launch:
     varlen, padded = "varlen" in words, "padded" in words
     q, k, v, out = (dense(dtype, heads, head_dim) for heads in (HQ, HKV, HKV, HQ))
     lse, gates = torch.empty(B, HQ, N), torch.empty(2, B, HKV, N)
@@ -187,7 +195,20 @@ def prefill_launch(
             tile = tile._replace(stages=int(word.removeprefix("stages-")))
     mask = torch.ones(B, N, dtype=torch.bool) if padded else None
     return partial(
-        prefill, q, k, v, gamma_k, gamma_v, mask, out, lse, masks, form == "post-exp", target, cu_seqlens=offsets, tile=tile
+        prefill,
+        q,
+        k,
+        v,
+        gamma_k,
+        gamma_v,
+        mask,
+        out,
+        lse,
+        masks,
+        form == "post-exp",
+        target,
+        cu_seqlens=offsets,
+        tile=tile,
     )
 
 
@@ -214,9 +235,7 @@ def page_gate(form: str, pages: int, size: int) -> PageGate:
     return PageGate(torch.empty(pages, HKV, size, *((2,) if form == "apart" else ())), form)
 
 
-def paged_launch(
-    first: str, target: str, head_dim: int, dtype: torch.dtype, masks: Masks, words: list[str]
-) -> Launch:
+def paged_launch(first: str, target: str, head_dim: int, dtype: torch.dtype, masks: Masks, words: list[str]) -> Launch:
     """Of `decode` (no pages), `page-N`, and of `plan` and `merge`, which the same call launches."""
     from .paged import paged
 

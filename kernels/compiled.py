@@ -44,9 +44,9 @@ AMD = Dialect(
 class Loads(NamedTuple):
     """How the main loop loads its tiles, as Triton's pipeline laid it out.
 
-    `buffers`: the fewest in shared memory of a tile (of two dimensions) that the loop copies from global memory, 0 where
-    none is copied asynchronously. `ahead`: whole iterations between the issue of a copy and the wait for it, the fewest
-    of all copies, those of gates included; 0 too where the loop loads into registers what it uses in the same iteration.
+    `buffers`: of K or V in shared memory, the fewest, 0 where the loop copies none asynchronously. `ahead`: whole
+    iterations between the issue of a copy and the wait for it, the fewest of all copies, those of gates included; 0 too
+    where the loop loads into registers what it uses in the same iteration.
     """
 
     buffers: int
