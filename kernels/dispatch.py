@@ -116,6 +116,7 @@ def hopper_choice(
     softcap: float | None,
     padding: bool,
     value_gate: bool,
+    query_gates: bool,
 ) -> bool:
     """Whether a call that a Triton kernel will take goes to the Hopper kernel; ValueError if asked for and it cannot.
 
@@ -127,6 +128,8 @@ def hopper_choice(
     if target is not None:
         features: dict[str, Any] = {"window": window, "softcap": softcap, "padding": padding, "value_gate": value_gate}
         reason = hopper_refusal(q, k, v, target, **features)
+        if query_gates:
+            reason = reason or "the Hopper kernel has no gates per query head"
     if reason and asked == "hopper":
         raise ValueError(f"backend='hopper' cannot take this call: {reason}; use backend='triton' or 'auto'")
     if reason and not torch.compiler.is_compiling():
@@ -147,8 +150,12 @@ def torch_backend(
     softcap: float | None,
     positive_gate: bool,
     return_lse: bool,
+    log_gate: bool = False,
 ) -> Callable[..., Outputs]:
-    """SDPA (whose lse is None unless asked for) or the reference, with their options set."""
+    """SDPA (whose lse is None unless asked for) or the reference, with their options set.
+
+    With `log_gate` the gamma_k that it is called with holds log gamma_k.
+    """
 
     def attend(
         q: torch.Tensor,
@@ -158,11 +165,12 @@ def torch_backend(
         gamma_v: torch.Tensor | None,
         key_padding_mask: torch.Tensor | None = None,
     ) -> Outputs:
-        gates = {"gamma_k": gamma_k, "gamma_v": gamma_v, "key_padding_mask": key_padding_mask}
-        options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        options |= {"gamma_v": gamma_v, "key_padding_mask": key_padding_mask}
         if backend == "sdpa":
-            return sdpa_attention(q, k, v, **gates, **options, positive_gate=positive_gate, return_lse=return_lse)
-        out, lse = reference_attention(q, k, v, **gates, **options)
+            options |= {"positive_gate": positive_gate, "return_lse": return_lse, "log_gate": log_gate}
+            return sdpa_attention(q, k, v, gamma_k=gamma_k, **options)
+        out, lse = reference_attention(q, k, v, **{"log_gamma_k" if log_gate else "gamma_k": gamma_k}, **options)
         return out.to(q.dtype), lse.float()
 
     return attend
