@@ -212,7 +212,9 @@ def anchored_attention_paged(
         )
     else:
         precise = torch.float64 if chosen == "reference" else torch.promote_types(q.dtype, torch.float32)
-        attend = torch_backend("sdpa" if chosen == "triton" else chosen, scale, causal, window, softcap, False, True)
+        attend = torch_backend(
+            "sdpa" if chosen == "triton" else chosen, scale, causal, window, softcap, False, True, True
+        )
         batch = cu_seqlens_q, seqlens_k, block_table, max_seqlen_q
         found, lse = paged_by_sequence(
             attend, q, k_pages, v_pages, *batch, gate_pages, k_scale, v_scale, sinks, precise
@@ -308,7 +310,8 @@ def write_pages(
     validation_paged.check_gammas(gate_pages, k.shape[0], gamma_k, gamma_v, log_gamma_k)
     gates = {"gamma_k": gamma_k, "gamma_v": gamma_v, "log_gamma_k": log_gamma_k}
     _refuse_gradients("write_pages", k=k, v=v, k_pages=k_pages, v_pages=v_pages, **gates)
-    gamma_k, gamma_v, log_gamma_k = (fitted_gate(gate, torch.float32) for gate in gates.values())
+    gamma_k, gamma_v = fitted_gate(gamma_k, torch.float32), fitted_gate(gamma_v, torch.float32)
+    log_gamma_k = fitted_gate(log_gamma_k, torch.float32, log_gate=True)
     if validation_paged.values_are_wanted(k):
         validation_paged.check_written_values(k, v, k_pages, slot_mapping, gate_pages, gamma_k, gamma_v, log_gamma_k)
     log_gate = log_gamma_k is not None

@@ -70,7 +70,7 @@ def paged_op(
         )
 
     def answer() -> None:
-        attend = torch_backend("sdpa", *masks, False, True)
+        attend = torch_backend("sdpa", *masks, False, True, True)
         of_rows, of_lse = paged_by_sequence(attend, *tensors, *factors, torch.promote_types(q.dtype, torch.float32))
         out.copy_(of_rows)
         if lse is not None:

@@ -101,10 +101,10 @@ def write_slots(
 
 
 def key_and_value_gates(gate_pages: GatePages, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """log2 gamma_k, and what the cache's values are to be multiplied with, of gates (..., page[, 2]) of pages."""
+    """log gamma_k, and what the cache's values are to be multiplied with, of gates (...[, 2]) out of the pages."""
     if gate_pages.form == "written":
-        return values.log2(), 1 / values
-    return values[..., 0], values[..., 1]
+        return values.log(), 1 / values
+    return values[..., 0] * math.log(2), values[..., 1]
 
 
 def paged_by_sequence(
@@ -125,7 +125,7 @@ def paged_by_sequence(
     """Attention of packed queries over the used part of each sequence's pages, which alone is read.
 
     Args:
-        attend: (q (1, Hq, Nq, D), k, v (1, Hkv, Nk, D), gamma_k, gamma_v (1, H, Nk)) -> out (1, Hq, Nq, D), lse
+        attend: (q (1, Hq, Nq, D), k, v (1, Hkv, Nk, D), log gamma_k, gamma_v (1, Hkv, Nk)) -> out (1, Hq, Nq, D), lse
             (1, Hq, Nq). Nq and Nk may be 0.
         q: (Tq, Hq, D).
         k_pages, v_pages: (P, Hkv, page, D).
@@ -157,16 +157,16 @@ def paged_by_sequence(
             return gathered(scale)[..., None] if per_token(scale) else scale.reshape(()).to(precise)
 
         k, v = gathered(k_pages), gathered(v_pages)
-        gamma_k = gamma_v = None
+        log_gamma_k = gamma_v = None
         if k_scale is not None:
             k = k * scale_of(k_scale)
         if v_scale is not None and not (gate_pages is not None and gate_pages.form == "apart" and per_token(v_scale)):
             v = v * scale_of(v_scale)
         if gate_pages is not None:
-            log2_gate, gamma_v = key_and_value_gates(gate_pages, gathered(gate_pages.values))
-            gamma_k = log2_gate.exp2()
+            gates = key_and_value_gates(gate_pages, gathered(gate_pages.values))
+            log_gamma_k, gamma_v = (gate.expand(-1, k.shape[1], -1) for gate in gates)
         rows = q[first:last].transpose(0, 1)[None]
-        of_rows, of_lse = attend(rows if plain else rows.to(precise), k, v, gamma_k, gamma_v)
+        of_rows, of_lse = attend(rows if plain else rows.to(precise), k, v, log_gamma_k, gamma_v)
         if sinks is not None:
             with_sink = torch.logaddexp(of_lse.to(precise), sinks.to(precise)[:, None])
             shift = with_sink.masked_fill(with_sink == float("-inf"), 0)

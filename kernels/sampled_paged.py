@@ -68,8 +68,7 @@ def paged_error(
         k, v = scaled(k_pages, k_scale), scaled(v_pages, None if apart and per_token(v_scale) else v_scale)
         gate_k = gate_v = None
         if gate_pages is not None:
-            log2_gate, gate_v = key_and_value_gates(gate_pages, gathered(gate_pages.values).double())
-            gate_k = log2_gate.exp2()
+            gate_k, gate_v = key_and_value_gates(gate_pages, gathered(gate_pages.values).double())
         visible = seen_from(row + n - length, key, present, masks.causal, masks.window)
         chosen = Rows(q[rows, h], k, v, gate_k, gate_v, present, visible)
         of_out, of_lse = dense_rows(chosen, masks.scale, masks.softcap)
