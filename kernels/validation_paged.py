@@ -97,11 +97,10 @@ def check_gate_pages(gate_pages: object, k_pages: torch.Tensor, v_scale: torch.T
             f"gate_pages of the form {form!r} must have values of shape {' or '.join(map(str, shapes))} for this "
             f"cache, got {tuple(values.shape)}"
         )
-    offsets = *values.stride()[:-1], values.storage_offset()
-    if pair and (values.stride(-1) != 1 or any(offset % 2 for offset in offsets)):
+    first = 0 if torch.compiler.is_compiling() else values.storage_offset()
+    if pair and (values.stride(-1) != 1 or any(offset % 2 for offset in (first, *values.stride()[:-1]))):
         raise ValueError(
-            f"gate_pages' pairs must lie together at even offsets, got strides {values.stride()} from "
-            f"{values.storage_offset()}"
+            f"gate_pages' pairs must lie together at even offsets, got strides {values.stride()} from {first} on"
         )
     if pair and per_token(v_scale) and values.shape[1] != kv_heads:
         raise ValueError(
