@@ -90,9 +90,9 @@ def page_ids(p_table, i_b, i_n, i_last, BN: tl.constexpr, PAGE: tl.constexpr):
     if PAGE == 0:
         return i_b
     elif PAGE % BN == 0:
-        return tl.load(p_table + tl.minimum(i_n, i_last) // PAGE).to(tl.int64)
+        return tl.load(p_table + tl.minimum(i_n, i_last) // PAGE)
     else:
-        return tl.load(p_table + tl.minimum(i_n + tl.arange(0, BN), i_last) // PAGE).to(tl.int64)
+        return tl.load(p_table + tl.minimum(i_n + tl.arange(0, BN), i_last) // PAGE)
 
 
 @triton.jit
@@ -103,13 +103,13 @@ def slot_rows(p_x, b_page, i_n, stride_p, stride_n, BN: tl.constexpr, PAGE: tl.c
     """
     o_n = tl.arange(0, BN)
     if PAGE == 0:
-        return p_x + (b_page * stride_p + i_n.to(tl.int64) * stride_n), o_n * stride_n
+        return p_x + (b_page.to(tl.int64) * stride_p + i_n.to(tl.int64) * stride_n), o_n * stride_n
     elif PAGE % BN == 0:
-        return p_x + (b_page * stride_p + (i_n % PAGE) * stride_n), o_n * stride_n
+        return p_x + (b_page.to(tl.int64) * stride_p + (i_n % PAGE) * stride_n), o_n * stride_n
     elif BN % PAGE == 0:
-        return p_x, b_page * stride_p + o_n % PAGE * stride_n
+        return p_x, b_page.to(tl.int64) * stride_p + o_n % PAGE * stride_n
     else:
-        return p_x, b_page * stride_p + (i_n + o_n) % PAGE * stride_n
+        return p_x, b_page.to(tl.int64) * stride_p + (i_n + o_n) % PAGE * stride_n
 
 
 @triton.jit
@@ -127,6 +127,16 @@ def load_rows_of_slots(p_x, o_rows, m_n, D: tl.constexpr, BD: tl.constexpr, MASK
         return tl.load(p_tile, mask=m_n[:, None], other=0.0)
     else:
         return tl.load(p_tile)
+
+
+@triton.jit
+def as_operand(b_x, dtype: tl.constexpr):
+    """A tile of a cache in the dtype of the products; 8 bits are exact in all of them."""
+    if b_x.dtype.primitive_bitwidth == 8 and dtype == tl.bfloat16:
+        # by way of fp32, as the hardware has no conversion from 8 bits to bf16
+        return b_x.to(tl.float32).to(dtype)
+    else:
+        return b_x.to(dtype)
 
 
 @triton.jit
@@ -173,7 +183,7 @@ def attend(
     b_next = page_ids(p_table, i_b, i_start, i_last, BN, PAGE)
     for i_n in tl.range(i_start, i_end, BN, num_stages=TILE.stages):
         i_n = tl.multiple_of(i_n, BN)
-        # ids a tile ahead and carried: loaded where they are used they would take the stages from K and V
+        # ids a tile ahead, carried as they were loaded: used or converted at once they would take the stages from K and V
         b_page = b_next
         if PAGE > 0:
             b_next = page_ids(p_table, i_b, i_n + BN, i_last, BN, PAGE)
@@ -205,7 +215,7 @@ def attend(
             if token_scales.v is not None:
                 b_scale_v = load_slots(token_scales.v, i_kv, b_page, i_n, m_n, BN, PAGE, MASKED)
                 b_gain = b_scale_v if b_gain is None else b_gain * b_scale_v
-        b_s = tl.dot(b_q, b_k.to(b_q.dtype).T, input_precision="ieee")
+        b_s = tl.dot(b_q, as_operand(b_k, b_q.dtype).T, input_precision="ieee")
         m_pairs = None
         if MASKED:
             m_pairs = m_n[None, :]
@@ -220,7 +230,7 @@ def attend(
             b_p *= b_gain[None, :]
         # [BM, BD] += [BM, BN] [BN, BD]
         p_rows, o_rows = slot_rows(p_v, b_page, i_n, cache.p, cache.n, BN, PAGE)
-        b_v = load_rows_of_slots(p_rows, o_rows, m_n, D, BD, MASKED).to(b_q.dtype)
+        b_v = as_operand(load_rows_of_slots(p_rows, o_rows, m_n, D, BD, MASKED), b_q.dtype)
         b_acc = add_weighted(b_p, b_v, b_acc * b_decay[:, None], b_gain is not None, token_scales is not None)
     return b_acc, b_sum, b_max
 
