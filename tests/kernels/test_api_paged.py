@@ -339,7 +339,6 @@ def test_self_check_answers_for_what_is_wrong(
     assert torch.equal(out, found[0])
 
 
-@pytest.mark.skip
 def test_a_length_beyond_the_table_gives_nan(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where values are not looked at, as on a GPU."""
     monkeypatch.setattr(validation_paged, "values_are_free", lambda _: False)
