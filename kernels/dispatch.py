@@ -65,16 +65,25 @@ def triton_refusal(
 
 
 def choose_backend(
-    backend: str, q: torch.Tensor, no_hopper: str | None = None, refused: str | None = None, batch: int | None = None
+    backend: str,
+    q: torch.Tensor,
+    no_hopper: str | None = None,
+    refused: str | None = None,
+    batch: int | None = None,
+    paged: bool = False,
 ) -> str:
-    """The backend for a call. `no_hopper` names an op that "hopper" lacks, `refused` says why Triton cannot take it."""
+    """The backend for a call. `no_hopper` names an op that "hopper" lacks, `refused` says why Triton cannot take it.
+
+    A `paged` call's head dim, and how many rows it has, are the caller's to look at.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "hopper" and no_hopper:
         raise ValueError(f"backend='hopper' is for prefill and cannot take {no_hopper}; use backend='triton' or 'auto'")
     if backend in ("sdpa", "reference", "hopper"):
         return backend
-    refused = refused or triton_refusal(q.device, q.dtype, q.shape[-1], q.shape[0] if batch is None else batch)
+    sizes = () if paged else (q.shape[-1], q.shape[0] if batch is None else batch)
+    refused = refused or triton_refusal(q.device, q.dtype, *sizes)
     if backend == "triton":
         if refused is not None:
             raise ValueError(f"backend='triton' cannot take this call: {refused}; use backend='sdpa' or 'auto'")

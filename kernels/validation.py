@@ -31,14 +31,14 @@ def check_options(
 
 def check_tensors(**tensors: object) -> None:
     """Raise unless all that are not None are tensors on the first one's device."""
-    device = None
+    device, (first, *_) = None, tensors
     for name, x in tensors.items():
         if x is None:
             continue
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if device is not None and x.device != device:
-            raise ValueError(f"{name} must be on q's device {device}, got {x.device}")
+            raise ValueError(f"{name} must be on {first}'s device {device}, got {x.device}")
         device = x.device
 
 
