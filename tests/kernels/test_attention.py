@@ -11,7 +11,7 @@ from oracle import Problem, assert_as_exact_as_eager
 
 from videoanchor_triton.kernels.api import anchored_attention
 from videoanchor_triton.kernels.reference import reference_attention
-from videoanchor_triton.kernels.tiles import HEAD_DIMS, FEW_QUERIES
+from videoanchor_triton.kernels.tiles import FEW_QUERIES, HEAD_DIMS
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
