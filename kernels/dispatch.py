@@ -112,11 +112,10 @@ def hopper_choice(
 
     With "auto" and the path switched on, a refusal is said once for each reason.
     """
-    if asked == "triton" or (asked == "auto" and not hopper_enabled(q.shape[-1])):
+    few = takes_few_queries("sm_90", q.shape[-1], q.shape[2], k.shape[2])
+    if asked == "triton" or (asked == "auto" and (few or not hopper_enabled(q.shape[-1]))):
         return False
     target, reason = triton_target(q.device)
-    if asked == "auto" and (target is None or takes_few_queries(target, q.shape[-1], q.shape[2], k.shape[2])):
-        return False
     if target is not None:
         features: dict[str, Any] = {"window": window, "softcap": softcap, "padding": padding, "value_gate": value_gate}
         reason = hopper_refusal(q, k, v, target, **features)
