@@ -54,11 +54,11 @@ def sequence_rows(cu_seqlens, i_b):
 
 
 @triton.jit
-def load_gate(p_gate, m_keys, neutral, hidden, BN: tl.constexpr):
-    """[BN] fp32 of a gate from p_gate on, `neutral` for all where that is None; `hidden` outside of m_keys [BN]."""
+def load_gate(p_gate, o_n, m_keys, neutral, hidden, BN: tl.constexpr):
+    """[BN] fp32 of a gate at the keys o_n [BN], `neutral` where p_gate is None; `hidden` outside of m_keys [BN]."""
     b_gate = tl.full([BN], neutral, tl.float32)
     if p_gate is not None:
-        b_gate = tl.load(p_gate + tl.arange(0, BN), mask=m_keys, other=neutral)
+        b_gate = tl.load(p_gate + o_n, mask=m_keys, other=neutral)
     return tl.where(m_keys, b_gate, hidden)
 
 
@@ -176,8 +176,8 @@ def d_queries_kernel(
     i_rows = i_first_k + i_start
     p_k = k.ptr + i_entry * k.b + i_kv * k.h + i_rows * k.n
     p_v = v.ptr + i_entry * v.b + i_kv * v.h + i_rows * v.n
-    p_log = gates.log + o_log + i_rows if gates.log is not None else None
-    p_value = gates.value + o_value + i_rows if gates.value is not None else None
+    p_log = gates.log + o_log + i_first_k if gates.log is not None else None
+    p_value = gates.value + o_value + i_first_k if gates.value is not None else None
     b_dq = tl.zeros([BM, BD], tl.float32)
     for i_n in tl.range(i_start, i_end, BN, num_stages=TILE.stages):
         i_n = tl.multiple_of(i_n, BN)
@@ -187,23 +187,19 @@ def d_queries_kernel(
         # [BM, BN] = [BM, BD] [BD, BN]
         b_k = load_block(p_k, k.n, m_tile, BN, BD, True)
         b_v = load_block(p_v, v.n, m_tile, BN, BD, True)
-        b_log_gate = load_gate(p_log, m_keys, 0.0, float("-inf"), BN)
+        b_log_gate = load_gate(p_log, o_n, m_keys, 0.0, float("-inf"), BN)
         b_s = tl.dot(b_q, b_k.T, input_precision="ieee")
         b_p, b_slope = weights_and_slope(
             b_s, b_log_gate[None, :], b_lse[:, None], o_n[None, :], o_m[:, None] + offset, window, logits, CAUSAL,
             b_q.dtype == tl.float32,
         )  # fmt: skip
         b_dp = tl.dot(b_do, b_v.T, input_precision="ieee")
-        b_value_gate = load_gate(p_value, m_keys, 1.0, 1.0, BN)
+        b_value_gate = load_gate(p_value, o_n, m_keys, 1.0, 1.0, BN)
         b_ds = b_p * (b_dp * b_value_gate[None, :] - b_delta[:, None]) * b_slope
         # [BM, BD] += [BM, BN] [BN, BD]
         b_dq = add_product(b_ds, b_k, b_dq, gates.value is not None)
         p_k += BN * k.n
         p_v += BN * v.n
-        if gates.log is not None:
-            p_log += BN
-        if gates.value is not None:
-            p_value += BN
     p_dq = d_q + ((i_row_q + o_m) * n_heads + i_h)[:, None] * D + o_d
     tl.store(p_dq, (b_dq * (logits.scale * LN2)).to(d_q.dtype.element_ty), mask=m_rows)
 
@@ -270,14 +266,14 @@ def d_keys_kernel(
     m_tile = m_keys[:, None] & m_d
     i_rows = i_first_k + i_n
     p_v = v.ptr + i_entry * v.b + i_kv * v.h + i_rows * v.n
-    p_log = gates.log + o_log + i_rows if gates.log is not None else None
-    p_value = gates.value + o_value + i_rows if gates.value is not None else None
+    p_log = gates.log + o_log + i_first_k if gates.log is not None else None
+    p_value = gates.value + o_value + i_first_k if gates.value is not None else None
     # [BN, BD]
     b_k = load_block(k.ptr + i_entry * k.b + i_kv * k.h + i_rows * k.n, k.n, m_tile, BN, BD, True)
     b_v = load_block(p_v, v.n, m_tile, BN, BD, True)
     # [BN]
-    b_log_gate = load_gate(p_log, m_keys, 0.0, float("-inf"), BN)
-    b_value_gate = load_gate(p_value, m_keys, 1.0, 1.0, BN)
+    b_log_gate = load_gate(p_log, o_n, m_keys, 0.0, float("-inf"), BN)
+    b_value_gate = load_gate(p_value, o_n, m_keys, 1.0, 1.0, BN)
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BD], tl.float32)
     b_d_log_gate = tl.zeros([BN], tl.float32)
@@ -294,18 +290,19 @@ def d_keys_kernel(
         i_rows = i_first_q + i_start
         p_q = q.ptr + i_entry * q.b + i_h * q.h + i_rows * q.n
         p_do = d_out.ptr + i_entry * d_out.b + i_h * d_out.h + i_rows * d_out.n
-        p_lse = sums.lse + i_sums + i_h * queries + i_rows
-        p_delta = sums.delta + i_sums + i_h * queries + i_rows
+        p_lse = sums.lse + i_sums + i_h * queries + i_first_q
+        p_delta = sums.delta + i_sums + i_h * queries + i_first_q
         for i_m in tl.range(i_start, i_end, BM, num_stages=TILE.stages):
             i_m = tl.multiple_of(i_m, BM)
-            m_m = i_m + tl.arange(0, BM) < Nq
+            o_m = i_m + tl.arange(0, BM)
+            m_m = o_m < Nq
             m_rows = m_m[:, None] & m_d if BD > D else m_m[:, None]
             # [BM, BD]
             b_q = load_block(p_q, q.n, m_rows, BM, BD, True)
             b_do = load_block(p_do, d_out.n, m_rows, BM, BD, True)
             # [BM]
-            b_lse = log2_lse(tl.load(p_lse + tl.arange(0, BM), mask=m_m, other=float("-inf")))
-            b_delta = tl.load(p_delta + tl.arange(0, BM), mask=m_m, other=0.0)
+            b_lse = log2_lse(tl.load(p_lse + o_m, mask=m_m, other=float("-inf")))
+            b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
             # [BN, BM] = [BN, BD] [BD, BM]
             b_s = tl.dot(b_k, b_q.T, input_precision="ieee")
             b_p, b_slope = weights_and_slope(
@@ -321,8 +318,6 @@ def d_keys_kernel(
             b_dk = add_product(b_ds * b_slope, b_q, b_dk, gates.value is not None)
             p_q += BM * q.n
             p_do += BM * d_out.n
-            p_lse += BM
-            p_delta += BM
 
     m_n = o_n < Nk
     m_rows = m_n[:, None] & m_d
@@ -335,5 +330,5 @@ def d_keys_kernel(
         # V and its gate again: kept since the loop they would take registers from it
         b_v = load_block(p_v, v.n, m_tile, BN, BD, True).to(tl.float32)
         tl.store(grads.value_gate + o_row, tl.sum(b_dv * b_v, 1), mask=m_n)
-        b_dv *= load_gate(p_value, m_keys, 1.0, 1.0, BN)[:, None]
+        b_dv *= load_gate(p_value, o_n, m_keys, 1.0, 1.0, BN)[:, None]
     tl.store(grads.v + o_rows, b_dv.to(grads.v.dtype.element_ty), mask=m_rows)

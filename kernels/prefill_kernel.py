@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .steps import LN2, LOWEST, finish_rows, load_block, load_row, load_rows, poison_rows, softmax_step, visible_pairs
+from .steps import LN2, LOWEST, finish_rows, load_block, poison_rows, softmax_step, visible_pairs
 
 
 class Gate(NamedTuple):
@@ -117,8 +117,8 @@ def attend_tiles(
             b_k1 = load_tile(p_k, keys, i_n, m_keys, 1, D, BN, MASKED, False)
             b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision="ieee")
         # [BN]
-        b_bias = load_row(p_bias, BN) if p_bias is not None else None
-        b_weight = load_row(p_weight, BN) if p_weight is not None else None
+        b_bias = tl.load(p_bias + tl.arange(0, BN)) if p_bias is not None else None
+        b_weight = tl.load(p_weight + tl.arange(0, BN)) if p_weight is not None else None
         m_pairs = None
         if MASKED:
             m_pairs = visible_pairs(m_keys, o_n, o_position, window, CAUSAL, window is not None)
@@ -226,8 +226,9 @@ def prefill_kernel(
     o_m = i_first + tl.arange(0, BM)
     m_m = o_m < Nq
     # [BM, D0], [BM, D1]
-    b_q0 = load_rows(p_q, i_first, q.n, m_m[:, None], BM, D0, True)
-    b_q1 = load_rows(p_q + D0, i_first, q.n, m_m[:, None], BM, D1, True) if D1 > 0 else 0
+    p_q += i_first.to(tl.int64) * q.n
+    b_q0 = load_block(p_q, q.n, m_m[:, None], BM, D0, True)
+    b_q1 = load_block(p_q + D0, q.n, m_m[:, None], BM, D1, True) if D1 > 0 else 0
     b_acc0 = tl.zeros([BM, D0], tl.float32)
     b_acc1 = tl.zeros([BM, D1], tl.float32) if D1 > 0 else 0
     # [BM]

@@ -20,33 +20,6 @@ def load_block(p_rows, stride_n, m_tile, BN: tl.constexpr, D: tl.constexpr, MASK
 
 
 @triton.jit
-def load_rows(p_base, i_n, stride_n, m_tile, BN: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """`load_block` of rows i_n up to i_n + BN of p_base."""
-    # 64 bits for the tile's first row only: the launchers bound stride_n
-    return load_block(p_base + i_n.to(tl.int64) * stride_n, stride_n, m_tile, BN, D, MASKED)
-
-
-@triton.jit
-def load_row(p_row, BN: tl.constexpr):
-    """[BN] fp32: one number a key of a tile, as gates are, from p_row on.
-
-    As a column that is summed over its one element, since Triton moves a load of fewer elements than a program has
-    threads into the layout of the product that uses it. There 3.6 copies each element once for every thread, 16 copies
-    a thread, and at three stages the products of sm_90 wait for one another; 3.7 needs 4 to 17 instructions more.
-    """
-    return tl.sum(tl.load(p_row + tl.arange(0, BN)[:, None]), 1)
-
-
-@triton.jit
-def visible_keys(p_seen, o_n, i_end):
-    """[BN] bool: which of the keys o_n [BN] come before i_end and are 1 in p_seen (uint8; None: all are)."""
-    m_keys = o_n < i_end
-    if p_seen is not None:
-        m_keys = m_keys & (tl.load(p_seen + o_n, mask=m_keys, other=0) != 0)
-    return m_keys
-
-
-@triton.jit
 def visible_pairs(m_keys, o_n, o_position, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """[BM, BN] or [1, BN] bool: which keys o_n [BN] of m_keys [BN] the queries at o_position [BM] may see."""
     m_pairs = m_keys[None, :]
@@ -89,13 +62,7 @@ def add_product(b_a, b_b, b_acc, LARGE: tl.constexpr):
 
 
 @triton.jit
-def finite_max(b_max):
-    """b_max with 0 for -inf, a row that has seen no key yet: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN."""
-    return tl.where(b_max == float("-inf"), 0.0, b_max)
-
-
-@triton.jit
-def soft_capped(b_s, cap, scale=1.0, EXACT: tl.constexpr = True):
+def soft_capped(b_s, cap, scale, EXACT: tl.constexpr):
     """cap * tanh(scale * b_s / cap) of a tile of products of any shape.
 
     Within a rounding of the cap (fp32), for queries of 16 bits. EXACT: within a rounding of the result.

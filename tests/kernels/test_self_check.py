@@ -83,7 +83,7 @@ def test_right_results_pass(problem: Problem, device: torch.device, verdicts: Ve
     run(*problem.make(device))
     if problem.bounded and problem.queries > 16:
         run(*problem.make(device), gate_form="post-exp")
-    seen = set() if problem.gate == "all-zero" else {"backward", "paged" if problem.queries < 17 else "prefill"}
+    seen = set() if problem.gate == "all-zero" else {"backward", "decode" if problem.queries < 17 else "prefill"}
     assert {variant[0] for variant in verdicts} == seen, "a call without a visible key says nothing"
     assert all(verdicts.values())
 
