@@ -228,7 +228,7 @@ def test_packed_gradients(problem: Packed, backend: str, device: torch.device, m
     monkeypatch.setenv(self_check.SWITCH, "always")
     tensors, options = packed(replace(problem, dtype=torch.float32), device)
     gates = gates_of(options)
-    leaves = [x.detach().requires_grad_() for x in (*tensors[:3], *gates.values())]
+    leaves: list[Any] = [x.detach().requires_grad_() for x in (*tensors[:3], *gates.values())]
     given = options | dict(zip(gates, leaves[3:], strict=True))
     grads = []
     for result in (
