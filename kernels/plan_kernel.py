@@ -1,6 +1,6 @@
-"""The work list of a mixed batch, built on the device in one launch of one program, and what other kernels read from it.
+"""The work list of a mixed batch, built on the device in one launch of one program, and what is read from it.
 
-The work is cut into items: BM packed rows (query, head of the group) of one KV head. An item costs its tiles of keys and
+The work is cut into items: BM packed rows (query, head of the group) of one KV head. An item costs its key tiles and
 OVERHEAD. Whole items are dealt to the programs in rounds, in order, so that programs walk the same keys together and
 find them in the L2, as long as none exceeds its share; what is left is one stream of costs, and each program gets a run
 of it that fills its share. So an item is whole, or in the runs of consecutive programs; neither pieces nor the places

@@ -1,7 +1,10 @@
 """The work list against one in plain Python: every tile once, loads even, whole items in rounds."""
 
 import random
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from videoanchor_triton.kernels import plan_kernel as plan_module
 from videoanchor_triton.kernels.plan import item_count, make_plan, plan_arguments
 from videoanchor_triton.kernels.plan_kernel import (
     OVERHEAD,
@@ -18,10 +22,10 @@ from videoanchor_triton.kernels.plan_kernel import (
     part_slot,
     piece_count,
     piece_of,
-    plan_kernel,
 )
 
-PROGRAMS = (1, 2, 3, 5, 8, 17, 132, 264)
+PROGRAMS = (1, 2, 3, 5, 5, 8)
+MANY = {7: 17, 58: 132, 109: 264}  # by seed: slow in the interpreter
 FAR = 2**30
 
 
@@ -102,7 +106,7 @@ def dealt_rounds(items: list[tuple[int, ...]], batch: Batch) -> int:
 
 @triton.jit
 def read_kernel(plan, pieces, counts, cuts, programs, room, BN: tl.constexpr):
-    """What a program of the other kernels sees: pieces (programs, room, 6), counts (programs,), cuts (programs, 3 + P)."""
+    """What a program of the other kernels sees: pieces (P, room, 7), counts (P,), cuts (P, 4 + P)."""
     i_p = tl.program_id(0)
     n = piece_count(plan, i_p)
     tl.store(counts + i_p, n)
@@ -164,8 +168,9 @@ def check(batch: Batch) -> None:
     for item in items:
         of_item = sorted(parts[item[:3]], key=lambda x: x[1])
         bounds = [(low, high) for _, low, high, _, _ in of_item]
-        assert bounds[0][0] == 0 and bounds[-1][1] == cost_of(item, batch) - OVERHEAD.value
-        assert all(x[1] == y[0] for x, y in zip(bounds[:-1], bounds[1:], strict=True))
+        assert bounds[0][0] == 0
+        assert bounds[-1][1] == cost_of(item, batch) - OVERHEAD.value
+        assert all(x[1] == y[0] for x, y in pairwise(bounds))
         assert len(of_item) == 1 or all(low < high for low, high in bounds)
         assert all(whole == (len(of_item) == 1) for _, _, _, whole, _ in of_item)
     # cut items are merged, by one program, from the slots that their parts are in
@@ -175,7 +180,8 @@ def check(batch: Batch) -> None:
     assert len(slots) == len(set(slots))
     # loads: of the dealt items and of the run
     runs = plan.runs[:, 1].diff().tolist()
-    assert plan.runs[-1, 1] == total and min(runs) >= 0
+    assert plan.runs[-1, 1] == total
+    assert min(runs) >= 0
     load = [sum(cost_of(item, batch) for item in items[p : dealt * programs : programs]) for p in range(programs)]
     rest = total - sum(load)
     short = min(SHORTEST.value, rest)
@@ -210,7 +216,7 @@ def random_batch(seed: int) -> Batch:
         group=group,
         rows=r.choice([16, 64, 128]),
         tile_keys=r.choice([16, 32, 128]),
-        programs=r.choice(PROGRAMS),
+        programs=MANY.get(seed) or r.choice(PROGRAMS),
         causal=causal,
         window=r.choice([None, None, 1, 50, FAR]) if causal else None,
         packed=kind in ("mixed", "decode"),
@@ -218,7 +224,7 @@ def random_batch(seed: int) -> Batch:
     )
 
 
-@pytest.mark.parametrize("first", range(0, 320, 40))
+@pytest.mark.parametrize("first", range(0, 160, 40))
 def test_random_batches(first: int) -> None:
     for seed in range(first, first + 40):
         batch = random_batch(seed)
@@ -226,3 +232,76 @@ def test_random_batches(first: int) -> None:
             check(batch)
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {batch}") from error
+
+
+EDGES = {
+    "nothing": Batch(((0, 0), (0, 9)), programs=3),
+    "padding alone": Batch(((0, 5),), padding=3),
+    "no keys": Batch(((1, 0), (4, 0)), padding=2),
+    "more queries than keys": Batch(((90, 3), (5, 4)), rows=64),
+    "beyond the capacity": Batch(((1, 9000), (1, -4), (3, 2**31 - 1), (1, -(2**31))), keys=500),
+    "one long among short": Batch(((1, 4000), *[(1, 64)] * 30), programs=8),
+    "one long behind short": Batch((*[(1, 64)] * 30, (1, 4000)), programs=8),
+    "fewer tiles than programs": Batch(((1, 300),), kv_heads=1, programs=40),
+    "a little more than a round": Batch(((1, 2000),) * 9, kv_heads=1, programs=8),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_edges(name: str) -> None:
+    check(EDGES[name])
+
+
+def test_equal_items_are_not_cut() -> None:
+    """A batch whose items fill the programs evenly needs no merge."""
+    batch = Batch(((1, 1000),) * 12, kv_heads=2, programs=8, packed=False)
+    plan = batch.plan()
+    assert plan.dealt.item() == 3
+    pieces, merges = read(plan, batch)
+    assert [len(x) for x in pieces] == [3] * 8
+    assert not merges
+
+
+def test_short_rest_is_left_to_few() -> None:
+    """Without a dealt round the first programs share it; none gets less than SHORTEST."""
+    runs = EDGES["fewer tiles than programs"].plan().runs[:, 1].diff()
+    assert runs[runs > 0].tolist() == [4, 4, 4]
+    assert (runs[:3] > 0).all()
+
+
+def test_lengths_that_are_out_of_order_stay_within_q() -> None:
+    batch = Batch(((5, 50), (5, 50), (5, 50)), padding=1)
+    given = batch.given() | {"cu_seqlens_q": torch.tensor([7, -3, 2**31 - 1, 4], dtype=torch.int32)}
+    plan = make_plan(**given)
+    n_items = item_count(3, 16, 2, 7, 16, packed=True)
+    assert plan.items.shape == (n_items + 1, 8)
+    items = plan.items[:-1]
+    assert (items[:, 6] >= 0).all()
+    assert (items[:, 6] + items[:, 7] <= 16).all()
+    assert (items[:, 7] >= 0).all()
+    assert (items[:, 3] >= 0).all()
+    assert (items[:, 3] <= items[:, 4]).all()
+    assert (items[:, 4] <= 50 * 100).all()
+    assert (plan.runs[:, 0] >= 0).all()
+    assert (plan.runs[:, 0] <= n_items).all()
+
+
+def test_costs_that_31_bits_hold() -> None:
+    """Costs near the limit are exact; beyond it the call raises before anything is allocated."""
+    long = Batch(((1, 2**30), (1, 2**30), (1, 2**30)), keys=2**30, kv_heads=20, group=1, tile_keys=32, programs=7)
+    plan = long.plan()
+    total = plan.runs[-1, 1].item()
+    assert total == 60 * (2**25 + 2)
+    assert (plan.runs[:, 1].diff() + 8 * (2**25 + 2) - total / 7).abs().max() <= 1
+    given = long.given() | {"tile_keys": 16}
+    with pytest.raises(ValueError, match="less than 2\\*\\*31 tiles of keys, got up to"):
+        plan_arguments(**{name: value for name, value in given.items() if name != "queries"})
+
+
+def test_nothing_that_grows_with_a_batch_is_specialised() -> None:
+    """So that no length compiles the kernel again."""
+    given = EDGES["no keys"].given()
+    arguments = plan_arguments(**{name: value for name, value in given.items() if name != "queries"})
+    scalars = {name for name, value in arguments.items() if type(value) is int and name.islower()} - {"num_warps"}
+    source = Path(plan_module.__file__).read_text(encoding="utf-8")
+    assert scalars == set(re.findall(r'"(\w+)"', re.findall(r"do_not_specialize=\[(.*?)\]", source)[0]))
