@@ -146,7 +146,7 @@ def pieces_of(plan: "tuple[torch.Tensor, torch.Tensor, torch.Tensor]", programs:
     found: Runs = []
     for p in range(programs):
         (first, low), (last, high) = starts[p], starts[p + 1]
-        run = [Piece(x, 0, x.tiles) for x in (item(n * programs + p) for n in range(dealt))]
+        run = [Piece(x, 0, x.tiles) for x in (item(n * programs + p) for n in range(dealt)) if x.tiles]
         # the tail of a cut item comes last
         for i in [*range(first + 1, last + 1), first]:
             before = items[i][5] + overhead
