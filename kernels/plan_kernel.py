@@ -180,8 +180,7 @@ def write_items(
         b_shift = b_nk - b_nq
         b_end = b_nk
         if CAUSAL:
-            o_last = tl.minimum((o_row + BM - 1) // heads.group, b_nq - 1) + b_shift
-            b_end = tl.minimum(tl.maximum(o_last + 1, 0), b_nk)
+            b_end = tl.minimum(tl.maximum((o_row + BM - 1) // heads.group + b_shift + 1, 0), b_nk)
         b_start = tl.maximum(o_row // heads.group + b_shift - window + 1, 0) // BN * BN
         b_start = tl.where(m_used, tl.minimum(b_start, b_end), 0)
         b_end = tl.where(m_used, b_end, 0)

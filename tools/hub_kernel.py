@@ -3,8 +3,8 @@
     python tools/hub_kernel.py --out DIR --repo-id OWNER/NAME
 
 DIR gets a project of kernel-builder (build.toml, flake.nix, CARD.md, torch-ext/) and, since nothing is compiled ahead
-of time, also what it builds: build/torch-BACKEND, a folder for each backend, which `kernels.get_local_kernel(DIR)` loads
-and which can be uploaded as it is. The files are those that the public calls of kernels/ import. They register their
+of time, also what it builds: build/torch-BACKEND, one folder a backend, which `kernels.get_local_kernel(DIR)` loads and
+which can be uploaded as it is. The files are those that the public calls of kernels/ import. They register their
 operators in a namespace of their own, named after their content, so that several versions, and the package itself, can
 be used in one process. docs/hub.md says how to publish.
 """

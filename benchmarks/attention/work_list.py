@@ -141,7 +141,8 @@ def pieces_of(plan: "tuple[torch.Tensor, torch.Tensor, torch.Tensor]", programs:
     items, (starts, dealt) = plan[0].tolist(), (plan[1].tolist(), int(plan[2]))
 
     def item(i: int) -> Item:
-        return Item(*items[i][:3], -(-(items[i][4] - items[i][3]) // tile_keys))
+        sequence, head, row, start, end = items[i][:5]
+        return Item(sequence, head, row, -(-(end - start) // tile_keys))
 
     found: Runs = []
     for p in range(programs):

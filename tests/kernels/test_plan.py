@@ -113,7 +113,7 @@ def read_kernel(plan, pieces, counts, cuts, programs, room, BN: tl.constexpr):
     for i_piece in range(n):
         p_item, i_low, i_high, live, whole = piece_of(plan, i_piece, i_p, programs, BN)
         p_piece = pieces + (i_p * room + i_piece) * 7
-        for i_column in tl.static_range(3):
+        for i_column in range(3):
             tl.store(p_piece + i_column, tl.load(p_item + i_column))
         tl.store(p_piece + 3, i_low)
         tl.store(p_piece + 4, i_high)
@@ -121,7 +121,7 @@ def read_kernel(plan, pieces, counts, cuts, programs, room, BN: tl.constexpr):
         tl.store(p_piece + 6, whole.to(tl.int32))
     p_item, i_first = cut_item(plan, i_p, BN)
     p_cut = cuts + i_p * (4 + programs)
-    for i_column in tl.static_range(3):
+    for i_column in range(3):
         tl.store(p_cut + i_column, tl.load(p_item + i_column))
     tl.store(p_cut + 3, i_first)
     for i_run in range(i_first, i_p + 1):
@@ -137,7 +137,8 @@ def read(plan: Plan, batch: Batch) -> tuple[list[list[Piece]], dict[tuple[int, .
     pieces = torch.zeros((programs, room, 7), dtype=torch.int32)
     counts = torch.zeros(programs, dtype=torch.int32)
     cuts = torch.full((programs, 4 + programs), -1, dtype=torch.int32)
-    read_kernel[(programs,)](plan, pieces, counts, cuts, programs, room, BN=batch.tile_keys)
+    launch: Any = read_kernel[(programs,)]
+    launch(plan, pieces, counts, cuts, programs, room, BN=batch.tile_keys)
     found: list[list[Piece]] = []
     for p, n in enumerate(counts.tolist()):
         rows = [row for row in pieces[p, :n].tolist() if row[5]]
@@ -243,6 +244,7 @@ EDGES = {
     "one long among short": Batch(((1, 4000), *[(1, 64)] * 30), programs=8),
     "one long behind short": Batch((*[(1, 64)] * 30, (1, 4000)), programs=8),
     "fewer tiles than programs": Batch(((1, 300),), kv_heads=1, programs=40),
+    "cut within an empty item": Batch(((1, 39 * 32), *[(1, 0)] * 21), kv_heads=1),
     "a little more than a round": Batch(((1, 2000),) * 9, kv_heads=1, programs=8),
 }
 
