@@ -1,6 +1,6 @@
-"""The work list of a mixed batch, built on the device in one launch of one program, and what other kernels read from it.
+"""The work list of a mixed batch, built on the device in one launch of one program, and what is read from it.
 
-The work is cut into items: BM packed rows (query, head of the group) of one KV head. An item costs its tiles of keys and
+The work is cut into items: BM packed rows (query, head of the group) of one KV head. An item costs its key tiles and
 OVERHEAD. Whole items are dealt to the programs in rounds, in order, so that programs walk the same keys together and
 find them in the L2, as long as none exceeds its share; what is left is one stream of costs, and each program gets a run
 of it that fills its share. So an item is whole, or in the runs of consecutive programs; neither pieces nor the places
@@ -180,8 +180,7 @@ def write_items(
         b_shift = b_nk - b_nq
         b_end = b_nk
         if CAUSAL:
-            o_last = tl.minimum((o_row + BM - 1) // heads.group, b_nq - 1) + b_shift
-            b_end = tl.minimum(tl.maximum(o_last + 1, 0), b_nk)
+            b_end = tl.minimum(tl.maximum((o_row + BM - 1) // heads.group + b_shift + 1, 0), b_nk)
         b_start = tl.maximum(o_row // heads.group + b_shift - window + 1, 0) // BN * BN
         b_start = tl.where(m_used, tl.minimum(b_start, b_end), 0)
         b_end = tl.where(m_used, b_end, 0)
