@@ -67,7 +67,7 @@ def anchored_attention_op(
     def launch() -> None:
         if hopper:
             form, gated, gate, _ = prescale(v, gamma_k, gamma_v, None, post_exp, log_gate=log_gate)
-            hopper_prefill(q, k, gated, gate, out, lse, scale, causal, form)
+            hopper_prefill(q, k, gated, gate, out, lse, masks, form)
         elif small:
             log_gamma_k = None if gamma_k is None else log_of(gamma_k, log_gate)
             decode(q, k, v, gate_rows(log_gamma_k), gate_rows(gamma_v), key_padding_mask, out, lse, *masks, target)
