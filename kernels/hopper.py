@@ -89,7 +89,7 @@ def hopper_arguments(
     form: int,
     tile: Tile,
 ) -> dict[str, Any]:
-    """What `hopper_kernel` is launched with, and compiled ahead of time with: tensors that the copy engine can address."""
+    """What `hopper_kernel` is launched with, and compiled with: tensors that the copy engine can address."""
     from .prefill_kernel import Groups
 
     heads, (queries, keys) = q.shape[1], (x.shape[2] for x in (q, k))

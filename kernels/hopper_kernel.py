@@ -12,8 +12,7 @@ turns[w], at which the other arrives when it has started its products of a visit
 the causal mask hides the last tile from the whole of warpgroup 0: a visit less, and one of them would wait for ever.
 
 The formula is that of prefill_kernel.py, the order of the products and the turns those of FlashAttention-3 (arXiv
-2407.08608). `steps.softmax_step` would compile here, but its row sum crosses the lanes of a warp in every visit, where
-`add_columns` keeps each thread's share apart until the end.
+2407.08608).
 """
 
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .hopper_steps import accumulator_layout, add_columns, pack, unpack
 from .steps import LN2, LOWEST
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -69,65 +69,6 @@ class Span(NamedTuple):
     Nk: Any
     n_tiles: Any
     n_masked: Any
-
-
-@gluon.constexpr_function
-def accumulator_layout(columns):
-    """Layout of [rows, columns] as a warpgroup's product leaves it in registers."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
-
-
-@gluon.jit
-def pack(b_p, dtype: gl.constexpr):
-    """[rows, BN] fp32 -> [rows, BN / 2] int32, pairs of 16 bits of `dtype`."""
-    # a loop that carries them apart shuffles bytes in every pass
-    b_even, b_odd = b_p.reshape([b_p.shape[0], b_p.shape[1] // 2, 2]).split()
-    instruction: gl.constexpr = (
-        "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
-    )
-    return gl.inline_asm_elementwise(instruction, "=r,r,r", [b_even, b_odd], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def unpack(b_pairs, dtype: gl.constexpr):
-    """[rows, BN / 2] pairs of 16 bits -> [rows, BN] of `dtype`: undoes `pack`."""
-    b_even, b_odd = (b_pairs & 0xFFFF).to(gl.int16), (b_pairs >> 16).to(gl.int16)
-    return gl.join(b_even, b_odd).reshape([b_pairs.shape[0], 2 * b_pairs.shape[1]]).to(dtype, bitcast=True)
-
-
-@gluon.constexpr_function
-def halves_layout(rows, columns):
-    """accumulator_layout(2 * columns) of [rows, columns, 2], the two halves side by side in a thread's registers."""
-    far = [[0, 2**bit, 0] for bit in range(3, columns.bit_length() - 1)]
-    registers = [[0, 0, 1], [0, 1, 0], [8, 0, 0], *far]
-    lanes = [[0, 2, 0], [0, 4, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0, 0], [32, 0, 0]], [], [rows, columns, 2])
-
-
-@gluon.jit
-def halves(b_x):
-    """[rows, n] -> twice [rows, n / 2]."""
-    ROWS: gl.constexpr = b_x.shape[0]
-    HALF: gl.constexpr = b_x.shape[1] // 2
-    b_x = b_x.reshape([ROWS, 2, HALF]).permute([0, 2, 1])
-    return gl.convert_layout(b_x, halves_layout(ROWS, HALF)).split()
-
-
-@gluon.jit
-def add_columns(b_sum, b_p, b_gate, GATE: gl.constexpr):
-    """[rows, 8] += the columns of b_p [rows, n], 8 at a time, times b_gate [rows, n] where GATE is POST_EXP (2).
-
-    A chain of FMAs in each thread, where gl.sum makes a tree.
-    """
-    if b_p.shape[1] > 8:
-        b_p0, b_p1 = halves(b_p)
-        b_gate0, b_gate1 = halves(b_gate) if GATE == 2 else (b_gate, b_gate)
-        b_sum = add_columns(b_sum, b_p0, b_gate0, GATE)
-        b_sum = add_columns(b_sum, b_p1, b_gate1, GATE)
-    else:
-        b_p = gl.convert_layout(b_p, accumulator_layout(8))
-        b_sum = b_sum + (b_p * gl.convert_layout(b_gate, accumulator_layout(8)) if GATE == 2 else b_p)
-    return b_sum
 
 
 @gluon.jit
@@ -335,9 +276,7 @@ def attend_rows(
     b_s = start_scores(q_tile, shared.k.tiles, 0)
     pass_turn(shared.turns, GROUP)
     b_s = warpgroup_mma_wait(0, deps=[b_s])
-    b_p, _, b_max, b_sum = softmax_tile(
-        b_s, b_max, b_sum, shared, span, 0, o_position, scale_log2, GATE, True, CAUSAL
-    )
+    b_p, _, b_max, b_sum = softmax_tile(b_s, b_max, b_sum, shared, span, 0, o_position, scale_log2, GATE, True, CAUSAL)
     state = (b_acc, pack(b_p, shared.v.tiles.dtype), b_max, b_sum)
     state = attend_tiles(
         state, q_tile, shared, span, 1, span.n_masked, o_position, scale_log2, GROUP, GATE, True, CAUSAL

@@ -168,7 +168,11 @@ class Emulator:
     """
 
     def __init__(
-        self, kernel: Any, priority: Sequence[int], late: str | None, check: Callable[[list[int]], None] = lambda _: None
+        self,
+        kernel: Any,
+        priority: Sequence[int],
+        late: str | None,
+        check: Callable[[list[int]], None] = lambda _: None,
     ) -> None:
         self.priority, self.late, self.check = priority, late, check
         self.starts: list[Partition] = []
@@ -178,7 +182,10 @@ class Emulator:
         self.stopping = False
         self.copies: list[Callable[[], None]] = []
         barriers = {"init": self.init, "expect": self.expect, "arrive": self.arrive, "wait": self.wait}
-        scope: dict[str, Any] = dict(kernel.fn.__globals__)
+        scope: dict[str, Any] = {}
+        for value in kernel.fn.__globals__.values():
+            scope |= value.fn.__globals__ if isinstance(value, JITFunction) else {}
+        scope |= kernel.fn.__globals__
         for name, value in scope.items():
             if isinstance(value, JITFunction):
                 scope[name] = FunctionType(value.fn.__code__, scope, name)
