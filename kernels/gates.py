@@ -22,7 +22,7 @@ def choose_gate_form(gamma_k: torch.Tensor | None = None, *, log_gamma_k: torch.
         gamma_k, log_gamma_k: the gate of keys, of any shape, or its natural logarithm: one of the two.
 
     Raises:
-        ValueError: a factor is negative, infinite or NaN; a logarithm is NaN, or beyond 2**126 in size and not -inf.
+        ValueError: a factor is negative, infinite or NaN; a logarithm is NaN, or beyond `2**126` in size and not -inf.
 
     See Also:
         anchored_attention: takes the `gate_form`.
@@ -77,6 +77,11 @@ def expand_gate(gate: torch.Tensor, batch: int, heads: int) -> torch.Tensor:
 def per_query_head(gate: torch.Tensor | None, kv_heads: int) -> bool:
     """Whether a validated gate (..., H, N) has more heads than there are KV heads."""
     return gate is not None and gate.dim() == 3 and gate.shape[1] != kv_heads
+
+
+def by_position(gate: torch.Tensor, batch: int, kv_heads: int) -> torch.Tensor:
+    """View a gate as (B, Hkv, N), or as it is where it is (B, Hq, N)."""
+    return gate if per_query_head(gate, kv_heads) else expand_gate(gate, batch, kv_heads)
 
 
 def grouped_gate(gate: torch.Tensor, batch: int, kv_heads: int) -> torch.Tensor:

@@ -86,12 +86,6 @@ def variant_of(
     )
 
 
-def decode_rows(q: torch.Tensor, k: torch.Tensor) -> tuple[bool, int]:
-    """Whether several queries are packed into a tile, and what its rows are rounded up to (decode_tile)."""
-    rows = q.shape[2] * q.shape[1] // k.shape[1]
-    return q.shape[2] > 1, min(max(16, 1 << (rows - 1).bit_length()), 64)
-
-
 def fill(results: Outputs, answers: Outputs) -> None:
     for result, answer in zip(results, answers, strict=True):
         result.copy_(answer)

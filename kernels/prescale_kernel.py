@@ -64,8 +64,8 @@ def prescale_kernel(
 
     Reads v (`Rows` of (B, Hkv, Nk, D)), gamma_k and gamma_v (`RawGate`, None: 1 everywhere; LOG: gamma_k holds natural
     logarithms) and seen (B, Nk) uint8 (None: all keys are). Writes V' into gated (`Rows`, None: v serves as it is), and
-    for FORM (prescale.py) gate (`Rows` of (B, heads, >= Nk) fp32), and rest, of its strides, with SPLIT. `shares`: which
-    of their heads is whose.
+    for FORM (prescale.py) gate (`Rows` of (B, heads, >= Nk) fp32), and rest, of its strides, with SPLIT. shares:
+    `Shares`.
     """
     BD: tl.constexpr = triton.next_power_of_2(D)
     i_b = tl.program_id(2).to(tl.int64)
