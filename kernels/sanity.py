@@ -55,6 +55,7 @@ class Form:
         call: what the package alone takes: backend, gate_form, and sinks as numbers.
         gradients: of q, k, v and the gates are compared, not the results.
         quantised: K and V are such as a cache of it holds, and the gates are powers of two.
+        heads: of queries, and of keys and values.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Form:
     padded: bool = False
     gradients: bool = False
     quantised: Quantised | None = None
+    heads: tuple[int, int] = (4, 2)
 
     def sequences(self) -> list[Sequence]:
         """What is attended, on the CPU."""
@@ -76,7 +78,7 @@ class Form:
         return [self._sequence(*length, random) for length in self.lengths]
 
     def _sequence(self, queries: int, keys: int, random: torch.Generator) -> Sequence:
-        shapes = (4, queries), (2, keys), (2, keys)
+        shapes = (self.heads[0], queries), *[(self.heads[1], keys)] * 2
         q, k, v = (torch.randn(1, *shape, self.head_dim, generator=random).to(self.dtype) for shape in shapes)
         largest = {"gamma_k": 9.5, "gamma_v": 2.5}
         named = {name: 1 + largest[name] * torch.rand(1, keys, generator=random) for name in self.gates}

@@ -76,7 +76,7 @@ def attend_paged(
     if quantised is None:
         write_pages(k, v, *cache.chunk(2, -1), slots, gates, **gammas)
     else:
-        cache, scales = _quantised_cache(quantised, (k, v), cache, slots, gates, gammas)
+        cache, scales = _quantised_cache(quantised, lengths, (k, v), cache, slots, gates, gammas)
     cu_q = F.pad(torch.tensor(queries), (1, 0)).cumsum(0).to(device, torch.int32)
     held, table = (
         x.to(device, torch.int32) for x in (torch.tensor(lengths), pad_sequence(order[:-1], batch_first=True))
@@ -93,6 +93,7 @@ def attend_paged(
 
 def _quantised_cache(
     quantised: Quantised,
+    lengths: list[int],
     tokens: tuple[torch.Tensor, torch.Tensor],
     cache: torch.Tensor,
     slots: torch.Tensor,
@@ -103,7 +104,7 @@ def _quantised_cache(
     k, v = tokens
     pages, heads, page, _ = cache.shape
     place = slots // page, slice(None), slots % page
-    of_k = quantised.scales(*k.shape[:2]).to(k.device)
+    of_k = torch.cat([quantised.scales(n, heads) for n in lengths]).to(k.device)
     of_v = of_k
     if gates is not None:
         gamma_k, gamma_v = gammas["gamma_k"], gammas["gamma_v"]
