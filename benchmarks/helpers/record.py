@@ -225,8 +225,8 @@ def summary(environment: dict[str, str], rows: list[Row]) -> str:
         timed = [row for row in timed if not row.contender.startswith(CANDIDATE)]
         if timed:
             in_ms = section in ("mixed", "scores")
-            unit = "ms" if in_ms else timed[0].unit
-            parts.append(f"## {section}\n\n{unit} (share of the ceiling)\n\n{_pivot(timed, in_ms)}")
+            unit = "ms" if section == "scores" else f"{'ms' if in_ms else timed[0].unit} (share of the ceiling)"
+            parts.append(f"## {section}\n\n{unit}\n\n{_pivot(timed, in_ms)}")
     if settled := decision_table(environment, rows):
         parts.append(f"## What this decides\n\n{settled}")
     for status in (WRONG, FAILED, SKIPPED):
