@@ -2,7 +2,7 @@
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -49,7 +49,11 @@ def triton_target(device: torch.device) -> tuple[str | None, str]:
 
 
 def triton_refusal(
-    device: torch.device, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128, batch: int = 1
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
+    batch: int = 1,
+    head_dims: Sequence[int] = HEAD_DIMS,
 ) -> str | None:
     """Why the Triton kernels cannot take such a call, or None where they can."""
     target, reason = triton_target(device)
@@ -57,15 +61,20 @@ def triton_refusal(
         return reason
     if dtype not in DTYPES:
         return f"the dtype is {dtype}, the kernels take {', '.join(str(known) for known in DTYPES)}"
-    if head_dim not in HEAD_DIMS:
-        return f"the head dim is {head_dim}, the kernels take {', '.join(str(known) for known in HEAD_DIMS)}"
+    if head_dim not in head_dims:
+        return f"the head dim is {head_dim}, the kernels take {', '.join(str(known) for known in head_dims)}"
     if batch > MAX_GRID:
         return f"the batch is {batch}, the kernels take up to {MAX_GRID}"
     return None
 
 
 def choose_backend(
-    backend: str, q: torch.Tensor, no_hopper: str | None = None, refused: str | None = None, batch: int | None = None
+    backend: str,
+    q: torch.Tensor,
+    no_hopper: str | None = None,
+    refused: str | None = None,
+    batch: int | None = None,
+    head_dims: Sequence[int] = HEAD_DIMS,
 ) -> str:
     """The backend for a call. `no_hopper` names an op that "hopper" lacks, `refused` says why Triton cannot take it."""
     if backend not in BACKENDS:
@@ -74,7 +83,8 @@ def choose_backend(
         raise ValueError(f"backend='hopper' is for prefill and cannot take {no_hopper}; use backend='triton' or 'auto'")
     if backend in ("sdpa", "reference", "hopper"):
         return backend
-    refused = refused or triton_refusal(q.device, q.dtype, q.shape[-1], q.shape[0] if batch is None else batch)
+    batch = q.shape[0] if batch is None else batch
+    refused = refused or triton_refusal(q.device, q.dtype, q.shape[-1], batch, head_dims)
     if backend == "triton":
         if refused is not None:
             raise ValueError(f"backend='triton' cannot take this call: {refused}; use backend='sdpa' or 'auto'")
@@ -106,6 +116,7 @@ def hopper_choice(
     softcap: float | None,
     padding: bool,
     value_gate: bool,
+    query_gates: bool,
 ) -> bool:
     """Whether a call that a Triton kernel will take goes to the Hopper kernel; ValueError if asked for and it cannot.
 
@@ -117,6 +128,8 @@ def hopper_choice(
     if target is not None:
         features: dict[str, Any] = {"window": window, "softcap": softcap, "padding": padding, "value_gate": value_gate}
         reason = hopper_refusal(q, k, v, target, **features)
+        if query_gates:
+            reason = reason or "the Hopper kernel has no gates per query head"
     if reason and asked == "hopper":
         raise ValueError(f"backend='hopper' cannot take this call: {reason}; use backend='triton' or 'auto'")
     if reason and not torch.compiler.is_compiling():
@@ -137,8 +150,12 @@ def torch_backend(
     softcap: float | None,
     positive_gate: bool,
     return_lse: bool,
+    log_gate: bool = False,
 ) -> Callable[..., Outputs]:
-    """SDPA (whose lse is None unless asked for) or the reference, with their options set."""
+    """SDPA (whose lse is None unless asked for) or the reference, with their options set.
+
+    With `log_gate` the gamma_k that it is called with holds log gamma_k.
+    """
 
     def attend(
         q: torch.Tensor,
@@ -148,11 +165,12 @@ def torch_backend(
         gamma_v: torch.Tensor | None,
         key_padding_mask: torch.Tensor | None = None,
     ) -> Outputs:
-        gates = {"gamma_k": gamma_k, "gamma_v": gamma_v, "key_padding_mask": key_padding_mask}
-        options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        options |= {"gamma_v": gamma_v, "key_padding_mask": key_padding_mask}
         if backend == "sdpa":
-            return sdpa_attention(q, k, v, **gates, **options, positive_gate=positive_gate, return_lse=return_lse)
-        out, lse = reference_attention(q, k, v, **gates, **options)
+            options |= {"positive_gate": positive_gate, "return_lse": return_lse, "log_gate": log_gate}
+            return sdpa_attention(q, k, v, gamma_k=gamma_k, **options)
+        out, lse = reference_attention(q, k, v, **{"log_gamma_k" if log_gate else "gamma_k": gamma_k}, **options)
         return out.to(q.dtype), lse.float()
 
     return attend

@@ -7,6 +7,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import measured
+from .decode import repeated
 from .prefill_kernel import prefill_kernel
 from .prescale import prescale
 from .tiles import TMA_TARGETS, Tile, prefill_tile, split_head_dim
@@ -34,12 +35,11 @@ def prefill(
     key_padding_mask: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
+    masks,
     post_exp: bool,
     target: str,
+    *,
+    log_gate=False,
     cu_seqlens: tuple[torch.Tensor, torch.Tensor, int] | None = None,
     tile: Tile | None = None,
     tma: bool | None = None,
@@ -50,7 +50,9 @@ def prefill(
     int32 and the longest query length. lse (B, Hq, Nq) has contiguous rows. `tile` and `tma` replace what the tables
     say for `target`; tensors that the copy engine cannot address are copied first.
     """
+    scale, causal, window, softcap = masks
     batch, query_heads, queries, head_dim = q.shape
+    k, v, gamma_k, gamma_v = repeated(k, v, gamma_k, gamma_v, query_heads // k.shape[1])
     kv_heads, keys = k.shape[1:3]
     cu_q, cu_k, longest = (None, None, queries) if cu_seqlens is None else cu_seqlens
     tile = tile or prefill_tile(
@@ -63,7 +65,7 @@ def prefill(
         softcap=softcap is not None,
     )
     post_exp = post_exp and not measured.LOG_BIAS.get((target, head_dim), False)
-    form, v, gate, rest = prescale(v, gamma_k, gamma_v, key_padding_mask, post_exp, tile.keys)
+    form, v, gate, rest = prescale(v, gamma_k, gamma_v, key_padding_mask, post_exp, tile.keys, log_gate=log_gate)
     # fp32 tiles spill with descriptors
     tma = target in TMA_TARGETS and q.element_size() < 4 if tma is None else tma
     if tma:

@@ -18,6 +18,8 @@ def prescale(
     key_padding_mask: torch.Tensor | None,
     post_exp: bool,
     room: int = 0,
+    *,
+    log_gate=False,
 ) -> tuple[int, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The gate form, V' (v itself where nothing changes it), the gate (B, Hkv or 1, at least Nk + room) in fp32, rest.
 
@@ -66,6 +68,7 @@ def prescale(
         BD=triton.next_power_of_2(head_dim),
         BN=KEYS,
         FORM=form,
+        LOG=log_gate,
         num_warps=4,
         enable_fp_fusion=True,
     )

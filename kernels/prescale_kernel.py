@@ -41,6 +41,7 @@ def prescale_kernel(
     BD: tl.constexpr,
     BN: tl.constexpr,
     FORM: tl.constexpr,
+    LOG: tl.constexpr,
 ):
     """One program: BN keys of one KV head of one batch entry.
 
@@ -72,9 +73,13 @@ def prescale_kernel(
         b_gate = tl.full([BN], 1.0, tl.float32)
         if gamma_k is not None:
             p_gate = gamma_k + i_b * stride_gkb + i_kv * stride_gkh + o_row * stride_gkn
-            b_gate = tl.load(p_gate, mask=m_seen & (o_n < Nk_gk), other=1.0).to(tl.float32)
+            b_gate = tl.load(p_gate, mask=m_seen & (o_n < Nk_gk), other=0.0 if LOG else 1.0).to(tl.float32)
         if FORM == 2:
+            if LOG and gamma_k is not None:
+                b_gate = tl.exp(b_gate)
             b_weight *= b_gate
+        elif LOG and gamma_k is not None:
+            b_gate = b_gate * 1.4426950408889634
         else:
             b_gate = tl.log2(b_gate)
         o_gate = i_b * stride_gb + i_kv * stride_gh + o_n
