@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from .api import anchored_attention, anchored_attention_varlen
 from .api_cache import anchored_attention_decode
+from .api_paged import E4M3_TARGETS
 from .dispatch import triton_target
 from .hopper import gluon_refusal
 from .merge import merge_attention
@@ -244,14 +245,13 @@ def forms(device: torch.device) -> list[Form]:
         return list(_forms("sdpa", torch.float32, large=False))
     if target == INTERPRETER:
         return list(_forms("triton", torch.float32, large=False))  # it multiplies bf16 wrongly
-    found = list(_forms("triton", torch.bfloat16, large=True, fp8=target not in WITHOUT_FP8))
+    found = list(_forms("triton", torch.bfloat16, large=True, fp8=target in E4M3_TARGETS))
     if target == "sm_90" and gluon_refusal() is None:
         found += _hopper_forms()
     return found + [form for form in _forms("sdpa", torch.bfloat16, large=True) if form.name in FALLBACKS]
 
 
 FALLBACKS = ("sdpa: prefill, log-bias gate", "sdpa: decode, cache", "sdpa: pages, mixed batch")
-WITHOUT_FP8 = ("sm_80", "sm_86", "gfx942")  # they have no float8_e4m3fn
 SINKS = (-1.0, 0.5, 2.0, 4.0)
 
 

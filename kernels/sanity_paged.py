@@ -74,7 +74,7 @@ def attend_paged(
     gates = None if form is None else gate_pages(shape[0], page, device, form)
     scales: dict[str, torch.Tensor] = {}
     if quantised is None:
-        write_pages(k, v, *cache.chunk(2, -1), slots, gates, **gammas)
+        write_pages(k, v, *cache.chunk(2, -1), slots, gates, **gammas, backend=options["backend"])
     else:
         cache, scales = _quantised_cache(quantised, lengths, (k, v), cache, slots, gates, gammas)
     cu_q = F.pad(torch.tensor(queries), (1, 0)).cumsum(0).to(device, torch.int32)

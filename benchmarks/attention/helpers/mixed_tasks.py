@@ -19,9 +19,9 @@ from benchmarks.attention.helpers.settled import entry, key_of, values
 from benchmarks.helpers.decisions import candidate_name, paged_rows
 from benchmarks.helpers.measure import Task, full_size, judged, skip_for_memory, timed, with_peak
 from benchmarks.helpers.record import SKIPPED, Row
+from videoanchor_triton.kernels.api_paged import E4M3_TARGETS
 from videoanchor_triton.kernels.dispatch import triton_target
 from videoanchor_triton.kernels.plan import make_plan
-from videoanchor_triton.kernels.sanity import WITHOUT_FP8
 from videoanchor_triton.kernels.tiles import paged_programs, paged_tile
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
@@ -56,7 +56,7 @@ def mixed_tasks(device: torch.device) -> Iterator[Task]:
         yield from _candidates(batch, device)
     for tokens in WRITTEN_TOKENS[full_size(device)]:
         for name, writer in WRITERS.items():
-            if "fp8" in name and triton_target(device)[0] in WITHOUT_FP8:
+            if "fp8" in name and triton_target(device)[0] not in E4M3_TARGETS:
                 continue
             row = Row("mixed", f"write {tokens} tokens", name, kv_heads=4, head_dim=128, keys=tokens)
             yield Task(row, name, partial(_writing, tokens, writer, device))
@@ -257,7 +257,7 @@ def _module(name: str, equal: bool = False) -> Callable[[Batch, torch.device], s
 
 
 def _with_fp8(_batch: Batch, device: torch.device) -> str:
-    return "the device has no float8_e4m3fn" if triton_target(device)[0] in WITHOUT_FP8 else ""
+    return "the device has no float8_e4m3fn" if triton_target(device)[0] not in E4M3_TARGETS else ""
 
 
 def _variants() -> Iterator[Caller]:

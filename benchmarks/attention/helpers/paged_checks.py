@@ -8,8 +8,9 @@ import torch
 
 import videoanchor_triton as va
 from benchmarks.attention.helpers.findings import Check, Finding, generator
+from videoanchor_triton.kernels.api_paged import E4M3_TARGETS
 from videoanchor_triton.kernels.dispatch import triton_target
-from videoanchor_triton.kernels.sanity import SINKS, WITHOUT_FP8, Form
+from videoanchor_triton.kernels.sanity import SINKS, Form
 from videoanchor_triton.kernels.sanity_paged import Quantised, attend_paged
 
 PAGES = (1, 8, 48, 64, 256)
@@ -32,7 +33,7 @@ def paged_cases(large: bool) -> Iterator[tuple[str, str, Check]]:
 
 def absence(name: str, device: torch.device) -> str:
     """Why a case cannot run on a device, or nothing."""
-    return "the device has no float8_e4m3fn" if "fp8" in name and triton_target(device)[0] in WITHOUT_FP8 else ""
+    return "the device has no float8_e4m3fn" if "fp8" in name and triton_target(device)[0] not in E4M3_TARGETS else ""
 
 
 def _checked(form: Form, device: torch.device) -> Finding:
