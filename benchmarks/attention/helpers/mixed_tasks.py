@@ -212,12 +212,9 @@ def _written_by(form: str | None, held: Held | None = None) -> Callable[..., Any
             mine = v_pages.float()[place]
             if held is not None:
                 mine = mine * (options["v_scale"][place][..., None] if held.per_token else options["v_scale"])
-            # half a step of what the cache holds: 2**-9 of the number in bf16, 2**-4 in fp8, of the largest one in int8
-            part = (
-                2.0**-9 if held is None else 2.0**-4 if held.dtype == FP8 else 0.5 / 127 if held.per_token else 0.0625
-            )
-            allowed = 1.01 * part * (1.0 if part == 0.0625 else exact.abs().max().item())
-            return mine, exact, allowed
+            # half a step of what the cache holds: a part of the largest number, or of a given scale
+            step = 2.0**-8 if held is None else 2.0**-3 if held.dtype == FP8 else 1 / 127 if held.per_token else 0.0
+            return mine, exact, 0.505 * (step * exact.abs().max().item() or SCALE)
 
         return run, found
 
