@@ -207,11 +207,15 @@ def _written_by(form: str | None, held: Held | None = None) -> Callable[..., Any
             return va.write_pages(k, v, k_pages, v_pages, slots, gates, **options)
 
         def found() -> tuple[torch.Tensor, torch.Tensor, float]:
-            exact = v.double() * ((gammas["gamma_k"] * gammas["gamma_v"])[:, None, None] if written else 1)
-            place = slots // page, slice(None), slots % page
-            mine = v_pages.float()[place]
-            if held is not None:
-                mine = mine * (options["v_scale"][place][..., None] if held.per_token else options["v_scale"])
+            factor = (gammas["gamma_k"] * gammas["gamma_v"])[:, None, None] if written else 1
+            exact = torch.cat([k.double(), v.double() * factor], -1)
+            place, of_both = (slots // page, slice(None), slots % page), []
+            for name, x in (("k_scale", k_pages), ("v_scale", v_pages)):
+                of_slots = (
+                    options[name][place][..., None] if held is not None and held.per_token else options.get(name, 1)
+                )
+                of_both.append(x.float()[place] * of_slots)
+            mine = torch.cat(of_both, -1)
             # half a step of what the cache holds: a part of the largest number, or of a given scale
             step = 2.0**-8 if held is None else 2.0**-3 if held.dtype == FP8 else 1 / 127 if held.per_token else 0.0
             return mine, exact, 0.505 * (step * exact.abs().max().item() or SCALE)
