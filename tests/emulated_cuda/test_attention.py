@@ -52,8 +52,8 @@ def test_the_plan_of_another_card_waits_for_nothing(two_cards: EmulatedCuda) -> 
     two_cards.reset()
     with torch.cuda.device(SECOND):
         plan = make_plan(
-            inputs.mixed, inputs.lengths, sequences=2, queries=7, total_queries=20, keys=32, kv_heads=2, group=2, rows=16,
-            tile_keys=16, programs=3, causal=True, window=None, device=SECOND,
+            inputs.mixed, inputs.lengths, sequences=2, queries=7, total_queries=20, keys=32, kv_heads=2, group=2,
+            rows=16, tile_keys=16, programs=3, causal=True, window=None, device=SECOND,
         )  # fmt: skip
     assert_within(two_cards, "plan")
     assert two_cards.launches == 1
