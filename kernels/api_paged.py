@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:  # as in api.py
     if error.name != "triton":
         raise
 
-HEAD_DIMS = range(16, 257)
+HEAD_DIMS = 16, 256
 # with the conversions of float8_e4m3fn
 E4M3_TARGETS = (INTERPRETER, "sm_89", "sm_90", "sm_100", "sm_120")
 
@@ -334,10 +334,11 @@ def _refuse_gradients(name: str, **tensors: torch.Tensor | None) -> None:
 def _choose(backend: str, x: torch.Tensor, k_pages: torch.Tensor) -> str:
     """`choose_backend` for a cache."""
     refused = None
-    if x.shape[-1] not in HEAD_DIMS:
-        refused = f"the head dim is {x.shape[-1]}, the kernels over pages take {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
+    least, most = HEAD_DIMS
+    if not least <= x.shape[-1] <= most:
+        refused = f"the head dim is {x.shape[-1]}, the kernels over pages take {least} to {most}"
     elif k_pages.dtype == torch.float8_e4m3fn:
         target, _ = triton_target(x.device)
         if target is not None and target not in E4M3_TARGETS:
             refused = f"{target} has no conversions of float8_e4m3fn"
-    return choose_backend(backend, x, "calls over pages", refused, batch=1, head_dims=HEAD_DIMS)
+    return choose_backend(backend, x, "calls over pages", refused, paged=True)

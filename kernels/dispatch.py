@@ -2,7 +2,7 @@
 
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -49,11 +49,7 @@ def triton_target(device: torch.device) -> tuple[str | None, str]:
 
 
 def triton_refusal(
-    device: torch.device,
-    dtype: torch.dtype = torch.bfloat16,
-    head_dim: int = 128,
-    batch: int = 1,
-    head_dims: Sequence[int] = HEAD_DIMS,
+    device: torch.device, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128, batch: int = 1
 ) -> str | None:
     """Why the Triton kernels cannot take such a call, or None where they can."""
     target, reason = triton_target(device)
@@ -61,8 +57,8 @@ def triton_refusal(
         return reason
     if dtype not in DTYPES:
         return f"the dtype is {dtype}, the kernels take {', '.join(str(known) for known in DTYPES)}"
-    if head_dim not in head_dims:
-        return f"the head dim is {head_dim}, the kernels take {', '.join(str(known) for known in head_dims)}"
+    if head_dim not in HEAD_DIMS:
+        return f"the head dim is {head_dim}, the kernels take {', '.join(str(known) for known in HEAD_DIMS)}"
     if batch > MAX_GRID:
         return f"the batch is {batch}, the kernels take up to {MAX_GRID}"
     return None
@@ -74,17 +70,20 @@ def choose_backend(
     no_hopper: str | None = None,
     refused: str | None = None,
     batch: int | None = None,
-    head_dims: Sequence[int] = HEAD_DIMS,
+    paged: bool = False,
 ) -> str:
-    """The backend for a call. `no_hopper` names an op that "hopper" lacks, `refused` says why Triton cannot take it."""
+    """The backend for a call. `no_hopper` names an op that "hopper" lacks, `refused` says why Triton cannot take it.
+
+    A `paged` call's head dim, and how many rows it has, are the caller's to look at.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "hopper" and no_hopper:
         raise ValueError(f"backend='hopper' is for prefill and cannot take {no_hopper}; use backend='triton' or 'auto'")
     if backend in ("sdpa", "reference", "hopper"):
         return backend
-    batch = q.shape[0] if batch is None else batch
-    refused = refused or triton_refusal(q.device, q.dtype, q.shape[-1], batch, head_dims)
+    sizes = () if paged else (q.shape[-1], q.shape[0] if batch is None else batch)
+    refused = refused or triton_refusal(q.device, q.dtype, *sizes)
     if backend == "triton":
         if refused is not None:
             raise ValueError(f"backend='triton' cannot take this call: {refused}; use backend='sdpa' or 'auto'")
