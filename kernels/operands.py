@@ -5,9 +5,12 @@ A field that is an int is specialised by Triton on being 1 and on being a multip
 comes beside them, as an argument in the kernel's `do_not_specialize`.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
+
+LOG2E = math.log2(math.e)
 
 
 class Masks(NamedTuple):
@@ -29,10 +32,15 @@ class Rows(NamedTuple):
 
 
 class Logits(NamedTuple):
-    """What becomes of a logit: scale and softcap (0: none), both times log2 e."""
+    """What becomes of a product q.k: scale and softcap (None: none), both times log2 e, for a logit in base 2."""
 
     scale: float
-    cap: float
+    cap: float | None
+
+
+def logits_of(masks: Masks) -> Logits:
+    """What a kernel takes of a call's scale and softcap."""
+    return Logits(masks.scale * LOG2E, None if masks.softcap is None else masks.softcap * LOG2E)
 
 
 def rows_of(x: torch.Tensor) -> Rows:
@@ -59,3 +67,10 @@ class PositionGate(NamedTuple):
 
     log_gamma_k: torch.Tensor | None
     gamma_v: torch.Tensor | None
+
+
+class Offsets(NamedTuple):
+    """Where packed sequences begin and end: (sequences + 1,) int32 of queries and of keys."""
+
+    q: torch.Tensor
+    k: torch.Tensor

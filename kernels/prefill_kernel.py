@@ -4,38 +4,60 @@ out_i = sum_j p_ij gK_j gV_j v_j / sum_j p_ij gK_j with p_ij = exp(scale q_i.k_j
 gate (and gK in the post-exp form) into V before the launch; gK enters the tile in one of its exact forms.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
-from .steps import LN2, finite_max, load_rows, poison_rows, soft_capped, visible_pairs
+from .steps import LN2, LOWEST, finish_rows, load_rows, poison_rows, softmax_step, visible_pairs
+
+
+class Gate(NamedTuple):
+    """What the tile takes of the gates, as `prescale` makes it: (B, heads, >= Nk) fp32 with room for a whole tile.
+
+    bias: terms of the logits in base 2, -inf hides a key; weight: factors of the row sum; None where there is none.
+    Both have the strides b and h, of batch and head, and contiguous keys.
+    """
+
+    bias: torch.Tensor | None
+    weight: torch.Tensor | None
+    b: int
+    h: int
+
+
+class Groups(NamedTuple):
+    """Query heads that share a head of the keys, of the values, of the gate."""
+
+    k: int
+    v: int
+    gate: int
 
 
 @triton.jit
 def load_tile(
-    p_rows,
-    descriptor,
-    i_row,
+    rows,
     i_n,
-    stride_n,
     m_keys,
-    i_b,
-    i_h,
-    i_d: tl.constexpr,
-    BN: tl.constexpr,
+    PART: tl.constexpr,
     D: tl.constexpr,
+    BN: tl.constexpr,
     MASKED: tl.constexpr,
     CLEARED: tl.constexpr,
 ):
-    """[BN, D] tile of keys or values: rows i_n up to i_n + BN of the sequence that begins at row i_row.
+    """[BN, D[PART]] tile of keys or values: rows i_n up to i_n + BN of a sequence.
 
-    By pointer from p_rows (of that sequence, batch entry and head), or where there is a descriptor of (B, H, N, D) by
-    the copy engine. i_d: first of the D columns. m_keys [BN] hides rows by pointer if MASKED, by descriptor if CLEARED.
+    rows: pointer to the sequence's first row in its head and the stride of rows; then descriptors of (B, H, N, D) for
+    each part of the head dim, None to load by pointer, and batch entry, head and first row for them. D: the parts of
+    the head dim. m_keys [BN] hides rows by pointer if MASKED, by descriptor if CLEARED.
     """
-    # [BN, D] of the sequence that begins at row i_row
+    p_rows, stride_n, descriptors, i_b, i_h, i_row = rows
+    i_d: tl.constexpr = D[0] * PART
+    descriptor = descriptors[PART]
     if descriptor is None:
-        b_tile = load_rows(p_rows + i_d, i_n, stride_n, m_keys[:, None], BN, D, MASKED)
+        b_tile = load_rows(p_rows + i_d, i_n, stride_n, m_keys[:, None], BN, D[PART], MASKED)
     else:
-        b_tile = descriptor.load([i_b, i_h, i_row + i_n, i_d]).reshape([BN, D])
+        b_tile = descriptor.load([i_b, i_h, i_row + i_n, i_d]).reshape([BN, D[PART]])
         if CLEARED:
             # a packed sequence's neighbour follows it, and may hold NaN
             b_tile = tl.where(m_keys[:, None], b_tile, 0.0)
@@ -44,103 +66,73 @@ def load_tile(
 
 @triton.jit
 def attend_tiles(
-    b_acc0,
-    b_acc1,
-    b_sum,
-    b_max,
-    b_q0,
-    b_q1,
-    p_k,
-    p_v,
-    k_tiles,
-    v_tiles,
-    p_gate,
-    p_rest,
-    i_b,
-    i_kv,
-    i_row,
+    state,
+    queries,
+    keys,
+    values,
+    p_bias,
+    p_weight,
     i_start,
     i_end,
     Nk,
     o_position,
     window,
-    scale_log2,
-    cap_log2,
-    stride_kn,
-    stride_vn,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BN: tl.constexpr,
-    GATE: tl.constexpr,
+    logits,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
     PADDED: tl.constexpr,
+    CAUSAL: tl.constexpr,
     VARLEN: tl.constexpr,
     MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """The gate's tile loop: adds keys i_start up to i_end, BN at a time, to the running softmax of BM query rows.
+    """The gate's tile loop: adds keys i_start up to i_end, a tile at a time, to the running softmax of BM query rows.
 
-    The state is b_acc0 [BM, D0] and b_acc1 [BM, D1] (sums of weighted values, D0 + D1 the head dim; D1 may be 0),
-    b_sum [BM] and b_max [BM] (sum and maximum of the weights, the maximum in base 2), all fp32. b_q0 [BM, D0] and
-    b_q1 [BM, D1] are the queries, o_position [BM] their positions among the Nk keys.
-    p_k, p_v, p_gate, p_rest: the KV head's rows of this sequence; k_tiles, v_tiles: pairs of descriptors, or of None.
-    GATE: what p_gate is, see prescale.py. PADDED: -inf there hides a key. MASKED: some pair of the tile may be hidden,
-    by the end of the keys, by CAUSAL or by WINDOW.
+    state: b_acc0 [BM, D[0]] and b_acc1 [BM, D[1]] (sums of weighted values; D[1] may be 0, b_acc1 is nothing then),
+    b_sum and b_max [BM] (see `softmax_step`), all fp32. queries: b_q0 [BM, D[0]] and b_q1 [BM, D[1]]. keys, values: as
+    `load_tile` takes them. p_bias, p_weight: to `Gate`'s bias and weight of the sequence's first key, or None.
+    o_position [BM]: the queries' positions among the Nk keys. PADDED: -inf in the bias hides a key that may hold NaN.
+    MASKED: some pair of the tile may be hidden, by the end of the keys, by CAUSAL or by the window.
     """
+    BN: tl.constexpr = TILE.keys
     CLEARED: tl.constexpr = VARLEN and MASKED
-    BIAS: tl.constexpr = GATE == 1 or GATE == 3
-    for i_n in tl.range(i_start, i_end, BN, num_stages=STAGES):
+    b_acc0, b_acc1, b_sum, b_max = state
+    b_q0, b_q1 = queries
+    for i_n in tl.range(i_start, i_end, BN, num_stages=TILE.stages, warp_specialize=TILE.specialized):
         i_n = tl.multiple_of(i_n, BN)
         o_n = i_n + tl.arange(0, BN)
         m_keys = o_n < Nk
         # [BM, BN] = [BM, D0] [D0, BN] + [BM, D1] [D1, BN]
-        b_k0 = load_tile(p_k, k_tiles[0], i_row, i_n, stride_kn, m_keys, i_b, i_kv, 0, BN, D0, MASKED, False)
+        b_k0 = load_tile(keys, i_n, m_keys, 0, D, BN, MASKED, False)
         b_s = tl.dot(b_q0, b_k0.T, input_precision="ieee")
-        if D1 > 0:
-            b_k1 = load_tile(p_k, k_tiles[1], i_row, i_n, stride_kn, m_keys, i_b, i_kv, D0, BN, D1, MASKED, False)
+        if D[1] > 0:
+            b_k1 = load_tile(keys, i_n, m_keys, 1, D, BN, MASKED, False)
             b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision="ieee")
-        if GATE != 0:
-            # [BN]
-            b_gate = tl.load(p_gate + o_n)
-            b_weight = tl.load(p_rest + o_n) if GATE == 3 else b_gate
-            if MASKED:
-                b_gate = tl.where(m_keys, b_gate, 0.0)
-                b_weight = tl.where(m_keys, b_weight, 0.0)
-        if BIAS or SOFTCAP:
-            b_s *= scale_log2
-            if SOFTCAP:
-                b_s = soft_capped(b_s, cap_log2)
-            if BIAS:
-                b_s += b_gate[None, :]
-        if PADDED:
-            # a select, since a hidden key's logit may be NaN
-            b_s = tl.where(b_gate[None, :] == float("-inf"), float("-inf"), b_s)
+        # [BN]
+        b_bias = tl.load(p_bias + o_n) if p_bias is not None else None
+        b_weight = tl.load(p_weight + o_n) if p_weight is not None else None
+        m_pairs = None
         if MASKED:
-            b_s = tl.where(visible_pairs(m_keys, o_n, o_position, window, CAUSAL, WINDOW), b_s, float("-inf"))
-        if BIAS or SOFTCAP:
-            b_max_new = tl.maximum(b_max, tl.max(b_s, 1))
-            b_shift = finite_max(b_max_new)
-            b_p = tl.exp2(b_s - b_shift[:, None])
-        else:
-            b_max_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
-            b_shift = finite_max(b_max_new) if MASKED else b_max_new
-            b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
-        b_decay = tl.exp2(b_max - b_shift)
-        b_sum = b_sum * b_decay + tl.sum(b_p * b_weight[None, :] if GATE >= 2 else b_p, 1)
-        b_p = b_p.to(p_v.dtype.element_ty)
+            m_pairs = visible_pairs(m_keys, o_n, o_position, window, CAUSAL, window is not None)
+            if PADDED:
+                m_pairs = m_pairs & (b_bias[None, :] != float("-inf"))
+            if p_weight is not None:
+                b_weight = tl.where(m_keys, b_weight, 0.0)
+        elif PADDED:
+            m_pairs = b_bias[None, :] != float("-inf")
+        b_p, b_decay, b_max, b_sum = softmax_step(
+            b_s, b_max, b_sum, logits, None, b_bias, b_weight, m_pairs, b_q0.dtype == tl.float32
+        )
         # [BM, D0] += [BM, BN] [BN, D0]
-        b_v0 = load_tile(p_v, v_tiles[0], i_row, i_n, stride_vn, m_keys, i_b, i_kv, 0, BN, D0, MASKED, CLEARED)
+        b_v0 = load_tile(values, i_n, m_keys, 0, D, BN, MASKED, CLEARED)
+        b_p = b_p.to(b_v0.dtype)
         b_acc0 = tl.dot(b_p, b_v0, b_acc0 * b_decay[:, None], input_precision="ieee")
-        if D1 > 0:
-            b_v1 = load_tile(p_v, v_tiles[1], i_row, i_n, stride_vn, m_keys, i_b, i_kv, D0, BN, D1, MASKED, CLEARED)
+        if D[1] > 0:
+            b_v1 = load_tile(values, i_n, m_keys, 1, D, BN, MASKED, CLEARED)
             b_acc1 = tl.dot(b_p, b_v1, b_acc1 * b_decay[:, None], input_precision="ieee")
-        b_max = b_max_new
     return b_acc0, b_acc1, b_sum, b_max
 
 
-@triton.jit(do_not_specialize=["Nq", "Nk", "window", "stride_gb", "stride_gh", "stride_lb", "stride_lh"])
+@triton.jit(do_not_specialize=["Nq", "Nk", "window"])
 def prefill_kernel(
     q,
     k,
@@ -150,108 +142,82 @@ def prefill_kernel(
     v_desc0,
     v_desc1,
     gate,
-    rest,
     out,
     lse,
-    cu_q,
-    cu_k,
-    scale_log2,
-    cap_log2,
+    offsets,
+    logits,
+    groups,
     Nq,
     Nk,
-    group,
     window,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_gb,
-    stride_gh,
-    stride_ob,
-    stride_oh,
-    stride_on,
-    stride_lb,
-    stride_lh,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    GATE: tl.constexpr,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
     PADDED: tl.constexpr,
     CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """One program: BM query rows of one head of one sequence, over all keys that they see.
 
-    q and out (B, Hq, Nq, D0 + D1), k and v (B, Hkv, Nk, D0 + D1) with contiguous rows, lse (B, Hq, Nq) fp32; packed
-    sequences are one batch entry, cut by the offsets cu_q and cu_k (sequences + 1,) int32. k_desc0 to v_desc1:
-    descriptors of [1, 1, BN, D0 or D1] tiles, None to load by pointer. gate and rest: (B, Hkv or 1, >= Nk) fp32 as
-    `prescale` makes them for GATE, with room for a whole tile. scale_log2, cap_log2: scale and softcap times log2 e.
-    group: query heads of a KV head. window: keys that a query sees.
+    q, k, v, out: `Rows` of (B, Hq, Nq, D[0] + D[1]), (B, Hkv, Nk, ...), (B, Hkv or Hq, Nk, ...) and q's shape; lse
+    (B, Hq, Nq) fp32, contiguous. Packed sequences are one batch entry, cut by `Offsets` (None: no packing). k_desc0 to
+    v_desc1: descriptors of [1, 1, BN, D[0] or D[1]] tiles, None to load by pointer. gate: `Gate`; logits: `Logits`;
+    groups: `Groups`. window: keys that a query sees, None for all. D: two powers of two that add up to the head dim.
     """
-    VARLEN: tl.constexpr = cu_q is not None
+    # descriptors are arguments of their own: Triton's launchers do not find them within tuples
+    BM: tl.constexpr = TILE.queries
+    BN: tl.constexpr = TILE.keys
+    D0: tl.constexpr = D[0]
+    D1: tl.constexpr = D[1]
+    VARLEN: tl.constexpr = offsets is not None
     i_m = tl.program_id(0)
     if CAUSAL:
         i_m = tl.num_programs(0) - 1 - i_m  # longest first
     i_first = i_m * BM
     i_h = tl.program_id(1)
     i_b = tl.program_id(2)
-    i_kv = i_h // group
+    i_k = i_h // groups.k
+    i_v = i_h // groups.v
     i_row = 0
-    p_q = q + i_h.to(tl.int64) * stride_qh
-    p_k = k + i_kv.to(tl.int64) * stride_kh
-    p_v = v + i_kv.to(tl.int64) * stride_vh
-    p_out = out + i_h.to(tl.int64) * stride_oh
-    p_lse = lse + i_h.to(tl.int64) * stride_lh
-    p_gate = gate + i_kv.to(tl.int64) * stride_gh if GATE != 0 else None
-    p_rest = rest + i_kv.to(tl.int64) * stride_gh if GATE == 3 else None
+    p_q = q.ptr + i_h.to(tl.int64) * q.h
+    p_k = k.ptr + i_k.to(tl.int64) * k.h
+    p_v = v.ptr + i_v.to(tl.int64) * v.h
+    p_out = out.ptr + i_h.to(tl.int64) * out.h
+    p_lse = lse + i_h.to(tl.int64) * Nq
+    o_gate = (i_h // groups.gate).to(tl.int64) * gate.h
     if VARLEN:
-        i_row_q = tl.load(cu_q + i_b)
-        Nq = tl.load(cu_q + i_b + 1) - i_row_q
-        i_row = tl.load(cu_k + i_b)
-        Nk = tl.load(cu_k + i_b + 1) - i_row
-        p_q += i_row_q.to(tl.int64) * stride_qn
-        p_k += i_row.to(tl.int64) * stride_kn
-        p_v += i_row.to(tl.int64) * stride_vn
-        p_out += i_row_q.to(tl.int64) * stride_on
+        i_row_q = tl.load(offsets.q + i_b)
+        Nq = tl.load(offsets.q + i_b + 1) - i_row_q
+        i_row = tl.load(offsets.k + i_b)
+        Nk = tl.load(offsets.k + i_b + 1) - i_row
+        p_q += i_row_q.to(tl.int64) * q.n
+        p_k += i_row.to(tl.int64) * k.n
+        p_v += i_row.to(tl.int64) * v.n
+        p_out += i_row_q.to(tl.int64) * out.n
         p_lse += i_row_q
-        if GATE != 0:
-            p_gate += i_row
-        if GATE == 3:
-            p_rest += i_row
+        o_gate += i_row
         i_b = 0
         if i_m == tl.num_programs(0) - 1 and i_first + BM < Nq:
-            poison_rows(p_out, stride_on, i_first + BM, Nq, D0 + D1, BM)
+            poison_rows(p_out, out.n, i_first + BM, Nq, D0 + D1, BM)
             poison_rows(p_lse, 1, i_first + BM, Nq, 1, BM)
         if i_first >= Nq:
             return
     else:
-        p_q += i_b.to(tl.int64) * stride_qb
-        p_k += i_b.to(tl.int64) * stride_kb
-        p_v += i_b.to(tl.int64) * stride_vb
-        p_out += i_b.to(tl.int64) * stride_ob
-        p_lse += i_b.to(tl.int64) * stride_lb
-        if GATE != 0:
-            p_gate += i_b.to(tl.int64) * stride_gb
-        if GATE == 3:
-            p_rest += i_b.to(tl.int64) * stride_gb
+        p_q += i_b.to(tl.int64) * q.b
+        p_k += i_b.to(tl.int64) * k.b
+        p_v += i_b.to(tl.int64) * v.b
+        p_out += i_b.to(tl.int64) * out.b
+        p_lse += i_b.to(tl.int64) * tl.num_programs(1) * Nq
+        o_gate += i_b.to(tl.int64) * gate.b
 
     o_m = i_first + tl.arange(0, BM)
     m_m = o_m < Nq
     # [BM, D0], [BM, D1]
-    b_q0 = load_rows(p_q, i_first, stride_qn, m_m[:, None], BM, D0, True)
-    b_q1 = load_rows(p_q + D0, i_first, stride_qn, m_m[:, None], BM, D1, True) if D1 > 0 else 0
+    b_q0 = load_rows(p_q, i_first, q.n, m_m[:, None], BM, D0, True)
+    b_q1 = load_rows(p_q + D0, i_first, q.n, m_m[:, None], BM, D1, True) if D1 > 0 else 0
     b_acc0 = tl.zeros([BM, D0], tl.float32)
     b_acc1 = tl.zeros([BM, D1], tl.float32) if D1 > 0 else 0
-    b_max = tl.full([BM], float("-inf"), tl.float32)
+    # [BM]
     b_sum = tl.zeros([BM], tl.float32)
+    b_max = tl.full([BM], LOWEST, tl.float32)
 
     # keys: [i_start, i_inner) partly visible, [i_inner, i_edge) visible to every row, [i_edge, i_end) partly visible
     position = i_first + Nk - Nq
@@ -262,32 +228,34 @@ def prefill_kernel(
     if CAUSAL:
         i_edge = tl.minimum(Nk, tl.maximum(position + 1, 0)) // BN * BN
         i_end = tl.minimum(Nk, tl.maximum(position + BM, 0))
-    k_tiles = (k_desc0, k_desc1)
-    v_tiles = (v_desc0, v_desc1)
-    if WINDOW:
+    queries = (b_q0, b_q1)
+    keys = (p_k, k.n, (k_desc0, k_desc1), i_b, i_k, i_row)
+    values = (p_v, v.n, (v_desc0, v_desc1), i_b, i_v, i_row)
+    p_bias = gate.bias + o_gate if gate.bias is not None else None
+    p_weight = gate.weight + o_gate if gate.weight is not None else None
+    state = (b_acc0, b_acc1, b_sum, b_max)
+    if window is not None:
         i_start = tl.maximum(position - window + 1, 0) // BN * BN
         i_inner = tl.cdiv(tl.maximum(position + BM - window, 0), BN) * BN
-        b_acc0, b_acc1, b_sum, b_max = attend_tiles(
-            b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, k_tiles, v_tiles, p_gate, p_rest, i_b, i_kv, i_row,
-            i_start, tl.minimum(i_inner, i_end), Nk, o_m + Nk - Nq, window, scale_log2, cap_log2, stride_kn, stride_vn,
-            D0, D1, BN, GATE, PADDED, VARLEN, True, CAUSAL, WINDOW, SOFTCAP, STAGES,
+        state = attend_tiles(
+            state, queries, keys, values, p_bias, p_weight, i_start, tl.minimum(i_inner, i_end), Nk, o_m + Nk - Nq,
+            window, logits, D, TILE, PADDED, CAUSAL, VARLEN, True,
         )  # fmt: skip
-    b_acc0, b_acc1, b_sum, b_max = attend_tiles(
-        b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, k_tiles, v_tiles, p_gate, p_rest, i_b, i_kv, i_row,
-        i_inner, i_edge, Nk, o_m + Nk - Nq, window, scale_log2, cap_log2, stride_kn, stride_vn,
-        D0, D1, BN, GATE, PADDED, VARLEN, False, CAUSAL, WINDOW, SOFTCAP, STAGES,
+    state = attend_tiles(
+        state, queries, keys, values, p_bias, p_weight, i_inner, i_edge, Nk, o_m + Nk - Nq,
+        window, logits, D, TILE, PADDED, CAUSAL, VARLEN, False,
     )  # fmt: skip
     b_acc0, b_acc1, b_sum, b_max = attend_tiles(
-        b_acc0, b_acc1, b_sum, b_max, b_q0, b_q1, p_k, p_v, k_tiles, v_tiles, p_gate, p_rest, i_b, i_kv, i_row,
-        tl.maximum(i_inner, i_edge), i_end, Nk, o_m + Nk - Nq, window, scale_log2, cap_log2, stride_kn, stride_vn,
-        D0, D1, BN, GATE, PADDED, VARLEN, True, CAUSAL, WINDOW, SOFTCAP, STAGES,
+        state, queries, keys, values, p_bias, p_weight, tl.maximum(i_inner, i_edge), i_end, Nk, o_m + Nk - Nq,
+        window, logits, D, TILE, PADDED, CAUSAL, VARLEN, True,
     )  # fmt: skip
 
-    # a row without a visible key has sum 0 and max -inf: output 0, lse -inf
-    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
-    p_rows = p_out + o_m[:, None].to(tl.int64) * stride_on
-    tl.store(p_rows + tl.arange(0, D0)[None, :], (b_acc0 / b_sum[:, None]).to(out.dtype.element_ty), mask=m_m[:, None])
+    # a row without a visible key: output 0, lse -inf
+    b_sum, b_lse = finish_rows(b_max, b_sum)
+    p_rows = p_out + o_m[:, None].to(tl.int64) * out.n
+    b_out0 = (b_acc0 / b_sum[:, None]).to(out.ptr.dtype.element_ty)
+    tl.store(p_rows + tl.arange(0, D0)[None, :], b_out0, mask=m_m[:, None])
     if D1 > 0:
-        b_out1 = (b_acc1 / b_sum[:, None]).to(out.dtype.element_ty)
+        b_out1 = (b_acc1 / b_sum[:, None]).to(out.ptr.dtype.element_ty)
         tl.store(p_rows + D0 + tl.arange(0, D1)[None, :], b_out1, mask=m_m[:, None])
-    tl.store(p_lse + o_m, (b_max + tl.log2(b_sum)) * LN2, mask=m_m)
+    tl.store(p_lse + o_m, b_lse * LN2, mask=m_m)

@@ -1,9 +1,11 @@
-"""Steps of a Triton tile that prefill and decode share."""
+"""Steps of a Triton tile that the attention kernels share."""
 
 import triton
 import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
+# below every logit, and finite
+LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
@@ -75,12 +77,74 @@ def finite_max(b_max):
 
 
 @triton.jit
-def soft_capped(b_s, cap):
-    """cap * tanh(b_s / cap) of a tile of logits of any shape."""
-    b_x = b_s * (1.0 / cap)
-    b_decay = tl.exp2(tl.abs(b_x) * -2.8853900817779268)
-    b_tanh = (1.0 - b_decay) / (1.0 + b_decay)
-    b_square = b_x * b_x
-    # where 1 - exp2 would cancel
-    b_series = b_x * (1.0 - b_square * (1 / 3 - b_square * (2 / 15 - b_square * (17 / 315))))
-    return cap * tl.where(b_square < 0.01, b_series, tl.where(b_x < 0, -b_tanh, b_tanh))
+def soft_capped(b_s, cap, scale=1.0, EXACT: tl.constexpr = True):
+    """cap * tanh(scale * b_s / cap) of a tile of products of any shape.
+
+    Within a rounding of the cap (fp32), for queries of 16 bits. EXACT: within a rounding of the result.
+    """
+    if EXACT:
+        b_x = b_s * (scale / cap)
+        b_decay = tl.exp2(tl.abs(b_x) * -2.8853900817779268)
+        b_tanh = (1.0 - b_decay) / (1.0 + b_decay)
+        b_square = b_x * b_x
+        # where 1 - exp2 would cancel
+        b_series = b_x * (1.0 - b_square * (1 / 3 - b_square * (2 / 15 - b_square * (17 / 315))))
+        b_s = cap * tl.where(b_square < 0.01, b_series, tl.where(b_x < 0, -b_tanh, b_tanh))
+    else:
+        # tanh.approx is half as long, and off by 2**-11 of a logit: more than the roundings of 16 bits
+        b_s = cap - 2.0 * cap / (1.0 + tl.exp2(b_s * (scale * 2.8853900817779268 / cap)))
+    return b_s
+
+
+@triton.jit
+def softmax_step(b_s, b_max, b_sum, logits, b_scale, b_bias, b_weight, m_pairs, EXACT: tl.constexpr):
+    """Take a tile of products q.k into the running softmax: the step that all attention kernels share.
+
+    Args:
+        b_s: [BM, BN] fp32 products. May hold anything where m_pairs hides them, NaN too.
+        b_max: [BM] fp32, the running maximum of the logits in base 2. It begins at LOWEST, not at -inf, so that no
+            difference is inf - inf.
+        b_sum: [BM] fp32, the running sum of the weights (times b_weight). It begins at 0.
+        logits: `operands.Logits`: scale > 0 and softcap (None: none), both times log2 e.
+        b_scale: [BN] fp32, factors of the products beside logits.scale (scales of quantised keys), or None.
+        b_bias: [BN] fp32, terms of the logits in base 2, -inf hides a key (log2 gamma_k), or None.
+        b_weight: [BN] fp32, factors of the row sum alone (gamma_k where V' = gamma_k gamma_v V), or None.
+        m_pairs: broadcastable to [BM, BN] bool, which pairs are visible, or None where all are.
+        EXACT: the softcap is exact to fp32, for fp32 queries.
+
+    Returns:
+        b_p [BM, BN] fp32, the weights, at most 1; b_decay [BM] fp32, by which what has been summed shrinks; and the new
+        b_max and b_sum. A row that has seen no key has b_max = LOWEST and b_sum = 0: see `finish_rows`.
+    """
+    # the scale waits until the maximum is known, and is then the factor of an FMA
+    LATE: tl.constexpr = b_scale is None and b_bias is None and logits.cap is None
+    scale = logits.scale
+    if b_scale is not None:
+        b_s *= b_scale[None, :]
+    if logits.cap is not None:
+        b_s = soft_capped(b_s, logits.cap, scale, EXACT)
+    elif not LATE:
+        b_s *= scale
+    if b_bias is not None:
+        b_s += b_bias[None, :]
+    if m_pairs is not None:
+        # a select, since a hidden pair's product may be NaN
+        b_s = tl.where(m_pairs, b_s, float("-inf"))
+    if LATE:
+        b_max_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
+        b_p = tl.exp2(b_s * scale - b_max_new[:, None])
+    else:
+        b_max_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_p = tl.exp2(b_s - b_max_new[:, None])
+    b_decay = tl.exp2(b_max - b_max_new)
+    b_sum = b_sum * b_decay + tl.sum(b_p if b_weight is None else b_p * b_weight[None, :], 1)
+    return b_p, b_decay, b_max_new, b_sum
+
+
+@triton.jit
+def finish_rows(b_max, b_sum):
+    """[BM] what the sums of values are to be divided by, and [BM] the lse in base 2, of what `softmax_step` left.
+
+    Rows that have seen no key: 1 and -inf.
+    """
+    return tl.where(b_sum == 0.0, 1.0, b_sum), b_max + tl.log2(b_sum)

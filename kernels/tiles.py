@@ -20,12 +20,16 @@ Row = TypeVar("Row")
 
 
 class Tile(NamedTuple):
-    """Query rows and keys of a tile, warps of a program, stages of the load pipeline."""
+    """Query rows and keys of a tile, warps of a program, stages of the load pipeline.
+
+    specialized: prefill's loads, products and softmax go to warps of their own (sm_100).
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    specialized: bool = False
 
 
 # 16-bit elements, by the largest head dim that the row serves
