@@ -80,7 +80,7 @@ def paged_op(
         form = None if gate is None else (gate_form, gate.values.shape[1] > 1)
         stored = k_pages.dtype, per_token(k_scale)
         page, group = k_pages.shape[2], q.shape[1] // k_pages.shape[1]
-        rows = min(max_seqlen_q * group, 128)  # the tile's
+        rows = min(max(16, 1 << (max_seqlen_q * group - 1).bit_length()), 128)  # the tile's
         return variant_of("paged", q, (None, None), masks, form, stored, sinks is not None, page, group, rows)
 
     with torch.cuda.device_of(q):
