@@ -122,7 +122,7 @@ def test_four_bit_weights(tmp_path: Path) -> None:
 def test_factors_move_once_to_each_device() -> None:
     from videoanchor_triton.integrations.transformers.attention import LayerGate
 
-    gate = LayerGate(gamma_k=1 + torch.rand(2, 5))
+    gate = LayerGate(log_gamma_k=torch.rand(2, 5))
     meta = torch.device("meta")
     first, _ = gate.factors(2, 5, meta)
     second, _ = gate.factors(2, 4, meta)
