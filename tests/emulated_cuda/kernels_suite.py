@@ -12,6 +12,8 @@ NOT_EMULATED: dict[str, str] = {
     "test_api.py::test_opcheck*": OPCHECK,
     "test_api.py::test_compiles_without_a_break_and_once_for_growing_keys/*": COMPILE,
     "test_api.py::test_gradients_compile_without_a_break_and_once_for_growing_keys": COMPILE,
+    "test_api_paged.py::test_opcheck*": OPCHECK,
+    "test_api_paged.py::test_compiles_without_a_break_and_once_for_changing_batches": COMPILE,
     "test_compiled.py::test_inductor_compiles_once_for_all_lengths": COMPILE,
     "test_self_check.py::test_a_wrong_kernel_is_answered_for_in_a_compiled_graph": COMPILE,
     "test_decode.py::test_triton_reads_no_tensor_on_the_host/*": COMPILE,
