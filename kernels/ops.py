@@ -58,7 +58,7 @@ def anchored_attention_op(
         return out.zero_(), lse.fill_(float("-inf"))
     if not hopper:
         q, k, v = rows(q), rows(k), rows(v)
-    gamma_k, gamma_v, key_padding_mask = (gate_rows(x) for x in (gamma_k, gamma_v, key_padding_mask))
+    key_padding_mask = gate_rows(key_padding_mask)
     tensors = q, k, v, gamma_k, gamma_v, key_padding_mask
     masks, target = Masks(scale, causal, window, softcap), launch_target(q)
     small = q.shape[2] <= decode_queries(target, q.shape[-1])
@@ -70,7 +70,7 @@ def anchored_attention_op(
             hopper_prefill(q, k, gated, gate, out, lse, scale, causal, form)
         elif small:
             log_gamma_k = None if gamma_k is None else log_of(gamma_k, log_gate)
-            decode(q, k, v, log_gamma_k, gamma_v, key_padding_mask, out, lse, *masks, target)
+            decode(q, k, v, gate_rows(log_gamma_k), gate_rows(gamma_v), key_padding_mask, out, lse, *masks, target)
         else:
             prefill(*tensors, out, lse, masks, post_exp, target, log_gate=log_gate)
 

@@ -97,8 +97,11 @@ def check_gate_pages(gate_pages: object, k_pages: torch.Tensor, v_scale: torch.T
             f"gate_pages of the form {form!r} must have values of shape {' or '.join(map(str, shapes))} for this "
             f"cache, got {tuple(values.shape)}"
         )
-    if pair and (values.stride(-1) != 1 or any(stride % 2 for stride in values.stride()[:-1])):
-        raise ValueError(f"gate_pages' pairs must lie together at even offsets, got strides {values.stride()}")
+    first = 0 if torch.compiler.is_compiling() else values.storage_offset()
+    if pair and (values.stride(-1) != 1 or any(offset % 2 for offset in (first, *values.stride()[:-1]))):
+        raise ValueError(
+            f"gate_pages' pairs must lie together at even offsets, got strides {values.stride()} from {first} on"
+        )
     if pair and per_token(v_scale) and values.shape[1] != kv_heads:
         raise ValueError(
             f"gate_pages must have the cache's {kv_heads} heads where values are quantised token by token, got 1: a "

@@ -104,11 +104,11 @@ def record_visual_share(visual: Tensor) -> Iterator[SharesRecord]:
                 raise InputError("attention with sinks is not measured: leave 'attention' out of --what")
             rest = {name: value for name, value in options.items() if name not in _OF_THE_GATE}
             here = visual.to(q.device)
-            ungated, gated = (
-                visual_share(q[:, :, -n_after:], k, v, here, log_gamma_k=gate, **rest).double().mean((0, 2)).cpu().numpy()
+            shares = (
+                visual_share(q[:, :, -n_after:], k, v, here, log_gamma_k=gate, **rest).double().mean((0, 2))
                 for gate in (None, options.get("log_gamma_k"))
             )
-            record.layers.append(VisualShare(layer, ungated, gated))
+            record.layers.append(VisualShare(layer, *(share.cpu().numpy() for share in shares)))
         return anchored_attention(q, k, v, **options)
 
     with register_module_forward_pre_hook(entered), mock.patch.object(attention, "anchored_attention", measured):

@@ -48,7 +48,7 @@ INVALID: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "no-kv-heads": (ValueError, "q's heads must be a multiple", {"k": K[:, :0], "v": K[:, :0]}),
     "gate-too-long": (ValueError, "gamma_k must have shape", {"gamma_k": torch.ones(6)}),
     "gate-batch": (ValueError, "gamma_v must have shape", {"gamma_v": torch.ones(3, 5)}),
-    "gate-of-3-heads": (ValueError, r"gamma_k .*\(2, 2, N <= 5\) or \(2, 4, N <= 5\)", {"gamma_k": torch.ones(2, 3, 5)}),
+    "gate-of-3-heads": (ValueError, r"\(2, 2, N <= 5\) or \(2, 4, N <= 5\), got", {"gamma_k": torch.ones(2, 3, 5)}),
     "gate-scalar": (ValueError, "gamma_k must have shape", {"gamma_k": torch.ones(())}),
     "gate-integers": (TypeError, "gamma_k must be a floating tensor", {"gamma_k": torch.ones(5, dtype=torch.long)}),
     "gate-negative": (ValueError, r"gamma_k must be finite and at least 0 .* \[1, 3\]", {"gamma_k": gate(-1)}),
@@ -271,8 +271,8 @@ def test_opcheck_of_the_packed_backward(device: torch.device) -> None:
     q, k, v, gamma_k, _ = (x.detach() for x in tensors)
     found = varlen_op(q, k, v, *offsets, longest_q, longest_k, gamma_k, None, 0.25, True, None, 5.0, False, False)
     upstream = [torch.randn_like(x) for x in found]
-    given = (q, k, v, gamma_k, None, None, *found, *upstream, 0.25, True, None, 5.0, False, *offsets, longest_q, longest_k)
-    torch.library.opcheck(backward_op, given)
+    options = 0.25, True, None, 5.0, False, *offsets, longest_q, longest_k
+    torch.library.opcheck(backward_op, (q, k, v, gamma_k, None, None, *found, *upstream, *options))
 
 
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])

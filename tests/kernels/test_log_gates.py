@@ -306,16 +306,15 @@ def test_invalid_logarithms_are_refused(name: str, call: str) -> None:
     if options["log_gamma_k"] is INVALID["three-heads"][2]["log_gamma_k"]:
         options["log_gamma_k"] = torch.zeros(6, 3) if call == "packed" else torch.zeros(1, 3, 6)
     q, k = torch.zeros(1, 4, 6, 16), torch.zeros(1, 2, 6, 16)
+    packed_q, packed_k = (x[0].transpose(0, 1) for x in (q, k))
     marks = torch.tensor([0, 6], dtype=torch.int32)
+    attend: Any = {
+        "dense": partial(anchored_attention, q, k, k),
+        "packed": partial(anchored_attention_varlen, packed_q, packed_k, packed_k, marks, marks, 6, 6),
+        "cache": partial(anchored_attention_decode, q[:, :, :1], k, k, marks[1:]),
+    }[call]
     with pytest.raises(kind, match=message):
-        if call == "dense":
-            anchored_attention(q, k, k, **options)
-        elif call == "packed":
-            anchored_attention_varlen(
-                q[0].mT.mT.transpose(0, 1), *[k[0].transpose(0, 1)] * 2, marks, marks, 6, 6, **options
-            )
-        else:
-            anchored_attention_decode(q[:, :, :1], k, k, marks[1:], **options)
+        attend(**options)
 
 
 def test_the_largest_post_exp_gate_is_within_as_a_logarithm() -> None:

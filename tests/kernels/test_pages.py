@@ -257,11 +257,14 @@ def test_no_token_and_slots_beyond_the_cache(
     backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("videoanchor_triton.kernels.validation_paged.values_are_free", lambda _: False)
-    pages = torch.zeros(2, 3, 1, 4, 16, device=device)
-    x = torch.ones(2, 1, 16, device=device)
+    around = torch.zeros(2, 9, 1, 4, 16, device=device)
+    pages, gates = around[:, 4:5], torch.zeros(9, 1, 4, device=device)
+    x, gamma = torch.ones(4, 1, 16, device=device), torch.ones(4, device=device)
     write_pages(x[:0], x[:0], *pages, torch.empty(0, dtype=torch.int64, device=device), backend=backend)
-    write_pages(x, x, *pages, torch.tensor([12, 2**40], device=device), backend=backend)
-    assert not pages.any()
+    slots = torch.tensor([-1, 4, -7, 2**40], device=device)
+    write_pages(x, x, *pages, slots, GatePages(gates[4:5], "written"), gamma, backend=backend)
+    assert not around.any()
+    assert not gates.any()
 
 
 def valid(**change: Any) -> dict[str, Any]:
