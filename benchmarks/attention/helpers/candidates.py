@@ -18,7 +18,7 @@ from benchmarks.helpers.decisions import FEW_QUERIES, candidate_name
 from benchmarks.helpers.measure import Inputs, Shape, Task, full_size
 
 RANK = 1  # after the most important shapes of ours
-FEW = (16, 64, 128, 256, 512)
+FEW = (64, 128, 256, 512)
 Make = Callable[[Inputs], Run]
 
 
