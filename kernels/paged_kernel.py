@@ -130,6 +130,16 @@ def load_rows_of_slots(p_x, o_rows, m_n, D: tl.constexpr, BD: tl.constexpr, MASK
 
 
 @triton.jit
+def as_operand(b_x, dtype: tl.constexpr):
+    """A tile of a cache in the dtype of the products; 8 bits are exact in all of them."""
+    if b_x.dtype.primitive_bitwidth == 8 and dtype == tl.bfloat16:
+        # by way of fp32, as the hardware has no conversion from 8 bits to bf16
+        return b_x.to(tl.float32).to(dtype)
+    else:
+        return b_x.to(dtype)
+
+
+@triton.jit
 def load_slots(slots, i_kv, b_page, i_n, m_n, BN: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr):
     """[BN] of `Slots` at the keys i_n up to i_n + BN; with MASKED 0 outside of m_n [BN]."""
     p_slots, o_slots = slot_rows(slots.ptr + i_kv * slots.h, b_page, i_n, slots.p, slots.n, BN, PAGE)
@@ -205,7 +215,7 @@ def attend(
             if token_scales.v is not None:
                 b_scale_v = load_slots(token_scales.v, i_kv, b_page, i_n, m_n, BN, PAGE, MASKED)
                 b_gain = b_scale_v if b_gain is None else b_gain * b_scale_v
-        b_s = tl.dot(b_q, b_k.to(b_q.dtype).T, input_precision="ieee")
+        b_s = tl.dot(b_q, as_operand(b_k, b_q.dtype).T, input_precision="ieee")
         m_pairs = None
         if MASKED:
             m_pairs = m_n[None, :]
@@ -220,7 +230,7 @@ def attend(
             b_p *= b_gain[None, :]
         # [BM, BD] += [BM, BN] [BN, BD]
         p_rows, o_rows = slot_rows(p_v, b_page, i_n, cache.p, cache.n, BN, PAGE)
-        b_v = load_rows_of_slots(p_rows, o_rows, m_n, D, BD, MASKED).to(b_q.dtype)
+        b_v = as_operand(load_rows_of_slots(p_rows, o_rows, m_n, D, BD, MASKED), b_q.dtype)
         b_acc = add_weighted(b_p, b_v, b_acc * b_decay[:, None], b_gain is not None, token_scales is not None)
     return b_acc, b_sum, b_max
 

@@ -183,6 +183,7 @@ def attend_exactly(
             if s.shape[1]:
                 terms = of_q.abs() @ k.abs().T * masks.scale + bias.abs().nan_to_num(posinf=0)
                 size = terms.masked_fill(~visible, 0).amax(-1) if length else torch.zeros(count)
+                size = size + (masks.softcap or 0)
                 inside[rows, h, 0] = EPS * (1 + size) * (weights @ (gain[:, None] * v).abs()).amax(-1)
                 inside_lse[rows, h] = EPS * (size + sums.abs().nan_to_num(posinf=0))
     return out, lse, inside, inside_lse
