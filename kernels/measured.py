@@ -1,6 +1,7 @@
 """What GPUs have settled: written by `benchmarks/gpu_check.py --apply` from its results, data only.
 
-Tables are by (target, head dim) and serve 16-bit elements; what is not here is as the rules say that consult them.
+Tables are by (target, head dim), PAGED also by rows, and serve 16-bit elements; what is not here is as the rules say
+that consult them.
 """
 
 # device, driver, torch, triton, commit of the results
@@ -12,17 +13,15 @@ SHOWN_RIGHT: frozenset[tuple[str, str]] = frozenset()
 # tiles of prefill without padding, packed sequences, window and softcap: query rows, keys, warps, stages
 PREFILL: dict[tuple[str, int], tuple[int, int, int, int]] = {}
 
-# tiles of decode
-DECODE: dict[tuple[str, int], tuple[int, int, int, int]] = {}
+# tiles of the paged kernel by (target, head dim, rows): packed rows of a call (longest query x heads of a group) rounded
+# up to a power of two, from 16 to 128
+PAGED: dict[tuple[str, int, int], tuple[int, int, int, int]] = {}
 
 # tiles of backward: of dQ, of dK and dV
 BACKWARD: dict[tuple[str, int], tuple[tuple[int, int, int, int], tuple[int, int, int, int]]] = {}
 
-# fewest keys of a split of decode
-SPLIT_KEYS: dict[tuple[str, int], int] = {}
-
-# most queries that decode takes in a dense call, prefill takes more
-DECODE_QUERIES: dict[tuple[str, int], int] = {}
+# most queries of a dense call that go to the paged kernel, prefill takes more
+SHORT_QUERIES: dict[tuple[str, int], int] = {}
 
 # whether prefill takes the log-bias form where a caller allows post-exp
 LOG_BIAS: dict[tuple[str, int], bool] = {}

@@ -12,8 +12,9 @@ from . import measured
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 INTERPRETER = "interpreter"
-MAX_QUERIES = 16  # of decode
-SPLIT_KEYS = 256
+FEW_QUERIES = 16
+SHORT_QUERIES = 512
+NARROW = ("sm_86", "sm_89", "sm_120")
 PAGE_SIZES = (16, 32, 64, 128, 256)
 TMA_TARGETS = ("sm_90", "sm_100", "sm_120")
 Row = TypeVar("Row")
@@ -56,19 +57,27 @@ PREFILL_SMALLER: tuple[tuple[str, Set[str], tuple[int, ...], Tile], ...] = (
 )
 # fp32 products run outside the tensor cores, unrolled: larger tiles spill
 PREFILL_FP32 = {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 8, 1), 256: Tile(16, 32, 8, 1)}
-DECODE_WIDE = {128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 4, 3)}
-DECODE_NARROW = {128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 2)}
-DECODE = {
-    "sm_80": DECODE_WIDE,
-    "sm_86": DECODE_NARROW,
-    "sm_89": DECODE_NARROW,
-    "sm_90": DECODE_WIDE,
-    "sm_100": DECODE_WIDE,
-    "sm_120": DECODE_NARROW,
-    "gfx942": DECODE_NARROW,
-    INTERPRETER: {256: Tile(64, 32, 4, 1)},
+# the paged kernel, by the largest head dim and number of packed rows; keys of a tile at least 32 times its warps, or
+# Triton 3.6.0 loads each gate several times
+PAGED_WIDE = {
+    128: {16: Tile(16, 128, 4, 3), 32: Tile(32, 128, 4, 3), 64: Tile(64, 128, 4, 3), 128: Tile(128, 64, 8, 3)},
+    256: {16: Tile(16, 64, 2, 3), 32: Tile(32, 64, 4, 3), 64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2)},
 }
-DECODE_FP32 = {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
+PAGED_NARROW = {
+    128: {16: Tile(16, 64, 2, 3), 32: Tile(32, 64, 2, 3), 64: Tile(64, 64, 4, 2), 128: Tile(128, 32, 8, 3)},
+    256: {16: Tile(16, 32, 1, 3), 32: Tile(32, 32, 2, 3), 64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2)},
+}
+PAGED = {
+    "sm_80": PAGED_WIDE,
+    "sm_86": PAGED_NARROW,
+    "sm_89": PAGED_NARROW,
+    "sm_90": PAGED_WIDE,
+    "sm_100": PAGED_WIDE,
+    "sm_120": PAGED_NARROW,
+    "gfx942": {256: {16: Tile(16, 64, 2, 1), 32: Tile(32, 64, 4, 1), 128: Tile(64, 32, 4, 1)}},
+    INTERPRETER: {256: {16: Tile(16, 32, 4, 1), 128: Tile(64, 32, 4, 1)}},
+}
+PAGED_FP32 = {64: {128: Tile(16, 32, 4, 2)}, 128: {128: Tile(16, 32, 4, 1)}, 256: {128: Tile(16, 16, 4, 1)}}
 
 # backward, 16-bit elements: the tiles of dQ, and of dK and dV
 BACKWARD_AMPERE = {
@@ -111,8 +120,8 @@ def split_head_dim(target: str, head_dim: int) -> tuple[int, int]:
     return {80: (64, 16), 96: (64, 32)}.get(head_dim, (head_dim, 0))
 
 
-def _row(table: dict[int, Row], head_dim: int) -> Row:
-    return table[min(size for size in table if size >= head_dim)]
+def _row(table: dict[int, Row], size: int) -> Row:
+    return table[min(known for known in table if known >= size)]
 
 
 def prefill_tile(
@@ -137,13 +146,12 @@ def prefill_tile(
     return _row(PREFILL[target] if _tabled(target, element_size) else PREFILL_FP32, head_dim)
 
 
-def decode_tile(target: str, head_dim: int, element_size: int, rows: int) -> Tile:
-    """The tile of decode for `rows` packed rows (query positions times heads of a group)."""
-    if element_size < 4 and (target, head_dim) in measured.DECODE:
-        tile = Tile(*measured.DECODE[target, head_dim])
-    else:
-        tile = _row(DECODE[target] if _tabled(target, element_size) else DECODE_FP32, head_dim)
-    return tile._replace(queries=min(tile.queries, max(16, 1 << (rows - 1).bit_length())))
+def paged_tile(target: str, head_dim: int, element_size: int, rows: int) -> Tile:
+    """The tile of the paged kernel where the longest query has `rows` packed rows (queries times heads of a group)."""
+    rows = min(max(16, 1 << (rows - 1).bit_length()), 128)
+    if element_size < 4 and (target, head_dim, rows) in measured.PAGED:
+        return Tile(*measured.PAGED[target, head_dim, rows])
+    return _row(_row(PAGED[target] if _tabled(target, element_size) else PAGED_FP32, head_dim), rows)
 
 
 def backward_tiles(target: str, head_dim: int, element_size: int) -> tuple[Tile, Tile]:
@@ -155,14 +163,19 @@ def backward_tiles(target: str, head_dim: int, element_size: int) -> tuple[Tile,
     return _row(BACKWARD[target] if _tabled(target, element_size) else fp32, head_dim)
 
 
-def split_keys(target: str, head_dim: int) -> int:
-    """The fewest keys that a split of decode takes."""
-    return measured.SPLIT_KEYS.get((target, head_dim), SPLIT_KEYS)
+def short_queries(target: str, head_dim: int) -> int:
+    """The most queries of a dense call that go to the paged kernel where its keys are many times as many."""
+    return measured.SHORT_QUERIES.get((target, head_dim), FEW_QUERIES if target == INTERPRETER else SHORT_QUERIES)
 
 
-def decode_queries(target: str, head_dim: int) -> int:
-    """The most queries for which a dense call goes to decode, at most MAX_QUERIES."""
-    return measured.DECODE_QUERIES.get((target, head_dim), MAX_QUERIES)
+def takes_few_queries(target: str, head_dim: int, queries: int, keys: int) -> bool:
+    """Whether a dense call goes to the paged kernel, which splits the keys and packs the heads of a group."""
+    return queries <= FEW_QUERIES or (queries <= short_queries(target, head_dim) and keys >= 4 * queries)
+
+
+def paged_programs(target: str, device: torch.device, tile: Tile) -> int:
+    """Programs of the paged kernel: as many as stand on the device at once."""
+    return multiprocessors(device) * (2 if tile.queries * tile.keys <= 1024 and target in NARROW else 1)
 
 
 def _tabled(target: str, element_size: int) -> bool:
