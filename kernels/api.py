@@ -6,7 +6,7 @@ import torch
 
 from . import validation
 from .dispatch import Outputs, choose_backend, hopper_choice, torch_backend
-from .gates import expand_gate, fitted_gate
+from .gates import expand_gate, fitted_gate, key_gate, per_query_head
 from .sequences import varlen_by_sequence
 
 try:
@@ -22,6 +22,7 @@ class CacheOptions(TypedDict, total=False):
     gamma_k: torch.Tensor | None
     gamma_v: torch.Tensor | None
     gamma_q: torch.Tensor | None
+    log_gamma_k: torch.Tensor | None
     scale: float | None
     causal: bool
     window: int | None
@@ -71,6 +72,7 @@ def anchored_attention(
     gamma_k: torch.Tensor | None = None,
     gamma_v: torch.Tensor | None = None,
     gamma_q: torch.Tensor | None = None,
+    log_gamma_k: torch.Tensor | None = None,
     scale: float | None = None,
     causal: bool = False,
     key_padding_mask: torch.Tensor | None = None,
@@ -82,19 +84,22 @@ def anchored_attention(
 ) -> torch.Tensor | Outputs:
     """softmax(scale Q K^T + log(gamma_Q gamma_K^T) + mask) (gamma_V * V): VideoAnchor's attention (arXiv 2509.25151).
 
-    Differentiable in q, k, v, gamma_k and gamma_v, and so is the lse, in gamma_q too.
+    Differentiable in q, k, v, gamma_k or log_gamma_k, and gamma_v, and so is the lse, in gamma_q too.
 
     Args:
         q: (B, Hq, Nq, D), floating.
         k, v: (B, Hkv, Nk, D) of q's dtype and device; Hq must be a multiple of Hkv.
-        gamma_k, gamma_v: factors of keys and values, (N,), (B, N) or (B, Hkv, N), N <= Nk, floating, finite, >= 0.
-            Keys from N on are neutral (factor 1). A key with gamma_k = 0 is invisible, and the gradient of that
-            gamma_k is 0. fp64 factors become fp32 unless q is fp64, and must fit. Values are checked where that costs
-            no synchronisation, on the CPU outside torch.compile and torch.func; elsewhere a bad gamma_k gives NaN with
-            "log-bias", and with "post-exp" may go unnoticed. In fp16 gamma_v * v may exceed what fp16 holds where the
-            output does not; in other dtypes a value beyond theirs gives inf or NaN.
+        gamma_k, gamma_v: factors of keys and values, (N,), (B, N), (B, Hkv, N), or (B, Hq, N) for each query head,
+            N <= Nk, floating, finite, >= 0. Keys from N on are neutral (factor 1). A key with gamma_k = 0 is invisible,
+            and the gradient of that gamma_k is 0. fp64 factors become fp32 unless q is fp64, and must fit. Values are
+            checked where that costs no synchronisation, on the CPU outside torch.compile and torch.func; elsewhere a
+            bad gamma_k gives NaN with "log-bias", and with "post-exp" may go unnoticed. In fp16 gamma_v * v may exceed
+            what fp16 holds where the output does not; in other dtypes a value beyond theirs gives inf or NaN.
         gamma_q: factors of queries, (Nq,), (B, Nq) or (B, Hq, Nq). They cancel in the softmax and change the lse only,
             by log gamma_q.
+        log_gamma_k: instead of gamma_k its natural logarithm, of the same shapes: any bias of keys, finite and at most
+            2**126 in size, or -inf for a key that is invisible. Logits are fp32: a bias of size b is rounded by about
+            b * 2**-23, so that one whose largest values matter should be small where they are.
         scale: factor of the logits, finite and > 0; None means D ** -0.5.
         causal: query i stands at key Nk - Nq + i (bottom-right alignment) and sees the keys up to its own.
         key_padding_mask: (B, Nk) bool, True where the key may be seen. Whatever k, v and the gates hold elsewhere, NaN
@@ -107,7 +112,8 @@ def anchored_attention(
             dtype, no Nq x Nk tensor; "reference", dense fp64, for tests; "auto", the best on a GPU that can take the
             call, else sdpa. Under torch.func.grad and the like, "triton" and "hopper" cannot take a call.
         gate_form: "log-bias" takes any gamma_k >= 0. "post-exp" is cheaper in prefill, and the caller promises that
-            every gamma_k is within `[2**-20, 2**20]`. `choose_gate_form` reads off a gate which form it allows.
+            every gamma_k (exp(log_gamma_k)) is within `[2**-20, 2**20]`. `choose_gate_form` reads off a gate which form
+            it allows.
 
     Returns:
         out (B, Hq, Nq, D) in q's dtype, or (out, lse) with lse (B, Hq, Nq) in fp32, natural logarithm. A row that sees
@@ -137,32 +143,50 @@ def anchored_attention(
         >>> out, lse = va.anchored_attention(q, k, v, causal=True, return_lse=True)
         >>> lse.shape
         torch.Size([1, 4, 2])
+
+        As a bias of the logits, of each query head its own: ALiBi, whose slopes times the distance are, but for a
+        constant of each row, slopes times the key's position.
+
+        >>> slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+        >>> bias = slopes[:, None] * torch.arange(2)
+        >>> out = va.anchored_attention(q, k, v, causal=True, log_gamma_k=bias[None])
     """
     validation.check_tensors(
-        q=q, k=k, v=v, gamma_k=gamma_k, gamma_v=gamma_v, gamma_q=gamma_q, key_padding_mask=key_padding_mask
+        q=q,
+        k=k,
+        v=v,
+        gamma_k=gamma_k,
+        gamma_v=gamma_v,
+        gamma_q=gamma_q,
+        log_gamma_k=log_gamma_k,
+        key_padding_mask=key_padding_mask,
     )
     validation.check_qkv(q, k, v, "B, H, N, D", batched=True)
+    of_keys, log_gate = key_gate(gamma_k, log_gamma_k)
     causal = bool(causal)
     scale = validation.check_options(q.shape[-1], scale, causal, window, softcap, gate_form)
     batch, query_heads, queries, _ = q.shape
     kv_heads, keys = k.shape[1:3]
-    validation.check_gates(gamma_k, gamma_v, gamma_q, (batch, query_heads, queries), (batch, kv_heads, keys))
-    gamma_k, gamma_v, gamma_q = (fitted_gate(gate, q.dtype) for gate in (gamma_k, gamma_v, gamma_q))
+    sizes = (batch, query_heads, queries), (batch, kv_heads, keys)
+    validation.check_gates(of_keys, gamma_v, gamma_q, *sizes, log_gate)
+    of_keys = fitted_gate(of_keys, q.dtype, log_gate)
+    gamma_v, gamma_q = (fitted_gate(gate, q.dtype) for gate in (gamma_v, gamma_q))
     validation.check_padding(key_padding_mask, batch, keys)
     if validation.values_are_free(q):
-        validation.check_values(gamma_k, gamma_v, gamma_q, gate_form, key_padding_mask)
+        validation.check_values(of_keys, gamma_v, gamma_q, gate_form, key_padding_mask, log_gate)
 
     post_exp = gate_form == "post-exp"
-    chosen = choose_backend(backend, q, refused=validation.autograd_only(q, k, v, gamma_k, gamma_v))
+    chosen = choose_backend(backend, q, refused=validation.autograd_only(q, k, v, of_keys, gamma_v))
     if chosen in ("triton", "hopper"):
         features = {"padding": key_padding_mask is not None, "value_gate": gamma_v is not None}
+        features["query_gates"] = any(per_query_head(gate, kv_heads) for gate in (of_keys, gamma_v))
         hopper = hopper_choice(q, k, v, asked=backend, window=window, softcap=softcap, **features)
         out, lse = anchored_attention_op(
-            q, k, v, gamma_k, gamma_v, key_padding_mask, scale, causal, window, softcap, post_exp, hopper
+            q, k, v, of_keys, gamma_v, key_padding_mask, scale, causal, window, softcap, post_exp, log_gate, hopper
         )
     else:
-        attend = torch_backend(chosen, scale, causal, window, softcap, post_exp, return_lse)
-        out, lse = attend(q, k, v, gamma_k, gamma_v, key_padding_mask)
+        attend = torch_backend(chosen, scale, causal, window, softcap, post_exp, return_lse, log_gate)
+        out, lse = attend(q, k, v, of_keys, gamma_v, key_padding_mask)
     if not return_lse:
         return out
     if gamma_q is not None:
@@ -212,6 +236,7 @@ def anchored_attention_varlen(
     gamma_k: torch.Tensor | None = None,
     gamma_v: torch.Tensor | None = None,
     gamma_q: torch.Tensor | None = None,
+    log_gamma_k: torch.Tensor | None = None,
     scale: float | None = None,
     causal: bool = False,
     window: int | None = None,
@@ -234,7 +259,7 @@ def anchored_attention_varlen(
             CPU and by "sdpa" and "reference" only; elsewhere out and lse of queries beyond max_seqlen_q (rounded up to
             a tile) are NaN, and so are their gradients and those of keys beyond max_seqlen_k; rows past the last
             sequence are 0 with lse = -inf and have no gradient.
-        gamma_k, gamma_v: (Tk,) or (Tk, Hkv).
+        gamma_k, log_gamma_k, gamma_v: (Tk,), (Tk, Hkv), or (Tk, Hq) for each query head.
         gamma_q: (Tq,) or (Tq, Hq).
         causal, window: bottom-right aligned in each sequence by itself.
         backend: as in `anchored_attention`, without "hopper". "sdpa" and "reference" take one sequence at a time and
@@ -272,29 +297,33 @@ def anchored_attention_varlen(
         gamma_k=gamma_k,
         gamma_v=gamma_v,
         gamma_q=gamma_q,
+        log_gamma_k=log_gamma_k,
     )
     validation.check_qkv(q, k, v, "T, H, D")
+    of_keys, log_gate = key_gate(gamma_k, log_gamma_k)
     causal = bool(causal)
     scale = validation.check_options(q.shape[-1], scale, causal, window, softcap, gate_form)
     offsets = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     validation.check_offsets(*offsets)
-    validation.check_packed_gate("gamma_k", gamma_k, *k.shape[:2])
-    validation.check_packed_gate("gamma_v", gamma_v, *k.shape[:2])
-    validation.check_packed_gate("gamma_q", gamma_q, *q.shape[:2])
-    gamma_k, gamma_v, gamma_q = (fitted_gate(gate, q.dtype) for gate in (gamma_k, gamma_v, gamma_q))
+    heads = k.shape[1], q.shape[1]
+    validation.check_packed_gate("log_gamma_k" if log_gate else "gamma_k", of_keys, k.shape[0], heads)
+    validation.check_packed_gate("gamma_v", gamma_v, k.shape[0], heads)
+    validation.check_packed_gate("gamma_q", gamma_q, q.shape[0], heads[1:])
+    of_keys = fitted_gate(of_keys, q.dtype, log_gate)
+    gamma_v, gamma_q = (fitted_gate(gate, q.dtype) for gate in (gamma_v, gamma_q))
     if validation.values_are_free(q):
         tokens, longest = (q.shape[0], k.shape[0]), (max_seqlen_q, max_seqlen_k)
         validation.check_offset_values(cu_seqlens_q, cu_seqlens_k, tokens, longest)
-        validation.check_values(gamma_k, gamma_v, gamma_q, gate_form)
+        validation.check_values(of_keys, gamma_v, gamma_q, gate_form, log_gate=log_gate)
 
     post_exp = gate_form == "post-exp"
-    refused = validation.autograd_only(q, k, v, gamma_k, gamma_v)
+    refused = validation.autograd_only(q, k, v, of_keys, gamma_v)
     chosen = choose_backend(backend, q, "packed sequences", refused, cu_seqlens_q.numel() - 1)
     if chosen == "triton":
-        out, lse = varlen_op(q, k, v, *offsets, gamma_k, gamma_v, scale, causal, window, softcap, post_exp)
+        out, lse = varlen_op(q, k, v, *offsets, of_keys, gamma_v, scale, causal, window, softcap, post_exp, log_gate)
     else:
-        attend = torch_backend(chosen, scale, causal, window, softcap, post_exp, True)
-        out, lse = varlen_by_sequence(attend, q, k, v, *offsets, gamma_k, gamma_v)
+        attend = torch_backend(chosen, scale, causal, window, softcap, post_exp, True, log_gate)
+        out, lse = varlen_by_sequence(attend, q, k, v, *offsets, of_keys, gamma_v)
     if not return_lse:
         return out
     if gamma_q is not None:

@@ -7,7 +7,7 @@ import torch
 from . import validation
 from .api import CacheOptions
 from .dispatch import Outputs, choose_backend, torch_backend
-from .gates import expand_gate, fitted_gate
+from .gates import expand_gate, fitted_gate, key_gate, log_of, per_query_head
 from .sequences import decode_by_sequence
 
 try:
@@ -53,6 +53,7 @@ def anchored_attention_decode(
     gamma_k: torch.Tensor | None = None,
     gamma_v: torch.Tensor | None = None,
     gamma_q: torch.Tensor | None = None,
+    log_gamma_k: torch.Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
@@ -60,23 +61,26 @@ def anchored_attention_decode(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | Outputs:
-    """`anchored_attention` of the last 1 to 16 queries of each sequence over a cache, contiguous or paged.
+    """`anchored_attention` of the last queries of each sequence over a cache, contiguous or paged.
 
     On "triton" nothing is read on the host, but for the verdict on a first call (VIDEOANCHOR_SELF_CHECK), so that a
     CUDA graph can hold the call while lengths, pages and gates change. Not differentiable there. Arguments that are
     not named here mean what they mean in `anchored_attention`.
 
     Args:
-        q: (B, Hq, Nq, D), floating, Nq from 1 to 16 (more than 1 for speculative decoding).
-        k_cache, v_cache: (B, Hkv, N, D); or with a block_table pages (n_pages, Hkv, page_size, D), the page size 16,
-            32, 64, 128 or 256. Any strides with contiguous rows: a cache (n_pages, page_size, Hkv, D) goes in as
-            `cache.transpose(1, 2)`. They hold the keys and values of q's own tokens already, ungated.
+        q: (B, Hq, Nq, D), floating, Nq at least 1: more for speculative decoding, a question on a long context or a
+            chunk of a prompt.
+        k_cache, v_cache: (B, Hkv, N, D); or with a block_table pages (n_pages, Hkv, page_size, D) of any size. Any
+            strides with contiguous rows: a cache (n_pages, page_size, Hkv, D) goes in as `cache.transpose(1, 2)`. They
+            hold the keys and values of q's own tokens already, ungated.
         cache_seqlens: (B,) int32 on q's device: the keys of each sequence, those of q's own tokens included. What lies
             beyond in the cache, NaN included, does not reach the output.
         block_table: (B, max_pages) int32 on q's device: the pages of each sequence in order. Entries past a sequence's
             length may be anything.
-        gamma_k, gamma_v: (N',), (B, N') or (B, Hkv, N') by position in the sequence, N' up to the cache's capacity;
-            keys from N' on are neutral.
+        gamma_k, log_gamma_k, gamma_v: (N',), (B, N'), (B, Hkv, N'), or (B, Hq, N') for each query head, by position in
+            the sequence, N' up to the cache's capacity; keys from N' on are neutral. The kernel takes log_gamma_k and
+            gamma_v in fp32 by their strides, slices of larger buffers included; of gamma_k the logarithm is taken in
+            each call, so that who decodes many steps takes it once and gives log_gamma_k.
         causal: query i of sequence b stands at key cache_seqlens[b] - Nq + i and sees the keys up to its own.
         backend: as in `anchored_attention`, without "hopper". "sdpa" and "reference" take one sequence at a time and
             read lengths and pages on the host.
@@ -116,31 +120,40 @@ def anchored_attention_decode(
         gamma_k=gamma_k,
         gamma_v=gamma_v,
         gamma_q=gamma_q,
+        log_gamma_k=log_gamma_k,
     )
     validation.check_qkv(q, k_cache, v_cache, "B, H, N, D", ("k_cache", "v_cache"))
+    of_keys, log_gate = key_gate(gamma_k, log_gamma_k)
     causal = bool(causal)
     scale = validation.check_options(q.shape[-1], scale, causal, window, softcap, "log-bias")
     capacity = validation.check_cache(q, k_cache, cache_seqlens, block_table)
     batch, query_heads, queries, _ = q.shape
     pages, kv_heads, page_size, _ = k_cache.shape
-    validation.check_gates(gamma_k, gamma_v, gamma_q, (batch, query_heads, queries), (batch, kv_heads, capacity))
-    gamma_k, gamma_v, gamma_q = (fitted_gate(gate, q.dtype) for gate in (gamma_k, gamma_v, gamma_q))
+    sizes = (batch, query_heads, queries), (batch, kv_heads, capacity)
+    validation.check_gates(of_keys, gamma_v, gamma_q, *sizes, log_gate)
+    of_keys = fitted_gate(of_keys, q.dtype, log_gate)
+    gamma_v, gamma_q = (fitted_gate(gate, q.dtype) for gate in (gamma_v, gamma_q))
     if validation.values_are_free(q):
         validation.check_cache_values(cache_seqlens, capacity, block_table, pages, page_size)
-        validation.check_values(gamma_k, gamma_v, gamma_q, "log-bias")
+        validation.check_values(of_keys, gamma_v, gamma_q, "log-bias", log_gate=log_gate)
 
-    tensors = (q, k_cache, v_cache, gamma_k, gamma_v)
+    tensors = (q, k_cache, v_cache, of_keys, gamma_v)
     refused = validation.autograd_only(*tensors)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         refused = "an input requires grad and decode has no backward"
     chosen = choose_backend(backend, q, "decode", refused)
+    cache = q, k_cache, v_cache, cache_seqlens, block_table
     if chosen == "triton":
-        out, lse = decode_op(
-            q, k_cache, v_cache, cache_seqlens, block_table, gamma_k, gamma_v, scale, causal, window, softcap
-        )
+
+        def by_position(gate: torch.Tensor) -> torch.Tensor:
+            return gate if per_query_head(gate, kv_heads) else expand_gate(gate, batch, kv_heads)
+
+        of_keys = None if of_keys is None else by_position(log_of(of_keys, log_gate))
+        gamma_v = None if gamma_v is None else by_position(gamma_v.float())
+        out, lse = decode_op(*cache, of_keys, gamma_v, scale, causal, window, softcap)
     else:
-        attend = torch_backend(chosen, scale, causal, window, softcap, False, True)
-        out, lse = decode_by_sequence(attend, q, k_cache, v_cache, cache_seqlens, block_table, gamma_k, gamma_v)
+        attend = torch_backend(chosen, scale, causal, window, softcap, False, True, log_gate)
+        out, lse = decode_by_sequence(attend, *cache, of_keys, gamma_v)
     if not return_lse:
         return out
     if gamma_q is not None:

@@ -7,7 +7,8 @@ import torch
 import triton
 
 from .backward_kernel import d_keys_kernel, d_queries_kernel
-from .gates import expand_gate, pad_gate
+from .decode import repeated
+from .gates import expand_gate, pad_gate, per_query_head
 from .tiles import Tile, backward_tiles
 
 
@@ -56,11 +57,10 @@ def backward(
     lse: torch.Tensor,
     d_out: torch.Tensor,
     d_lse: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
+    masks,
     target: str,
+    *,
+    log_gate: bool = False,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -82,6 +82,24 @@ def backward(
         where there is no gate. What no weight reaches is 0: hidden keys, rows without a visible key, gamma_k = 0.
     """
     packed = cu_seqlens_q is not None
+    group = q.shape[1] // k.shape[1]
+    heads_of = [x.T[None] if packed and x is not None and x.dim() == 2 else x for x in (gamma_k, gamma_v)]
+    if any(per_query_head(x, k.shape[1]) for x in heads_of):
+        wide = [x.transpose(0, 1)[None] if packed else x for x in (k, v)]
+        wide = repeated(*wide, *heads_of, group)
+        wide_k, wide_v = (x[0].transpose(0, 1) if packed else x for x in wide[:2])
+        wide_g = (x[0].T if packed and x is not None and x.dim() == 3 else x for x in wide[2:])
+        d_q, d_k, d_v, d_gk, d_gv = backward(
+            q, wide_k.contiguous(), wide_v.contiguous(), *wide_g, key_padding_mask, out, lse, d_out, d_lse, masks, target, log_gate=log_gate,
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+        d_k, d_v = (x.unflatten(1, (-1, group)).sum(2) for x in (d_k, d_v))
+        axis = 1
+        def of(d, g):
+            if g is None or d.shape == g.shape: return d
+            return d.unflatten(axis, (-1, group)).sum(axis + 1)
+        return d_q, d_k, d_v, of(d_gk, gamma_k), of(d_gv, gamma_v)
+    scale, causal, window, softcap = masks
+    gate_key, log_key_gate = gamma_k, log_gate
     # packed sequences are one batch entry, which each of them sees
     batch = cu_seqlens_q.numel() - 1 if cu_seqlens_q is not None else q.shape[0]
 
@@ -113,7 +131,8 @@ def backward(
     q, k, v, out, d_out = (heads_first(x) for x in (q, k, v, out, d_out))
     query_heads, queries, head_dim = q.shape[1:]
     kv_heads, keys = k.shape[1:3]
-    log_gate = None if gamma_k is None else gate_of_keys(gamma_k.float().log2(), 0.0)
+    log_gate = None if gamma_k is None else gate_of_keys(
+        gamma_k.float() * math.log2(math.e) if log_key_gate else gamma_k.float().log2(), 0.0)
     value_gate = None if gamma_v is None else gate_of_keys(gamma_v.float(), 1.0)
     if key_padding_mask is not None:
         # a hidden key's weight is 0, and what it holds is cleared, since 0 * NaN is NaN
@@ -165,7 +184,7 @@ def backward(
     )
     d_gamma_k = d_gamma_v = None
     if gamma_k is not None and d_log_gate is not None:
-        d_gamma_k = gradient_of_gamma_k(d_log_gate, gamma_k, packed)
+        d_gamma_k = (sum_of_gate if log_key_gate else gradient_of_gamma_k)(d_log_gate, gamma_k, packed)
     if gamma_v is not None and d_value_gate is not None:
         d_gamma_v = sum_of_gate(d_value_gate, gamma_v, packed)
     return tokens_first(d_q), tokens_first(d_k), tokens_first(d_v), d_gamma_k, d_gamma_v

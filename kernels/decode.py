@@ -7,7 +7,7 @@ import torch
 import triton
 
 from .decode_kernel import merge_kernel, split_kernel
-from .gates import expand_gate
+from .gates import expand_gate, per_query_head
 from .tiles import decode_tile, multiprocessors, split_keys
 
 MERGE_BLOCK = 16
@@ -30,6 +30,14 @@ def split_count(programs: int, most: int, slots: int) -> int:
 
     best = max(filling(splits) for splits in range(1, most + 1))
     return next(splits for splits in range(1, most + 1) if filling(splits) >= 0.85 * best)
+
+
+def repeated(k, v, gamma_k, gamma_v, group):
+    if per_query_head(gamma_k, k.shape[1]) or per_query_head(gamma_v, k.shape[1]):
+        kv = k.shape[1]
+        gamma_k, gamma_v = (x.repeat_interleave(group, 1) if x is not None and x.dim() == 3 and not per_query_head(x, kv) else x for x in (gamma_k, gamma_v))
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    return k, v, gamma_k, gamma_v
 
 
 def decode(
@@ -56,6 +64,7 @@ def decode(
     `cache_seqlens` (B,) int32 gives the keys of each sequence; without it all Nk are there.
     """
     batch, query_heads, queries, head_dim = q.shape
+    k, v, gamma_k, gamma_v = repeated(k, v, gamma_k, gamma_v, query_heads // k.shape[1])
     kv_heads, page = k.shape[1:3]
     keys = page if block_table is None else page * block_table.shape[1]
     group = query_heads // kv_heads

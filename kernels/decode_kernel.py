@@ -8,6 +8,7 @@ tables are read on the device only.
 import triton
 import triton.language as tl
 
+from .backward_kernel import LOG2E
 from .steps import LN2, add_product, finite_max, load_rows, soft_capped, visible_keys, visible_pairs
 
 GATE_STRIDES = ["stride_gkb", "stride_gkh", "stride_gvb", "stride_gvh"]
@@ -20,7 +21,7 @@ def cache_rows(p_table, i_n, o_n, m_keys, stride_p, stride_n, BN: tl.constexpr, 
     p_table: the sequence's block table. m_keys [BN]: which keys exist. PAGE: keys of a page; the BN keys lie on one
     page where it holds a tile.
     """
-    if PAGE >= BN:
+    if PAGE % BN == 0:
         i_page = tl.load(p_table + i_n // PAGE).to(tl.int64)
         o_rows = i_page * stride_p + (i_n % PAGE + tl.arange(0, BN)).to(tl.int64) * stride_n
     else:
@@ -137,7 +138,7 @@ def split_kernel(
             b_s = soft_capped(b_s, cap_log2)
         if gamma_k is not None:
             p_gate = gamma_k + i_b * stride_gkb + i_kv * stride_gkh + o_n
-            b_s += tl.log2(tl.load(p_gate, mask=m_keys & (o_n < Nk_gk), other=1.0).to(tl.float32))[None, :]
+            b_s += (tl.load(p_gate, mask=m_keys & (o_n < Nk_gk), other=0.0).to(tl.float32) * LOG2E)[None, :]
         b_s = tl.where(visible_pairs(m_keys, o_n, o_position, window, CAUSAL, WINDOW), b_s, float("-inf"))
         b_max_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_shift = finite_max(b_max_new)

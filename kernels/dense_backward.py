@@ -11,7 +11,7 @@ import torch
 
 from .backward import gradient_of_gamma_k, sum_of_gate
 from .dense_rows import ROUNDING, rounded, sum_roundings
-from .gates import expand_gate, pad_gate
+from .gates import grouped_gate, log_of, pad_gate, per_query_head
 from .sampled import Masks, seen_from
 
 BLOCK = 2**22  # scores at a time
@@ -20,9 +20,9 @@ BLOCK = 2**22  # scores at a time
 class Operands(NamedTuple):
     """What gradients are made of. Packed sequences are one batch entry; G is a KV head's group of query heads.
 
-    q, d_out (B, Hkv, G, Nq, D); k, v (B, Hkv, Nk, D); gates (B, Hkv, Nk), 1 where there is none; lse and delta
-    (<dO, O> - dLse) (B, Hkv, G, Nq); present (B, Nk). `sequence_q` (Nq,) and `sequence_k` (Nk,) number the packed
-    sequences, `position_q` and `position_k` are places within them.
+    q, d_out (B, Hkv, G, Nq, D); k, v (B, Hkv, Nk, D); gates (B, Hkv, G or 1, Nk), neutral where there is none; lse and
+    delta (<dO, O> - dLse) (B, Hkv, G, Nq); present (B, Nk). `sequence_q` (Nq,) and `sequence_k` (Nk,) number the
+    packed sequences, `position_q` and `position_k` are places within them.
     """
 
     q: torch.Tensor
@@ -33,7 +33,7 @@ class Operands(NamedTuple):
     position_q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    gamma_k: torch.Tensor
+    log_gamma_k: torch.Tensor
     gamma_v: torch.Tensor
     present: torch.Tensor
     sequence_k: torch.Tensor
@@ -55,7 +55,7 @@ class Operands(NamedTuple):
         return self._replace(
             k=self.k[:, :, rows],
             v=self.v[:, :, rows],
-            gamma_k=self.gamma_k[..., rows],
+            log_gamma_k=self.log_gamma_k[..., rows],
             gamma_v=self.gamma_v[..., rows],
             present=self.present[:, rows],
             sequence_k=self.sequence_k[rows],
@@ -65,7 +65,7 @@ class Operands(NamedTuple):
     def head(self, batch: int, kv_head: int) -> "Operands":
         """With one KV head of one batch entry."""
         b, h = slice(batch, batch + 1), slice(kv_head, kv_head + 1)
-        names = ("q", "d_out", "lse", "delta", "k", "v", "gamma_k", "gamma_v")
+        names = ("q", "d_out", "lse", "delta", "k", "v", "log_gamma_k", "gamma_v")
         return self._replace(**{name: getattr(self, name)[b, h] for name in names}, present=self.present[b])
 
     def blocks(self) -> Iterator["Operands"]:
@@ -75,7 +75,7 @@ class Operands(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of a block's q (B, Hkv, G, M, D), k and v (B, Hkv, J, D), log gamma_k and gamma_v (B, Hkv, J)."""
+    """Gradients of a block's q (B, Hkv, G, M, D), k and v (B, Hkv, J, D), log gamma_k and gamma_v (B, Hkv, G, J)."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -97,8 +97,9 @@ def operands(
     d_lse: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
+    log_gate: bool = False,
 ) -> Operands:
-    """Of the arguments of `backward_op`, (B, H, N, D) or packed (T, H, D): views, except for delta and masked gates."""
+    """Of the arguments of `backward_op`, (B, H, N, D) or packed (T, H, D): views, except for delta and the gates."""
     if cu_seqlens_q is not None:
         q, k, v, out, d_out = (x.transpose(0, 1)[None] for x in (q, k, v, out, d_out))
         lse, d_lse = lse.T[None], d_lse.T[None]
@@ -106,16 +107,17 @@ def operands(
     batch, kv_heads, keys, _ = k.shape
     present = k.new_ones((batch, keys), dtype=torch.bool) if key_padding_mask is None else key_padding_mask
 
-    def gate(gamma: torch.Tensor | None) -> torch.Tensor:
-        gamma = k.new_ones(1) if gamma is None else gamma
-        gamma = expand_gate(pad_gate(gamma.float(), keys), batch, kv_heads)
-        return gamma if key_padding_mask is None else gamma.masked_fill(~present[:, None], 1)
+    def gate(given: torch.Tensor | None, neutral: float) -> torch.Tensor:
+        given = k.new_empty(0) if given is None else given
+        given = grouped_gate(pad_gate(given.double(), keys, neutral), batch, kv_heads)
+        return given if key_padding_mask is None else given.masked_fill(~present[:, None, None], neutral)
 
     delta = torch.linalg.vecdot(out.double(), d_out.double()) - d_lse
     q, d_out, lse, delta = (x.unflatten(1, (kv_heads, -1)) for x in (q, d_out, lse, delta))
     (sequence_q, position_q), (sequence_k, position_k) = _places(q.shape[3], keys, cu_seqlens_q, cu_seqlens_k, q.device)
     of_q = q, d_out, lse, delta, sequence_q, position_q
-    return Operands(*of_q, k, v, gate(gamma_k), gate(gamma_v), present, sequence_k, position_k)
+    gates = gate(None if gamma_k is None else log_of(gamma_k.double(), log_gate), 0.0), gate(gamma_v, 1.0)
+    return Operands(*of_q, k, v, *gates, present, sequence_k, position_k)
 
 
 def _places(
@@ -147,15 +149,16 @@ def _weights(x: Operands, masks: Masks) -> tuple[torch.Tensor, torch.Tensor | fl
     if masks.softcap is not None:
         bent = (logits / masks.softcap).tanh()
         logits, slope = masks.softcap * bent, 1 - bent * bent
-    weights = (logits + x.gamma_k.log()[:, :, None, None] - x.lse[..., None]).exp()
-    dead = (x.lse == float("-inf"))[..., None] | (x.gamma_k == 0)[:, :, None, None]
+    log_gate = x.log_gamma_k[..., None, :]
+    weights = (logits + log_gate - x.lse[..., None]).exp()
+    dead = (x.lse == float("-inf"))[..., None] | (log_gate == float("-inf"))
     return weights.masked_fill(~_visible(x, masks) | dead, 0), slope
 
 
 def prepared(x: Operands, dtype: torch.dtype) -> Operands:
     """In `dtype`, what lies in hidden keys cleared."""
     hidden = ~x.present[:, None, :, None]
-    names = ("q", "d_out", "lse", "delta", "gamma_k", "gamma_v")
+    names = ("q", "d_out", "lse", "delta", "log_gamma_k", "gamma_v")
     x = x._replace(k=x.k.to(dtype).masked_fill(hidden, 0), v=x.v.to(dtype).masked_fill(hidden, 0))
     return x._replace(**{name: getattr(x, name).to(dtype) for name in names})
 
@@ -166,7 +169,7 @@ def _scores(x: Operands, masks: Masks) -> tuple[torch.Tensor, ...]:
     # what no weight reaches may hold anything
     unseen = weights == 0
     d_weights = torch.einsum("bhgmd,bhjd->bhgmj", x.d_out, x.v).masked_fill(unseen, 0)
-    d_logits = weights * (x.gamma_v[:, :, None, None] * d_weights - x.delta[..., None])
+    d_logits = weights * (x.gamma_v[..., None, :] * d_weights - x.delta[..., None])
     d_logits = d_logits.masked_fill(unseen, 0)
     return weights, d_weights, d_logits, d_logits * slope
 
@@ -187,9 +190,9 @@ def block_gradients(x: Operands, masks: Masks, eager: torch.dtype | None = None)
     return Gradients(
         torch.einsum("bhgmj,bhjd->bhgmd", d_products, x.k) * masks.scale,
         torch.einsum("bhgmj,bhgmd->bhjd", d_products, x.q) * masks.scale,
-        torch.einsum("bhgmj,bhgmd->bhjd", weights, x.d_out) * x.gamma_v[..., None],
-        d_logits.sum((2, 3)),
-        (weights * d_weights).sum((2, 3)),
+        torch.einsum("bhgmj,bhgmd->bhjd", weights * x.gamma_v[..., None, :], x.d_out),
+        d_logits.sum(3),
+        (weights * d_weights).sum(3),
     )
 
 
@@ -200,9 +203,9 @@ def block_squares(x: Operands, masks: Masks) -> Gradients:
     return Gradients(
         torch.einsum("bhgmj,bhjd->bhgmd", d_products, x.k.square()) * masks.scale**2,
         torch.einsum("bhgmj,bhgmd->bhjd", d_products, x.q.square()) * masks.scale**2,
-        torch.einsum("bhgmj,bhgmd->bhjd", weights, x.d_out.square()) * x.gamma_v.square()[..., None],
-        torch.zeros_like(d_logits[:, :, 0, 0]),
-        (weights * d_weights).sum((2, 3)),
+        torch.einsum("bhgmj,bhgmd->bhjd", weights * x.gamma_v.square()[..., None, :], x.d_out.square()),
+        torch.zeros_like(d_logits[:, :, :, 0]),
+        (weights * d_weights).sum(3),
     )
 
 
@@ -210,23 +213,28 @@ def block_roundings(x: Operands, masks: Masks) -> Gradients:
     """What rounding to fp32 within the computation moves `block_gradients` by."""
     weights, _ = _weights(x, masks)
     norms = torch.einsum("bhgm,bhj->bhgmj", x.q.norm(dim=-1), x.k.norm(dim=-1)) * masks.scale
-    sizes = norms + x.gamma_k.log().nan_to_num(neginf=0).abs()[:, :, None, None] + x.lse.abs()[..., None]
+    sizes = norms + x.log_gamma_k.nan_to_num(neginf=0).abs()[..., None, :] + x.lse.abs()[..., None]
     weights = weights * (ROUNDING * (sum_roundings(x.q.shape[3]) + sizes))
     d_weights = torch.einsum("bhgm,bhj->bhgmj", x.d_out.norm(dim=-1), x.v.norm(dim=-1))
     weights, d_weights = (y.masked_fill(weights.isnan() | (weights == 0), 0) for y in (weights, d_weights))
-    d_logits = weights * (x.gamma_v[:, :, None, None] * d_weights + x.delta.abs()[..., None])
+    d_logits = weights * (x.gamma_v[..., None, :] * d_weights + x.delta.abs()[..., None])
     d_logits = d_logits.masked_fill(weights == 0, 0)
     return Gradients(
         torch.einsum("bhgmj,bhjd->bhgmd", d_logits, x.k.abs()) * masks.scale,
         torch.einsum("bhgmj,bhgmd->bhjd", d_logits, x.q.abs()) * masks.scale,
-        torch.einsum("bhgmj,bhgmd->bhjd", weights, x.d_out.abs()) * x.gamma_v[..., None],
-        d_logits.sum((2, 3)),
-        (weights * d_weights).sum((2, 3)),
+        torch.einsum("bhgmj,bhgmd->bhjd", weights * x.gamma_v[..., None, :], x.d_out.abs()),
+        d_logits.sum(3),
+        (weights * d_weights).sum(3),
     )
 
 
 def dense_backward(
-    x: Operands, gamma_k: torch.Tensor | None, gamma_v: torch.Tensor | None, masks: Masks, packed: bool
+    x: Operands,
+    gamma_k: torch.Tensor | None,
+    gamma_v: torch.Tensor | None,
+    masks: Masks,
+    packed: bool,
+    log_gate: bool = False,
 ) -> tuple[torch.Tensor | None, ...]:
     """What `backward` returns, in its dtypes and layouts, computed in fp32."""
     d_q, totals = [], None
@@ -238,7 +246,7 @@ def dense_backward(
     # (tokens, heads, D) in memory, and packed in shape too
     grads = (y.to(x.q.dtype).transpose(1, 2).contiguous() for y in (torch.cat(d_q, 3).flatten(1, 2), *totals[:2]))
     grads = (y[0] if packed else y.transpose(1, 2) for y in grads)
-    return *grads, *gate_gradients(totals[2], totals[3], gamma_k, gamma_v, packed)
+    return *grads, *gate_gradients(totals[2], totals[3], gamma_k, gamma_v, packed, log_gate)
 
 
 def gate_gradients(
@@ -247,10 +255,18 @@ def gate_gradients(
     gamma_k: torch.Tensor | None,
     gamma_v: torch.Tensor | None,
     packed: bool,
+    log_gate: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the gates in their own shapes, from those of each key of each head (B, Hkv, N)."""
-    d_log_gate, d_value_gate = (x[0].T if packed else x.transpose(1, 2) for x in (d_log_gate, d_value_gate))
+    """Gradients of the gates in their own shapes, from those of each key of each query head (B, Hkv, G, N)."""
+
+    def of_tokens(d_gate: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        # (B, N, H), or packed (T, H), of the gate's heads
+        heads_first = gate.T[None] if packed and gate.dim() == 2 else gate
+        d_gate = d_gate.flatten(1, 2) if per_query_head(heads_first, d_gate.shape[1]) else d_gate.sum(2)
+        return d_gate[0].T if packed else d_gate.transpose(1, 2)
+
+    of_keys = sum_of_gate if log_gate else gradient_of_gamma_k
     return (
-        None if gamma_k is None else gradient_of_gamma_k(d_log_gate, gamma_k, packed),
-        None if gamma_v is None else sum_of_gate(d_value_gate, gamma_v, packed),
+        None if gamma_k is None else of_keys(of_tokens(d_log_gate, gamma_k), gamma_k, packed),
+        None if gamma_v is None else sum_of_gate(of_tokens(d_value_gate, gamma_v), gamma_v, packed),
     )

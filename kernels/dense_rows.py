@@ -17,14 +17,14 @@ ROUNDING = 16 * torch.finfo(torch.float32).eps
 class Rows(NamedTuple):
     """Queries of one sequence, q (R, D), and keys and values of one KV head, k and v (N, D).
 
-    The gates are (N,) or None. `present` (N,) says which keys exist for the sequence: what others hold, NaN included,
-    reaches nothing. `visible` (R, N) says which of them each query may see.
+    The gates, log gamma_k and gamma_v, are (N,) or None. `present` (N,) says which keys exist for the sequence: what
+    others hold, NaN included, reaches nothing. `visible` (R, N) says which of them each query may see.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    gamma_k: torch.Tensor | None
+    log_gamma_k: torch.Tensor | None
     gamma_v: torch.Tensor | None
     present: torch.Tensor
     visible: torch.Tensor
@@ -54,8 +54,9 @@ def dense_rows(rows: Rows, scale: float, softcap: float | None) -> tuple[Expecte
     hidden = ~rows.present
     chunks = [slice(start, start + DENSE_KEYS) for start in range(0, rows.k.shape[0], DENSE_KEYS)]
 
-    def gate(gamma: torch.Tensor | None) -> torch.Tensor:
-        return torch.ones_like(hidden, dtype=q.dtype) if gamma is None else gamma.double().masked_fill(hidden, 1)
+    def gate(given: torch.Tensor | None, neutral: float) -> torch.Tensor:
+        given = torch.full_like(hidden, neutral, dtype=q.dtype) if given is None else given.double()
+        return given.masked_fill(hidden, neutral)
 
     def keys(x: torch.Tensor, chunk: slice) -> torch.Tensor:
         return x[chunk].double().masked_fill(hidden[chunk, None], 0)
@@ -65,7 +66,7 @@ def dense_rows(rows: Rows, scale: float, softcap: float | None) -> tuple[Expecte
     # fp32 overflows where fp64 does not, and then no kernel can be right
     low = scores.float().double() * scale
     scores = scores * scale
-    norms, log_gate = torch.cat([k.norm(dim=1) for k in parts]), gate(rows.gamma_k).log()
+    norms, log_gate = torch.cat([k.norm(dim=1) for k in parts]), gate(rows.log_gamma_k, 0.0)
     sizes = log_gate.masked_fill(log_gate == float("-inf"), 0).abs() + scale * q.norm(dim=1)[:, None] * norms
     size = sizes.masked_fill(~rows.visible, 0).amax(1)
     found = []
@@ -77,7 +78,7 @@ def dense_rows(rows: Rows, scale: float, softcap: float | None) -> tuple[Expecte
         found.append(((logits - lse.masked_fill(lse == float("-inf"), 0)[:, None]).exp(), lse))
     (weights, lse), (low_weights, low_lse) = found
     low_weights = rounded(low_weights, dtype)
-    gain = gate(rows.gamma_v)
+    gain = gate(rows.gamma_v, 1.0)
     out, eager, values, squares = (torch.zeros_like(q) for _ in range(4))
     for chunk in chunks:
         v = keys(rows.v, chunk) * gain[chunk, None]

@@ -65,16 +65,25 @@ def triton_refusal(
 
 
 def choose_backend(
-    backend: str, q: torch.Tensor, no_hopper: str | None = None, refused: str | None = None, batch: int | None = None
+    backend: str,
+    q: torch.Tensor,
+    no_hopper: str | None = None,
+    refused: str | None = None,
+    batch: int | None = None,
+    paged: bool = False,
 ) -> str:
-    """The backend for a call. `no_hopper` names an op that "hopper" lacks, `refused` says why Triton cannot take it."""
+    """The backend for a call. `no_hopper` names an op that "hopper" lacks, `refused` says why Triton cannot take it.
+
+    A `paged` call's head dim, and how many rows it has, are the caller's to look at.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "hopper" and no_hopper:
         raise ValueError(f"backend='hopper' is for prefill and cannot take {no_hopper}; use backend='triton' or 'auto'")
     if backend in ("sdpa", "reference", "hopper"):
         return backend
-    refused = refused or triton_refusal(q.device, q.dtype, q.shape[-1], q.shape[0] if batch is None else batch)
+    sizes = () if paged else (q.shape[-1], q.shape[0] if batch is None else batch)
+    refused = refused or triton_refusal(q.device, q.dtype, *sizes)
     if backend == "triton":
         if refused is not None:
             raise ValueError(f"backend='triton' cannot take this call: {refused}; use backend='sdpa' or 'auto'")
@@ -106,6 +115,7 @@ def hopper_choice(
     softcap: float | None,
     padding: bool,
     value_gate: bool,
+    query_gates: bool,
 ) -> bool:
     """Whether a call that a Triton kernel will take goes to the Hopper kernel; ValueError if asked for and it cannot.
 
@@ -117,6 +127,8 @@ def hopper_choice(
     if target is not None:
         features: dict[str, Any] = {"window": window, "softcap": softcap, "padding": padding, "value_gate": value_gate}
         reason = hopper_refusal(q, k, v, target, **features)
+        if query_gates:
+            reason = reason or "the Hopper kernel has no gates per query head"
     if reason and asked == "hopper":
         raise ValueError(f"backend='hopper' cannot take this call: {reason}; use backend='triton' or 'auto'")
     if reason and not torch.compiler.is_compiling():
@@ -137,8 +149,12 @@ def torch_backend(
     softcap: float | None,
     positive_gate: bool,
     return_lse: bool,
+    log_gate: bool = False,
 ) -> Callable[..., Outputs]:
-    """SDPA (whose lse is None unless asked for) or the reference, with their options set."""
+    """SDPA (whose lse is None unless asked for) or the reference, with their options set.
+
+    With `log_gate` the gamma_k that it is called with holds log gamma_k.
+    """
 
     def attend(
         q: torch.Tensor,
@@ -148,11 +164,12 @@ def torch_backend(
         gamma_v: torch.Tensor | None,
         key_padding_mask: torch.Tensor | None = None,
     ) -> Outputs:
-        gates = {"gamma_k": gamma_k, "gamma_v": gamma_v, "key_padding_mask": key_padding_mask}
-        options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        options |= {"gamma_v": gamma_v, "key_padding_mask": key_padding_mask}
         if backend == "sdpa":
-            return sdpa_attention(q, k, v, **gates, **options, positive_gate=positive_gate, return_lse=return_lse)
-        out, lse = reference_attention(q, k, v, **gates, **options)
+            options |= {"positive_gate": positive_gate, "return_lse": return_lse, "log_gate": log_gate}
+            return sdpa_attention(q, k, v, gamma_k=gamma_k, **options)
+        out, lse = reference_attention(q, k, v, **{"log_gamma_k" if log_gate else "gamma_k": gamma_k}, **options)
         return out.to(q.dtype), lse.float()
 
     return attend

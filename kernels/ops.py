@@ -6,8 +6,9 @@ import torch
 
 from .backward import backward
 from .decode import decode
-from .dense_backward import dense_backward, operands
+from .dense_backward import Operands, dense_backward, operands
 from .dispatch import torch_backend
+from .gates import log_of, per_query_head
 from .hopper import hopper_prefill
 from .layouts import (
     Outputs,
@@ -45,15 +46,19 @@ def anchored_attention_op(
     window: int | None,
     softcap: float | None,
     post_exp: bool,
+    log_gate: bool,
     hopper: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of validated inputs by decode (few queries) or prefill: out (B, Hq, Nq, D) and lse (B, Hq, Nq) fp32."""
+    """Attention of validated inputs by decode (few queries) or prefill: out (B, Hq, Nq, D) and lse (B, Hq, Nq) fp32.
+
+    With `log_gate` gamma_k holds log gamma_k.
+    """
     out, lse = outputs(q)
     if out.numel() == 0 or k.shape[2] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     if not hopper:
         q, k, v = rows(q), rows(k), rows(v)
-    gamma_k, gamma_v, key_padding_mask = (gate_rows(x) for x in (gamma_k, gamma_v, key_padding_mask))
+    key_padding_mask = gate_rows(key_padding_mask)
     tensors = q, k, v, gamma_k, gamma_v, key_padding_mask
     masks, target = Masks(scale, causal, window, softcap), launch_target(q)
     small = q.shape[2] <= decode_queries(target, q.shape[-1])
@@ -61,22 +66,24 @@ def anchored_attention_op(
 
     def launch() -> None:
         if hopper:
-            form, gated, gate, _ = prescale(v, gamma_k, gamma_v, None, post_exp)
+            form, gated, gate, _ = prescale(v, gamma_k, gamma_v, None, post_exp, log_gate=log_gate)
             hopper_prefill(q, k, gated, gate, out, lse, scale, causal, form)
         elif small:
-            decode(*tensors, out, lse, *masks, target)
+            log_gamma_k = None if gamma_k is None else log_of(gamma_k, log_gate)
+            decode(q, k, v, gate_rows(log_gamma_k), gate_rows(gamma_v), key_padding_mask, out, lse, *masks, target)
         else:
-            prefill(*tensors, out, lse, *masks, post_exp, target)
+            prefill(*tensors, out, lse, masks, post_exp, target, log_gate=log_gate)
 
     def answer() -> None:
-        fill((out, lse), torch_backend("sdpa", *masks, post_exp, True)(*tensors))
+        fill((out, lse), torch_backend("sdpa", *masks, post_exp, True, log_gate)(*tensors))
 
     def name() -> Variant:
-        form = decode_rows(q, k) if kernel == "decode" else (post_exp,)
+        form = decode_rows(q, k) if kernel == "decode" else (post_exp, log_gate)
+        form = *form, *(per_query_head(gate, k.shape[1]) for gate in (gamma_k, gamma_v))
         return variant_of(kernel, q, (gamma_k, gamma_v), masks, key_padding_mask is not None, *form)
 
     with torch.cuda.device_of(q):
-        self_checked(name, q.device, launch, lambda: dense_error(*tensors, out, lse, masks), answer)
+        self_checked(name, q.device, launch, lambda: dense_error(*tensors, out, lse, masks, log_gate), answer)
     return out, lse
 
 
@@ -101,8 +108,12 @@ def varlen_op(
     window: int | None,
     softcap: float | None,
     post_exp: bool,
+    log_gate: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of validated packed inputs: out (Tq, Hq, D) and lse (Tq, Hq) fp32."""
+    """Attention of validated packed inputs: out (Tq, Hq, D) and lse (Tq, Hq) fp32.
+
+    With `log_gate` gamma_k holds log gamma_k.
+    """
     out, lse = packed_outputs(q)
     # no program writes the rows of no sequence
     out.zero_(), lse.fill_(float("-inf"))
@@ -120,22 +131,27 @@ def varlen_op(
             None,
             packed_rows(out),
             lse.T[None],
-            *masks,
+            masks,
             post_exp,
             target,
+            log_gate=log_gate,
             cu_seqlens=(*offsets, max_seqlen_q),
         )
 
     def answer() -> None:
-        attend = torch_backend("sdpa", *masks, post_exp, True)
+        attend = torch_backend("sdpa", *masks, post_exp, True, log_gate)
         fill((out, lse), varlen_by_sequence(attend, *tensors, *offsets, max_seqlen_q, max_seqlen_k, *gates))
+
+    def name() -> Variant:
+        alone = (per_query_head(packed_gate(gate), k.shape[1]) for gate in gates)
+        return variant_of("packed", q, gates, masks, post_exp, log_gate, *alone)
 
     with torch.cuda.device_of(q):
         self_checked(
-            lambda: variant_of("packed", q, gates, masks, post_exp),
+            name,
             q.device,
             launch,
-            lambda: packed_error(*tensors, *offsets, max_seqlen_q, *gates, out, lse, masks),
+            lambda: packed_error(*tensors, *offsets, max_seqlen_q, *gates, out, lse, masks, log_gate),
             answer,
             "it reads cu_seqlens on the host",
         )
@@ -163,12 +179,16 @@ def backward_op(
     causal: bool,
     window: int | None,
     softcap: float | None,
+    log_gate: bool,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v (contiguous, in their dtypes) and of the gates (fp32, empty where there is no gate)."""
+    """Gradients of q, k, v (contiguous, in their dtypes) and of the gates (fp32, empty where there is no gate).
+
+    With `log_gate` gamma_k holds log gamma_k, of which the gradient is.
+    """
     q, k, v = (rows(x) if cu_seqlens_q is None else packed_rows(x)[0].transpose(0, 1) for x in (q, k, v))
     masks, target = Masks(scale, causal, window, softcap), launch_target(q)
     tensors = q, k, v, gamma_k, gamma_v, key_padding_mask, out, lse, d_out, d_lse
@@ -177,17 +197,24 @@ def backward_op(
 
     def launch() -> None:
         nonlocal grads
-        grads = backward(*tensors, *masks, target, *offsets, max_seqlen_q, max_seqlen_k)
+        longest = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+        of_packed = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, **longest}
+        grads = backward(*tensors, masks, target, log_gate=log_gate, **of_packed)
+
+    def given() -> Operands:
+        return operands(*tensors, *offsets, log_gate)
 
     def compare() -> torch.Tensor:
-        return backward_error(operands(*tensors, *offsets), gamma_k, gamma_v, masks, offsets, max_seqlen_k, grads)
+        return backward_error(given(), gamma_k, gamma_v, masks, offsets, max_seqlen_k, grads, log_gate)
 
     def answer() -> None:
         nonlocal grads
-        grads = dense_backward(operands(*tensors, *offsets), gamma_k, gamma_v, masks, packed)
+        grads = dense_backward(given(), gamma_k, gamma_v, masks, packed, log_gate)
 
     def name() -> Variant:
-        return variant_of("backward", q, (gamma_k, gamma_v), masks, key_padding_mask is not None, packed)
+        heads_first = (packed_gate(gate) if packed else gate for gate in (gamma_k, gamma_v))
+        form = log_gate, *(per_query_head(gate, k.shape[1]) for gate in heads_first)
+        return variant_of("backward", q, (gamma_k, gamma_v), masks, key_padding_mask is not None, packed, *form)
 
     with torch.cuda.device_of(q):
         if q.numel() == 0 or k.numel() == 0:
@@ -225,6 +252,7 @@ def _gradients(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor, *packed: Any)
         d_out,
         d_lse,
         *ctx.options,
+        ctx.log_gate,
         *(offsets or (None, None)),
         *(packed or (None, None)),
     )
@@ -237,23 +265,23 @@ def _gradients(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor, *packed: Any)
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     q, k, v, gamma_k, gamma_v, key_padding_mask, *options = inputs
     ctx.save_for_backward(q, k, v, gamma_k, gamma_v, key_padding_mask, *output)
-    ctx.options = options[:4]
+    *ctx.options, _, ctx.log_gate = options[:6]
 
 
 def _backward(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return *_gradients(ctx, d_out, d_lse), *(None,) * 7
+    return *_gradients(ctx, d_out, d_lse), *(None,) * 8
 
 
 def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, gamma_k, gamma_v, *options = inputs
     ctx.save_for_backward(q, k, v, gamma_k, gamma_v, None, *output, cu_seqlens_q, cu_seqlens_k)
-    ctx.options = options[:4]
+    *ctx.options, _, ctx.log_gate = options[:6]
     ctx.longest = max_seqlen_q, max_seqlen_k
 
 
 def _backward_packed(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     d_q, d_k, d_v, d_gamma_k, d_gamma_v = _gradients(ctx, d_out, d_lse, *ctx.longest)
-    return d_q, d_k, d_v, *(None,) * 4, d_gamma_k, d_gamma_v, *(None,) * 5
+    return d_q, d_k, d_v, *(None,) * 4, d_gamma_k, d_gamma_v, *(None,) * 6
 
 
 anchored_attention_op.register_autograd(_backward, setup_context=_save)

@@ -18,7 +18,7 @@ def decode_op(
     v_cache: torch.Tensor,
     cache_seqlens: torch.Tensor,
     block_table: torch.Tensor | None,
-    gamma_k: torch.Tensor | None,
+    log_gamma_k: torch.Tensor | None,
     gamma_v: torch.Tensor | None,
     scale: float,
     causal: bool,
@@ -29,9 +29,9 @@ def decode_op(
     out, lse = outputs(q)
     if out.numel() == 0 or k_cache.shape[2] == 0 or (block_table is not None and block_table.shape[1] == 0):
         return out.zero_(), lse.fill_(float("-inf"))
-    gamma_k, gamma_v, block_table = (gate_rows(x) for x in (gamma_k, gamma_v, block_table))
+    log_gamma_k, gamma_v, block_table = (gate_rows(x) for x in (log_gamma_k, gamma_v, block_table))
     tensors = rows(q), cache_rows("k_cache", k_cache), cache_rows("v_cache", v_cache)
-    cache, gates = (cache_seqlens.contiguous(), block_table), (gamma_k, gamma_v)
+    cache, gates = (cache_seqlens.contiguous(), block_table), (log_gamma_k, gamma_v)
     masks, target = Masks(scale, causal, window, softcap), launch_target(q)
 
     def launch() -> None:
@@ -39,7 +39,7 @@ def decode_op(
         decode(*tensors, *gates, None, out, lse, *masks, target, cache_seqlens=lengths, block_table=table)
 
     def answer() -> None:
-        attend = torch_backend("sdpa", *masks, False, True)
+        attend = torch_backend("sdpa", *masks, False, True, log_gate=True)
         fill((out, lse), decode_by_sequence(attend, *tensors, *cache, *gates))
 
     page = 0 if block_table is None else k_cache.shape[2]

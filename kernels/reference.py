@@ -2,7 +2,7 @@
 
 import torch
 
-from .gates import expand_gate, pad_gate
+from .gates import expand_gate, grouped_gate, key_gate, log_of, pad_gate
 
 
 def reference_attention(
@@ -13,6 +13,7 @@ def reference_attention(
     gamma_k: torch.Tensor | None = None,
     gamma_v: torch.Tensor | None = None,
     gamma_q: torch.Tensor | None = None,
+    log_gamma_k: torch.Tensor | None = None,
     scale: float | None = None,
     causal: bool = False,
     key_padding_mask: torch.Tensor | None = None,
@@ -24,7 +25,7 @@ def reference_attention(
 
     cap(s) = softcap * tanh(s / softcap), or s without a softcap. Shapes as in `anchored_attention`. Returns out
     (B, Hq, Nq, D) and lse (B, Hq, Nq), differentiable by autograd. A row without a visible key is 0 with lse = -inf; a
-    key with gamma_K = 0 is not visible.
+    key with gamma_K = 0, log gamma_K = -inf, is not visible.
     """
     batch, query_heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
@@ -43,22 +44,23 @@ def reference_attention(
         visible = visible & key_padding_mask[:, None, None]
         k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
 
-    def gate_of_heads(gate: torch.Tensor) -> torch.Tensor:
-        gate = expand_gate(pad_gate(gate.to(dtype), keys), batch, kv_heads)
-        if key_padding_mask is not None:
-            gate = gate.masked_fill(~key_padding_mask[:, None], 1)
-        return gate.repeat_interleave(group, 1)
+    def gate_of_heads(gate: torch.Tensor, neutral: float) -> torch.Tensor:
+        gate = grouped_gate(pad_gate(gate.to(dtype), keys, neutral), batch, kv_heads)
+        gate = gate.expand(-1, -1, group, -1).flatten(1, 2)
+        return gate if key_padding_mask is None else gate.masked_fill(~key_padding_mask[:, None], neutral)
 
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
-    if gamma_k is not None:
-        gate = gate_of_heads(gamma_k)[:, :, None]
-        visible = visible & (gate != 0)
-        scores = scores + torch.where(gate == 0, 1, gate).log()
+    key_factors, log_gate = key_gate(gamma_k, log_gamma_k)
+    if key_factors is not None:
+        hidden, neutral = (float("-inf"), 0.0) if log_gate else (0.0, 1.0)
+        gate = gate_of_heads(key_factors, neutral)[:, :, None]
+        visible = visible & (gate != hidden)
+        scores = scores + log_of(torch.where(gate == hidden, neutral, gate), log_gate)
     if gamma_v is not None:
-        v = v * gate_of_heads(gamma_v)[..., None]
+        v = v * gate_of_heads(gamma_v, 1.0)[..., None]
 
     scores = scores.masked_fill(~visible, float("-inf"))
     dead = ~visible.any(-1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .dense_rows import Rows, dense_rows, worst_error
-from .gates import expand_gate, pad_gate
+from .gates import grouped_gate, log_of, pad_gate, per_query_head
 from .operands import Masks
 
 EDGES = (0, 15, 16, 31, 32, 63, 64, 127, 128)
@@ -47,9 +47,19 @@ def places(sizes: tuple[int, int], middle: Any = None) -> list[tuple[Any, int]]:
     return list(dict.fromkeys([(0, 0), (between, heads // 2), (entries - 1, heads - 1)]))
 
 
-def of_head(gate: torch.Tensor | None, entry: int, head: int, sizes: tuple[int, int, int]) -> torch.Tensor | None:
-    """(N,) of a gate (N',), (B, N') or (B, Hkv, N'), for sizes (B, Hkv, N)."""
-    return None if gate is None else pad_gate(expand_gate(gate, *sizes[:2])[entry, head], sizes[2])
+def gates_of_head(
+    gamma_k: torch.Tensor | None, gamma_v: torch.Tensor | None, log_gate: bool, head: int, q_heads: int, k_shape: Any
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """log gamma_k and gamma_v (B, N) of a query head, from gates for keys of shape (B, Hkv, N, ...)."""
+    batch, kv_heads, keys = k_shape[:3]
+    kv, i = divmod(head, q_heads // kv_heads)
+
+    def of_head(gate: torch.Tensor, neutral: float) -> torch.Tensor:
+        gate = grouped_gate(gate, batch, kv_heads)[:, kv]
+        return pad_gate(gate[:, min(i, gate.shape[1] - 1)], keys, neutral)
+
+    log_gamma_k = None if gamma_k is None else of_head(log_of(gamma_k.double(), log_gate), 0.0)
+    return log_gamma_k, None if gamma_v is None else of_head(gamma_v, 1.0)
 
 
 def dense_error(
@@ -62,6 +72,7 @@ def dense_error(
     out: torch.Tensor,
     lse: torch.Tensor,
     masks: Masks,
+    log_gate: bool = False,
 ) -> torch.Tensor:
     """`worst_error` of attention of (B, H, N, D)."""
     batch, query_heads, queries, _ = q.shape
@@ -70,7 +81,8 @@ def dense_error(
     errors = []
     for b, h in places((batch, query_heads)):
         kv = h * kv_heads // query_heads
-        gate_k, gate_v = (of_head(gate, b, kv, (batch, kv_heads, keys)) for gate in (gamma_k, gamma_v))
+        gates = gates_of_head(gamma_k, gamma_v, log_gate, h, query_heads, k.shape)
+        gate_k, gate_v = (gate if gate is None else gate[b] for gate in gates)
         present = torch.ones_like(key, dtype=torch.bool) if key_padding_mask is None else key_padding_mask[b]
         visible = seen_from(rows + keys - queries, key, present, masks.causal, masks.window)
         chosen = Rows(q[b, h, rows], k[b, kv], v[b, kv], gate_k, gate_v, present, visible)
@@ -90,6 +102,7 @@ def packed_error(
     out: torch.Tensor,
     lse: torch.Tensor,
     masks: Masks,
+    log_gate: bool = False,
 ) -> torch.Tensor:
     """`worst_error` of packed attention, (T, H, D). What lies beyond the longest length named is not counted."""
     query_heads, kv_heads, keys = q.shape[1], k.shape[1], k.shape[0]
@@ -108,7 +121,9 @@ def packed_error(
         key = torch.arange(keys, device=q.device) - first
         present = (key >= 0) & (key < last - first)
         visible = seen_from(row + (last - first) - length, key, present, masks.causal, masks.window)
-        gate_k, gate_v = (x if x is None or x.dim() == 1 else x[:, kv] for x in (gamma_k, gamma_v))
+        of_tokens = (x if x is None or x.dim() == 1 else x.T[None] for x in (gamma_k, gamma_v))
+        gates = gates_of_head(*of_tokens, log_gate, h, query_heads, (1, kv_heads, keys))
+        gate_k, gate_v = (gate if gate is None else gate[0] for gate in gates)
         chosen = Rows(q[rows, h], k[:, kv], v[:, kv], gate_k, gate_v, present, visible)
         errors += _errors(chosen, out[rows, h], lse[rows, h], masks, counted)
     return torch.stack(errors).amax()
@@ -120,7 +135,7 @@ def cache_error(
     v_cache: torch.Tensor,
     cache_seqlens: torch.Tensor,
     block_table: torch.Tensor | None,
-    gamma_k: torch.Tensor | None,
+    log_gamma_k: torch.Tensor | None,
     gamma_v: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -141,17 +156,17 @@ def cache_error(
             # entries past a sequence's length may be anything
             pages = block_table.index_select(0, entry)[0].long().masked_fill(~present[::page_size], 0)
         k, v = (cache[:, kv].index_select(0, pages).reshape(capacity, head_dim) for cache in (k_cache, v_cache))
-        gates = (
-            gate if gate is None else pad_gate(expand_gate(gate, batch, kv_heads)[:, kv], capacity)
-            for gate in (gamma_k, gamma_v)
-        )
-        gate_k, gate_v = (x if x is None else x.index_select(0, entry)[0] for x in gates)
-        position = (torch.arange(queries, device=q.device) + length - queries).repeat(query_heads // kv_heads)
-        visible = seen_from(position, key, present, masks.causal, masks.window)
-        group = slice(kv * query_heads // kv_heads, (kv + 1) * query_heads // kv_heads)
-        of_q, of_out, of_lse = (x[:, group].index_select(0, entry)[0].flatten(0, 1) for x in (q, out, lse))
-        counted = ((length >= 0) & (length <= capacity)).expand_as(of_lse)
-        errors += _errors(Rows(of_q, k, v, gate_k, gate_v, present, visible), of_out, of_lse, masks, counted)
+        group = query_heads // kv_heads
+        alone = any(per_query_head(gate, kv_heads) for gate in (log_gamma_k, gamma_v))
+        for first in range(kv * group, (kv + 1) * group, 1 if alone else group):
+            heads = slice(first, first + (1 if alone else group))
+            gates = gates_of_head(log_gamma_k, gamma_v, True, first, query_heads, (batch, kv_heads, capacity))
+            gate_k, gate_v = (x if x is None else x.index_select(0, entry)[0] for x in gates)
+            of_q, of_out, of_lse = (x[:, heads].index_select(0, entry)[0].flatten(0, 1) for x in (q, out, lse))
+            position = (torch.arange(queries, device=q.device) + length - queries).repeat(heads.stop - first)
+            visible = seen_from(position, key, present, masks.causal, masks.window)
+            counted = ((length >= 0) & (length <= capacity)).expand_as(of_lse)
+            errors += _errors(Rows(of_q, k, v, gate_k, gate_v, present, visible), of_out, of_lse, masks, counted)
     return torch.stack(errors).amax()
 
 

@@ -29,6 +29,7 @@ def backward_error(
     cu_seqlens: tuple[torch.Tensor | None, torch.Tensor | None],
     max_seqlen_k: int | None,
     found: tuple[torch.Tensor | None, ...],
+    log_gate: bool = False,
 ) -> torch.Tensor:
     """`worst_error` of `backward`'s gradients `found`. Packed keys beyond the longest length named are not counted."""
     packed = cu_seqlens[0] is not None
@@ -47,7 +48,7 @@ def backward_error(
     for i, d_found in zip((1, 2), grads[1:], strict=True):
         expected = _expected([total[i] for total in totals], d_found.dtype, d_found.dtype)
         errors.append(worst_error(d_found[:, :, keys], expected, counted[:, None]))
-    errors += _gates_error(totals, gamma_k, gamma_v, found[3:], keys, counted, grads[0].dtype, packed)
+    errors += _gates_error(totals, gamma_k, gamma_v, found[3:], keys, counted, grads[0].dtype, packed, log_gate)
     return torch.stack(errors).amax()
 
 
@@ -94,14 +95,15 @@ def _gates_error(
     counted: torch.Tensor,
     dtype: torch.dtype,
     packed: bool,
+    log_gate: bool,
 ) -> list[torch.Tensor]:
     def of_keys(gate: torch.Tensor | None, neutral: float) -> torch.Tensor | None:
         if gate is None or packed:
             return gate if gate is None else gate[keys]
         return pad_gate(gate, max(gate.shape[-1], 1), neutral)[..., keys.clamp(max=max(gate.shape[-1], 1) - 1)]
 
-    gates = of_keys(gamma_k, 1.0), of_keys(gamma_v, 1.0)
-    results = [gate_gradients(total.log_gamma_k, total.gamma_v, *gates, packed) for total in totals]
+    gates = of_keys(gamma_k, float(not log_gate)), of_keys(gamma_v, 1.0)
+    results = [gate_gradients(total.log_gamma_k, total.gamma_v, *gates, packed, log_gate) for total in totals]
     errors = []
     for gate, d_gate, *forms in zip((gamma_k, gamma_v), found, *results, strict=True):
         mine = of_keys(d_gate, 0.0)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .gates import expand_gate, pad_gate
+from .gates import grouped_gate, log_of, pad_gate
 from .validation import transforms, values_are_free
 
 CHUNK = 256
@@ -41,18 +41,20 @@ def sdpa_attention(
     positive_gate: bool,
     return_lse: bool,
     softcap: float | None = None,
+    log_gate: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of validated inputs: out (B, Hq, Nq, D) and, if asked for, lse (B, Hq, Nq) in fp32.
 
-    `positive_gate` promises that no gamma_k is 0, which saves the masks that such keys need.
+    `positive_gate` promises that no gamma_k is 0, which saves the masks that such keys need. With `log_gate` gamma_k
+    holds log gamma_k.
     """
     batch, query_heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
     group = query_heads // kv_heads
     dtype, precise = q.dtype, torch.promote_types(q.dtype, torch.float32)
     dense = queries == 1 or softcap is not None or q.numel() == 0 or keys == 0
-    if dtype == torch.float16 and not dense and (gamma_v is not None or not 2**-14 < scale < 2**14):
-        # fp16 holds neither gV V where it is large, nor the columns of an extreme scale
+    if dtype == torch.float16 and not dense and (gamma_v is not None or log_gate or not 2**-14 < scale < 2**14):
+        # fp16 holds neither gV V where it is large, nor the columns of any log gate or of an extreme scale
         q, k, v = q.float(), k.float(), v.float()
 
     # (B * Hkv, group, Nq, D) and (B * Hkv, 1, Nk, D): a KV head is a batch entry and its group the heads
@@ -63,18 +65,20 @@ def sdpa_attention(
         seen = key_padding_mask.repeat_interleave(kv_heads, 0)[:, None]
         k, v = k.masked_fill(~seen[..., None], 0), v.masked_fill(~seen[..., None], 0)
 
-    def gate_of_keys(gate: torch.Tensor) -> torch.Tensor:
-        gate = expand_gate(pad_gate(gate.to(precise), keys), batch, kv_heads).reshape(batch * kv_heads, 1, keys)
-        return gate if seen is None else gate.masked_fill(~seen, 1)
+    def gate_of_keys(gate: torch.Tensor, neutral: float) -> torch.Tensor:
+        # (B * Hkv, 1, Nk), or (B * Hkv, group, Nk) of a gate per query head
+        gate = grouped_gate(pad_gate(gate.to(precise), keys, neutral), batch, kv_heads).flatten(0, 1)
+        return gate if seen is None else gate.masked_fill(~seen, neutral)
 
-    gain = None if gamma_v is None else gate_of_keys(gamma_v)
+    gain = None if gamma_v is None else gate_of_keys(gamma_v, 1.0)
     bias = None
     if gamma_k is not None:
-        gate = gate_of_keys(gamma_k)
+        hidden, neutral = (float("-inf"), 0.0) if log_gate else (0.0, 1.0)
+        gate = gate_of_keys(gamma_k, neutral)
         if not positive_gate:
-            seen = gate != 0 if seen is None else seen & (gate != 0)
-            gate = torch.where(gate == 0, 1, gate)
-        bias = gate.log()
+            seen = gate != hidden if seen is None else seen & (gate != hidden)
+            gate = torch.where(gate == hidden, neutral, gate)
+        bias = log_of(gate, log_gate)
 
     visible = Visibility(seen, queries, keys, causal, window, q.device)
     lse = None
@@ -94,7 +98,7 @@ def _all_seen(key_padding_mask: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which keys a query may see. `seen` is (B * Hkv, 1, Nk) bool, or None where every key may be seen."""
+    """Which keys a query may see. `seen` is (B * Hkv, 1 or group, Nk) bool, or None where every key may be seen."""
 
     seen: torch.Tensor | None
     queries: int
@@ -110,7 +114,7 @@ class Visibility:
         return first, max(first, min(self.keys, end + offset)) if self.causal else self.keys
 
     def mask(self, start: int, end: int) -> torch.Tensor | None:
-        """Bool mask (B * Hkv or 1, 1, end - start or 1, keys of the range), or None where all are visible."""
+        """Bool mask (B * Hkv or 1, 1 or group, end - start or 1, keys of the range); None where all are visible."""
         first, last = self.key_range(start, end)
         mask = None if self.seen is None else self.seen[:, :, None, first:last]
         if self.causal and end - start > 1:  # one row sees its whole range
@@ -170,9 +174,14 @@ def masked_rows(
 def with_bias_columns(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Lengthen the head dim to a multiple of 8 so that scale * q'.k' = scale * q.k + bias; v gets zeros."""
+    """Lengthen the head dim to a multiple of 8 so that scale * q'.k' = scale * q.k + bias; v gets zeros.
+
+    A bias (B * Hkv, group, Nk) has columns for each head of the group, of which a head's q sees its own: k is not
+    repeated.
+    """
     parts = 1 if q.dtype == bias.dtype else 3
-    width = -(-(q.shape[-1] + parts) // 8) * 8 - q.shape[-1]
+    heads = bias.shape[1]
+    width = -(-(q.shape[-1] + heads * parts) // 8) * 8 - q.shape[-1]
     # a power of two, so that q's column is exact and k's column keeps the size of the bias
     factor = 2.0 ** min(15, max(-14, round(-math.log2(scale))))
     rest = bias / (scale * factor)
@@ -180,8 +189,11 @@ def with_bias_columns(
     for _ in range(parts):
         columns.append(rest.to(q.dtype))
         rest = rest - columns[-1]
-    k = F.pad(torch.cat([k, torch.stack(columns, -1)], dim=-1), (0, width - parts))
-    q = F.pad(F.pad(q, (0, parts), value=factor), (0, width - parts))
+    # (B * Hkv, heads, Nk, parts) -> (B * Hkv, 1, Nk, heads * parts)
+    of_keys = torch.stack(columns, -1).transpose(1, 2).flatten(2)[:, None]
+    k = F.pad(torch.cat([k, of_keys], dim=-1), (0, width - heads * parts))
+    own = torch.eye(heads, dtype=q.dtype, device=q.device).repeat_interleave(parts, 1) * factor
+    q = torch.cat([q, F.pad(own, (0, width - heads * parts))[:, None].expand(*q.shape[:3], -1)], dim=-1)
     return q, k, F.pad(v, (0, width))
 
 

@@ -37,7 +37,7 @@ def varlen_by_sequence(
         k, v: (Tk, Hkv, D).
         cu_seqlens_q, cu_seqlens_k: (B + 1,) integers, nondecreasing from 0 to Tq and Tk.
         max_seqlen_q, max_seqlen_k: at least the longest lengths.
-        gamma_k, gamma_v: (Tk,) or (Tk, Hkv).
+        gamma_k, gamma_v: (Tk,), (Tk, Hkv) or (Tk, Hq), gamma_k as `attend` takes it.
 
     Returns:
         out (Tq, Hq, D) and lse (Tq, Hq) fp32.
@@ -78,7 +78,7 @@ def decode_by_sequence(
         k_cache, v_cache: (B, Hkv, N, D), or (n_pages, Hkv, page_size, D) with a block_table.
         cache_seqlens: (B,) integers, the keys of each sequence.
         block_table: None or (B, max_pages) integers, the pages of each sequence in order.
-        gamma_k, gamma_v: (N',), (B, N') or (B, Hkv, N') by logical position.
+        gamma_k, gamma_v: (N',), (B, N'), (B, Hkv, N') or (B, Hq, N') by logical position, gamma_k as `attend` takes it.
 
     Returns:
         out (B, Hq, Nq, D) and lse (B, Hq, Nq) fp32.
@@ -106,10 +106,10 @@ def decode_by_sequence(
 
 
 def _heads_first(gate: torch.Tensor) -> torch.Tensor:
-    # (N,), or (N, Hkv) -> (1, Hkv, N)
+    # (N,), or (N, H) -> (1, H, N)
     return gate if gate.dim() == 1 else gate.T[None]
 
 
 def _gate_of_entry(gate: torch.Tensor, b: int, length: int) -> torch.Tensor:
-    # (N',), or (B, N') -> (1, N'), or (B, Hkv, N') -> (1, Hkv, N')
+    # (N',), or (B, N') -> (1, N'), or (B, H, N') -> (1, H, N')
     return (gate if gate.dim() == 1 else gate[b : b + 1])[..., :length]

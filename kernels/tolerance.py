@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .gates import expand_gate, pad_gate
+from .gates import expand_gate, grouped_gate, key_gate, log_of, pad_gate
 from .reference import reference_attention
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -42,6 +42,7 @@ def eager_attention(
     gamma_k: torch.Tensor | None = None,
     gamma_v: torch.Tensor | None = None,
     gamma_q: torch.Tensor | None = None,
+    log_gamma_k: torch.Tensor | None = None,
     scale: float | None = None,
     causal: bool = False,
     key_padding_mask: torch.Tensor | None = None,
@@ -68,19 +69,18 @@ def eager_attention(
         visible = visible & key_padding_mask[:, None, None]
         k, v = (x.masked_fill(~key_padding_mask[:, None, :, None], 0) for x in (k, v))
 
-    def gate_of_heads(gate: torch.Tensor) -> torch.Tensor:
-        gate = expand_gate(pad_gate(gate, keys), batch, kv_heads)
-        if key_padding_mask is not None:
-            gate = gate.masked_fill(~key_padding_mask[:, None], 1)
-        return gate.repeat_interleave(group, 1)
+    def gate_of_heads(gate: torch.Tensor, neutral: float = 1.0) -> torch.Tensor:
+        gate = grouped_gate(pad_gate(gate, keys, neutral), batch, kv_heads).expand(-1, -1, group, -1).flatten(1, 2)
+        return gate if key_padding_mask is None else gate.masked_fill(~key_padding_mask[:, None], neutral)
 
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     precise = torch.promote_types(q.dtype, torch.float32)
     scores = Scores.apply(q, k) * (head_dim**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
-    if gamma_k is not None:
-        scores = scores + gate_of_heads(gamma_k).to(precise).log()[:, :, None]
+    gate, log_gate = key_gate(gamma_k, log_gamma_k)
+    if gate is not None:
+        scores = scores + log_of(gate_of_heads(gate, float(not log_gate)), log_gate).to(precise)[:, :, None]
     if gamma_v is not None:
         gated = v * gate_of_heads(gamma_v)[..., None]
         v = gated.to(q.dtype) if gated.to(q.dtype).isfinite().all() else gated
@@ -102,9 +102,10 @@ def fp32_roundings(
     """
     _, lse = reference_attention(q, k, v, **options, gamma_q=gamma_q)
     values, _ = reference_attention(q, k, v.abs(), **options)
-    gate = options.get("gamma_k")
+    gate, log_gate = key_gate(options.pop("gamma_k", None), options.get("log_gamma_k"))
     if gate is not None:
-        options["gamma_k"] = torch.where(gate == 0, 0, torch.maximum(gate, 1 / gate))
+        gate = log_of(gate, log_gate)
+        options["log_gamma_k"] = torch.where(gate == float("-inf"), gate, gate.abs())
     options.pop("softcap", None)
     _, logits = reference_attention(q.abs(), k.abs(), v, **options)
     logits, lse = (x.nan_to_num(neginf=0).abs() for x in (logits, lse))

@@ -6,8 +6,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
-from .gates import POST_EXP_LIMIT, check_gate, check_gate_values
-from .tiles import MAX_QUERIES, PAGE_SIZES
+from .gates import check_gate, check_gate_values, check_key_gate_values
 
 GATE_FORMS = ("log-bias", "post-exp")
 
@@ -32,14 +31,14 @@ def check_options(
 
 def check_tensors(**tensors: object) -> None:
     """Raise unless all that are not None are tensors on the first one's device."""
-    device = None
+    device, (first, *_) = None, tensors
     for name, x in tensors.items():
         if x is None:
             continue
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if device is not None and x.device != device:
-            raise ValueError(f"{name} must be on q's device {device}, got {x.device}")
+            raise ValueError(f"{name} must be on {first}'s device {device}, got {x.device}")
         device = x.device
 
 
@@ -83,24 +82,28 @@ def check_gates(
     gamma_q: torch.Tensor | None,
     q_shape: tuple[int, int, int],
     k_shape: tuple[int, int, int],
+    log_gate: bool = False,
 ) -> None:
     """Raise unless the gates suit (B, Hq, Nq) and (B, Hkv, Nk)."""
+    (batch, query_heads, queries), (_, kv_heads, keys) = q_shape, k_shape
+    heads = tuple(dict.fromkeys((kv_heads, query_heads)))
     if gamma_k is not None:
-        check_gate("gamma_k", gamma_k, *k_shape)
+        check_gate("log_gamma_k" if log_gate else "gamma_k", gamma_k, batch, heads, keys)
     if gamma_v is not None:
-        check_gate("gamma_v", gamma_v, *k_shape)
+        check_gate("gamma_v", gamma_v, batch, heads, keys)
     if gamma_q is not None:
-        check_gate("gamma_q", gamma_q, *q_shape, exact=True)
+        check_gate("gamma_q", gamma_q, batch, (query_heads,), queries, exact=True)
 
 
-def check_packed_gate(name: str, gate: torch.Tensor | None, tokens: int, heads: int) -> None:
-    """Raise unless a gate is a floating (tokens,) or (tokens, heads) tensor."""
+def check_packed_gate(name: str, gate: torch.Tensor | None, tokens: int, heads: tuple[int, ...]) -> None:
+    """Raise unless a gate is a floating (tokens,) or (tokens, H) tensor, H one of `heads`."""
     if gate is None:
         return
     if not gate.is_floating_point():
         raise TypeError(f"{name} must be a floating tensor, got {gate.dtype}")
-    if tuple(gate.shape) not in ((tokens,), (tokens, heads)):
-        raise ValueError(f"{name} must have shape ({tokens},) or ({tokens}, {heads}), got {tuple(gate.shape)}")
+    if tuple(gate.shape) not in ((tokens,), *((tokens, of_heads) for of_heads in heads)):
+        shapes = " or ".join(f"({tokens}, {of_heads})" for of_heads in dict.fromkeys(heads))
+        raise ValueError(f"{name} must have shape ({tokens},) or {shapes}, got {tuple(gate.shape)}")
 
 
 def transforms() -> list[str]:
@@ -148,11 +151,11 @@ def check_values(
     gamma_q: torch.Tensor | None,
     gate_form: str,
     visible: torch.Tensor | None = None,
+    log_gate: bool = False,
 ) -> None:
     """Raise unless every gate is finite and within what its form takes, except where `visible` (B, N) hides a key."""
-    low, high = (1 / POST_EXP_LIMIT, POST_EXP_LIMIT) if gate_form == "post-exp" else (0.0, math.inf)
     if gamma_k is not None:
-        check_gate_values("gamma_k", gamma_k.detach(), visible, low, high)
+        check_key_gate_values(gamma_k.detach(), log_gate, gate_form == "post-exp", visible)
     if gamma_v is not None:
         check_gate_values("gamma_v", gamma_v.detach(), visible)
     if gamma_q is not None:
@@ -206,11 +209,8 @@ def check_offset_values(
 def check_cache(q: torch.Tensor, k_cache: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor | None) -> int:
     """Raise unless lengths, block table and cache suit q (B, Hq, Nq, D); returns how many keys a sequence can have."""
     batch, _, queries, _ = q.shape
-    if not 1 <= queries <= MAX_QUERIES:
-        raise ValueError(
-            f"q must have 1 to {MAX_QUERIES} queries, got {queries}; for more use anchored_attention or "
-            f"anchored_attention_varlen"
-        )
+    if queries < 1:
+        raise ValueError(f"q must have at least 1 query, got {queries}")
     if lengths.dtype != torch.int32:
         raise TypeError(f"cache_seqlens must be an int32 tensor, got {lengths.dtype}")
     if tuple(lengths.shape) != (batch,):
@@ -225,8 +225,8 @@ def check_cache(q: torch.Tensor, k_cache: torch.Tensor, lengths: torch.Tensor, t
         raise TypeError(f"block_table must be an int32 tensor, got {table.dtype}")
     if table.dim() != 2 or table.shape[0] != batch:
         raise ValueError(f"block_table must have shape ({batch}, max_pages), got {tuple(table.shape)}")
-    if k_cache.shape[2] not in PAGE_SIZES:
-        raise ValueError(f"the page size, k_cache.shape[2], must be one of {PAGE_SIZES}, got {k_cache.shape[2]}")
+    if k_cache.shape[2] < 1:
+        raise ValueError(f"the page size, k_cache.shape[2], must be at least 1, got {k_cache.shape[2]}")
     return table.shape[1] * k_cache.shape[2]
 
 

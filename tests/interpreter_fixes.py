@@ -1,13 +1,14 @@
-"""Mends Triton's interpreter (3.6 to 3.9) for bfloat16, and that of 3.6 for numpy 2.4.
+"""Mends Triton's interpreter (3.6 to 3.9) for bfloat16 and float8_e4m3fn, and that of 3.6 for numpy 2.4.
 
 Its dot multiplies bfloat16 operands as the raw 16-bit words that numpy holds them in, and its fp32 -> bf16 conversion
-truncates where a GPU rounds to nearest even. In 3.6 a loop's bounds are arrays of one element, which numpy 2.4 no
-longer takes for numbers.
+truncates where a GPU rounds to nearest even. Its fp32 -> float8_e4m3fn conversion loses carries into the exponent. In
+3.6 a loop's bounds are arrays of one element, which numpy 2.4 no longer takes for numbers.
 """
 
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -24,10 +25,14 @@ def _round_to_bfloat16(data: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(data), np.uint16(0x7FC0), rounded)
 
 
+def _round_to_float8(data: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(np.ascontiguousarray(data)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
 def apply() -> None:
     """Patch the interpreter; call it once."""
     builder: Any = interpreter.InterpreterBuilder
-    create_dot, create_fp_trunc = builder.create_dot, builder.create_fp_trunc
+    create_dot, create_fp_trunc, create_fp_to_fp = builder.create_dot, builder.create_fp_trunc, builder.create_fp_to_fp
 
     def dot(self: Any, a: Any, b: Any, *arguments: Any) -> Any:
         return create_dot(self, _bfloat16_to_float32(a), _bfloat16_to_float32(b), *arguments)
@@ -37,7 +42,13 @@ def apply() -> None:
             return interpreter.TensorHandle(_round_to_bfloat16(source.data), tl.bfloat16)
         return create_fp_trunc(self, source, dtype)
 
+    def fp_to_fp(self: Any, source: Any, dtype: Any, *arguments: Any) -> Any:
+        if source.dtype.scalar == tl.float32 and dtype.scalar == tl.float8e4nv:
+            return interpreter.TensorHandle(_round_to_float8(source.data), tl.float8e4nv)
+        return create_fp_to_fp(self, source, dtype, *arguments)
+
     builder.create_dot = dot
+    builder.create_fp_to_fp = fp_to_fp
     builder.create_fp_trunc = fp_trunc
 
     module: Any = interpreter

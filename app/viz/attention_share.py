@@ -20,7 +20,7 @@ from .palette import COLOURS
 from .plain_text import plain_text
 from .table import Row
 
-_OF_THE_GATE = ("gamma_k", "gamma_v", "gamma_q", "return_lse")
+_OF_THE_GATE = ("log_gamma_k", "gamma_v", "gamma_q", "return_lse")
 """What the measurement chooses itself; gamma_q cancels in a share."""
 
 
@@ -55,7 +55,7 @@ def visual_share(
     v: Tensor,
     visual: Tensor,
     *,
-    gamma_k: Tensor | None = None,
+    log_gamma_k: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
@@ -66,7 +66,7 @@ def visual_share(
     Args:
         q: (B, Hq, M, D); k, v: (B, Hkv, N, D).
         visual: (N,) bool, True at visual keys.
-        gamma_k, key_padding_mask, options: as in `anchored_attention`.
+        log_gamma_k, key_padding_mask, options: as in `anchored_attention`.
 
     Returns:
         (B, Hq, M) float32; 0 for a query that sees no visual key, NaN for one that sees no key.
@@ -74,7 +74,7 @@ def visual_share(
     seen = visual.expand(k.shape[0], -1)
     only = seen if key_padding_mask is None else seen & key_padding_mask
     lse_all, lse_visual = (
-        anchored_attention(q, k, v, gamma_k=gamma_k, key_padding_mask=mask, return_lse=True, **options)[1]
+        anchored_attention(q, k, v, log_gamma_k=log_gamma_k, key_padding_mask=mask, return_lse=True, **options)[1]
         for mask in (key_padding_mask, only)
     )
     return (lse_visual - lse_all).exp()
@@ -104,11 +104,11 @@ def record_visual_share(visual: Tensor) -> Iterator[SharesRecord]:
                 raise InputError("attention with sinks is not measured: leave 'attention' out of --what")
             rest = {name: value for name, value in options.items() if name not in _OF_THE_GATE}
             here = visual.to(q.device)
-            ungated, gated = (
-                visual_share(q[:, :, -n_after:], k, v, here, gamma_k=gamma, **rest).double().mean((0, 2)).cpu().numpy()
-                for gamma in (None, options.get("gamma_k"))
+            shares = (
+                visual_share(q[:, :, -n_after:], k, v, here, log_gamma_k=gate, **rest).double().mean((0, 2))
+                for gate in (None, options.get("log_gamma_k"))
             )
-            record.layers.append(VisualShare(layer, ungated, gated))
+            record.layers.append(VisualShare(layer, *(share.cpu().numpy() for share in shares)))
         return anchored_attention(q, k, v, **options)
 
     with register_module_forward_pre_hook(entered), mock.patch.object(attention, "anchored_attention", measured):

@@ -58,15 +58,16 @@ class LayerGate:
     """The gate of one forward pass, shared by all layers.
 
     Args:
-        gamma_k: (B, T) fp32 factors of keys at cache positions 0..T-1, or None for an ungated pass. Later keys have 1.
-        gamma_v: (B, T) fp32 gains of values, likewise.
+        log_gamma_k: (B, T) fp32 logarithms of the factors of keys at cache positions 0..T-1, taken once for all layers
+            and steps, or None for an ungated pass. Later keys have 0.
+        gamma_v: (B, T) fp32 gains of values, likewise; later ones have 1.
         gate_form: the form for `anchored_attention`.
         n_positions: cache positions filled after this pass; None where only the device knows (static caches).
         gamma_q: (B, T) fp32 factors of queries, likewise. They cancel but where a layer has attention sinks.
         taken: [whether a layer took the gate].
     """
 
-    gamma_k: Tensor | None = None
+    log_gamma_k: Tensor | None = None
     gamma_v: Tensor | None = None
     gate_form: Literal["log-bias", "post-exp"] = "log-bias"
     n_positions: int | None = None
@@ -75,8 +76,9 @@ class LayerGate:
     _moved: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     def factors(self, batch: int, n_keys: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """gamma_k and gamma_v, (batch, at most n_keys), for a layer whose keys are the last `n_keys` positions."""
-        return self._rows("gamma_k", batch, n_keys, device), self._rows("gamma_v", batch, n_keys, device)
+        """log gamma_k and gamma_v, (batch, at most n_keys), for a layer whose keys are the last `n_keys` positions:
+        views, which the kernels read as they lie."""
+        return self._rows("log_gamma_k", batch, n_keys, device), self._rows("gamma_v", batch, n_keys, device)
 
     def query_factors(self, batch: int, n_queries: int, device: torch.device) -> Tensor | None:
         """gamma_q, (batch, n_queries), of the last positions; None where all are 1."""
@@ -169,17 +171,17 @@ def attention_forward(
     batch, n_queries = query.shape[0], query.shape[2]
     if padding is not None and padding.shape[1] < key.shape[2]:  # the unfilled end of a static cache
         key, value = (x[:, :, : padding.shape[1]] for x in (key, value))
-    gamma_k, gamma_v = gate.factors(batch, key.shape[2], query.device)
+    log_gamma_k, gamma_v = gate.factors(batch, key.shape[2], query.device)
     gamma_q = None if sinks is None else gate.query_factors(batch, n_queries, query.device)
     if dense is not None:
-        out = _dense_attention(query, key, value, dense, scaling, gamma_k, gamma_v, gamma_q, sinks)
+        out = _dense_attention(query, key, value, dense, scaling, log_gamma_k, gamma_v, gamma_q, sinks)
         return out.transpose(1, 2).contiguous(), None
     attend = functools.partial(
         anchored_attention,
         query,
         key,
         value,
-        gamma_k=gamma_k,
+        log_gamma_k=log_gamma_k,
         gamma_v=gamma_v,
         gamma_q=gamma_q,
         scale=scaling,
@@ -260,7 +262,7 @@ def _dense_attention(
     value: Tensor,
     mask: Tensor,
     scale: float | None,
-    gamma_k: Tensor | None,
+    log_gamma_k: Tensor | None,
     gamma_v: Tensor | None,
     gamma_q: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -269,14 +271,14 @@ def _dense_attention(
     to the query's dtype. A row without a visible key is 0. Sinks are one more key, and a mask for each head."""
     if query.dtype == torch.float16 and gamma_v is not None:  # fp16 cannot hold gamma_v * value where that is large
         query, key, value, mask = (x if x.dtype == torch.bool else x.float() for x in (query, key, value, mask))
-        return _dense_attention(query, key, value, mask, scale, gamma_k, gamma_v, gamma_q, sinks).half()
+        return _dense_attention(query, key, value, mask, scale, log_gamma_k, gamma_v, gamma_q, sinks).half()
     n_keys = key.shape[2]
     mask = mask[..., :n_keys]
     dead = None if mask.dtype != torch.bool else ~mask.any(-1, keepdim=True)
-    if mask.dtype == torch.bool and any(one is not None for one in (gamma_k, gamma_q, sinks)):
+    if mask.dtype == torch.bool and any(one is not None for one in (log_gamma_k, gamma_q, sinks)):
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    if gamma_k is not None:
-        mask = mask + F.pad(gamma_k.log(), (0, n_keys - gamma_k.shape[1]))[:, None, None].to(query.dtype)
+    if log_gamma_k is not None:
+        mask = mask + F.pad(log_gamma_k, (0, n_keys - log_gamma_k.shape[1]))[:, None, None].to(query.dtype)
     if gamma_q is not None:
         mask = mask + gamma_q.log()[:, None, :, None].to(query.dtype)
     if gamma_v is not None:

@@ -55,7 +55,8 @@ class CacheScores:
         return CacheScores(self.scores[:, :positions]) if positions else None
 
     def gate(self, config: VideoAnchorConfig, room: int = 0) -> LayerGate:
-        """The factors 1 + alpha * score (arXiv 2509.25151) of at least `room` positions, computed once for each config.
+        """The factors 1 + alpha * score (arXiv 2509.25151) of at least `room` positions, computed once for each config;
+        of those of keys the logarithm, once for all layers and steps.
 
         A static cache asks for as many positions as it has room for, so that decoding, which is compiled there, is not
         compiled again for a prompt of another length.
@@ -72,8 +73,9 @@ class CacheScores:
 
 def _exact_gate(scores: Tensor, config: VideoAnchorConfig) -> LayerGate:
     return LayerGate(
-        gamma_k=1.0 + config.alpha_k * scores if config.alpha_k else None,
+        log_gamma_k=torch.log1p(config.alpha_k * scores) if config.alpha_k else None,
         gamma_v=1.0 + config.alpha_v * scores if config.alpha_v else None,
+        # scores are within [0, 1], so that the bounds are known without a look at them
         gate_form="post-exp" if 1.0 + config.alpha_k <= POST_EXP_LIMIT else "log-bias",
         gamma_q=1.0 + config.alpha_q * scores if config.alpha_q else None,
     )
@@ -85,7 +87,7 @@ def _authors_gate(scores: Tensor, config: VideoAnchorConfig) -> LayerGate:
     scores = scores.bfloat16()
     bias = torch.log((1.0 + config.alpha_k * scores) + AUTHORS_EPS)
     gamma_v, gamma_q = ((1.0 + alpha * scores).float() for alpha in (config.alpha_v, config.alpha_q))
-    return LayerGate(gamma_k=bias.float().exp(), gamma_v=gamma_v, gamma_q=gamma_q)
+    return LayerGate(log_gamma_k=bias.float(), gamma_v=gamma_v, gamma_q=gamma_q)
 
 
 def cached_scores(cache: Any) -> CacheScores | None:

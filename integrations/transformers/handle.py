@@ -351,7 +351,7 @@ class Handle:
             RuntimeError: no layer took the gate.
         """
         gate: LayerGate = kwargs[GATE_ARGUMENT]
-        if not gate.taken[0] and not (gate.gamma_k is None and gate.gamma_v is None):
+        if not gate.taken[0] and not (gate.log_gamma_k is None and gate.gamma_v is None):
             raise RuntimeError(
                 f"no attention layer of {type(module).__name__} took VideoAnchor's gate: this model cannot be gated"
             )

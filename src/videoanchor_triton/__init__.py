@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from .integrations.transformers.handle import Handle
     from .kernels.api import anchored_attention, anchored_attention_varlen
     from .kernels.api_cache import anchored_attention_decode
+    from .kernels.api_paged import anchored_attention_paged, write_pages
     from .kernels.dispatch import available_backends
+    from .kernels.gate_pages import GatePages, gate_pages
     from .kernels.gates import choose_gate_form
     from .kernels.merge import merge_attention
 
@@ -31,6 +33,7 @@ __all__ = [
     "AnchorResult",
     "AnchorStream",
     "Answer",
+    "GatePages",
     "Handle",
     "SelfExpression",
     "SolverOptions",
@@ -40,22 +43,26 @@ __all__ = [
     "anchor_scores",
     "anchored_attention",
     "anchored_attention_decode",
+    "anchored_attention_paged",
     "anchored_attention_varlen",
     "ask",
     "available_backends",
     "choose_gate_form",
     "disable",
     "enable",
+    "gate_pages",
     "merge_attention",
     "prepare",
     "read_video",
     "self_expression",
+    "write_pages",
 ]
 
 _HOME = {
     "AnchorResult": ".anchor.scores",
     "AnchorStream": ".anchor.streaming",
     "Answer": ".app.pipeline",
+    "GatePages": ".kernels.gate_pages",
     "Handle": ".integrations.transformers.handle",
     "SelfExpression": ".anchor.solver",
     "SolverOptions": ".anchor.options",
@@ -65,16 +72,19 @@ _HOME = {
     "anchor_scores": ".anchor.scores",
     "anchored_attention": ".kernels.api",
     "anchored_attention_decode": ".kernels.api_cache",
+    "anchored_attention_paged": ".kernels.api_paged",
     "anchored_attention_varlen": ".kernels.api",
     "available_backends": ".kernels.dispatch",
     "ask": ".app.pipeline",
     "choose_gate_form": ".kernels.gates",
     "disable": ".integrations.transformers.enable",
     "enable": ".integrations.transformers.enable",
+    "gate_pages": ".kernels.gate_pages",
     "merge_attention": ".kernels.merge",
     "prepare": ".app.pipeline",
     "read_video": ".app.video.reader",
     "self_expression": ".anchor.solver",
+    "write_pages": ".kernels.api_paged",
 }
 
 

@@ -137,7 +137,7 @@ def test_attention_against_a_dense_softmax(gallery: Path, by_hand: dict[str, Any
         q, k = call.q[0].double(), call.k[0].double().repeat_interleave(heads // call.k.shape[1], 0)
         logits = q @ k.transpose(-1, -2) * call.options["scale"]
         logits.masked_fill_(torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
-        gamma = call.options["gamma_k"][0].double()
+        gamma = call.options["log_gamma_k"][0].double().exp()
         for column, gate in (("share_before_gate", torch.ones(len(visual))), ("share_after_gate", gamma)):
             weights = (logits + gate.log()).softmax(-1)
             expected = weights[:, first:, torch.from_numpy(visual)].sum(-1).mean(-1).numpy()

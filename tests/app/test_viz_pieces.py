@@ -167,7 +167,7 @@ def test_share_against_a_dense_softmax(options: dict[str, Any]) -> None:
     visual, padding = torch.zeros(37, dtype=torch.bool), torch.ones(2, 37, dtype=torch.bool)
     visual[4:19] = visual[23:30] = True
     padding[1, :7] = False
-    found = visual_share(q, k, v, visual, gamma_k=gamma, key_padding_mask=padding, causal=True, **options)
+    found = visual_share(q, k, v, visual, log_gamma_k=gamma.log(), key_padding_mask=padding, causal=True, **options)
 
     logits = q.double() @ k.double().repeat_interleave(3, 1).transpose(-1, -2) * options.get("scale", 0.25)
     cap = options.get("softcap")
@@ -194,7 +194,7 @@ class _Layer(nn.Module):
         self.layer_idx = layer_idx
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-        return getattr(attention, NAME)(q, k, k, gamma_k=gamma, causal=True)
+        return getattr(attention, NAME)(q, k, k, log_gamma_k=gamma, causal=True)
 
 
 def test_record_names_the_layers_and_leaves_things_as_they_were() -> None:
@@ -205,7 +205,7 @@ def test_record_names_the_layers_and_leaves_things_as_they_were() -> None:
     with record_visual_share(visual) as record:
         outputs = [layer(q, q, torch.full((12,), 3.0)) for layer in text]
         text[0](q[:, :, -1:], torch.cat([q, q], 2), torch.ones(1))
-    torch.testing.assert_close(outputs[1], before(q, q, q, gamma_k=torch.full((12,), 3.0), causal=True))
+    torch.testing.assert_close(outputs[1], before(q, q, q, log_gamma_k=torch.full((12,), 3.0), causal=True))
     assert getattr(attention, NAME) is before
     assert not any(hooks for hooks in (*(layer._forward_pre_hooks for layer in text), _global_forward_pre_hooks))
     assert [one.layer for one in record.layers] == [0, 2]

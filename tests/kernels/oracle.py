@@ -15,7 +15,7 @@ from videoanchor_triton.kernels.tolerance import (
     fp32_roundings,
 )
 
-LOG_BIAS_ONLY = ("zero", "all-zero", "some-zero", "huge")
+LOG_BIAS_ONLY = ("zero", "all-zero", "some-zero", "huge", "log", "log-per-query-head")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,10 @@ class Problem:
             options["softcap"] = self.softcap
         n = self.keys if self.gate_keys is None else self.gate_keys
         if self.gate != "none":
-            leading = {"shared": (), "per-head": (self.batch, self.kv_heads)}.get(self.gate, (self.batch,))
+            heads = {"per-head": self.kv_heads, "log-bounded": self.kv_heads}
+            heads |= {"per-query-head": self.query_heads, "log-per-query-head": self.query_heads}
+            leading = (self.batch, heads[self.gate]) if self.gate in heads else (self.batch,)
+            leading = () if self.gate == "shared" else leading
             gamma_k = 1 + 9.5 * torch.rand(*leading, n, generator=generator)
             gamma_v = 1 + 2.5 * torch.rand(*leading, n, generator=generator)
             if self.gate == "wide":
@@ -94,6 +97,12 @@ class Problem:
             elif self.gate == "strided":
                 gamma_k, gamma_v = (torch.stack([x.T, -x.T], -1)[..., 0].T for x in (gamma_k, gamma_v))
             options |= {"gamma_k": gamma_k.to(device), "gamma_v": gamma_v.to(device)}
+            if self.gate.startswith("log"):
+                log_gamma_k = options.pop("gamma_k").log()
+                if self.gate != "log-bounded":  # up to exp(100), and hidden keys
+                    log_gamma_k = 200 * torch.rand(log_gamma_k.shape, generator=generator).to(device) - 100
+                    log_gamma_k[..., 5::7] = float("-inf")
+                options["log_gamma_k"] = log_gamma_k
             options["gamma_q"] = (1 + 4 * torch.rand(self.batch, self.queries, generator=generator)).to(device)
         if self.padding is not None:
             mask = torch.ones(self.batch, self.keys, dtype=torch.bool)
@@ -107,8 +116,9 @@ class Problem:
             if self.padding.endswith("nan"):
                 hidden = ~mask.to(device)
                 k, v = (x.masked_fill(hidden[:, None, :, None], float("nan")) for x in (k, v))
-                for name in ("gamma_k", "gamma_v"):
-                    options[name] = options[name].masked_fill(hidden[:, :n], float("nan"))
+                for name in options.keys() & {"gamma_k", "log_gamma_k", "gamma_v"}:
+                    seen = hidden[:, None, :n] if options[name].dim() == 3 else hidden[:, :n]
+                    options[name] = options[name].masked_fill(seen, float("nan"))
             options["key_padding_mask"] = mask.to(device)
         return (q, k, v), options
 

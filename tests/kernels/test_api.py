@@ -48,7 +48,7 @@ INVALID: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "no-kv-heads": (ValueError, "q's heads must be a multiple", {"k": K[:, :0], "v": K[:, :0]}),
     "gate-too-long": (ValueError, "gamma_k must have shape", {"gamma_k": torch.ones(6)}),
     "gate-batch": (ValueError, "gamma_v must have shape", {"gamma_v": torch.ones(3, 5)}),
-    "gate-of-query-heads": (ValueError, "gamma_k must have shape", {"gamma_k": torch.ones(2, 4, 5)}),
+    "gate-of-3-heads": (ValueError, r"\(2, 2, N <= 5\) or \(2, 4, N <= 5\), got", {"gamma_k": torch.ones(2, 3, 5)}),
     "gate-scalar": (ValueError, "gamma_k must have shape", {"gamma_k": torch.ones(())}),
     "gate-integers": (TypeError, "gamma_k must be a floating tensor", {"gamma_k": torch.ones(5, dtype=torch.long)}),
     "gate-negative": (ValueError, r"gamma_k must be finite and at least 0 .* \[1, 3\]", {"gamma_k": gate(-1)}),
@@ -223,8 +223,8 @@ def test_opcheck(problem: Problem, device: torch.device) -> None:
     (q, k, v), options = problem.make(device)
     tensors = [x.requires_grad_() for x in (q, k, v, options["gamma_k"], options["gamma_v"])]
     mask = options["key_padding_mask"]
-    torch.library.opcheck(anchored_attention_op, (*tensors, mask, 0.25, True, 9, None, True, False))
-    ungated = (q, k, v, None, None, None, 0.25, False, None, 5.0, False, False)
+    torch.library.opcheck(anchored_attention_op, (*tensors, mask, 0.25, True, 9, None, True, False, False))
+    ungated = (q, k, v, None, None, None, 0.25, False, None, 5.0, False, False, False)
     torch.library.opcheck(anchored_attention_op, ungated, test_utils=CHEAP)
 
 
@@ -239,8 +239,8 @@ def packed(device: torch.device) -> tuple[tuple[torch.Tensor, ...], tuple[Any, .
 
 def test_opcheck_of_varlen(device: torch.device) -> None:
     (q, k, v, *gates), offsets = packed(device)
-    torch.library.opcheck(varlen_op, (q, k, v, *offsets, *gates, 0.25, True, 3, None, False))
-    half_gated = (q, k, v, *offsets, None, gates[1][:, 0], 0.25, False, None, 5.0, True)
+    torch.library.opcheck(varlen_op, (q, k, v, *offsets, *gates, 0.25, True, 3, None, False, False))
+    half_gated = (q, k, v, *offsets, None, gates[1][:, 0], 0.25, False, None, 5.0, True, False)
     torch.library.opcheck(varlen_op, half_gated, test_utils=CHEAP)
 
 
@@ -258,9 +258,9 @@ def test_opcheck_of_a_cache(paged: bool, device: torch.device) -> None:
 def test_opcheck_of_the_backward(device: torch.device) -> None:
     tensors, options = SMALL.make(device)
     gated = (*tensors, options["gamma_k"], options["gamma_v"], options["key_padding_mask"])
-    found = anchored_attention_op(*gated, 0.25, True, None, None, False, False)
+    found = anchored_attention_op(*gated, 0.25, True, None, None, False, False, False)
     upstream = [torch.randn_like(x) for x in found]
-    options = 0.25, True, None, None, None, None, None, None
+    options = 0.25, True, None, None, False, None, None, None, None
     torch.library.opcheck(backward_op, (*gated, *found, *upstream, *options))
     wide = (*gated[:3], gated[3].double(), gated[4].double(), gated[5])
     torch.library.opcheck(backward_op, (*wide, *found, *upstream, *options), test_utils=CHEAP)
@@ -269,10 +269,10 @@ def test_opcheck_of_the_backward(device: torch.device) -> None:
 def test_opcheck_of_the_packed_backward(device: torch.device) -> None:
     tensors, (*offsets, longest_q, longest_k) = packed(device)
     q, k, v, gamma_k, _ = (x.detach() for x in tensors)
-    found = varlen_op(q, k, v, *offsets, longest_q, longest_k, gamma_k, None, 0.25, True, None, 5.0, False)
+    found = varlen_op(q, k, v, *offsets, longest_q, longest_k, gamma_k, None, 0.25, True, None, 5.0, False, False)
     upstream = [torch.randn_like(x) for x in found]
-    given = (q, k, v, gamma_k, None, None, *found, *upstream, 0.25, True, None, 5.0, *offsets, longest_q, longest_k)
-    torch.library.opcheck(backward_op, given)
+    options = 0.25, True, None, 5.0, False, *offsets, longest_q, longest_k
+    torch.library.opcheck(backward_op, (q, k, v, gamma_k, None, None, *found, *upstream, *options))
 
 
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])

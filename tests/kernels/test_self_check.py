@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle import Problem
 
-from videoanchor_triton.kernels import ops, self_check, validation
+from videoanchor_triton.kernels import ops, ops_cache, self_check, validation
 from videoanchor_triton.kernels.api import anchored_attention, anchored_attention_varlen
 from videoanchor_triton.kernels.api_cache import anchored_attention_decode
 
@@ -44,6 +44,10 @@ RIGHT = [
     small("gate-per-head-bf16", batch=2, query_heads=4, kv_heads=2, gate="per-head", dtype=torch.bfloat16),
     small("gates-shorter-than-keys", gate_keys=41),
     small("gates-of-length-0", gate_keys=0),
+    small("log-gates-padding-nan", batch=2, gate="log", padding="left-nan"),
+    small("log-gates-of-query-heads-bf16", query_heads=4, kv_heads=2, gate="log-per-query-head", dtype=torch.bfloat16),
+    small("gates-of-query-heads", query_heads=4, kv_heads=2, gate="per-query-head", gate_keys=41),
+    small("gates-of-query-heads-decode", queries=2, query_heads=4, kv_heads=2, gate="per-query-head"),
     small("gates-within-post-exp-limits-fp16", gate="wide", dtype=torch.float16),
     small("gates-up-to-1e6-bf16", gate="huge", dtype=torch.bfloat16),
     small("gate-0-on-dominating-keys", gate="zero"),
@@ -64,7 +68,7 @@ def run(tensors: tuple[torch.Tensor, ...], options: dict[str, Any], gate_form: s
     """out, lse and the gradients by the kernels."""
     options = {name: x for name, x in options.items() if name != "gamma_q"}
     leaves = [x.detach().requires_grad_() for x in tensors]
-    gates = {name: x.detach().requires_grad_() for name, x in options.items() if name.startswith("gamma")}
+    gates = {name: x.detach().requires_grad_() for name, x in options.items() if "gamma" in name}
     attended = partial(anchored_attention, backend="triton", gate_form=gate_form, return_lse=True)
     out, lse = attended(*leaves, **(options | gates))
     generator = torch.Generator().manual_seed(1)
@@ -150,13 +154,15 @@ FAULTS: dict[str, Callable[[torch.Tensor], Any]] = {
     "nan": lambda x: x.fill_(NAN),
 }
 LAUNCHES = {"prefill": "prefill", "packed": "prefill", "packed-backward": "backward", "backward": "backward"}
+MODULES = {"cache": ops_cache, "pages": ops_cache}
 KINDS = ("prefill", "decode", "packed", "cache", "pages", "backward", "packed-backward")
 
 
 def plant(kind: str, fault: Callable[[torch.Tensor], Any], patch: pytest.MonkeyPatch) -> list[str]:
     """Let the launcher of `kind` spoil what it computes; gives the launches."""
     name = LAUNCHES.get(kind, "decode")
-    launcher, launches = getattr(ops, name), []
+    module = MODULES.get(kind, ops)
+    launcher, launches = getattr(module, name), []
 
     def faulty(*args: Any, **options: Any) -> Any:
         launches.append(name)
@@ -169,7 +175,7 @@ def plant(kind: str, fault: Callable[[torch.Tensor], Any], patch: pytest.MonkeyP
             fault(x)
         return tuple(spoilt)
 
-    patch.setattr(ops, name, faulty)
+    patch.setattr(module, name, faulty)
     return launches
 
 

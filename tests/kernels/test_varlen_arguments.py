@@ -48,7 +48,7 @@ INVALID: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "max-seqlen-k-too-small": (ValueError, "max_seqlen_k must be", {"max_seqlen_k": 3}),
     "gate-too-short": (ValueError, "gamma_k must have shape", {"gamma_k": torch.ones(6)}),
     "gate-too-long": (ValueError, "gamma_v must have shape", {"gamma_v": torch.ones(8)}),
-    "gate-of-query-heads": (ValueError, "gamma_k must have shape", {"gamma_k": torch.ones(7, 4)}),
+    "gate-of-3-heads": (ValueError, r"gamma_k must have shape .*\(7, 2\) or \(7, 4\)", {"gamma_k": torch.ones(7, 3)}),
     "gate-heads-first": (ValueError, "gamma_k must have shape", {"gamma_k": torch.ones(2, 7)}),
     "gate-integers": (TypeError, "gamma_k must be a floating", {"gamma_k": torch.ones(7, dtype=torch.long)}),
     "gate-device": (ValueError, "gamma_k must be on q's device", {"gamma_k": torch.ones(7, device="meta")}),

@@ -43,7 +43,7 @@ def problem(queries: int, dtype: torch.dtype = torch.float32, sinks: float = 2.0
 def gate(rows: int = KEYS - 2) -> attention.LayerGate:
     generator = torch.Generator().manual_seed(1)
     gamma_q, gamma_k, gamma_v = (1 + 3 * torch.rand(BATCH, rows, generator=generator) for _ in range(3))
-    return attention.LayerGate(gamma_k, gamma_v, n_positions=KEYS, gamma_q=gamma_q)
+    return attention.LayerGate(gamma_k.log(), gamma_v, n_positions=KEYS, gamma_q=gamma_q)
 
 
 def eager(
@@ -54,10 +54,11 @@ def eager(
     logits = q @ k.repeat_interleave(2, 1).transpose(2, 3) * SCALE
     v = v.repeat_interleave(2, 1)
     n_queries = q.shape[2]
-    if gate.gamma_k is not None and gate.gamma_v is not None and gate.gamma_q is not None:
-        rows = (0, KEYS - gate.gamma_k.shape[1])
+    if gate.log_gamma_k is not None and gate.gamma_v is not None and gate.gamma_q is not None:
+        rows = (0, KEYS - gate.log_gamma_k.shape[1])
         gamma_q, gamma_k, gamma_v = (
-            torch.nn.functional.pad(x, rows, value=1.0).to(dtype) for x in (gate.gamma_q, gate.gamma_k, gate.gamma_v)
+            torch.nn.functional.pad(x, rows, value=1.0).to(dtype)
+            for x in (gate.gamma_q, gate.log_gamma_k.to(dtype).exp(), gate.gamma_v)
         )
         logits = logits + (gamma_q[:, None, KEYS - n_queries :, None] * gamma_k[:, None, None]).log()
         v = v * gamma_v[:, None, :, None]

@@ -146,7 +146,7 @@ def test_softcap_of_the_layer_is_used() -> None:
     torch.manual_seed(0)
     query, key = 3 * torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16)
     gamma_k = 1 + torch.rand(1, 5)
-    gate = attention.LayerGate(gamma_k=gamma_k)
+    gate = attention.LayerGate(log_gamma_k=gamma_k.log())
     module = torch.nn.Module()
     out, _ = attention.attention_forward(
         module, query, key, key, None, scaling=1.0, is_causal=True, softcap=2.0, videoanchor_gate=gate
@@ -164,7 +164,7 @@ def test_layers_that_are_not_causal_stay_so() -> None:
     torch.manual_seed(0)
     query, key = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 5, 16)
     gamma_k = 1 + torch.rand(1, 5)
-    gate = attention.LayerGate(gamma_k=gamma_k)
+    gate = attention.LayerGate(log_gamma_k=gamma_k.log())
     out, _ = attention.attention_forward(
         torch.nn.Module(), query, key, key, None, scaling=0.5, is_causal=False, videoanchor_gate=gate
     )
@@ -239,7 +239,7 @@ def test_rows_that_a_dense_mask_hides_wholly_are_zero() -> None:
     query, key = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 4, 16)
     mask = torch.ones(1, 1, 3, 4, dtype=torch.bool)
     mask[..., 1, :] = False
-    gate = attention.LayerGate(gamma_k=torch.tensor([[3.0, 1.0, 2.0, 1.0]]))
+    gate = attention.LayerGate(log_gamma_k=torch.tensor([[3.0, 1.0, 2.0, 1.0]]).log())
     out, _ = attention.attention_forward(
         torch.nn.Module(), query, key, key, mask, is_causal=True, videoanchor_gate=gate
     )
@@ -251,7 +251,7 @@ def test_scaling_of_the_layer_is_used() -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16)
     gamma_k = 1 + torch.rand(1, 7)
-    gate = attention.LayerGate(gamma_k=gamma_k)
+    gate = attention.LayerGate(log_gamma_k=gamma_k.log())
     out, weights = attention.attention_forward(
         torch.nn.Module(), query, key, value, None, scaling=0.7, is_causal=True, videoanchor_gate=gate
     )

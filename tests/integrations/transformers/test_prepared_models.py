@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_four_bit_weights(tmp_path: Path) -> None:
 def test_factors_move_once_to_each_device() -> None:
     from videoanchor_triton.integrations.transformers.attention import LayerGate
 
-    gate = LayerGate(gamma_k=1 + torch.rand(2, 5))
+    gate = LayerGate(log_gamma_k=torch.rand(2, 5))
     meta = torch.device("meta")
     first, _ = gate.factors(2, 5, meta)
     second, _ = gate.factors(2, 4, meta)
@@ -131,3 +132,18 @@ def test_factors_move_once_to_each_device() -> None:
     assert first.device == second.device == meta
     assert second._base is first._base or second._base is first
     assert dense_eager.state["scores"] is None
+
+
+def test_a_prompts_logarithm_is_taken_once_and_read_where_it_lies() -> None:
+    from videoanchor_triton.integrations.transformers.cache_scores import CacheScores
+
+    held = CacheScores(torch.rand(2, 9))
+    gate = held.gate(CONFIG)
+    assert held.gate(CONFIG) is gate
+    assert gate.log_gamma_k is not None
+    torch.testing.assert_close(gate.log_gamma_k, (1 + CONFIG.alpha_k * held.scores).log())
+    for filled, window in ((9, 9), (12, 5)):  # a prompt, and a later step of a sliding-window layer
+        log_gamma_k, _ = replace(gate, n_positions=filled).factors(2, window, torch.device("cpu"))
+        assert log_gamma_k is not None
+        assert log_gamma_k.shape == (2, min(9 - filled + window, window))
+        assert log_gamma_k.data_ptr() == gate.log_gamma_k[:, filled - window :].data_ptr()
