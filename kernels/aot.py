@@ -15,7 +15,6 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from .backward import backward
 from .compiled import Report, report
 from .hopper import TILES as HOPPER_TILES
 from .hopper import hopper_prefill
@@ -213,6 +212,8 @@ def prefill_launch(form: str, target: str, head_dim: int, dtype: torch.dtype, ma
 
 
 def backward_launch(target: str, head_dim: int, dtype: torch.dtype, masks: Masks, words: list[str]) -> Launch:
+    from .backward import backward
+
     q, k, v, out, d_out = (dense(dtype, heads, head_dim) for heads in (HQ, HKV, HKV, HQ, HQ))
     lse, d_lse, gates = torch.empty(B, HQ, N), torch.empty(B, HQ, N), torch.ones(2, B, HKV, N)
     packed: dict[str, Any] = {}
