@@ -8,7 +8,7 @@ DEFINES_ENVIRONMENTS := pyproject.toml constraints.txt tools/repair_torchvision.
 
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: demo test test-all test-cuda test-lmms lint docs clean
+.PHONY: demo test test-all test-cuda test-lmms test-triton-3.6 lint docs clean
 
 demo: $(INSTALLED)  ## the whole pipeline on a clip and a model made on the spot; pictures in $(OUT)
 	$(BIN)/videoanchor demo --out $(OUT)
@@ -22,6 +22,9 @@ test-cuda: $(INSTALLED)  ## what runs on an emulated CUDA card: kernels, scores,
 test-all: test .venv-4.57/.installed $(TRITONS:%=.venv-triton-%/.installed)  ## the suite, then the integrations on the oldest supported transformers and the kernels on other Tritons
 	.venv-4.57/bin/python -m pytest -n 2 --dist loadfile tests/integrations tests/app
 	for version in $(TRITONS); do .venv-triton-$$version/bin/python -m pytest -n 2 --dist loadfile tests/kernels || exit 1; done
+
+test-triton-3.6: .venv-triton-3.6.0/.installed  ## what the oldest Triton makes of the kernels, compiled for GPUs that are not there
+	.venv-triton-3.6.0/bin/python -m pytest tests/kernels/test_aot.py tests/kernels/test_hopper_compiled.py
 
 test-lmms: .venv-lmms/.installed  ## the lmms-eval plug-in, beside lmms-eval
 	.venv-lmms/bin/python -m pytest tests/integrations/lmms_eval

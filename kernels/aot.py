@@ -1,40 +1,49 @@
-"""Compile the kernels for a named target without a GPU, and report what they use.
+"""Compile the kernels for a named target without a GPU, from the arguments of their own launches, and report.
 
-`python -m videoanchor_triton.kernels.aot` prints a table of registers, spills, shared memory and the instructions of
-the main loop. TRITON_INTERPRET must not be set: the interpreter replaces the compiler.
+`python -m videoanchor_triton.kernels.aot` prints a table of registers, local memory, shared memory, the instructions of
+the main loop and how far ahead it loads. TRITON_INTERPRET must not be set: the interpreter replaces the compiler.
 """
 
-import re
-import subprocess
-import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
-import triton
+import torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from .backward_kernel import d_keys_kernel, d_queries_kernel
-from .decode import padded_head_dim
-from .decode_kernel import split_kernel
-from .hopper import REGISTERS as HOPPER_REGISTERS
+from .compiled import Report, report
 from .hopper import TILES as HOPPER_TILES
-from .prefill_kernel import prefill_kernel
-from .prescale import KEYS as PRESCALE_KEYS
-from .prescale import LOG_BIAS, NO_GATE, POST_EXP, SPLIT
-from .prescale_kernel import prescale_kernel
-from .tiles import HEAD_DIMS, TMA_TARGETS, Tile, backward_tiles, decode_tile, prefill_tile, split_head_dim
+from .hopper import hopper_prefill
+from .operands import Masks, PageGate, PositionGate
+from .prefill import prefill
+from .prescale import LOG_BIAS, NO_GATE, POST_EXP, prescale
+from .tiles import HEAD_DIMS, prefill_tile
 
+Case = tuple[str, str, int, str]
+Launch = Callable[[], object]
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
-SHARED_LIMIT["gfx942"] = 65536
-FORMS = {"ungated": NO_GATE, "log-bias": LOG_BIAS, "post-exp": POST_EXP, "split": SPLIT}
-HOPPER_FORMS = {f"hopper {form}": form for form in FORMS if form != "split"}
-PRESCALE_FORMS = {f"prescale {form}": form for form in FORMS if form != "ungated"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES |= {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+# batch, query and KV heads, rows of the made-up calls: what is specialised, is as in most real ones
+B, HQ, HKV, N = 2, 28, 4, 512
+
+# the first word of a case's kernel, and the function that Triton compiles
+PREFILL = ("ungated", "log-bias", "post-exp", "split")
+FUNCTIONS = dict.fromkeys(PREFILL, "prefill_kernel") | {"dq": "d_queries_kernel", "dk-dv": "d_keys_kernel"}
+FUNCTIONS |= {
+    "prescale": "prescale_kernel",
+    "hopper": "hopper_kernel",
+    "decode": "paged_kernel",
+    "page": "paged_kernel",
+}
+FUNCTIONS |= {"plan": "plan_kernel", "merge": "merge_kernel", "write": "write_kernel"}
+PAGE_SIZES = (1, 16, 64, 256)
+PAGE_FORMS = ("ungated", "written", "apart", "positions")
 VARIANTS = (
     "post-exp varlen",
     "post-exp varlen window softcap",
@@ -45,328 +54,237 @@ VARIANTS = (
     "log-bias varlen window softcap",
     "log-bias padded window softcap",
 )
-BACKWARD = {"dq": d_queries_kernel, "dk-dv": d_keys_kernel}
-ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
-CASES = [
+CASES: list[Case] = [
     (kernel, target, head_dim, "fp16" if kernel == "split" else "bf16")
     for target in TARGETS
     for head_dim in HEAD_DIMS
-    for kernel in (*FORMS, *HOPPER_FORMS, "decode", "page-16", "page-64", *BACKWARD)
-    if kernel not in HOPPER_FORMS or (target == "sm_90" and head_dim in HOPPER_TILES)
+    for kernel in (
+        *PREFILL,
+        "dq",
+        "dk-dv",
+        *(f"{pages} {form}" for pages in ("decode", "page-16") for form in PAGE_FORMS),
+    )
 ]
 CASES += [
     (kernel, target, head_dim, "bf16") for target in TARGETS for head_dim in (64, 128, 256) for kernel in VARIANTS
 ]
-TENSOR_CORE = re.compile(r"(H|UTCH?|Q|I)G?MMA|UTC\w*MMA|v_mfma|v_wmma")
-LOCAL_MEMORY = re.compile(r"LDL|STL")
+CASES += [(f"hopper {form}", "sm_90", head_dim, "bf16") for head_dim in HOPPER_TILES for form in PREFILL[:3]]
+CASES += [
+    (f"page-{size} {form}", target, 128, "bf16")
+    for target in TARGETS
+    for size in (1, 8, 48, 64, 256)
+    for form in PAGE_FORMS
+]
+CASES += [
+    (f"page-64 {form} {cache}{scales}", target, 128, "bf16")
+    for target in ("sm_89", "sm_90", "sm_100", "sm_120")
+    for cache in ("fp8", "int8")
+    for scales in ("", " tokens")
+    for form in ("ungated", "written", "apart")
+]
+CASES += [(f"page-256 {form} rows-{rows}", "sm_90", 128, "bf16") for rows in (64, 128) for form in PAGE_FORMS]
+CASES += [(f"{form} stages-3", "sm_90", 128, "bf16") for form in PREFILL[:3]]
+CASES += [(kernel, target, 128, "bf16") for target in TARGETS for kernel in ("plan", "merge", "write", "write fp8")]
 
 
-class Dialect(NamedTuple):
-    """How an assembly language writes labels, instructions, branches to a label, and instructions that do nothing."""
+class StandIn:
+    """The part of Triton's driver that compiling asks for: which target."""
 
-    label: re.Pattern[str]
-    instruction: re.Pattern[str]
-    branch: re.Pattern[str]
-    idle: re.Pattern[str]
+    def __init__(self, target: str) -> None:
+        self.target = target
 
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.target]
 
-SASS = Dialect(
-    re.compile(r"\s*\.(L_\S+):"),
-    re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^\s;]+)"),
-    re.compile(r"\sBRA\S*\s.*`\(\.(L_[^)]+)\)"),
-    re.compile(r"\sNOP|@!PT\s"),
-)
-AMD = Dialect(
-    re.compile(r"(\.L\w+):"),
-    re.compile(r"\t([a-z]\w+)"),
-    re.compile(r"\ts_c?branch\w*\s+(\.L\w+)"),
-    re.compile(r"\ts_nop"),
-)
-NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    def get_current_device(self) -> str:
+        """Kernels are kept by device."""
+        return self.target
+
+    def get_current_stream(self, _: str) -> int:
+        return 0
 
 
-@dataclass(frozen=True)
-class Report:
-    """What one compiled kernel uses.
+@contextmanager
+def compiling(target: str, function: str) -> Iterator[list[CompiledKernel]]:
+    """Within it launches of `function` compile it for `target` from their own arguments; nothing is launched."""
+    compiled: list[CompiledKernel] = []
+    run, active = JITFunction.run, driver._active
 
-    `spills` counts the local-memory instructions inside loops (for AMD, the spilled registers). `loop` counts the
-    instructions of the shortest loop with a tensor-core product.
+    def compile_only(kernel: JITFunction[Any], *args: Any, **given: Any) -> None:
+        if kernel.__name__ == function:
+            compiled.append(run(kernel, *args, **(given | {"warmup": True})))
+
+    driver.set_active(StandIn(target))  # pyright: ignore[reportArgumentType]
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        driver._active = active
+
+
+def compile_case(case: Case) -> Report:
+    """Compile one case: the words of a kernel as in CASES, target, head dim, dtype of the queries.
+
+    Words: varlen, padded, window, softcap, stages-N for prefill and backward; fp8, int8, tokens (scales per token),
+    window, softcap, sinks, lse, rows-N (packed rows of a tile) for decode and page-N.
     """
-
-    kernel: str
-    target: str
-    head_dim: int
-    dtype: str
-    registers: int
-    spills: int
-    shared: int
-    tensor_core: int
-    loop: dict[str, int]
+    kernel, target, *_ = case
+    function = FUNCTIONS[kernel.split()[0].partition("-")[0] if kernel.startswith("page-") else kernel.split()[0]]
+    with compiling(target, function) as compiled:
+        launch_of(*case)()
+    return report(*case, compiled[0])
 
 
-def compile_kernel(
-    kernel: triton.JITFunction, target: str, dtypes: dict[str, str | None], constants: dict[str, Any], tile: Tile
-) -> CompiledKernel:
-    """Compile for `target`. `dtypes` gives the types of pointers ("fp32") and of descriptors ("tensordesc<...>").
-
-    What the launcher passes as None is None in `dtypes` too.
-    """
-    constants = constants | {name: None for name, dtype in dtypes.items() if dtype is None}
-    signature, aligned = {}, []
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in dtypes:
-            dtype = str(dtypes[name])
-            signature[name] = dtype if dtype.startswith("tensordesc") else f"*{dtype}"
-            if signature[name] != dtype:
-                aligned.append(i)
-        elif name in ("scale_log2", "cap_log2"):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i64" if re.fullmatch(r"stride_\w[bh]", name) else "i32"
-            if re.fullmatch(r"stride_[qkvo]\w", name):
-                aligned.append(i)
-    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=TARGETS[target], options=options)
-
-
-def compile_prefill(
-    target: str,
-    head_dim: int,
-    dtype: str = "bf16",
-    gate: str = "post-exp",
-    tile: Tile | None = None,
-    causal: bool = True,
-    window: bool = False,
-    softcap: bool = False,
-    padded: bool = False,
-    varlen: bool = False,
-    tma: bool | None = None,
-) -> Report:
-    """Compile prefill in a form of FORMS; `dtype` is "bf16", "fp16" or "fp32"; `tile` and `tma` replace the tables'."""
-    variant = {"padded": padded, "varlen": varlen, "window": window, "softcap": softcap}
-    tile = tile or prefill_tile(target, head_dim, ELEMENT[dtype], **variant)
-    d0, d1 = split_head_dim(target, head_dim)
-    constants = {
-        "D0": d0,
-        "D1": d1,
-        "BM": tile.queries,
-        "BN": tile.keys,
-        "GATE": FORMS[gate],
-        "PADDED": padded,
-        "CAUSAL": causal,
-        "WINDOW": window,
-        "SOFTCAP": softcap,
-        "STAGES": tile.stages,
-    }
-    dtypes: dict[str, str | None] = dict.fromkeys(("q", "k", "v", "out"), dtype)
-    dtypes |= {"lse": "fp32", "gate": "fp32" if FORMS[gate] else None, "rest": "fp32" if gate == "split" else None}
-    dtypes |= dict.fromkeys(("cu_q", "cu_k"), "i32" if varlen else None)
-    tma = target in TMA_TARGETS and ELEMENT[dtype] < 4 if tma is None else tma
-    for i, part in enumerate((d0, d1)):
-        described = f"tensordesc<{dtype}[1, 1, {tile.keys}, {part}]>" if tma and part else None
-        dtypes |= dict.fromkeys((f"k_desc{i}", f"v_desc{i}"), described)
-    compiled = compile_kernel(prefill_kernel, target, dtypes, constants, tile)
-    return report(
-        " ".join([gate, *(name for name, asked in variant.items() if asked)]), target, head_dim, dtype, compiled
-    )
-
-
-def compile_prescale(target: str, head_dim: int, dtype: str = "bf16", gate: str = "post-exp") -> Report:
-    """Compile the pass before prefill, with both gates and padding; arguments as for prefill."""
-    constants = {"D": head_dim, "BD": triton.next_power_of_2(head_dim), "BN": PRESCALE_KEYS, "FORM": FORMS[gate]}
-    dtypes: dict[str, str | None] = {"v": dtype, "out_v": dtype, "seen": "u8"}
-    dtypes |= dict.fromkeys(("gamma_k", "gamma_v", "gate"), "fp32") | {"rest": "fp32" if gate == "split" else None}
-    tile = Tile(0, PRESCALE_KEYS, 4, 1)
-    compiled = compile_kernel(prescale_kernel, target, dtypes, constants, tile)
-    return report(f"prescale {gate}", target, head_dim, dtype, compiled)
-
-
-def compile_decode(
-    target: str,
-    head_dim: int,
-    dtype: str = "bf16",
-    rows: int = 16,
-    tile: Tile | None = None,
-    gate: bool = True,
-    padding: bool = False,
-    page: int | None = None,
-) -> Report:
-    """Compile decode's split kernel for `rows` packed rows, over pages of `page` keys if given; else as for prefill."""
-    tile = tile or decode_tile(target, head_dim, ELEMENT[dtype], rows)
-    constants = {
-        "D": head_dim,
-        "BD": padded_head_dim(head_dim),
-        "BM": tile.queries,
-        "BN": tile.keys,
-        "PAGE": page or 1,
-        "CAUSAL": False,
-        "WINDOW": False,
-        "SOFTCAP": False,
-        "STAGES": tile.stages,
-    }
-    dtypes: dict[str, str | None] = dict.fromkeys(("q", "k", "v"), dtype)
-    dtypes |= dict.fromkeys(("part_out", "part_lse"), "fp32") | dict.fromkeys(
-        ("gamma_k", "gamma_v"), "fp32" if gate else None
-    )
-    dtypes |= {"seen": "u8" if padding else None}
-    dtypes |= {"lengths": "i32" if page else None, "table": "i32" if page else None}
-    compiled = compile_kernel(split_kernel, target, dtypes, constants, tile)
-    return report(f"page-{page}" if page else "decode", target, head_dim, dtype, compiled)
-
-
-def compile_backward(
-    kernel: str,
-    target: str,
-    head_dim: int,
-    dtype: str = "bf16",
-    tile: Tile | None = None,
-    causal: bool = True,
-    window: bool = False,
-    softcap: bool = False,
-    varlen: bool = False,
-    gate: bool = True,
-) -> Report:
-    """Compile one of backward's kernels, "dq" or "dk-dv"; other arguments as for prefill."""
-    tile = tile or backward_tiles(target, head_dim, ELEMENT[dtype])[[*BACKWARD].index(kernel)]
-    constants = {
-        "D": head_dim,
-        "BD": triton.next_power_of_2(head_dim),
-        "BM": tile.queries,
-        "BN": tile.keys,
-        "CAUSAL": causal,
-        "WINDOW": window,
-        "SOFTCAP": softcap,
-        "STAGES": tile.stages,
-    }
-    elements = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
-    dtypes: dict[str, str | None] = dict.fromkeys(elements, dtype)
-    dtypes |= dict.fromkeys(("lse", "d_lse", "delta"), "fp32")
-    gates = ("log_gate", "value_gate", "d_log_gate", "d_value_gate")
-    dtypes |= dict.fromkeys(gates, "fp32" if gate else None)
-    dtypes |= dict.fromkeys(("cu_q", "cu_k"), "i32" if varlen else None)
-    taken = {name: dtypes[name] for name in BACKWARD[kernel].arg_names if name in dtypes}
-    compiled = compile_kernel(BACKWARD[kernel], target, taken, constants, tile)
-    return report(kernel, target, head_dim, dtype, compiled)
-
-
-def compile_hopper(
-    head_dim: int,
-    dtype: str = "bf16",
-    gate: str = "post-exp",
-    causal: bool = True,
-    tile: Tile | None = None,
-) -> Report:
-    """Compile the Gluon kernel of sm_90 in a form of FORMS; `dtype` is "bf16" or "fp16"; `tile` as for prefill."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    from .hopper_kernel import hopper_kernel
-
-    tile = tile or HOPPER_TILES[head_dim]
-
-    def described(dtype: str, *block: int) -> str:
-        element = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}[dtype]
-        return f"tensordesc<{dtype}{list(block)},{gl.NVMMASharedLayout.get_default_for(list(block), element)!r}>"
-
-    constants: dict[str, Any] = {"STAGES": tile.stages, "GATE": FORMS[gate], "CAUSAL": causal}
-    if FORMS[gate] == NO_GATE:
-        constants["gate"] = None
-    types = {
-        "q": described(dtype, 1, 1, tile.queries // 2, head_dim),
-        "k": described(dtype, 1, 1, tile.keys, head_dim),
-        "v": described(dtype, 1, 1, tile.keys, head_dim),
-        "gate": described("fp32", 1, 1, tile.keys),
-        "out": f"*{dtype}",
-        "lse": "*fp32",
-        "scale_log2": "fp32",
-    }
-    types |= dict.fromkeys(("Nq", "Nk", "group", "stride_lh", "stride_lb"), "i32")
-    types |= dict.fromkeys(("stride_ob", "stride_oh", "stride_on"), "i64") | dict.fromkeys(constants, "constexpr")
-    names = hopper_kernel.arg_names
-    aligned = [i for i, name in enumerate(names) if name in ("out", "lse", "stride_ob", "stride_oh", "stride_on")]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = GluonASTSource(hopper_kernel, {name: types[name] for name in names}, constants, attributes)
-    options = {"num_warps": tile.warps, "maxnreg": HOPPER_REGISTERS, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=TARGETS["sm_90"], options=options)
-    return report(f"hopper {gate}", "sm_90", head_dim, dtype, compiled)
-
-
-def report(kernel: str, target: str, head_dim: int, dtype: str, compiled: CompiledKernel) -> Report:
-    """Read the resources of a compiled kernel from its assembly."""
-    if target == "gfx942":
-        text = compiled.asm["amdgcn"]
-        counts = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text))
-        registers, spills = int(counts["vgpr_count"]), int(counts["vgpr_spill_count"])
-        opcodes, loops = instructions(text, AMD)
-    else:
-        cubin = compiled.asm["cubin"]
-        usage = re.search(r"REG:(\d+)", run_tool("cuobjdump", "-res-usage", cubin))
-        registers = int(usage[1]) if usage else -1
-        opcodes, loops = instructions(run_tool("nvdisasm", "-c", cubin), SASS)
-        spills = sum(bool(LOCAL_MEMORY.match(opcode)) for loop in loops for opcode in loop)
-    products = [loop for loop in loops if any(TENSOR_CORE.match(opcode) for opcode in loop)]
-    loop = Counter(min(products, key=len, default=[]))
-    tensor_core = sum(bool(TENSOR_CORE.match(opcode)) for opcode in opcodes)
-    return Report(kernel, target, head_dim, dtype, registers, spills, compiled.metadata.shared, tensor_core, dict(loop))
-
-
-def run_tool(tool: str, option: str, cubin: bytes) -> str:
-    """Run a program of the Triton wheel on a cubin."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run(
-            [NVIDIA_TOOLS / tool, option, file.name], capture_output=True, text=True, check=True
-        ).stdout
-
-
-def instructions(assembly: str, dialect: Dialect) -> tuple[list[str], list[list[str]]]:
-    """All opcodes, and those of each innermost loop (a backward branch that holds no other) without its no-ops."""
-    opcodes, labels, branches = [], {}, []
-    for line in assembly.splitlines():
-        if label := dialect.label.match(line):
-            labels[label[1]] = len(opcodes)
-        elif found := dialect.instruction.match(line):
-            if goal := dialect.branch.search(line):
-                branches.append((goal[1], len(opcodes)))
-            opcodes.append("NOP" if dialect.idle.search(line) else found[1])
-    loops = [(labels[goal], end) for goal, end in branches if labels.get(goal, end) < end]
-    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return opcodes, [[opcode for opcode in opcodes[a : b + 1] if opcode != "NOP"] for a, b in inner]
-
-
-def compile_case(case: tuple[str, str, int, str]) -> Report:
-    """Compile one case (kernel, target, head dim, dtype) of the kinds that CASES names."""
-    kernel, target, head_dim, dtype = case
-    if kernel in HOPPER_FORMS:
-        return compile_hopper(head_dim, dtype, HOPPER_FORMS[kernel])
-    if kernel in PRESCALE_FORMS:
-        return compile_prescale(target, head_dim, dtype, PRESCALE_FORMS[kernel])
-    form, *features = kernel.split()
-    if form in FORMS:
-        asked: dict[str, Any] = dict.fromkeys(features, True)
-        return compile_prefill(target, head_dim, dtype, form, **asked)
-    if kernel in BACKWARD:
-        return compile_backward(kernel, target, head_dim, dtype)
-    page = int(kernel.removeprefix("page-")) if kernel.startswith("page-") else None
-    return compile_decode(target, head_dim, dtype, page=page)
-
-
-def compile_all(cases: Iterable[tuple[str, str, int, str]] = CASES) -> Iterator[Report]:
+def compile_all(cases: Iterable[Case] = CASES) -> Iterator[Report]:
     """Compile the cases in their order."""
     yield from map(compile_case, cases)
 
 
+def launch_of(kernel: str, target: str, head_dim: int, dtype: str) -> Launch:
+    """The call that launches a case's kernel."""
+    first, *words = kernel.split()
+    masks = Masks(head_dim**-0.5, True, 256 if "window" in words else None, 30.0 if "softcap" in words else None)
+    element = DTYPES[dtype]
+    if first in PREFILL:
+        return prefill_launch(first, target, head_dim, element, masks, words)
+    if first in ("dq", "dk-dv"):
+        return backward_launch(target, head_dim, element, masks, words)
+    if first == "write":
+        return write_launch(head_dim, element, words)
+    if first == "prescale":
+        gates = torch.empty(2, B, HKV, N)
+        fp32_gates = (gates[0], gates[1] if words[0] == "split" or element != torch.float16 else None)
+        seen = None if words[0] == "post-exp" else torch.ones(B, N, dtype=torch.bool)
+        return partial(prescale, dense(element, HKV, head_dim), *fp32_gates, seen, words[0] == "post-exp", 128)
+    if first == "hopper":
+        form = {"ungated": NO_GATE, "log-bias": LOG_BIAS, "post-exp": POST_EXP}[words[0]]
+        q, k, v = (dense(element, heads, head_dim) for heads in (HQ, HKV, HKV))
+        gate = torch.empty(B, HKV, N) if form else None
+        return partial(hopper_prefill, q, k, v, gate, dense(element, HQ, head_dim), torch.empty(B, HQ, N), masks, form)
+    return paged_launch(first, target, head_dim, element, masks, words)
+
+
+def dense(dtype: torch.dtype, heads: int, head_dim: int, rows: int = N) -> torch.Tensor:
+    """(B, heads, rows, D), tokens before heads in memory, as a model's projections give it."""
+    return torch.empty(B, rows, heads, head_dim, dtype=dtype).transpose(1, 2)
+
+
+def prefill_launch(form: str, target: str, head_dim: int, dtype: torch.dtype, masks: Masks, words: list[str]) -> Launch:
+    varlen, padded = "varlen" in words, "padded" in words
+    q, k, v, out = (dense(dtype, heads, head_dim) for heads in (HQ, HKV, HKV, HQ))
+    lse, gates = torch.empty(B, HQ, N), torch.empty(2, B, HKV, N)
+    offsets = None
+    if varlen:  # one batch entry
+        q, k, v, out, lse, gates = q[:1], k[:1], v[:1], out[:1], lse[:1], gates[:, :1]
+        offsets = (torch.empty(9, dtype=torch.int32), torch.empty(9, dtype=torch.int32), N)
+    gamma_k = None if form == "ungated" else gates[0]
+    gamma_v = gates[1] if form == "split" or (gamma_k is not None and dtype == torch.bfloat16) else None
+    tile = prefill_tile(
+        target,
+        head_dim,
+        q.element_size(),
+        padded=padded,
+        varlen=varlen,
+        window=masks.window is not None,
+        softcap=masks.softcap is not None,
+    )
+    for word in words:
+        if word.startswith("stages-"):
+            tile = tile._replace(stages=int(word.removeprefix("stages-")))
+    mask = torch.ones(B, N, dtype=torch.bool) if padded else None
+    return partial(
+        prefill,
+        q,
+        k,
+        v,
+        gamma_k,
+        gamma_v,
+        mask,
+        out,
+        lse,
+        masks,
+        form == "post-exp",
+        target,
+        cu_seqlens=offsets,
+        tile=tile,
+    )
+
+
+def backward_launch(target: str, head_dim: int, dtype: torch.dtype, masks: Masks, words: list[str]) -> Launch:
+    from .backward import backward
+
+    q, k, v, out, d_out = (dense(dtype, heads, head_dim) for heads in (HQ, HKV, HKV, HQ, HQ))
+    lse, d_lse, gates = torch.empty(B, HQ, N), torch.empty(B, HQ, N), torch.ones(2, B, HKV, N)
+    packed: dict[str, Any] = {}
+    if "varlen" in words:
+        q, k, v, out, d_out = (x[0].transpose(0, 1) for x in (q, k, v, out, d_out))
+        lse, d_lse, gates = lse[0].T, d_lse[0].T, gates[:, 0].transpose(1, 2)
+        offsets = torch.tensor([0, N // 2, N], dtype=torch.int32)
+        packed = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": N // 2, "max_seqlen_k": N // 2}
+    gamma_k, gamma_v = (None, None) if "ungated" in words else gates
+    return partial(backward, q, k, v, gamma_k, gamma_v, None, out, lse, d_out, d_lse, masks, target, **packed)
+
+
+def cache(pages: int, size: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values (P, Hkv, page, D) as a serving engine keeps them: halves of one tensor, tokens before heads."""
+    both = torch.empty(pages, 2, size, HKV, head_dim, dtype=dtype).transpose(2, 3)
+    return both[:, 0], both[:, 1]
+
+
+def page_gate(form: str, pages: int, size: int) -> PageGate:
+    return PageGate(torch.empty(pages, HKV, size, *((2,) if form == "apart" else ())), form)
+
+
+def paged_launch(first: str, target: str, head_dim: int, dtype: torch.dtype, masks: Masks, words: list[str]) -> Launch:
+    """Of `decode` (no pages), `page-N`, and of `plan` and `merge`, which the same call launches."""
+    from .paged import paged
+
+    size = int(first.removeprefix("page-")) if first.startswith("page-") else 0
+    size = 64 if first in ("plan", "merge") else size
+    rows = next((int(word.removeprefix("rows-")) for word in words if word.startswith("rows-")), 16)
+    queries = max(1, rows * HKV // HQ)
+    cached = next((DTYPES[word] for word in words if word in ("fp8", "int8")), dtype)
+    pages, table = 64, torch.empty(B, 16, dtype=torch.int32)
+    options: dict[str, Any] = {"seqlens_k": torch.empty(B, dtype=torch.int32), "max_seqlen_q": queries}
+    if size:
+        k, v = cache(pages, size, head_dim, cached)
+        options |= {"block_table": table, "cu_seqlens_q": torch.empty(B + 1, dtype=torch.int32)}
+    else:
+        k, v = (torch.empty(B, HKV, N, head_dim, dtype=cached) for _ in "kv")
+    if "positions" in words or ("written" in words and not size):
+        options["gate"] = PositionGate(*torch.empty(2, B, HKV, N))
+    elif form := next((word for word in words if word in ("written", "apart")), None):
+        options["gate"] = page_gate(form, pages, size)
+    if cached != dtype:
+        scales = torch.empty(2, pages, HKV, size) if "tokens" in words else torch.empty(2, 1)
+        options |= {"k_scale": scales[0], "v_scale": scales[1]}
+    if "sinks" in words:
+        options["sinks"] = torch.empty(HQ)
+    q, out = (torch.empty(B * queries, HQ, head_dim, dtype=dtype) for _ in "qo")
+    lse = torch.empty(HQ, B * queries).T if "lse" in words else None
+    return partial(paged, q, k, v, out, lse, masks, target, **options)
+
+
+def write_launch(head_dim: int, dtype: torch.dtype, words: list[str]) -> Launch:
+    from .write import write_pages
+
+    cached = next((DTYPES[word] for word in words if word in ("fp8", "int8")), dtype)
+    k, v = (torch.empty(N, HKV, head_dim, dtype=dtype) for _ in "kv")
+    return partial(write_pages, k, v, *cache(64, 64, head_dim, cached), torch.empty(N, dtype=torch.int64))
+
+
 def main() -> None:
     """Print the table of all cases."""
-    print("kernel                          target   head_dim  dtype  registers  spills  shared  tensor-core  loop")
+    print(
+        "kernel                          target   head_dim  dtype  registers  spills  local  shared  tensor-core   loop"
+        "  buffers  ahead"
+    )
     for used in compile_all():
+        buffers, ahead = ("-" if x is None else x for x in (used.buffers, used.ahead))
         print(
             f"{used.kernel:31} {used.target:8} {used.head_dim:8}  {used.dtype:5} {used.registers:10} {used.spills:7} "
-            f"{used.shared:7} {used.tensor_core:12} {sum(used.loop.values()):5}"
+            f"{used.local:6} {used.shared:7} {used.tensor_core:12} {used.instructions:6} {buffers:>8} {ahead:>6}"
         )
 
 
