@@ -98,8 +98,8 @@ def anchored_attention(
         gamma_q: factors of queries, (Nq,), (B, Nq) or (B, Hq, Nq). They cancel in the softmax and change the lse only,
             by log gamma_q.
         log_gamma_k: instead of gamma_k its natural logarithm, of the same shapes: any bias of keys, finite and at most
-            2**126 in size, or -inf for a key that is invisible. Logits are fp32: a bias of size b is rounded by about
-            b * 2**-23, so that one whose largest values matter should be small where they are.
+            `2**126` in size, or -inf for a key that is invisible. Logits are fp32: a bias of size b rounds its logit by
+            about `2**-23 * b`. A constant of a head cancels in the output: shift what is large where weights are.
         scale: factor of the logits, finite and > 0; None means D ** -0.5.
         causal: query i stands at key Nk - Nq + i (bottom-right alignment) and sees the keys up to its own.
         key_padding_mask: (B, Nk) bool, True where the key may be seen. Whatever k, v and the gates hold elsewhere, NaN

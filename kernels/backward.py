@@ -7,7 +7,6 @@ import torch
 import triton
 
 from .backward_kernel import d_keys_kernel, d_queries_kernel
-from .decode import repeated
 from .gates import expand_gate, pad_gate, per_query_head
 from .tiles import Tile, backward_tiles
 
@@ -44,6 +43,14 @@ def gradient_of_gamma_k(d_log_gate: torch.Tensor, gamma_k: torch.Tensor, packed:
     """From that of log gamma_k; 0 where no weight reaches: gamma_k is 0 there, or hidden and then perhaps NaN."""
     d_gamma_k = sum_of_gate(d_log_gate, gamma_k, packed)
     return torch.where(d_gamma_k == 0, 0.0, d_gamma_k / gamma_k.float())
+
+
+def repeated(k, v, gamma_k, gamma_v, group):
+    if per_query_head(gamma_k, k.shape[1]) or per_query_head(gamma_v, k.shape[1]):
+        kv = k.shape[1]
+        gamma_k, gamma_v = (x.repeat_interleave(group, 1) if x is not None and x.dim() == 3 and not per_query_head(x, kv) else x for x in (gamma_k, gamma_v))
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    return k, v, gamma_k, gamma_v
 
 
 def backward(

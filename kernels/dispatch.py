@@ -12,7 +12,7 @@ from . import measured
 from .hopper import hopper_enabled, hopper_refusal
 from .reference import reference_attention
 from .sdpa import sdpa_attention
-from .tiles import HEAD_DIMS, INTERPRETER, MAX_QUERIES, PREFILL
+from .tiles import HEAD_DIMS, INTERPRETER, PREFILL, takes_few_queries
 
 BACKENDS = ("auto", "triton", "hopper", "sdpa", "reference")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -121,9 +121,11 @@ def hopper_choice(
 
     With "auto" and the path switched on, a refusal is said once for each reason.
     """
-    if asked == "triton" or (asked == "auto" and (not hopper_enabled(q.shape[-1]) or q.shape[2] <= MAX_QUERIES)):
+    if asked == "triton" or (asked == "auto" and not hopper_enabled(q.shape[-1])):
         return False
     target, reason = triton_target(q.device)
+    if asked == "auto" and (target is None or takes_few_queries(target, q.shape[-1], q.shape[2], k.shape[2])):
+        return False
     if target is not None:
         features: dict[str, Any] = {"window": window, "softcap": softcap, "padding": padding, "value_gate": value_gate}
         reason = hopper_refusal(q, k, v, target, **features)

@@ -22,7 +22,7 @@ def choose_gate_form(gamma_k: torch.Tensor | None = None, *, log_gamma_k: torch.
         gamma_k, log_gamma_k: the gate of keys, of any shape, or its natural logarithm: one of the two.
 
     Raises:
-        ValueError: a factor is negative, infinite or NaN; a logarithm is NaN, or beyond 2**126 in size and not -inf.
+        ValueError: a factor is negative, infinite or NaN; a logarithm is NaN, or beyond `2**126` in size and not -inf.
 
     See Also:
         anchored_attention: takes the `gate_form`.

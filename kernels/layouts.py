@@ -86,10 +86,15 @@ def variant_of(
     )
 
 
-def decode_rows(q: torch.Tensor, k: torch.Tensor) -> tuple[bool, int]:
-    """Whether several queries are packed into a tile, and what its rows are rounded up to (decode_tile)."""
-    rows = q.shape[2] * q.shape[1] // k.shape[1]
-    return q.shape[2] > 1, min(max(16, 1 << (rows - 1).bit_length()), 64)
+def queries_first(x: torch.Tensor) -> torch.Tensor:
+    """(B, H, N, D) as (B * N, H, D), as `paged` takes it: a view where a model's projection wrote it."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def paged_outputs(q: torch.Tensor) -> Outputs:
+    """`outputs`, the lse laid out for `paged`, which writes the heads of all sequences one after the other."""
+    batch, heads, queries, _ = q.shape
+    return outputs(q)[0], q.new_empty((heads, batch, queries), dtype=torch.float32).transpose(0, 1)
 
 
 def fill(results: Outputs, answers: Outputs) -> None:

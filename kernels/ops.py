@@ -5,14 +5,12 @@ from typing import Any
 import torch
 
 from .backward import backward
-from .decode import decode
 from .dense_backward import Operands, dense_backward, operands
 from .dispatch import torch_backend
 from .gates import log_of, per_query_head
 from .hopper import hopper_prefill
 from .layouts import (
     Outputs,
-    decode_rows,
     fill,
     gate_rows,
     launch_target,
@@ -20,17 +18,20 @@ from .layouts import (
     packed_gate,
     packed_outputs,
     packed_rows,
+    paged_outputs,
+    queries_first,
     rows,
     variant_of,
 )
-from .operands import Masks
+from .operands import Masks, PositionGate
+from .paged import paged
 from .prefill import prefill
 from .prescale import prescale
 from .sampled import dense_error, packed_error
 from .sampled_backward import backward_error
 from .self_check import Variant, self_checked
 from .sequences import varlen_by_sequence
-from .tiles import decode_queries
+from .tiles import paged_tile, takes_few_queries
 
 
 @torch.library.custom_op("videoanchor::anchored_attention", mutates_args=())
@@ -49,7 +50,7 @@ def anchored_attention_op(
     log_gate: bool,
     hopper: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of validated inputs by decode (few queries) or prefill: out (B, Hq, Nq, D) and lse (B, Hq, Nq) fp32.
+    """Attention of validated inputs by the paged kernel (few queries) or prefill: out (B, Hq, Nq, D) and lse (B, Hq, Nq) fp32.
 
     With `log_gate` gamma_k holds log gamma_k.
     """
@@ -61,16 +62,33 @@ def anchored_attention_op(
     key_padding_mask = gate_rows(key_padding_mask)
     tensors = q, k, v, gamma_k, gamma_v, key_padding_mask
     masks, target = Masks(scale, causal, window, softcap), launch_target(q)
-    small = q.shape[2] <= decode_queries(target, q.shape[-1])
-    kernel = "hopper" if hopper else "decode" if small else "prefill"
+    small = takes_few_queries(target, q.shape[-1], q.shape[2], k.shape[2])
+    kernel = "hopper" if hopper else "paged" if small else "prefill"
 
     def launch() -> None:
         if hopper:
             form, gated, gate, _ = prescale(v, gamma_k, gamma_v, None, post_exp, log_gate=log_gate)
             hopper_prefill(q, k, gated, gate, out, lse, scale, causal, form)
         elif small:
-            log_gamma_k = None if gamma_k is None else log_of(gamma_k, log_gate)
-            decode(q, k, v, gate_rows(log_gamma_k), gate_rows(gamma_v), key_padding_mask, out, lse, *masks, target)
+            # a few rows: their lse is copied where the layouts differ, between sequences
+            of_rows = lse if q.shape[0] == 1 else paged_outputs(q)[1]
+            same = k.stride() == v.stride()
+            value_gate = None if gamma_v is None else gamma_v.float()
+            paged(
+                queries_first(q),
+                k if same else k.contiguous(),
+                v if same else v.contiguous(),
+                queries_first(out),
+                of_rows.transpose(0, 1).flatten(1).T,
+                masks,
+                target,
+                seqlens_k=None,
+                max_seqlen_q=q.shape[2],
+                gate=PositionGate(None if gamma_k is None else log_of(gamma_k, log_gate), value_gate),
+                seen=key_padding_mask,
+            )
+            if of_rows is not lse:
+                lse.copy_(of_rows)
         else:
             prefill(*tensors, out, lse, masks, post_exp, target, log_gate=log_gate)
 
@@ -78,7 +96,9 @@ def anchored_attention_op(
         fill((out, lse), torch_backend("sdpa", *masks, post_exp, True, log_gate)(*tensors))
 
     def name() -> Variant:
-        form = decode_rows(q, k) if kernel == "decode" else (post_exp, log_gate)
+        group = q.shape[1] // k.shape[1]
+        tile = paged_tile(target, q.shape[-1], q.element_size(), q.shape[2] * group)
+        form = (group, *tile) if kernel == "paged" else (post_exp, log_gate)
         form = *form, *(per_query_head(gate, k.shape[1]) for gate in (gamma_k, gamma_v))
         return variant_of(kernel, q, (gamma_k, gamma_v), masks, key_padding_mask is not None, *form)
 

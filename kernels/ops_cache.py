@@ -2,13 +2,15 @@
 
 import torch
 
-from .decode import decode
 from .dispatch import torch_backend
-from .layouts import Outputs, cache_rows, decode_rows, fill, gate_rows, launch_target, outputs, rows, variant_of
-from .operands import Masks
+from .gates import per_query_head
+from .layouts import Outputs, cache_rows, fill, gate_rows, launch_target, paged_outputs, queries_first, variant_of
+from .operands import Masks, PositionGate
+from .paged import paged
 from .sampled import cache_error
-from .self_check import self_checked
+from .self_check import Variant, self_checked
 from .sequences import decode_by_sequence
+from .tiles import paged_tile
 
 
 @torch.library.custom_op("videoanchor::anchored_attention_decode", mutates_args=())
@@ -25,27 +27,45 @@ def decode_op(
     window: int | None,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of validated last queries over a cache: out (B, Hq, Nq, D) and lse (B, Hq, Nq) fp32."""
-    out, lse = outputs(q)
+    """Attention of validated last queries over a cache: out (B, Hq, Nq, D) and lse (B, Hq, Nq) fp32.
+
+    log_gamma_k and gamma_v are (B, Hkv, N') or (B, Hq, N') fp32 of any strides.
+    """
+    out, lse = paged_outputs(q)
     if out.numel() == 0 or k_cache.shape[2] == 0 or (block_table is not None and block_table.shape[1] == 0):
         return out.zero_(), lse.fill_(float("-inf"))
-    log_gamma_k, gamma_v, block_table = (gate_rows(x) for x in (log_gamma_k, gamma_v, block_table))
-    tensors = rows(q), cache_rows("k_cache", k_cache), cache_rows("v_cache", v_cache)
-    cache, gates = (cache_seqlens.contiguous(), block_table), (log_gamma_k, gamma_v)
+    tensors = q, cache_rows("k_cache", k_cache), cache_rows("v_cache", v_cache)
+    cache, gates = (cache_seqlens.contiguous(), gate_rows(block_table)), (log_gamma_k, gamma_v)
     masks, target = Masks(scale, causal, window, softcap), launch_target(q)
 
     def launch() -> None:
-        lengths, table = cache
-        decode(*tensors, *gates, None, out, lse, *masks, target, cache_seqlens=lengths, block_table=table)
+        paged(
+            queries_first(q if q.stride(-1) == 1 else q.contiguous()),
+            k_cache,
+            v_cache,
+            queries_first(out),
+            lse.transpose(0, 1).flatten(1).T,
+            masks,
+            target,
+            seqlens_k=cache[0],
+            max_seqlen_q=q.shape[2],
+            block_table=cache[1],
+            gate=PositionGate(*gates),
+        )
 
     def answer() -> None:
         attend = torch_backend("sdpa", *masks, False, True, log_gate=True)
         fill((out, lse), decode_by_sequence(attend, *tensors, *cache, *gates))
 
-    page = 0 if block_table is None else k_cache.shape[2]
+    def name() -> Variant:
+        page, group = 0 if block_table is None else k_cache.shape[2], q.shape[1] // k_cache.shape[1]
+        alone = (per_query_head(gate, k_cache.shape[1]) for gate in gates)
+        tile = paged_tile(target, q.shape[-1], q.element_size(), q.shape[2] * group)
+        return variant_of("cache", q, gates, masks, page, group, *tile, *alone)
+
     with torch.cuda.device_of(q):
         self_checked(
-            lambda: variant_of("cache", q, gates, masks, page, *decode_rows(q, k_cache)),
+            name,
             q.device,
             launch,
             lambda: cache_error(*tensors, *cache, *gates, out, lse, masks),
@@ -57,4 +77,4 @@ def decode_op(
 
 @decode_op.register_fake
 def _(q: torch.Tensor, *_: object) -> Outputs:
-    return outputs(q)
+    return paged_outputs(q)

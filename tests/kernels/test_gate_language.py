@@ -1,6 +1,8 @@
 """What other methods ask of an attention, said with gates of keys, against dense fp64 forms of their own papers."""
 
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from videoanchor_triton.kernels.api import anchored_attention, anchored_attention_varlen
 from videoanchor_triton.kernels.api_cache import anchored_attention_decode
 
+PAGE = Path(__file__).parents[2] / "docs" / "gates.md"
 BACKENDS = ("triton", "sdpa", "reference")
 EPS = torch.finfo(torch.float32).eps
 Heads = tuple[int, int]
@@ -225,3 +228,11 @@ def test_two_methods_at_once_are_the_sum_of_their_logarithms(backend: str, devic
     exact, _ = dense(q, k, v * scores[:, None], bias)
     assert isinstance(found, torch.Tensor)
     assert_equal(found, exact, size=20.0)
+
+
+def test_the_code_of_the_page_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 4
+    names: dict[str, Any] = {}
+    exec("\n".join(blocks), names)
+    assert names["out"].shape == (1, 8, 37, 64)

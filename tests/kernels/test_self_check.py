@@ -83,7 +83,7 @@ def test_right_results_pass(problem: Problem, device: torch.device, verdicts: Ve
     run(*problem.make(device))
     if problem.bounded and problem.queries > 16:
         run(*problem.make(device), gate_form="post-exp")
-    seen = set() if problem.gate == "all-zero" else {"backward", "decode" if problem.queries < 17 else "prefill"}
+    seen = set() if problem.gate == "all-zero" else {"backward", "paged" if problem.queries < 17 else "prefill"}
     assert {variant[0] for variant in verdicts} == seen, "a call without a visible key says nothing"
     assert all(verdicts.values())
 
@@ -155,20 +155,21 @@ FAULTS: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 LAUNCHES = {"prefill": "prefill", "packed": "prefill", "packed-backward": "backward", "backward": "backward"}
 MODULES = {"cache": ops_cache, "pages": ops_cache}
+PLACES = {"prefill": 6, "paged": 3}  # of out among a launcher's arguments
 KINDS = ("prefill", "decode", "packed", "cache", "pages", "backward", "packed-backward")
 
 
 def plant(kind: str, fault: Callable[[torch.Tensor], Any], patch: pytest.MonkeyPatch) -> list[str]:
     """Let the launcher of `kind` spoil what it computes; gives the launches."""
-    name = LAUNCHES.get(kind, "decode")
+    name = LAUNCHES.get(kind, "paged")
     module = MODULES.get(kind, ops)
     launcher, launches = getattr(module, name), []
 
     def faulty(*args: Any, **options: Any) -> Any:
         launches.append(name)
         found = launcher(*args, **options)
-        if found is None:  # forward: out is the seventh argument
-            fault(args[6])
+        if found is None:
+            fault(args[PLACES[name]])
             return None
         spoilt: list[Any] = [x if x is None else x.clone() for x in found]
         for x in spoilt[:3]:
