@@ -90,9 +90,9 @@ def page_ids(p_table, i_b, i_n, i_last, BN: tl.constexpr, PAGE: tl.constexpr):
     if PAGE == 0:
         return i_b
     elif PAGE % BN == 0:
-        return tl.load(p_table + tl.minimum(i_n, i_last) // PAGE).to(tl.int64)
+        return tl.load(p_table + tl.minimum(i_n, i_last) // PAGE)
     else:
-        return tl.load(p_table + tl.minimum(i_n + tl.arange(0, BN), i_last) // PAGE).to(tl.int64)
+        return tl.load(p_table + tl.minimum(i_n + tl.arange(0, BN), i_last) // PAGE)
 
 
 @triton.jit
@@ -103,13 +103,13 @@ def slot_rows(p_x, b_page, i_n, stride_p, stride_n, BN: tl.constexpr, PAGE: tl.c
     """
     o_n = tl.arange(0, BN)
     if PAGE == 0:
-        return p_x + (b_page * stride_p + i_n.to(tl.int64) * stride_n), o_n * stride_n
+        return p_x + (b_page.to(tl.int64) * stride_p + i_n.to(tl.int64) * stride_n), o_n * stride_n
     elif PAGE % BN == 0:
-        return p_x + (b_page * stride_p + (i_n % PAGE) * stride_n), o_n * stride_n
+        return p_x + (b_page.to(tl.int64) * stride_p + (i_n % PAGE) * stride_n), o_n * stride_n
     elif BN % PAGE == 0:
-        return p_x, b_page * stride_p + o_n % PAGE * stride_n
+        return p_x, b_page.to(tl.int64) * stride_p + o_n % PAGE * stride_n
     else:
-        return p_x, b_page * stride_p + (i_n + o_n) % PAGE * stride_n
+        return p_x, b_page.to(tl.int64) * stride_p + (i_n + o_n) % PAGE * stride_n
 
 
 @triton.jit
@@ -183,7 +183,7 @@ def attend(
     b_next = page_ids(p_table, i_b, i_start, i_last, BN, PAGE)
     for i_n in tl.range(i_start, i_end, BN, num_stages=TILE.stages):
         i_n = tl.multiple_of(i_n, BN)
-        # ids a tile ahead and carried: loaded where they are used they would take the stages from K and V
+        # ids a tile ahead, carried as they were loaded: used or converted at once they would take the stages from K and V
         b_page = b_next
         if PAGE > 0:
             b_next = page_ids(p_table, i_b, i_n + BN, i_last, BN, PAGE)
