@@ -185,26 +185,3 @@ def _tabled(target: str, element_size: int) -> bool:
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 4 for the interpreter, so that small problems split too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-# STUB
-def paged_tile(target, head_dim, element_size, rows):
-    key = min(max(16, 1 << (rows - 1).bit_length()), 128)
-    if (target, head_dim, key) in measured.PAGED:
-        return Tile(*measured.PAGED[target, head_dim, key])
-    return Tile(min(key, 32), 32, 4, 1)
-
-
-def short_queries(target, head_dim):
-    return measured.SHORT_QUERIES.get((target, head_dim), 16)
-
-
-def paged_programs(target, device, tile):
-    return 3
-
-
-measured.DECODE, measured.SPLIT_KEYS = {}, {}
-
-
-def decode_queries(target, head_dim):
-    return short_queries(target, head_dim)
