@@ -269,15 +269,31 @@ def test_every_candidate_is_right_and_holds_while_it_is_timed(section: str, monk
 
 
 def test_an_applied_tile_is_the_one_that_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[Any] = []
-    monkeypatch.setattr(aot, "compile_kernel", lambda *given: compiled.append(given[-1]))
-    monkeypatch.setattr(aot, "report", lambda *_: None)
+    launched: dict[str, dict[str, Any]] = {}
+
+    class Recorded:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, _: Any) -> Callable[..., Any]:
+            return lambda **given: launched.update({self.name: given})
+
+    kernels = {"prefill": ("prefill_kernel",), "prescale": ("prescale_kernel",), "plan": ("plan_kernel",)}
+    kernels |= {"paged": ("paged_kernel", "merge_kernel"), "backward": ("d_queries_kernel", "d_keys_kernel")}
+    for module, names in kernels.items():
+        for name in names:
+            place = importlib.import_module(f"videoanchor_triton.kernels.{module}")
+            monkeypatch.setattr(place, name, Recorded(name))
     monkeypatch.setitem(measured.PREFILL, KEY, (64, 64, 4, 3))
-    monkeypatch.setitem(measured.DECODE, KEY, (64, 128, 8, 2))
+    monkeypatch.setitem(measured.PAGED, (*KEY, 16), (16, 64, 2, 4))
     monkeypatch.setitem(measured.BACKWARD, KEY, ((64, 64, 4, 2), (32, 128, 8, 2)))
-    for kernel in ("post-exp", "decode", "page-64", "dq", "dk-dv"):
-        aot.compile_case((kernel, *KEY, "bf16"))
-    assert compiled == [(64, 64, 4, 3), (16, 128, 8, 2), (16, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2)]
+    for kernel in ("post-exp", "decode positions", "dq"):
+        aot.launch_of(kernel, *KEY, "bf16")()
+    assert launched["prefill_kernel"]["TILE"] == (64, 64, 4, 3)
+    assert launched["paged_kernel"]["TILE"] == (16, 64, 2, 4)
+    for name, tile in zip(kernels["backward"], measured.BACKWARD[KEY], strict=True):
+        given = launched[name]
+        assert (given["BM"], given["BN"], given["num_warps"], given["num_stages"]) == tile
 
 
 def test_the_hopper_kernel_is_on_where_it_was_found_faster(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,12 +96,12 @@ def test_what_a_quantised_cache_holds_is_exact_in_16_bits(quantised: Quantised) 
 
 
 def test_a_sink_is_a_key_of_value_0() -> None:
-    q, k, v = (torch.randn(1, 1, n, 16) for n in (3, 5, 5))
+    q, k, v = (torch.randn(1, 1, n, 16, dtype=torch.float64) for n in (3, 5, 5))
     sink = torch.tensor(0.7)
     found = with_sinks(reference_attention(q, k, v, scale=1.0), (sink.item(),))
-    scores = torch.cat([q @ k.mT, sink.expand(1, 1, 3, 1)], -1).double()
+    scores = torch.cat([q @ k.mT, sink.double().expand(1, 1, 3, 1)], -1)
     torch.testing.assert_close(found[1], scores.logsumexp(-1))
-    torch.testing.assert_close(found[0], (scores.softmax(-1)[..., :-1] @ v.double()))
+    torch.testing.assert_close(found[0], scores.softmax(-1)[..., :-1] @ v)
 
 
 def test_what_fails_raises(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
