@@ -7,7 +7,7 @@ import torch
 from . import validation, validation_paged
 from .dispatch import Outputs, choose_backend, torch_backend, triton_target
 from .gate_pages import GatePages
-from .gates import fitted_gate
+from .gates import fitted_gate, key_gate
 from .pages import paged_by_sequence, write_slots
 from .tiles import INTERPRETER
 
@@ -307,15 +307,13 @@ def write_pages(
     validation_paged.check_scales(k_pages, k_scale, v_scale)
     validation_paged.check_gate_pages(gate_pages, k_pages, v_scale)
     validation_paged.check_slots(slot_mapping, k.shape[0])
+    of_keys, log_gate = key_gate(gamma_k, log_gamma_k)
     validation_paged.check_gammas(gate_pages, k.shape[0], gamma_k, gamma_v, log_gamma_k)
     gates = {"gamma_k": gamma_k, "gamma_v": gamma_v, "log_gamma_k": log_gamma_k}
     _refuse_gradients("write_pages", k=k, v=v, k_pages=k_pages, v_pages=v_pages, **gates)
-    gamma_k, gamma_v = fitted_gate(gamma_k, torch.float32), fitted_gate(gamma_v, torch.float32)
-    log_gamma_k = fitted_gate(log_gamma_k, torch.float32, log_gate=True)
+    gates_of_step = fitted_gate(of_keys, torch.float32, log_gate), fitted_gate(gamma_v, torch.float32), log_gate
     if validation_paged.values_are_wanted(k):
-        validation_paged.check_written_values(k, v, k_pages, slot_mapping, gate_pages, gamma_k, gamma_v, log_gamma_k)
-    log_gate = log_gamma_k is not None
-    gates_of_step = log_gamma_k if log_gate else gamma_k, gamma_v, log_gate
+        validation_paged.check_written_values(k, v, k_pages, slot_mapping, gate_pages, *gates_of_step)
     if _choose(backend, k, k_pages) == "triton":
         values, form = (None, "") if gate_pages is None else gate_pages
         write_op(k, v, k_pages, v_pages, slot_mapping, values, form, *gates_of_step, k_scale, v_scale)

@@ -300,6 +300,8 @@ def paged_kernel(
                 Nk = tl.load(lengths.keys + i_b, mask=i_b < n_sequences, other=0)
             fits = (Nk >= 0) & (Nk <= n_keys)
             Nk = tl.minimum(tl.maximum(Nk, 0), n_keys)
+            # pages past the true length, which the table need not name, are not looked at
+            i_end = tl.where(fits, i_end, i_start)
             i_b = tl.minimum(i_b, n_sequences - 1)
             # [BM] packed rows
             o_r = i_r + tl.arange(0, BM)

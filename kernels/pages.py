@@ -11,7 +11,8 @@ from itertools import pairwise
 import torch
 
 from .gate_pages import GatePages
-from .validation_paged import TOPS, WRITTEN_LIMIT, check_batch_values, per_token
+from .gates import post_exp_bounds
+from .validation_paged import TOPS, check_batch_values, per_token
 
 LOG2E = math.log2(math.e)
 LEAST_SCALE = 2.0**-126
@@ -71,9 +72,9 @@ def write_slots(
         gain = gain.masked_fill(~gain.isfinite(), float("nan"))
         if written:
             gate = _gate(gamma_k, token, 0.0 if log_gate else 1.0)
-            gate = gate.exp() if log_gate else gate
-            held = (gate >= 1 / WRITTEN_LIMIT) & (gate <= WRITTEN_LIMIT)
-            gate = gate.masked_fill(~held, float("nan")) + 0 * gain
+            low, high = post_exp_bounds(log_gate)
+            held = (gate >= low) & (gate <= high)
+            gate = (gate.exp() if log_gate else gate).masked_fill(~held, float("nan")) + 0 * gain
             v = v.to(torch.promote_types(v.dtype, torch.float32)) * (gate * gain)[..., None]
         else:
             gate = _gate(gamma_k, token, 0.0 if log_gate else 1.0)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .steps import LN2, LOWEST, finish_rows, load_row, load_rows, poison_rows, softmax_step, visible_pairs
+from .steps import LN2, LOWEST, finish_rows, load_block, load_rows, poison_rows, softmax_step, visible_pairs
 
 
 class Gate(NamedTuple):
@@ -36,6 +36,7 @@ class Groups(NamedTuple):
 
 @triton.jit
 def load_tile(
+    p_rows,
     rows,
     i_n,
     m_keys,
@@ -45,17 +46,17 @@ def load_tile(
     MASKED: tl.constexpr,
     CLEARED: tl.constexpr,
 ):
-    """[BN, D[PART]] tile of keys or values: rows i_n up to i_n + BN of a sequence.
+    """[BN, D[PART]] tile of keys or values, one part of the head dim: rows i_n up to i_n + BN of a sequence.
 
-    rows: pointer to the sequence's first row in its head and the stride of rows; then descriptors of (B, H, N, D) for
-    each part of the head dim, None to load by pointer, and batch entry, head and first row for them. D: the parts of
-    the head dim. m_keys [BN] hides rows by pointer if MASKED, by descriptor if CLEARED.
+    By pointer from p_rows (of that first row), or by the copy engine where there are descriptors. rows: pointer to the
+    sequence, stride of its rows, descriptors of (B, H, N, D) for each part or None, and the batch entry, head and first
+    row of the sequence for them. m_keys [BN] hides rows by pointer if MASKED, by descriptor if CLEARED.
     """
-    p_rows, stride_n, descriptors, i_b, i_h, i_row = rows
+    _, stride_n, descriptors, i_b, i_h, i_row = rows
     i_d: tl.constexpr = D[0] * PART
     descriptor = descriptors[PART]
     if descriptor is None:
-        b_tile = load_rows(p_rows + i_d, i_n, stride_n, m_keys[:, None], BN, D[PART], MASKED)
+        b_tile = load_block(p_rows + i_d, stride_n, m_keys[:, None], BN, D[PART], MASKED)
     else:
         b_tile = descriptor.load([i_b, i_h, i_row + i_n, i_d]).reshape([BN, D[PART]])
         if CLEARED:
@@ -97,19 +98,27 @@ def attend_tiles(
     CLEARED: tl.constexpr = VARLEN and MASKED
     b_acc0, b_acc1, b_sum, b_max = state
     b_q0, b_q1 = queries
+    # pointers that move with the tiles: as products with i_n they cost registers, and a counter of 64 bits
+    start = tl.cast(i_start, tl.int64)
+    p_k = keys[0] + start * keys[1]
+    p_v = values[0] + start * values[1]
+    if p_bias is not None:
+        p_bias += start
+    if p_weight is not None:
+        p_weight += start
     for i_n in tl.range(i_start, i_end, BN, num_stages=TILE.stages, warp_specialize=TILE.specialized):
         i_n = tl.multiple_of(i_n, BN)
         o_n = i_n + tl.arange(0, BN)
         m_keys = o_n < Nk
         # [BM, BN] = [BM, D0] [D0, BN] + [BM, D1] [D1, BN]
-        b_k0 = load_tile(keys, i_n, m_keys, 0, D, BN, MASKED, False)
+        b_k0 = load_tile(p_k, keys, i_n, m_keys, 0, D, BN, MASKED, False)
         b_s = tl.dot(b_q0, b_k0.T, input_precision="ieee")
         if D[1] > 0:
-            b_k1 = load_tile(keys, i_n, m_keys, 1, D, BN, MASKED, False)
+            b_k1 = load_tile(p_k, keys, i_n, m_keys, 1, D, BN, MASKED, False)
             b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision="ieee")
         # [BN]
-        b_bias = load_row(p_bias + i_n, BN) if p_bias is not None else None
-        b_weight = load_row(p_weight + i_n, BN) if p_weight is not None else None
+        b_bias = tl.load(p_bias + tl.arange(0, BN)) if p_bias is not None else None
+        b_weight = tl.load(p_weight + tl.arange(0, BN)) if p_weight is not None else None
         m_pairs = None
         if MASKED:
             m_pairs = visible_pairs(m_keys, o_n, o_position, window, CAUSAL, window is not None)
@@ -123,12 +132,18 @@ def attend_tiles(
             b_s, b_max, b_sum, logits, None, b_bias, b_weight, m_pairs, b_q0.dtype == tl.float32
         )
         # [BM, D0] += [BM, BN] [BN, D0]
-        b_v0 = load_tile(values, i_n, m_keys, 0, D, BN, MASKED, CLEARED)
+        b_v0 = load_tile(p_v, values, i_n, m_keys, 0, D, BN, MASKED, CLEARED)
         b_p = b_p.to(b_v0.dtype)
         b_acc0 = tl.dot(b_p, b_v0, b_acc0 * b_decay[:, None], input_precision="ieee")
         if D[1] > 0:
-            b_v1 = load_tile(values, i_n, m_keys, 1, D, BN, MASKED, CLEARED)
+            b_v1 = load_tile(p_v, values, i_n, m_keys, 1, D, BN, MASKED, CLEARED)
             b_acc1 = tl.dot(b_p, b_v1, b_acc1 * b_decay[:, None], input_precision="ieee")
+        p_k += BN * keys[1]
+        p_v += BN * values[1]
+        if p_bias is not None:
+            p_bias += BN
+        if p_weight is not None:
+            p_weight += BN
     return b_acc0, b_acc1, b_sum, b_max
 
 

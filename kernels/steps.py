@@ -9,14 +9,21 @@ LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
-def load_rows(p_base, i_n, stride_n, m_tile, BN: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """[BN, D] tile: rows i_n up to i_n + BN of p_base, of contiguous elements and stride_n apart.
+def load_block(p_rows, stride_n, m_tile, BN: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """[BN, D] tile: BN rows from p_rows on, of contiguous elements and stride_n apart.
 
-    m_tile is broadcastable to [BN, D]; what it hides is 0. Without MASKED it is not looked at.
+    m_tile is broadcastable to [BN, D]; what it hides is 0. Without MASKED it is not looked at. In a loop, p_rows moves
+    and the offsets from it stay the same: no address of 64 bits is computed for an element.
     """
+    p_tile = p_rows + (tl.arange(0, BN)[:, None] * stride_n + tl.arange(0, D)[None, :])
+    return tl.load(p_tile, mask=m_tile, other=0.0) if MASKED else tl.load(p_tile)
+
+
+@triton.jit
+def load_rows(p_base, i_n, stride_n, m_tile, BN: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """`load_block` of rows i_n up to i_n + BN of p_base."""
     # 64 bits for the tile's first row only: the launchers bound stride_n
-    p_rows = p_base + i_n.to(tl.int64) * stride_n + (tl.arange(0, BN)[:, None] * stride_n + tl.arange(0, D)[None, :])
-    return tl.load(p_rows, mask=m_tile, other=0.0) if MASKED else tl.load(p_rows)
+    return load_block(p_base + i_n.to(tl.int64) * stride_n, stride_n, m_tile, BN, D, MASKED)
 
 
 @triton.jit

@@ -6,12 +6,11 @@ from itertools import pairwise
 import torch
 
 from .gate_pages import GatePages, check_form
-from .gates import check_gate_values
+from .gates import check_gate_values, check_key_gate_values, post_exp_bounds
 from .validation import host_values, values_are_free
 
 # the largest number of a quantised cache's dtype
 TOPS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
-WRITTEN_LIMIT = 2.0**20
 DEBUG = "VIDEOANCHOR_DEBUG"
 
 
@@ -202,8 +201,6 @@ def check_gammas(
     log_gamma_k: torch.Tensor | None,
 ) -> None:
     """Raise unless gates are (T,) or (T, heads of the gate pages), and there are pages that they go to."""
-    if gamma_k is not None and log_gamma_k is not None:
-        raise ValueError("log_gamma_k must be None where gamma_k is given: they are one gate")
     for name, gate in (("gamma_k", gamma_k), ("gamma_v", gamma_v), ("log_gamma_k", log_gamma_k)):
         if gate is None:
             continue
@@ -227,7 +224,7 @@ def check_written_values(
     gate_pages: GatePages | None,
     gamma_k: torch.Tensor | None,
     gamma_v: torch.Tensor | None,
-    log_gamma_k: torch.Tensor | None,
+    log_gate: bool,
 ) -> None:
     """Raise unless every slot exists, and the gates and the numbers of tokens that have one can be kept in it."""
     slots = k_pages.shape[0] * k_pages.shape[2]
@@ -240,21 +237,18 @@ def check_written_values(
                 raise ValueError(f"{name} must be finite for a cache of int8, which holds neither NaN nor infinity")
     if gate_pages is None:
         return
-    written = gate_pages.form == "written"
-    for name, gate in (("gamma_k", gamma_k), ("gamma_v", gamma_v), ("log_gamma_k", log_gamma_k)):
-        if gate is None:
-            continue
-        gate = gate.detach()[kept]
-        if name == "gamma_v":
-            check_gate_values(name, gate, None)
-            continue
-        of_log = name == "log_gamma_k"
-        factor = gate.exp() if of_log and written else gate
-        if written:
-            wrong = ~((factor >= 1 / WRITTEN_LIMIT) & (factor <= WRITTEN_LIMIT))
-        else:
-            wrong = ~(gate < float("inf")) if of_log else ~((gate >= 0) & (gate < float("inf")))
-        if wrong.any():
-            bounds = "a gamma_k within 2**-20 and 2**20 for gate_pages of the form 'written'; others take 'apart'"
-            wanted = bounds if written else "finite and at least 0" if not of_log else "below infinity and no NaN"
-            raise ValueError(f"{name} must be {wanted}, got {float(gate[wrong][0])}")
+    if gamma_v is not None:
+        check_gate_values("gamma_v", gamma_v.detach()[kept], None)
+    if gamma_k is None:
+        return
+    gate, name = gamma_k.detach()[kept], "log_gamma_k" if log_gate else "gamma_k"
+    if gate_pages.form == "apart":
+        check_key_gate_values(gate, log_gate, False, None)
+        return
+    low, high = post_exp_bounds(log_gate)
+    wrong = ~((gate >= low) & (gate <= high))
+    if wrong.any():
+        raise ValueError(
+            f"{name} must be that of a gamma_k within 2**-20 and 2**20 for gate_pages of the form 'written'; others take"
+            f" 'apart'; got {float(gate[wrong][0])}"
+        )

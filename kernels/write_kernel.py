@@ -6,8 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .gates import POST_EXP_LIMIT, post_exp_bounds
+
 LOG2E = tl.constexpr(1.4426950408889634)
-WRITTEN_LIMIT = tl.constexpr(2.0**20)
+LIMIT = tl.constexpr(POST_EXP_LIMIT)
+LOG_LIMIT = tl.constexpr(post_exp_bounds(True)[1])
 INFINITY = tl.constexpr(float("inf"))
 # the smallest scale: a row of zeros is divided by it
 LEAST_SCALE = tl.constexpr(2.0**-126)
@@ -56,8 +59,11 @@ def gate_of_keys(gammas, o_gate, m_t, BT: tl.constexpr, LOG: tl.constexpr, WRITT
         return tl.full([BT], 1.0 if WRITTEN else 0.0, tl.float32)
     b_gate = tl.load(gammas.k + o_gate, mask=m_t, other=0.0 if LOG else 1.0).to(tl.float32)
     if WRITTEN:
-        b_gate = tl.exp(b_gate) if LOG else b_gate
-        m_held = (b_gate >= 1.0 / WRITTEN_LIMIT) & (b_gate <= WRITTEN_LIMIT)
+        if LOG:
+            m_held = tl.abs(b_gate) <= LOG_LIMIT
+            b_gate = tl.exp(b_gate)
+        else:
+            m_held = (b_gate >= 1.0 / LIMIT) & (b_gate <= LIMIT)
     else:
         b_gate = b_gate * LOG2E if LOG else tl.log2(b_gate)
         m_held = b_gate < INFINITY

@@ -12,6 +12,7 @@ from oracle import Problem
 
 from videoanchor_triton.kernels.backward import backward
 from videoanchor_triton.kernels.dispatch import triton_target
+from videoanchor_triton.kernels.operands import Masks
 from videoanchor_triton.kernels.reference import reference_attention
 from videoanchor_triton.kernels.tiles import HEAD_DIMS
 from videoanchor_triton.kernels.tolerance import Tensors, eager_attention, error
@@ -116,9 +117,9 @@ def kernel_gradients(tensors: Tensors, options: dict[str, Any], d_out: torch.Ten
     gates = options.get("gamma_k"), options.get("gamma_v")
     scale, softcap = options.get("scale", q.shape[-1] ** -0.5), options.get("softcap")
     d_lse = d_lse.masked_fill(lse == float("-inf"), float("nan"))
-    masks = options.get("causal", False), options.get("window")
+    masks = Masks(scale, options.get("causal", False), options.get("window"), softcap)
     padding = options.get("key_padding_mask")
-    return list(backward(q, k, v, *gates, padding, out, lse, d_out, d_lse, scale, *masks, softcap, target))
+    return list(backward(q, k, v, *gates, padding, out, lse, d_out, d_lse, masks, target))
 
 
 def autograd(
@@ -214,7 +215,7 @@ def test_only_one_gate_and_no_lse_gradient(device: torch.device) -> None:
         only = {name: options[name], "causal": True}
         out, lse = forward(tensors, only)
         gates = only.get("gamma_k"), only.get("gamma_v")
-        found = backward(*tensors, *gates, None, out, lse, d_out, None, 0.25, True, None, None, target)
+        found = backward(*tensors, *gates, None, out, lse, d_out, None, Masks(0.25, True, None, None), target)
         same = kernel_gradients(tensors, only, d_out, 0 * d_lse)
         assert [x is None for x in found] == [False, False, False, name != "gamma_k", name != "gamma_v"]
         assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True) if a is not None and b is not None)
@@ -340,9 +341,10 @@ def test_packed_sequences(changes: dict[str, Any], device: torch.device) -> None
     cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in lengths)
     options, target = parts[0][1], triton_target(device)[0]
     assert target is not None
+    masks = Masks(q.shape[-1] ** -0.5, options["causal"], options["window"], options.get("softcap"))
     found = backward(
-        q, k, v, gamma_k, gamma_v, None, out, lse, d_out, d_lse.masked_fill(lse.isinf(), float("nan")),
-        q.shape[-1] ** -0.5, options["causal"], options["window"], options.get("softcap"), target, cu_q, cu_k, 40, 36,
+        q, k, v, gamma_k, gamma_v, None, out, lse, d_out, d_lse.masked_fill(lse.isinf(), float("nan")), masks, target,
+        cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=40, max_seqlen_k=36,
     )  # fmt: skip
     moved = [moved_by_output(*part, upstream) for part, (upstream, _) in zip(parts, weights, strict=True)]
     assert_gradients(list(found), packed_gradients(exact), packed_gradients(eager), packed_gradients(moved), lse)
@@ -355,12 +357,14 @@ def test_a_sequence_keeps_its_nan_to_itself(device: torch.device) -> None:
     cu_seqlens = torch.tensor([0, 20, 37, 60], dtype=torch.int32, device=device)
     target, _ = triton_target(device)
     assert target is not None
-    rest = (0.25, False, None, None, target, cu_seqlens, cu_seqlens, 23, 23)
+    lengths: dict[str, Any] = {"max_seqlen_q": 23, "max_seqlen_k": 23}
+    lengths |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    given = Masks(0.25, False, None, None), target
     lse = torch.full((60, 2), 9.0, device=device)
-    expected = backward(q, k, v, gamma_k, gamma_v, None, v, lse, d_out, None, *rest)
+    expected = backward(q, k, v, gamma_k, gamma_v, None, v, lse, d_out, None, *given, **lengths)
     for x in (q, k, v, d_out, gamma_k, gamma_v):
         x[20:37] = float("nan")
-    found = backward(q, k, v, gamma_k, gamma_v, None, v, lse, d_out, None, *rest)
+    found = backward(q, k, v, gamma_k, gamma_v, None, v, lse, d_out, None, *given, **lengths)
     for mine, clean in zip(found, expected, strict=True):
         assert mine is not None
         assert clean is not None

@@ -308,10 +308,14 @@ INVALID: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "gate-shape": (ValueError, "gamma_v must have shape", {"gamma_v": torch.ones(2)}),
     "gate-heads": (ValueError, r"gamma_k must have shape \(3,\) or \(3, 1\)", {"gamma_k": torch.ones(3, 2)}),
     "gate-integers": (TypeError, "gamma_k must be a floating", {"gamma_k": torch.ones(3).int()}),
-    "gate-0-written": (ValueError, "gamma_k must be a gamma_k within", {"gamma_k": torch.tensor([1.0, 0.0, 1.0])}),
+    "gate-0-written": (
+        ValueError,
+        "gamma_k must be that of a gamma_k within",
+        {"gamma_k": torch.tensor([1.0, 0.0, 1.0])},
+    ),
     "log-gate-large": (
         ValueError,
-        "log_gamma_k must be a gamma_k within",
+        "log_gamma_k must be that of a gamma_k within",
         {"gamma_k": None, "log_gamma_k": torch.tensor([0.0, 14.0, 0.0])},
     ),
     "gate-v-negative": (ValueError, "gamma_v must be finite", {"gamma_v": -torch.ones(3)}),
