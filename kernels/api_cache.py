@@ -7,7 +7,7 @@ import torch
 from . import validation
 from .api import CacheOptions
 from .dispatch import Outputs, choose_backend, torch_backend
-from .gates import expand_gate, fitted_gate, key_gate, log_of, per_query_head
+from .gates import by_position, expand_gate, fitted_gate, key_gate, log_of
 from .sequences import decode_by_sequence
 
 try:
@@ -144,12 +144,8 @@ def anchored_attention_decode(
     chosen = choose_backend(backend, q, "decode", refused)
     cache = q, k_cache, v_cache, cache_seqlens, block_table
     if chosen == "triton":
-
-        def by_position(gate: torch.Tensor) -> torch.Tensor:
-            return gate if per_query_head(gate, kv_heads) else expand_gate(gate, batch, kv_heads)
-
-        of_keys = None if of_keys is None else by_position(log_of(of_keys, log_gate))
-        gamma_v = None if gamma_v is None else by_position(gamma_v.float())
+        of_keys = None if of_keys is None else by_position(log_of(of_keys, log_gate), batch, kv_heads)
+        gamma_v = None if gamma_v is None else by_position(gamma_v.float(), batch, kv_heads)
         out, lse = decode_op(*cache, of_keys, gamma_v, scale, causal, window, softcap)
     else:
         attend = torch_backend(chosen, scale, causal, window, softcap, False, True, log_gate)

@@ -79,6 +79,11 @@ def per_query_head(gate: torch.Tensor | None, kv_heads: int) -> bool:
     return gate is not None and gate.dim() == 3 and gate.shape[1] != kv_heads
 
 
+def by_position(gate: torch.Tensor, batch: int, kv_heads: int) -> torch.Tensor:
+    """View a gate as (B, Hkv, N), or as it is where it is (B, Hq, N)."""
+    return gate if per_query_head(gate, kv_heads) else expand_gate(gate, batch, kv_heads)
+
+
 def grouped_gate(gate: torch.Tensor, batch: int, kv_heads: int) -> torch.Tensor:
     """View a gate as (B, Hkv, G, N), a KV head's query heads beside one another; G is 1 where they share it."""
     if per_query_head(gate, kv_heads):

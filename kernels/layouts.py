@@ -86,17 +86,6 @@ def variant_of(
     )
 
 
-def queries_first(x: torch.Tensor) -> torch.Tensor:
-    """(B, H, N, D) as (B * N, H, D), as `paged` takes it: a view where a model's projection wrote it."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def paged_outputs(q: torch.Tensor) -> Outputs:
-    """`outputs`, the lse laid out for `paged`, which writes the heads of all sequences one after the other."""
-    batch, heads, queries, _ = q.shape
-    return outputs(q)[0], q.new_empty((heads, batch, queries), dtype=torch.float32).transpose(0, 1)
-
-
 def fill(results: Outputs, answers: Outputs) -> None:
     for result, answer in zip(results, answers, strict=True):
         result.copy_(answer)

@@ -13,8 +13,8 @@ SHOWN_RIGHT: frozenset[tuple[str, str]] = frozenset()
 # tiles of prefill without padding, packed sequences, window and softcap: query rows, keys, warps, stages
 PREFILL: dict[tuple[str, int], tuple[int, int, int, int]] = {}
 
-# tiles of the paged kernel by (target, head dim, rows): packed rows of a call (longest query x heads of a group) rounded
-# up to a power of two, from 16 to 128
+# tiles of the paged kernel by (target, head dim, rows): packed rows of a call (longest query x heads of a group), a
+# power of two from 16 to 128
 PAGED: dict[tuple[str, int, int], tuple[int, int, int, int]] = {}
 
 # tiles of backward: of dQ, of dK and dV

@@ -18,8 +18,6 @@ from .layouts import (
     packed_gate,
     packed_outputs,
     packed_rows,
-    paged_outputs,
-    queries_first,
     rows,
     variant_of,
 )
@@ -50,7 +48,7 @@ def anchored_attention_op(
     log_gate: bool,
     hopper: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of validated inputs by the paged kernel (few queries) or prefill: out (B, Hq, Nq, D) and lse (B, Hq, Nq) fp32.
+    """Attention of validated inputs by the paged kernel (few queries) or prefill: out (B, Hq, Nq, D) and lse, fp32.
 
     With `log_gate` gamma_k holds log gamma_k.
     """
@@ -70,25 +68,12 @@ def anchored_attention_op(
             form, gated, gate, _ = prescale(v, gamma_k, gamma_v, None, post_exp, log_gate=log_gate)
             hopper_prefill(q, k, gated, gate, out, lse, scale, causal, form)
         elif small:
-            # a few rows: their lse is copied where the layouts differ, between sequences
-            of_rows = lse if q.shape[0] == 1 else paged_outputs(q)[1]
-            same = k.stride() == v.stride()
-            value_gate = None if gamma_v is None else gamma_v.float()
-            paged(
-                queries_first(q),
-                k if same else k.contiguous(),
-                v if same else v.contiguous(),
-                queries_first(out),
-                of_rows.transpose(0, 1).flatten(1).T,
-                masks,
-                target,
-                seqlens_k=None,
-                max_seqlen_q=q.shape[2],
-                gate=PositionGate(None if gamma_k is None else log_of(gamma_k, log_gate), value_gate),
-                seen=key_padding_mask,
-            )
-            if of_rows is not lse:
-                lse.copy_(of_rows)
+            log_gamma_k = None if gamma_k is None else log_of(gamma_k, log_gate)
+            gate = None if log_gamma_k is gamma_v is None else PositionGate(log_gamma_k, gamma_v)
+            # the kernel walks both by the same strides
+            cache = (k, v) if k.stride() == v.stride() else (k.contiguous(), v.contiguous())
+            options = {"seqlens_k": None, "max_seqlen_q": q.shape[2], "gate": gate, "seen": key_padding_mask}
+            paged(q, *cache, out, lse, masks, target, **options)
         else:
             prefill(*tensors, out, lse, masks, post_exp, target, log_gate=log_gate)
 

@@ -4,7 +4,7 @@ import torch
 
 from .dispatch import torch_backend
 from .gates import per_query_head
-from .layouts import Outputs, cache_rows, fill, gate_rows, launch_target, paged_outputs, queries_first, variant_of
+from .layouts import Outputs, cache_rows, fill, gate_rows, launch_target, outputs, rows, variant_of
 from .operands import Masks, PositionGate
 from .paged import paged
 from .sampled import cache_error
@@ -31,27 +31,17 @@ def decode_op(
 
     log_gamma_k and gamma_v are (B, Hkv, N') or (B, Hq, N') fp32 of any strides.
     """
-    out, lse = paged_outputs(q)
+    out, lse = outputs(q)
     if out.numel() == 0 or k_cache.shape[2] == 0 or (block_table is not None and block_table.shape[1] == 0):
         return out.zero_(), lse.fill_(float("-inf"))
-    tensors = q, cache_rows("k_cache", k_cache), cache_rows("v_cache", v_cache)
+    tensors = rows(q), cache_rows("k_cache", k_cache), cache_rows("v_cache", v_cache)
     cache, gates = (cache_seqlens.contiguous(), gate_rows(block_table)), (log_gamma_k, gamma_v)
     masks, target = Masks(scale, causal, window, softcap), launch_target(q)
 
     def launch() -> None:
-        paged(
-            queries_first(q if q.stride(-1) == 1 else q.contiguous()),
-            k_cache,
-            v_cache,
-            queries_first(out),
-            lse.transpose(0, 1).flatten(1).T,
-            masks,
-            target,
-            seqlens_k=cache[0],
-            max_seqlen_q=q.shape[2],
-            block_table=cache[1],
-            gate=PositionGate(*gates),
-        )
+        gate = None if log_gamma_k is gamma_v is None else PositionGate(*gates)
+        options = {"seqlens_k": cache[0], "block_table": cache[1], "max_seqlen_q": q.shape[2], "gate": gate}
+        paged(*tensors, out, lse, masks, target, **options)
 
     def answer() -> None:
         attend = torch_backend("sdpa", *masks, False, True, log_gate=True)
@@ -77,4 +67,4 @@ def decode_op(
 
 @decode_op.register_fake
 def _(q: torch.Tensor, *_: object) -> Outputs:
-    return paged_outputs(q)
+    return outputs(q)

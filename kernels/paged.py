@@ -43,7 +43,11 @@ def gates_of(
     if gate is None:
         return 0, (None, None, None)
     if isinstance(gate, PageGate):
-        return {"written": WRITTEN.value, "apart": APART.value}[gate.form], (slots_of(gate.values, kv_heads), None, None)
+        return {"written": WRITTEN.value, "apart": APART.value}[gate.form], (
+            slots_of(gate.values, kv_heads),
+            None,
+            None,
+        )
 
     def raw(x: torch.Tensor | None) -> RawGate | None:
         if x is None:
@@ -87,14 +91,16 @@ def paged_arguments(
             token_scales = Scales(slots_of(k_scale, kv_heads), None if held else slots_of(v_scale, kv_heads))
     paged = block_table is not None
     return {
-        "q": Rows(q, 0, q.stride(1), q.stride(0)),
+        "q": queries_of(q, q.dim() == 4),
         "cache": Cache(k, v, *k.stride()[:3]),
-        "gates": gates,
+        "slot_gate": gates[0],
+        "gate_k": gates[1],
+        "gate_v": gates[2],
         "scales": scales,
         "token_scales": token_scales,
         "sinks": sinks,
-        "out": Rows(out, 0, out.stride(1), out.stride(0)),
-        "lse": lse,
+        "out": queries_of(out, q.dim() == 4),
+        "lse": None if lse is None else Rows(lse, *map(odd, queries_of(lse, q.dim() == 4)[1:])),
         "lengths": Lengths(
             seqlens_k,
             block_table,
@@ -105,7 +111,7 @@ def paged_arguments(
         "plan": plan,
         "parts": parts,
         "logits": logits_of(masks),
-        "sizes": Sizes(*map(odd, (q.shape[0], sequences, capacity(k, block_table)))),
+        "sizes": Sizes(odd(sequences), odd(capacity(k, block_table))),
         "shares": Shares(q.shape[1] // heads, heads // kv_heads),
         "window": masks.window,
         "D": head_dim,
@@ -124,6 +130,13 @@ def merge_arguments(given: dict[str, Any]) -> dict[str, Any]:
     taken = {name: given[name] for name in ("sinks", "out", "lse", "plan", "parts", "sizes", "shares", "D")}
     tile = given["TILE"]
     return taken | {"BM": tile.queries, "BN": tile.keys, "BR": MERGE_ROWS, "num_warps": 4, "enable_fp_fusion": True}
+
+
+def queries_of(x: torch.Tensor, batched: bool) -> Rows:
+    """Of (Tq, Hq, ...), or (B, Hq, Nq, ...) with rows counted through all sequences: b is what is left then."""
+    if batched:
+        return Rows(x, x.stride(0) - x.shape[2] * x.stride(2), x.stride(1), x.stride(2))
+    return Rows(x, 0, x.stride(1), x.stride(0))
 
 
 def planned_heads(gate: PageGate | PositionGate | None, query_heads: int, kv_heads: int) -> int:
@@ -162,13 +175,13 @@ def paged(
     """Launch the work list, the kernel and the merge; nothing is read on the host.
 
     Args:
-        q, out: (Tq, Hq, D) with contiguous rows, the queries of all sequences; out of q's dtype.
+        q, out: (Tq, Hq, D) with contiguous rows, the queries of all sequences, or (B, Hq, Nq, D); out of q's dtype.
         k, v: pages (P, Hkv, page, D) with `block_table` (B, n) int32, or (B, Hkv, N, D) without, of equal strides and
             contiguous rows; of q's dtype, or float8_e4m3fn or int8 with scales.
-        lse: (Tq, Hq) fp32, contiguous when transposed, or None.
+        lse: (Tq, Hq), or (B, Hq, Nq), fp32, or None.
         seqlens_k: (B,) int32, or None where all sequences have N keys.
         max_seqlen_q: the longest query; it chooses the tile, results do not depend on it.
-        cu_seqlens_q: (B + 1,) int32, or None where all sequences have max_seqlen_q queries.
+        cu_seqlens_q: (B + 1,) int32, or None for q (B, Hq, Nq, D).
         gate: by slot, or by position; that may have Hq heads.
         k_scale, v_scale: fp32, one element or (P, Hkv, page); by slot, gates that are "apart" hold v_scale in gV.
         sinks: (Hq,), one more logit for each head, of value 0.
@@ -196,7 +209,7 @@ def paged(
         seqlens_k,
         sequences=sequences,
         queries=max_seqlen_q,
-        total_queries=q.shape[0],
+        total_queries=q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[2],
         keys=capacity(k, block_table),
         kv_heads=heads,
         group=group,

@@ -14,7 +14,7 @@ import triton.language as tl
 from .operands import Logits
 from .plan_kernel import cut_item, part_slot, piece_count, piece_of
 from .prescale_kernel import load_raw_gate
-from .steps import LN2, LOWEST, add_product, finish_rows, fp16_shift, softmax_step
+from .steps import LN2, LOWEST, add_product, finish_rows, softmax_step
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # where the gates are: in pages with V' = gK gV V in the cache, in pages beside V, by position
@@ -69,9 +69,8 @@ class Parts(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Numbers of queries, sequences, and keys that a sequence may have; `odd` of each (prescale_kernel.py)."""
+    """Numbers of sequences, and of keys that one may have; `odd` of each (prescale_kernel.py)."""
 
-    queries: int
     sequences: int
     keys: int
 
@@ -163,9 +162,9 @@ def add_weighted(b_p, b_v, b_acc, LARGE: tl.constexpr, QUANTISED: tl.constexpr):
 
 @triton.jit
 def attend(
-    state, b_q, cache, gates, token_scales, logits, lengths, i_b, i_head, i_kv, i_start, i_end, i_last, o_position, window,
-    D: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, FORM: tl.constexpr, CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
+    state, b_q, cache, slot_gate, gate_k, gate_v, token_scales, logits, lengths, i_b, i_head, i_kv, i_start, i_end,
+    i_last, o_position, window, D: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, FORM: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The keys i_start up to i_end of one KV head, a tile at a time, into the running softmax of BM packed rows.
 
@@ -175,7 +174,6 @@ def attend(
     """
     BN: tl.constexpr = TILE.keys
     BD: tl.constexpr = b_q.shape[1]
-    slot_gate, gate_k, gate_v = gates
     b_acc, b_sum, b_max = state
     p_k = cache.k + i_kv * cache.h
     p_v = cache.v + i_kv * cache.h
@@ -183,7 +181,7 @@ def attend(
     b_next = page_ids(p_table, i_b, i_start, i_last, BN, PAGE)
     for i_n in tl.range(i_start, i_end, BN, num_stages=TILE.stages):
         i_n = tl.multiple_of(i_n, BN)
-        # ids a tile ahead, carried as they were loaded: used or converted at once they would take the stages from K and V
+        # ids a tile ahead, carried as they were loaded: used or converted at once they take the stages from K and V
         b_page = b_next
         if PAGE > 0:
             b_next = page_ids(p_table, i_b, i_n + BN, i_last, BN, PAGE)
@@ -236,13 +234,14 @@ def attend(
 
 
 @triton.jit
-def store_rows(out, lse, b_out, b_lse, o_m, o_h, m_r, queries, D: tl.constexpr):
-    """The results of packed rows [BM]: b_out [BM, BD] to out (Tq, Hq, D), b_lse (base 2) to lse (Hq, Tq), None for none."""
+def store_rows(out, lse, b_out, b_lse, i_b, o_m, o_h, m_r, D: tl.constexpr):
+    """The results of packed rows [BM]: b_out [BM, BD] to `out`, b_lse [BM] (base 2) to `lse` (None: nowhere)."""
     o_d = tl.arange(0, b_out.shape[1])
-    p_out = out.ptr + o_m * out.n + o_h * out.h
+    p_out = out.ptr + i_b * out.b + o_m * out.n + o_h * out.h
     tl.store(p_out[:, None] + o_d[None, :], b_out.to(out.ptr.dtype.element_ty), mask=m_r[:, None] & (o_d < D)[None, :])
     if lse is not None:
-        tl.store(lse + o_h * queries + o_m, b_lse * LN2, mask=m_r)
+        p_lse = lse.ptr + i_b * (lse.b >> 1) + o_m * (lse.n >> 1) + o_h * (lse.h >> 1)
+        tl.store(p_lse, b_lse * LN2, mask=m_r)
 
 
 @triton.jit
@@ -260,16 +259,18 @@ def with_sinks(b_acc, b_sum, b_max, sinks, o_h, m_r):
 
 @triton.jit(do_not_specialize=["window"])
 def paged_kernel(
-    q, cache, gates, scales, token_scales, sinks, out, lse, lengths, plan, parts, logits, sizes, shares, window,
-    D: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, FORM: tl.constexpr, CAUSAL: tl.constexpr,
+    q, cache, slot_gate, gate_k, gate_v, scales, token_scales, sinks, out, lse, lengths, plan, parts, logits, sizes,
+    shares, window, D: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, FORM: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """One program: the pieces that the work list gives it.
 
-    q, out: `Rows` of (Tq, Hq, D); cache: `Cache`, pages of PAGE keys, or PAGE = 0; gates: `Slots` of gK (FORM WRITTEN),
-    of log2 gK and gV in one int64 (APART), or None, and two `RawGate` of log gK and gV (POSITION), or None; scales,
-    token_scales: `Scales` of a quantised cache, for tensors, or by token and head; sinks (Hq,) or None; lse (Hq, Tq)
-    fp32 or None; lengths: `Lengths`; plan: `Plan`; parts: `Parts`, for the cut items; logits: `Logits`; sizes: `Sizes`;
-    shares: `Shares`. window: keys that a query sees, None for all. A sequence longer than the cache allows gives NaN.
+    q, out, lse: `Rows` of (Tq, Hq, D) and (Tq, Hq) fp32, rows counted through all sequences, b added for each; the
+    strides of lse are `odd`, None: not wanted. cache: `Cache`, pages of PAGE keys, PAGE = 0 where it has none.
+    slot_gate: `Slots` of gK (FORM WRITTEN) or of log2 gK and gV in one int64 (APART), or None; gate_k, gate_v:
+    `RawGate` of log gK and of gV (POSITION), or None. scales, token_scales: `Scales` of a quantised cache, for tensors,
+    or by token and head. sinks (Hq,) or None. lengths: `Lengths`; plan: `Plan`; parts: `Parts`; logits: `Logits`;
+    sizes: `Sizes`; shares: `Shares`. window: keys that a query sees, None for all. A sequence longer than the cache
+    allows gives NaN.
     """
     BM: tl.constexpr = TILE.queries
     BN: tl.constexpr = TILE.keys
@@ -310,7 +311,7 @@ def paged_kernel(
             o_h = i_head * shares.group + o_r % shares.group
             o_position = o_r // shares.group + Nk - Nq
             # [BM, BD]
-            p_q = q.ptr + o_m * q.n + o_h * q.h
+            p_q = q.ptr + i_b * q.b + o_m * q.n + o_h * q.h
             b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_r[:, None] & (o_d < D)[None, :], other=0.0)
             b_acc = tl.zeros([BM, BD], tl.float32)
             b_max = tl.full([BM], LOWEST, tl.float32)
@@ -323,12 +324,14 @@ def paged_kernel(
             i_last = tl.maximum(Nk - 1, 0)
             if not EVERYWHERE:
                 b_acc, b_sum, b_max = attend(
-                    (b_acc, b_sum, b_max), b_q, cache, gates, token_scales, logits, lengths, i_b, i_head,
-                    i_head // shares.kv, i_start, i_full, i_last, o_position, window, D, TILE, PAGE, FORM, CAUSAL, False,
+                    (b_acc, b_sum, b_max), b_q, cache, slot_gate, gate_k, gate_v, token_scales, logits, lengths, i_b,
+                    i_head, i_head // shares.kv, i_start, i_full, i_last, o_position, window, D, TILE, PAGE, FORM,
+                    CAUSAL, False,
                 )  # fmt: skip
             b_acc, b_sum, b_max = attend(
-                (b_acc, b_sum, b_max), b_q, cache, gates, token_scales, logits, lengths, i_b, i_head,
-                i_head // shares.kv, i_full, i_end, i_last, o_position, window, D, TILE, PAGE, FORM, CAUSAL, True,
+                (b_acc, b_sum, b_max), b_q, cache, slot_gate, gate_k, gate_v, token_scales, logits, lengths, i_b,
+                i_head, i_head // shares.kv, i_full, i_end, i_last, o_position, window, D, TILE, PAGE, FORM,
+                CAUSAL, True,
             )  # fmt: skip
             # a length that the cache cannot hold must not give a plausible result
             b_sum = tl.where(fits, b_sum, float("nan"))
@@ -337,7 +340,7 @@ def paged_kernel(
             if whole:
                 b_acc, b_sum, b_max = with_sinks(b_acc, b_sum, b_max, sinks, o_h, m_r)
                 b_divisor, b_lse = finish_rows(b_max, b_sum)
-                store_rows(out, lse, b_acc / b_divisor[:, None], b_lse, o_m, o_h, m_r, sizes.queries >> 1, D)
+                store_rows(out, lse, b_acc / b_divisor[:, None], b_lse, i_b, o_m, o_h, m_r, D)
             else:
                 b_divisor, b_lse = finish_rows(b_max, b_sum)
                 i_slot = 2 * i_p + (i_low == 0).to(tl.int32)
@@ -360,6 +363,7 @@ def merge_kernel(
     i_r = tl.load(p_item + 2) + tl.program_id(1) * BR
     n_rows = tl.load(p_item + 7) * shares.group
     if (i_first < i_p) & (i_r < n_rows):
+        i_b = tl.minimum(tl.load(p_item), (sizes.sequences >> 1) - 1).to(tl.int64)
         i_head = tl.load(p_item + 1).to(tl.int64)
         # [BR] packed rows
         o_r = i_r + tl.arange(0, BR)
@@ -386,4 +390,4 @@ def merge_kernel(
             b_max = b_max_new
         b_acc, b_sum, b_max = with_sinks(b_acc, b_sum, b_max, sinks, o_h, m_r)
         b_divisor, b_lse = finish_rows(b_max, b_sum)
-        store_rows(out, lse, b_acc / b_divisor[:, None], b_lse, o_m, o_h, m_r, sizes.queries >> 1, D)
+        store_rows(out, lse, b_acc / b_divisor[:, None], b_lse, i_b, o_m, o_h, m_r, D)

@@ -15,7 +15,6 @@ INTERPRETER = "interpreter"
 FEW_QUERIES = 16
 SHORT_QUERIES = 512
 NARROW = ("sm_86", "sm_89", "sm_120")
-PAGE_SIZES = (16, 32, 64, 128, 256)
 TMA_TARGETS = ("sm_90", "sm_100", "sm_120")
 Row = TypeVar("Row")
 
