@@ -289,8 +289,8 @@ def test_an_applied_tile_is_the_one_that_is_compiled_ahead(monkeypatch: pytest.M
     monkeypatch.setitem(measured.BACKWARD, KEY, ((64, 64, 4, 2), (32, 128, 8, 2)))
     for kernel in ("post-exp", "decode positions", "dq"):
         aot.launch_of(kernel, *KEY, "bf16")()
-    assert launched["prefill_kernel"]["TILE"] == (64, 64, 4, 3)
-    assert launched["paged_kernel"]["TILE"] == (16, 64, 2, 4)
+    assert launched["prefill_kernel"]["TILE"] == Tile(64, 64, 4, 3)
+    assert launched["paged_kernel"]["TILE"] == Tile(16, 64, 2, 4)
     for name, tile in zip(kernels["backward"], measured.BACKWARD[KEY], strict=True):
         given = launched[name]
         assert (given["BM"], given["BN"], given["num_warps"], given["num_stages"]) == tile
@@ -312,7 +312,7 @@ def test_every_candidate_fits_the_target() -> None:
             assert settled.present(table, key) not in tried, key
             assert {*tried} <= {*tiles}
             assert tried
-            for queries, keys, warps, _ in tiles:
+            for queries, keys, warps, *_ in tiles:
                 assert queries <= (key[2] if table == "PAGED" else 128)
                 # a gate's load with fewer elements than threads is repeated in each of them
                 assert keys >= 32 * warps or queries > 16 or key[0] == "interpreter", key

@@ -11,14 +11,16 @@ import torch
 
 from videoanchor_triton.kernels import measured
 from videoanchor_triton.kernels.dispatch import triton_target
-from videoanchor_triton.kernels.tiles import INTERPRETER, backward_tiles, paged_tile, prefill_tile, short_queries
+from videoanchor_triton.kernels.tiles import INTERPRETER, Tile, backward_tiles, paged_tile, prefill_tile, short_queries
 
 Key = tuple[Any, ...]  # (target, head dim), of PAGED (target, head dim, rows)
 HALF = 2  # bytes of an element that the tables serve
-# query rows, keys, warps, stages; by target and head dim; all compile without a spill, with Triton 3.7.1
+# query rows, keys, warps, stages, specialised; by target and head dim; all compile without a spill, with Triton 3.7.1,
+# but for the post-exp form with specialised warps, which stays where it is slower
 PREFILL: dict[Key, list[tuple[int, ...]]] = {
     ("sm_80", 128): [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 8, 2), (128, 32, 8, 3)],
     ("sm_90", 128): [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 3)],
+    ("sm_100", 128): [(128, 128, 8, 2), (128, 128, 8, 2, True), (128, 64, 8, 3)],
     ("sm_90", 64): [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2)],
     (INTERPRETER, 16): [(16, 32, 4, 1)],
 }
@@ -64,14 +66,19 @@ def present(table: str, key: Key) -> Any:
     """What holds under a key now, by the table or by the rule that consults it."""
     target, head_dim, *rows = key
     if table == "PREFILL":
-        return tuple(prefill_tile(target, head_dim, HALF))
+        return _written(prefill_tile(target, head_dim, HALF))
     if table == "PAGED":
-        return tuple(paged_tile(target, head_dim, HALF, *rows))
+        return _written(paged_tile(target, head_dim, HALF, *rows))
     if table == "BACKWARD":
-        return tuple(tuple(tile) for tile in backward_tiles(target, head_dim, HALF))
+        return tuple(map(_written, backward_tiles(target, head_dim, HALF)))
     if table == "SHORT_QUERIES":
         return short_queries(target, head_dim)
     return getattr(measured, table).get(key, False)
+
+
+def _written(tile: Tile) -> tuple[int, ...]:
+    """As a table has it: the last field only where it is set."""
+    return tuple(tile if tile.specialized else tile[:4])
 
 
 def values(table: str, key: Key) -> list[Any]:
