@@ -140,7 +140,8 @@ def assert_written(given: dict[str, Any], before: dict[str, torch.Tensor]) -> No
             torch.testing.assert_close(values, of_gate, rtol=4e-6, atol=0)
     for name, old in before.items():
         new = bits(given[name])
-        new[page, :, row] = old[page, :, row]
+        if new.dim() > 1:
+            new[page, :, row] = old[page, :, row]
         assert torch.equal(new, old), f"{name} changed elsewhere"
 
 
@@ -153,10 +154,8 @@ def bits(x: torch.Tensor | GatePages) -> torch.Tensor:
 
 def written(given: dict[str, Any], backend: str) -> dict[str, torch.Tensor]:
     """Write, and return the bits of before."""
-    names = [name for name in ("k_pages", "v_pages", "gate_pages", "k_scale", "v_scale") if name in given]
-    before = {name: bits(given[name]) for name in names if name != "gate_pages" and given[name].dim() > 1}
-    if "gate_pages" in given:
-        before["gate_pages"] = bits(given["gate_pages"])
+    changed = ("k_pages", "v_pages", "gate_pages", *(("k_scale", "v_scale") if "k_scale" in given else ()))
+    before = {name: bits(given[name]) for name in changed if name in given}
     write_pages(**given, backend=backend)
     return before
 
@@ -230,12 +229,10 @@ def test_what_a_form_cannot_hold_is_nan(
     held = (gamma_k >= 2.0**-20) & (gamma_k <= 2.0**20) if form == "written" else (gamma_k >= 0) & (gamma_k < INF)
     assert torch.equal(seen, ~(held & gamma_v.isfinite()))
     if form == "apart":
-        assert gates.values[3, 0, 0, 0] == -INF
         gammas = {"log_gamma_k": torch.tensor([100.0, -INF, INF, NAN], device=device)}
         write_pages(x[:4], x[:4], *pages, slots[:4], gates, **gammas, backend=backend)
-        assert gates.values[:4, 0, 0, 0].tolist()[1] == -INF
-        assert gates.values[:4, 0, 0, 0].isnan().tolist() == [False, False, True, True]
-        assert gates.values[0, 0, 0, 0].item() == pytest.approx(144.2695)
+        wanted = torch.tensor([144.2695, -INF, NAN, NAN])
+        torch.testing.assert_close(gates.values[:4, 0, 0, 0].cpu(), wanted, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -391,9 +388,8 @@ def test_debug_looks_at_values_anywhere(monkeypatch: pytest.MonkeyPatch) -> None
     ids=["float", "negative", "empty-page", "bool", "form"],
 )
 def test_gate_pages_refuse(arguments: Any, kind: type[Exception], message: str) -> None:
-    (pages, size), options = arguments
     with pytest.raises(kind, match=message):
-        gate_pages(pages, size, "cpu", **options)
+        gate_pages(*arguments[0], "cpu", **arguments[1])
 
 
 def test_refused_where_no_kernel_takes_it(device: torch.device) -> None:
