@@ -1,10 +1,12 @@
-"""One command for a machine with a GPU: is every kernel right, and how fast is it beside what torch offers?
+"""One command for a machine with a GPU: is every kernel right, and how fast is it beside what others offer?
 
     python benchmarks/gpu_check.py --out DIR [--minutes 8] [--sections ...] [--small] [--device cpu]
 
-What matters most comes first: one call of each kernel, the models, decode, scores, prefill, backward, each checked
-against an fp64 oracle just before it is timed, then what torch offers. Kernels are compiled many at a time before the
-first task that needs them. A row without a correct result carries no time.
+What matters most comes first: one call of each kernel, the models, mixed batches over pages (with each form of gates,
+quantised caches, page sizes, the plan and the writing by themselves), decode, scores, prefill, backward, each checked
+against an fp64 oracle just before it is timed, then what torch offers, and flash-attn and vLLM's Triton kernel where
+they are installed. Kernels are compiled many at a time before the first task that needs them. A row without a correct
+result carries no time.
 
 All rows so far are in DIR/gpu_check.json, DIR/gpu_check.csv and DIR/summary.md at any moment, whatever ends the run.
 The same command goes on where it ended: what the minutes left out is run, what failed is not (--retry), and another
@@ -37,7 +39,7 @@ from benchmarks.helpers.resume import RefusedError, difference, earlier
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = [sys.executable, str(ROOT / "benchmarks" / "helpers" / "worker.py")]
 PATHS = (ROOT, ROOT / "src", *(ROOT / "tests" / part for part in ("", "kernels", "integrations/transformers")))
-SECTIONS = ("ceiling", "sanity", "model", "correctness", "decode", "scores", "prefill", "backward")
+SECTIONS = ("ceiling", "sanity", "model", "correctness", "mixed", "decode", "scores", "prefill", "backward")
 
 
 @dataclass

@@ -10,8 +10,8 @@ SOURCES: tuple[tuple[str, str, str, str, str], ...] = ()
 # (device, Triton version) whose kernels gpu_check has shown right: the first calls there are not checked again
 SHOWN_RIGHT: frozenset[tuple[str, str]] = frozenset()
 
-# tiles of prefill without padding, packed sequences, window and softcap: query rows, keys, warps, stages
-PREFILL: dict[tuple[str, int], tuple[int, int, int, int]] = {}
+# tiles of prefill without padding, packed sequences, window and softcap: query rows, keys, warps, stages, specialised
+PREFILL: dict[tuple[str, int], tuple[int, ...]] = {}
 
 # tiles of the paged kernel by (target, head dim, rows): packed rows of a call (longest query x heads of a group), a
 # power of two from 16 to 128

@@ -317,6 +317,7 @@ def paged_kernel(
             Nk = tl.minimum(tl.maximum(Nk, 0), n_keys)
             # pages past the true length, which the table need not name, are not looked at
             i_end = tl.where(fits, i_end, i_start)
+            is_padding = i_b >= n_sequences
             i_b = tl.minimum(i_b, n_sequences - 1)
             # [BM] packed rows
             o_r = i_r + tl.arange(0, BM)
@@ -353,7 +354,7 @@ def paged_kernel(
             if scales is not None:
                 b_acc *= scale_v
             if whole:
-                b_acc, b_sum, b_max = with_sinks(b_acc, b_sum, b_max, sinks, o_h, m_r)
+                b_acc, b_sum, b_max = with_sinks(b_acc, b_sum, b_max, sinks, o_h, m_r & ~is_padding)
                 b_divisor, b_lse = finish_rows(b_max, b_sum)
                 store_rows(out, lse, b_acc / b_divisor[:, None], b_lse, i_b, o_m, o_h, m_r, D)
             else:

@@ -16,16 +16,16 @@ import torch.nn.functional as F
 
 from .api import anchored_attention, anchored_attention_varlen
 from .api_cache import anchored_attention_decode
+from .api_paged import E4M3_TARGETS
 from .dispatch import triton_target
 from .hopper import gluon_refusal
 from .merge import merge_attention
 from .reference import reference_attention
+from .sanity_paged import Quantised, Sequence, attend_paged, with_sinks
 from .tiles import INTERPRETER
 from .tolerance import Result, allowed_error, compare_results, eager_attention, error, fp32_roundings
 
 PAGE_SIZE = 16
-Sequence = tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]
-"""q (1, Hq, Nq, D), k and v (1, Hkv, Nk, D), and by name gamma_k, gamma_v, key_padding_mask (1, Nk)."""
 Attend = Callable[[list[Sequence], dict[str, Any]], list[Result]]
 
 
@@ -47,13 +47,16 @@ class Form:
 
     Attributes:
         name: for people; unique in a list.
-        kernel: what is at fault where it fails: "prefill", "packed", "decode", "merge", "backward", "hopper", "sdpa".
+        kernel: what is at fault where it fails: "prefill", "packed", "decode", "paged", "merge", "backward", "hopper",
+            "sdpa".
         attend: calls the package for some sequences.
         lengths: queries and keys of each sequence. Queries are the last ones of their sequence.
         gates: those of gamma_k and gamma_v that are there.
         options: causal, window, softcap: what the reference takes too.
-        call: what the package alone takes: backend, gate_form.
+        call: what the package alone takes: backend, gate_form, and sinks as numbers.
         gradients: of q, k, v and the gates are compared, not the results.
+        quantised: K and V are such as a cache of it holds, and the gates are powers of two.
+        heads: of queries, and of keys and values.
     """
 
     name: str
@@ -67,6 +70,8 @@ class Form:
     call: dict[str, Any] = field(default_factory=dict)
     padded: bool = False
     gradients: bool = False
+    quantised: Quantised | None = None
+    heads: tuple[int, int] = (4, 2)
 
     def sequences(self) -> list[Sequence]:
         """What is attended, on the CPU."""
@@ -74,10 +79,15 @@ class Form:
         return [self._sequence(*length, random) for length in self.lengths]
 
     def _sequence(self, queries: int, keys: int, random: torch.Generator) -> Sequence:
-        shapes = (4, queries), (2, keys), (2, keys)
+        shapes = (self.heads[0], queries), *[(self.heads[1], keys)] * 2
         q, k, v = (torch.randn(1, *shape, self.head_dim, generator=random).to(self.dtype) for shape in shapes)
         largest = {"gamma_k": 9.5, "gamma_v": 2.5}
         named = {name: 1 + largest[name] * torch.rand(1, keys, generator=random) for name in self.gates}
+        if self.quantised is not None:
+            k, v = self.quantised.held(k), self.quantised.held(v)
+            named = {
+                name: 2 ** gate.log2().floor().clamp(max=2 if name == "gamma_k" else 1) for name, gate in named.items()
+            }
         if self.padded:
             named["key_padding_mask"] = (torch.arange(keys) >= keys // 5)[None]
         return (q, k, v), named
@@ -94,8 +104,10 @@ class Form:
             return _worst(self._compare_gradients(sequences, found))
         compared = []
         for mine, (tensors, named) in zip(found(sequences), sequences, strict=True):
-            forms = reference_attention, eager_attention, fp32_roundings
-            compared += compare_results(mine, *(form(*tensors, **named, **self.options) for form in forms))
+            exact, eager = (form(*tensors, **named, **self.options) for form in (reference_attention, eager_attention))
+            if sinks := self.call.get("sinks"):
+                exact, eager = with_sinks(exact, sinks), with_sinks(eager, sinks)
+            compared += compare_results(mine, exact, eager, fp32_roundings(*tensors, **named, **self.options))
         return _worst(compared)
 
     def _found(self, device: torch.device, sequences: list[Sequence]) -> list[Result]:
@@ -233,22 +245,24 @@ def forms(device: torch.device) -> list[Form]:
         return list(_forms("sdpa", torch.float32, large=False))
     if target == INTERPRETER:
         return list(_forms("triton", torch.float32, large=False))  # it multiplies bf16 wrongly
-    found = list(_forms("triton", torch.bfloat16, large=True))
+    found = list(_forms("triton", torch.bfloat16, large=True, fp8=target in E4M3_TARGETS))
     if target == "sm_90" and gluon_refusal() is None:
         found += _hopper_forms()
     return found + [form for form in _forms("sdpa", torch.bfloat16, large=True) if form.name in FALLBACKS]
 
 
-FALLBACKS = ("sdpa: prefill, log-bias gate", "sdpa: decode, cache")
+FALLBACKS = ("sdpa: prefill, log-bias gate", "sdpa: decode, cache", "sdpa: pages, mixed batch")
+SINKS = (-1.0, 0.5, 2.0, 4.0)
 
 
-def _forms(backend: str, dtype: torch.dtype, large: bool) -> Iterator[Form]:
+def _forms(backend: str, dtype: torch.dtype, large: bool, fp8: bool = True) -> Iterator[Form]:
     prefill, packed = (
         (((200, 300),) * 2, ((200, 300), (150, 170))) if large else (((40, 70),) * 2, ((40, 70), (20, 37)))
     )
     # keys enough for several splits
     cache = ((1, 1100), (1, 300)) if large else ((1, 600), (1, 70))
     several = tuple((5, keys) for _, keys in cache)
+    mixed = ((1, 1100), (150, 300), (1, 1), (37, 90)) if large else ((1, 600), (13, 37), (1, 1))
     fixed: dict[str, Any] = {"head_dim": 128 if large else 16, "dtype": dtype}
     call = {"backend": backend}
     log_bias, post_exp = call | {"gate_form": "log-bias"}, call | {"gate_form": "post-exp"}
@@ -268,6 +282,17 @@ def _forms(backend: str, dtype: torch.dtype, large: bool) -> Iterator[Form]:
     yield form("decode, several queries", "decode", attend_dense, several[:1] * 2, call=call)
     yield form("decode, cache", "decode", attend_cache, several, call=call)
     yield form("decode, pages", "decode", attend_pages, cache, call=call)
+    for name, gate in (("mixed batch", "written"), ("gates apart", "apart")):
+        yield form(f"pages, {name}", "paged", partial(attend_paged, form=gate), mixed, call=call)
+    with_sink = {"options": capped, "call": call | {"sinks": SINKS}}
+    yield form("pages, sinks, window and softcap", "paged", attend_paged, mixed, gates=(), **with_sink)
+    for dtype_held, per_token in ((torch.int8, True), (torch.float8_e4m3fn, False)) if fp8 else ((torch.int8, True),):
+        held = Quantised(dtype_held, per_token)
+        attend = partial(attend_paged, form="written", quantised=held)
+        yield form(f"pages, {str(dtype_held)[6:]}", "paged", attend, mixed, quantised=held, call=call)
+    short = ((30, 1100),) if large else ((9, 200),)
+    yield form("pages, short prefill", "paged", partial(attend_paged, form="written"), short, call=call)
+    yield form("short prefill", "paged", attend_dense, short, call=log_bias)
     yield form("packed", "packed", attend_packed, packed, call=post_exp)
     yield form("merge of two parts", "merge", attend_halves, prefill, options={"causal": False}, call=post_exp)
     yield form("backward", "backward", attend_dense, prefill, gradients=True, call=post_exp)

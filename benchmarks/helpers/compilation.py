@@ -22,7 +22,7 @@ from benchmarks.helpers.measure import Task
 from benchmarks.helpers.record import COMPILE, FAILED, OK, Row
 
 # Whose tasks launch all that they need at once. The models launch five kernels in all, and go on from what these wrote.
-SECTIONS = ("sanity", "correctness", "decode", "prefill", "backward")
+SECTIONS = ("sanity", "correctness", "mixed", "decode", "prefill", "backward")
 PATIENCE_SECONDS = 300.0
 
 

@@ -20,12 +20,11 @@ if TYPE_CHECKING:
 CANDIDATE = "candidate "
 GATED = "ours, gated, post-exp"
 FEW_QUERIES = "ours, gated, few queries"
-BORDER, ALGORITHM = "DECODE_QUERIES", "algorithm"
+BORDER, ALGORITHM = "SHORT_QUERIES", "algorithm"
 # what a table's candidates are compared with
 AGAINST = {
     "PREFILL": GATED,
-    "DECODE": "ours, gated, contiguous",
-    "SPLIT_KEYS": "ours, gated, contiguous",
+    "PAGED": "ours, written",
     BORDER: FEW_QUERIES,
     "BACKWARD": GATED,
 }
@@ -33,16 +32,15 @@ AGAINST = {
 SWITCHES = {"LOG_BIAS": "ours, gated, log-bias", "HOPPER": "ours, hopper, gated"}
 WHAT = {
     "PREFILL": "tile of prefill (query rows, keys, warps, stages)",
-    "DECODE": "tile of decode (query rows, keys, warps, stages)",
-    "SPLIT_KEYS": "fewest keys of a split of decode",
-    BORDER: "most queries that decode takes",
+    "PAGED": "tile of the paged kernel (query rows, keys, warps, stages)",
+    BORDER: "most queries of a dense call that the paged kernel takes",
     "BACKWARD": "tiles of backward (dQ; dK and dV)",
     "LOG_BIAS": "prefill in the log-bias form, not post-exp",
     "HOPPER": "prefill by the Hopper kernel",
     ALGORITHM: 'solver that "auto" chooses (set by hand: anchor/solver.py)',
 }
 SOLVER = "ours, solve"
-Key = tuple[str, int]
+Key = tuple[Any, ...]  # (target, head dim), of PAGED (target, head dim, rows)
 Tried = tuple[str, Key, Any]
 MEASURED = Path(__file__).resolve().parents[2] / "kernels" / "measured.py"
 
@@ -71,6 +69,11 @@ def candidate_name(table: str, value: Any) -> str:
     return f"{CANDIDATE}{table} = {value!r}"
 
 
+def paged_rows(rows: int) -> int:
+    """The rows under which PAGED has the tile of a call with so many packed ones."""
+    return min(max(16, 1 << (rows - 1).bit_length()), 128)
+
+
 @cache
 def held() -> dict[str, Any]:
     """The tables of kernels/measured.py."""
@@ -97,7 +100,8 @@ def trials(environment: dict[str, str], rows: "Iterable[Row]") -> list[Trial]:
 
 
 def chosen(tried: "Iterable[Trial]") -> dict[tuple[str, Key], tuple[Trial, bool]]:
-    """For each table and key the best trial, and whether it is faster. Decode ends where prefill first is."""
+    """For each table and key the best trial, and whether it is faster. The paged kernel ends where prefill
+    first is."""
     groups: dict[tuple[str, Key], list[Trial]] = {}
     for trial in tried:
         groups.setdefault((trial.table, trial.key), []).append(trial)
@@ -115,9 +119,11 @@ def decision_table(environment: dict[str, str], rows: "Iterable[Row]") -> str:
     if not found:
         return ""
     lines = ["| decides | for | now | best tried | its time | cases | so |", "| --- " * 7 + "|"]
-    for (table, (target, head_dim)), (trial, faster) in sorted(found.items()):
-        now = "as auto chooses" if table == ALGORITHM else held()[table].get((target, head_dim), "by rule")
+    for (table, key), (trial, faster) in sorted(found.items()):
+        now = "as auto chooses" if table == ALGORITHM else held()[table].get(key, "by rule")
+        target, head_dim, *rows = key
         which = f"{target}, D={head_dim}" if head_dim else target
+        which += f", {rows[0]} rows" if rows else ""
         so = f"{1 - trial.ratio:.0%} faster" if faster else "nothing: within the spread, or slower"
         time = f"{trial.ratio:.3f} ({min(trial.ratios)[0]:.3f} to {max(trial.ratios)[0]:.3f})"
         lines.append(f"| {WHAT[table]} | {which} | {now} | {trial.value} | {time} | {len(trial.ratios)} | {so} |")
@@ -131,6 +137,8 @@ def _tried(row: "Row", target: str) -> tuple[Tried | None, str]:
         return (ALGORITHM, (row.case, 0), row.contender.removeprefix(f"{SOLVER} ")), SOLVER
     if row.contender.startswith(CANDIDATE):
         table, _, value = row.contender.removeprefix(CANDIDATE).partition(" = ")
+        if table == "PAGED":
+            key = (*key, paged_rows((row.queries or 0) * (row.query_heads or 0) // (row.kv_heads or 1)))
         return (table, key, ast.literal_eval(value)), AGAINST[table]
     for table, on in SWITCHES.items() if row.section == "prefill" else ():
         holds = held()[table].get(key, False)

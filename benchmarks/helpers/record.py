@@ -13,6 +13,8 @@ OK, WRONG, FAILED, SKIPPED = "ok", "wrong", "failed", "skipped"
 TIME_BUDGET = "time budget"
 CHECKS = ("sanity", "model", "correctness")  # sections whose every row is a check of ours
 COMPILE = "compile"  # the section of rows that hold how long a step of compilation took
+WRITTEN = "ours, written"  # mixed batches with gates in the cache that it reads
+ENGINES = ("flash-attn", "vLLM", "FlexAttention", "SDPA")
 SILENT, ENDED = "no answer within", "the process ended"  # how a reason begins where a task took its process with it
 
 
@@ -92,7 +94,7 @@ def headlines(rows: Iterable[Row]) -> list[Headline]:
     """The worst case of each aim over the timed rows. Ours is the fastest of our kernels in the case."""
     cases: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row.ms is not None and row.section in ("prefill", "decode", "scores"):
+        if row.ms is not None and row.section in ("prefill", "mixed", "decode", "scores"):
             cases.setdefault((row.section, row.case), []).append(row)
     found: list[Headline] = []
 
@@ -143,6 +145,16 @@ def headlines(rows: Iterable[Row]) -> list[Headline]:
         wanted = group[0].section == "decode" and (group[0].keys or 0) >= 32768
         return best_of_ours(group, lambda row: row.share) if wanted else None
 
+    def written(group: list[Row], others: tuple[str, ...]) -> float | None:
+        """The fastest of others in a mixed batch over ours with written gates."""
+        mine = fastest([row for row in group if row.contender == WRITTEN], "ours")
+        theirs = [x for name in others if (x := fastest(group, name)) is not None]
+        return min(theirs) / mine if group[0].section == "mixed" and mine is not None and theirs else None
+
+    def slot_gate_cost(group: list[Row]) -> float | None:
+        ungated = written(group, ("ours, ungated",))
+        return None if ungated is None else 1 / ungated
+
     def scored(tokens: int, pick: Callable[[Row], float | None]) -> Callable[[list[Row]], float | None]:
         return lambda group: next(
             (pick(r) for r in group if (r.section, r.keys, r.contender) == ("scores", tokens, "ours, total")), None
@@ -160,6 +172,8 @@ def headlines(rows: Iterable[Row]) -> list[Headline]:
     aim("prefill, FlexAttention gated time / ours gated", ">= 1.3", 1.3, False, ratio("prefill", "FlexAttention", True))
     aim("prefill, SDPA dense mask time / ours gated", ">= 5", 5, False, ratio("prefill", "SDPA dense", True))
     aim("prefill, peak extra memory of ours gated / bytes of q, k, v", "<= 1", 1, True, extra_memory)
+    aim("mixed batches, gated / ungated time", "<= 1.05", 1.05, True, slot_gate_cost)
+    aim("mixed batches, fastest of theirs ungated / ours gated", ">= 1", 1, False, lambda g: written(g, ENGINES))
     aim("decode keys >= 32k, share of the copy bandwidth", ">= 0.85", 0.85, False, share)
     for tokens, limit in ((2048, 50), (16384, 1000), (65536, 30_000)):
         aim(f"scores of {tokens} tokens, ms", f"<= {limit}", limit, True, scored(tokens, lambda row: row.ms))
@@ -206,12 +220,13 @@ def summary(environment: dict[str, str], rows: list[Row]) -> str:
     for row in rows:
         if row.section == "ceiling" and row.rate is not None:
             parts.append(f"Ceiling, {row.case}: {row.rate:.2f} {row.unit}.")
-    for section in ("prefill", "decode", "backward", "scores"):
+    for section in ("mixed", "prefill", "decode", "backward", "scores"):
         timed = [row for row in rows if row.section == section and row.ms is not None]
         timed = [row for row in timed if not row.contender.startswith(CANDIDATE)]
         if timed:
-            unit = "ms" if section == "scores" else f"{timed[0].unit} (share of the ceiling)"
-            parts.append(f"## {section}\n\n{unit}\n\n{_pivot(timed)}")
+            in_ms = section in ("mixed", "scores")
+            unit = "ms" if section == "scores" else f"{'ms' if in_ms else timed[0].unit} (share of the ceiling)"
+            parts.append(f"## {section}\n\n{unit}\n\n{_pivot(timed, in_ms)}")
     if settled := decision_table(environment, rows):
         parts.append(f"## What this decides\n\n{settled}")
     for status in (WRONG, FAILED, SKIPPED):
@@ -221,12 +236,14 @@ def summary(environment: dict[str, str], rows: list[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _pivot(rows: list[Row]) -> str:
+def _pivot(rows: list[Row], in_ms: bool) -> str:
     contenders = list(dict.fromkeys(row.contender for row in rows))
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
         share = "" if row.share is None else f" ({row.share:.0%})"
-        cells.setdefault(row.case, {})[row.contender] = f"{row.ms if row.rate is None else row.rate:.3g}{share}"
+        cells.setdefault(row.case, {})[row.contender] = (
+            f"{row.ms if in_ms or row.rate is None else row.rate:.3g}{share}"
+        )
     lines = [f"| case | {' | '.join(contenders)} |", "| --- " * (len(contenders) + 1) + "|"]
     for case, found in cells.items():
         lines.append(f"| {case} | {' | '.join(found.get(name, '') for name in contenders)} |")

@@ -17,6 +17,7 @@ from benchmarks.attention.helpers.candidates import candidate_tasks
 from benchmarks.attention.helpers.checks import correctness
 from benchmarks.attention.helpers.contenders import attention_tasks
 from benchmarks.attention.helpers.gradients import backward_tasks
+from benchmarks.attention.helpers.mixed_tasks import mixed_tasks
 from benchmarks.attention.helpers.sanity_tasks import sanity_tasks
 from benchmarks.helpers import compilation, measure
 from benchmarks.helpers.channel import end_with_parent, open_channel, say
@@ -33,14 +34,16 @@ SECTIONS = {
     "sanity": sanity_tasks,
     "model": model_tasks,
     "correctness": correctness,
+    "mixed": mixed_tasks,
     "decode": lambda device: chain(attention_tasks("decode", device), candidate_tasks("decode", device)),
     "scores": score_tasks,
     "prefill": lambda device: chain(attention_tasks("prefill", device), candidate_tasks("prefill", device)),
     "backward": lambda device: chain(backward_tasks(device), candidate_tasks("backward", device)),
 }
 # What runs first. The checks of a section's kernels stand just before its times.
-GROUPS = ("ceiling", "sanity", "model", "decode", "scores", "prefill", "backward")
-CHECKED_BEFORE = {"decode": "decode", "cache": "decode", "backward": "backward", "varlen backward": "backward"}
+GROUPS = ("ceiling", "sanity", "model", "mixed", "decode", "scores", "prefill", "backward")
+CHECKED_BEFORE = {"paged": "mixed", "decode": "decode", "cache": "decode"}
+CHECKED_BEFORE |= {"backward": "backward", "varlen backward": "backward"}
 OURS, CANDIDATES = 0, 1  # the turns before torch's own: ours, and what ours could be
 SLOWEST = "FlexAttention"  # compiled for each shape, one after the other
 

@@ -50,6 +50,16 @@ class Inputs:
         self.packed_k, self.packed_v = (normal(sizes.queries, kv_heads, head_dim) for _ in range(2))
         self.packed_gates = {"gamma_k": gate(sizes.queries), "gamma_v": gate(sizes.queries, kv_heads)}
         self.offsets = torch.tensor([0, 7, sizes.queries], dtype=torch.int32).to(device)
+        # a chunk and a single query; the rows after them are padding
+        self.mixed = torch.tensor([0, 7, 8], dtype=torch.int32).to(device)
+        n_pages = batch * used
+        pair = gate(n_pages, 1, sizes.page, 2)
+        self.slot_gates = {"written": va.GatePages(pair[..., 0], "written"), "apart": va.GatePages(pair, "apart")}
+        self.scales = {f"{name}_scale": gate(n_pages, kv_heads, sizes.page) / 16 for name in "kv"}
+        self.codes = [(16 * x).round().to(torch.int8) for x in (self.k_pages, self.v_pages)]
+        self.sinks = gate(sizes.heads)
+        slots = torch.randperm(n_pages * sizes.page, generator=generator)[: sizes.queries]
+        self.slots = slots.index_fill(0, torch.tensor([3]), -1).to(device)
 
     def attend(self, queries: int | None = None, **options: Any) -> Outputs:
         return va.anchored_attention(self.q[:, :, :queries], self.k, self.v, return_lse=True, **options)
@@ -74,6 +84,25 @@ class Inputs:
 
     def varlen(self, **options: Any) -> Outputs:
         return self.packed(self.packed_q, self.packed_k, self.packed_v, **self.packed_gates, **options)
+
+    def paged(self, form: str, **options: Any) -> Outputs:
+        return self._paged(self.k_pages, self.v_pages, gate_pages=self.slot_gates[form], **options)
+
+    def quantised(self, **options: Any) -> Outputs:
+        return self._paged(*self.codes, **self.scales, sinks=self.sinks, **options)
+
+    def _paged(self, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Outputs:
+        longest, tables = 7, {"seqlens_k": self.lengths, "block_table": self.table, "cu_seqlens_q": self.mixed}
+        return va.anchored_attention_paged(
+            self.packed_q, k, v, **tables, max_seqlen_q=longest, return_lse=True, **options
+        )
+
+    def write(self, form: str, **options: Any) -> Outputs:
+        """What the pages hold then."""
+        k, v, values = (x.clone() for x in (self.k_pages, self.v_pages, self.slot_gates[form].values))
+        gates = {name: gate.T[-1] if gate.dim() == 2 else gate for name, gate in self.packed_gates.items()}
+        va.write_pages(self.packed_k, self.packed_v, k, v, self.slots, va.GatePages(values, form), **gates, **options)
+        return k, v, values
 
     def backward(self, **options: Any) -> Outputs:
         leaves = [x.detach().requires_grad_() for x in (self.q, self.k, self.v, *self.gates.values())]
@@ -104,6 +133,11 @@ CALLS: dict[str, Callable[..., Outputs]] = {
     "decode: 16 queries": lambda x, **o: x.attend(16, causal=True, key_padding_mask=x.mask, **x.gates, **o),
     "cache: one query": Inputs.cache,
     "pages: two queries": Inputs.pages,
+    "paged: written gates": lambda x, **o: x.paged("written", **o),
+    "paged: gates apart, window, softcap": lambda x, **o: x.paged("apart", window=9, softcap=5.0, **o),
+    "paged: int8, sinks": Inputs.quantised,
+    "write: written gates": lambda x, **o: x.write("written", **o),
+    "write: gates apart": lambda x, **o: x.write("apart", **o),
     "varlen: packed": Inputs.varlen,
     "backward: gates": Inputs.backward,
     "packed backward: gates": Inputs.packed_backward,

@@ -1,7 +1,7 @@
 """Compiles or launches two checks of gpu_check.py on an emulated sm_90, where nothing is really launched.
 
 `python compiling_program.py compile|launch [fault]` prints the row of the compilation, the kernels that Triton compiled
-and those that it found in TRITON_CACHE_DIR. With a fault, the decode kernel does not compile.
+and those that it found in TRITON_CACHE_DIR. With a fault, the paged kernel does not compile.
 """
 
 import json
@@ -52,7 +52,7 @@ def main() -> None:
         real = triton.compiler.compiler.compile
 
         def failing(source: Any, *given: Any, **options: Any) -> Any:
-            if "split" in source.name:
+            if "paged" in source.name:
                 raise RuntimeError("ptxas ended\nPTX is not what it takes")
             return real(source, *given, **options)
 

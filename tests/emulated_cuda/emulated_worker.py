@@ -16,14 +16,19 @@ import torch
 from emulated_cuda.fused_pass import TorchPass
 from triton.runtime import interpreter
 
-from benchmarks.attention.helpers import contenders
+from benchmarks.attention.helpers import contenders, mixed_tasks
 from benchmarks.helpers import measure, worker
 from benchmarks.helpers.channel import alive
 from videoanchor_triton.anchor import fused
 
-EVERY = 18  # of the checks, the models and the candidates, which take minutes here
+EVERY = 18  # of the checks, the models, the mixed batches and the candidates, which take minutes here
 HANG_SECONDS = 2.0  # the hang is not waited for as long as what is only slow on a busy machine
-ABSENT = ("FlexAttention", "SDPA efficient")  # no form of them takes emulated tensors
+ABSENT = (
+    "FlexAttention",
+    "SDPA efficient",
+    "FlexAttention paged",
+    "SDPA by sequence",
+)  # no form of them takes emulated tensors
 
 
 def context_dies(_: Any) -> Any:
@@ -65,7 +70,7 @@ FAULTS = {
 
 def thinned(make: Any, device: torch.device) -> Iterator[measure.Task]:
     for number, task in enumerate(make(device)):
-        timed = worker.place(task)[0] != worker.CANDIDATES and task.row.section not in ("correctness", "model")
+        timed = worker.place(task)[0] != worker.CANDIDATES and task.row.section not in ("correctness", "model", "mixed")
         if timed or number % EVERY == 0:
             yield task
 
@@ -80,8 +85,9 @@ if __name__ == "__main__":
     fused.update_state_kernel = TorchPass()  # pyright: ignore[reportAttributeAccessIssue]
     for section, known in contenders.CONTENDERS.items():
         contenders.CONTENDERS[section] = [x for x in known if x.name.split(",")[0] not in ABSENT]
+    mixed_tasks.CALLERS = tuple(x for x in mixed_tasks.CALLERS if x.name.split(",")[0] not in ABSENT)
     measure.LEAST_RUNS = measure.MOST_RUNS = 2
-    for section in ("correctness", "model", "decode", "prefill", "backward"):
+    for section in ("correctness", "model", "mixed", "decode", "prefill", "backward"):
         worker.SECTIONS[section] = partial(thinned, worker.SECTIONS[section])
     worker.SECTIONS |= {name: partial(faulty, make) for name, make in worker.SECTIONS.items()}
     with EmulatedCuda():

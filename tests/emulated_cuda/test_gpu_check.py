@@ -62,7 +62,7 @@ def program(what: str, *fault: str, cache: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-KERNELS = {"split_kernel": 1, "merge_kernel": 1, "prescale_kernel": 1, "prefill_kernel": 1}
+KERNELS = {"plan_kernel": 1, "paged_kernel": 1, "merge_kernel": 1, "prescale_kernel": 1, "prefill_kernel": 1}
 
 
 def test_what_was_compiled_ahead_is_found_by_the_launches_of_another_process(tmp_path: Path) -> None:
@@ -70,10 +70,10 @@ def test_what_was_compiled_ahead_is_found_by_the_launches_of_another_process(tmp
     assert ahead["compiled"] == KERNELS
     assert ahead["launched"] == 0
     assert [(row["case"], row["status"], row["reason"]) for row in ahead["rows"]] == [
-        ("decode", "ok", f"2 kernels, {os.cpu_count()} at a time"),
+        ("decode", "ok", f"3 kernels, {os.cpu_count()} at a time"),
         ("prefill", "ok", f"2 kernels, {os.cpu_count()} at a time"),
     ]
-    assert {"alive": "compiled 2 of 2 kernels", "seconds": 300.0} in ahead["said"]
+    assert {"alive": "compiled 3 of 3 kernels", "seconds": 300.0} in ahead["said"]
     later = program("launch", cache=tmp_path)
     assert (later["compiled"], later["found"]) == ({}, KERNELS)
     assert later["launched"] > 0
@@ -81,7 +81,7 @@ def test_what_was_compiled_ahead_is_found_by_the_launches_of_another_process(tmp
 
 def test_a_compilation_that_fails_is_a_row_and_the_others_are_done(tmp_path: Path) -> None:
     ahead = program("compile", "fault", cache=tmp_path)
-    assert ahead["compiled"] == {name: 1 for name in KERNELS if name != "split_kernel"}
+    assert ahead["compiled"] == {name: 1 for name in KERNELS if name != "paged_kernel"}
     assert [row["status"] for row in ahead["rows"]] == ["failed", "ok"]
     reason = ahead["rows"][0]["reason"]
-    assert reason.endswith("did not compile: split_kernel: RuntimeError: PTX is not what it takes")
+    assert reason.endswith("did not compile: paged_kernel: RuntimeError: PTX is not what it takes")

@@ -7,11 +7,14 @@ import sys
 
 import pytest
 
+PAGED = "plan_kernel paged_kernel merge_kernel"
 FORMS = {
     "prefill": "prefill_kernel",
-    "decode": "split_kernel merge_kernel",
-    "cache": "split_kernel merge_kernel",
-    "pages": "split_kernel merge_kernel",
+    "decode": PAGED,
+    "cache": PAGED,
+    "pages": PAGED,
+    "paged": PAGED,
+    "write": "write_kernel",
     "varlen": "prescale_kernel prefill_kernel",
     "backward": "prescale_kernel prefill_kernel d_queries_kernel d_keys_kernel",
     "packed backward": "prescale_kernel prefill_kernel d_queries_kernel d_keys_kernel",

@@ -8,10 +8,10 @@ from emulated_cuda.attention_calls import CALLS, Inputs, Sizes, operator
 from emulated_cuda.budgets import of_the_package
 from emulated_cuda.device import EmulatedCuda
 
-from videoanchor_triton.kernels import ops, self_check
+from videoanchor_triton.kernels import ops, ops_cache, ops_paged, self_check
 
 CARD, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
-CHECKED = [call for call in CALLS if operator(call) != "merge"]
+CHECKED = [call for call in CALLS if operator(call) not in ("merge", "write")]
 
 
 @pytest.fixture(autouse=True)
@@ -44,15 +44,22 @@ def test_a_graph_is_not_held_up(card: EmulatedCuda, verdicts: dict[self_check.Va
     assert not verdicts
 
 
-@pytest.mark.parametrize("call", ["decode: one query", "cache: one query"])
+READ = {
+    "cache": "cache_seqlens",
+    "paged": "cu_seqlens_q, seqlens_k and block_table",
+}
+
+
+@pytest.mark.parametrize("call", ["decode: one query", "cache: one query", "paged: written gates"])
 def test_a_graph_of_a_wrong_kernel(call: str, card: EmulatedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    launcher = ops.decode
+    launcher = ops.paged
 
     def faulty(*args: Any, **named: Any) -> None:
         launcher(*args, **named)
-        args[6].mul_(1.02)
+        args[3].mul_(1.02)
 
-    monkeypatch.setattr(ops, "decode", faulty)
+    for module in (ops, ops_cache, ops_paged):
+        monkeypatch.setattr(module, "paged", faulty)
     inputs, graph = Inputs(Sizes(), CARD), torch.cuda.CUDAGraph()
     with pytest.warns(RuntimeWarning, match="a Triton kernel gave wrong results on"):
         expected = CALLS[call](inputs, backend="triton")
@@ -64,6 +71,6 @@ def test_a_graph_of_a_wrong_kernel(call: str, card: EmulatedCuda, monkeypatch: p
         graph.replay()
         torch.testing.assert_close([x.cpu() for x in held], [x.cpu() for x in expected])
     else:
-        refusal = "SDPA cannot answer while a CUDA graph is captured: it reads cache_seqlens on the host"
+        refusal = f"SDPA cannot answer while a CUDA graph is captured: it reads {READ[operator(call)]} on the host"
         with pytest.raises(RuntimeError, match=refusal), torch.cuda.graph(graph):
             CALLS[call](inputs, backend="triton")

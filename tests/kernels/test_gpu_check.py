@@ -22,6 +22,8 @@ contenders: Any = importlib.import_module("benchmarks.attention.helpers.contende
 measure: Any = importlib.import_module("benchmarks.helpers.measure")
 checks: Any = importlib.import_module("benchmarks.attention.helpers.checks")
 findings: Any = importlib.import_module("benchmarks.attention.helpers.findings")
+mixed: Any = importlib.import_module("benchmarks.attention.helpers.mixed")
+sanity_paged: Any = importlib.import_module("videoanchor_triton.kernels.sanity_paged")
 
 GPU = torch.device("cuda")
 ROW = record.Row("prefill", "a case", "ours, gated")
@@ -42,7 +44,7 @@ def test_runs_without_a_gpu(tmp_path: Path) -> None:
     content, rows = json.loads((tmp_path / "gpu_check.json").read_text()), written(tmp_path)
     assert {row["section"] for row in rows} == set(gpu_check.SECTIONS)
     ours = [row for row in rows if record.Row(**row).ours]
-    absent = re.compile("hopper|two cards")
+    absent = re.compile("hopper|two cards|by position")
     assert all(row["status"] == "ok" for row in ours if not absent.search(row["case"] + row["contender"]))
     assert all(row["reason"] for row in rows if row["status"] != "ok")
     assert all(row["ms"] is None and row["rate"] is None for row in rows)
@@ -82,6 +84,10 @@ def test_every_check_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> Non
             return out * 1.05, lse + 0.05
 
         monkeypatch.setattr(checks.va, name, wrong)
+    right = sanity_paged.anchored_attention_paged
+    monkeypatch.setattr(
+        sanity_paged, "anchored_attention_paged", lambda *given, **o: [1.05 * x for x in right(*given, **o)]
+    )
     tasks = {task.row.case: task for task in checks.correctness(torch.device("cpu"))}
     for case in (
         "prefill, per-batch gate",
@@ -89,6 +95,8 @@ def test_every_check_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> Non
         "varlen, causal",
         "cache, contiguous",
         "cache, page size 16, CUDA graph",
+        "paged, mixed batch",
+        "paged, int8 per token",
         "merge, two parts",
         "backward, causal",
         "varlen, gradients",
@@ -184,6 +192,9 @@ def test_the_plan_for_a_gpu_holds_every_case() -> None:
     }
     decode = {(row.kv_heads, row.batch, row.keys) for row in (task.row for task in tasks) if row.section == "decode"}
     assert decode == {(h, b, n) for h in (4, 8) for b in (1, 8, 64) for n in lengths[1:]}
+    timed = {task.row.case for task in tasks if task.row.section == "mixed"}
+    assert timed >= {batch.name for batch in mixed.batches(True).values()}
+    assert {row.batch for row in (task.row for task in tasks) if row.case == "a decode of 128k, 63 of 1k"} == {64}
     largest = contenders.Shape(64, 32, 8, 128, 1, 131072, True)
     assert largest.cache_bytes == pytest.approx(34.4e9, rel=0.01)
 
@@ -195,13 +206,14 @@ def test_what_matters_most_comes_first_and_is_checked_just_before_it_is_timed() 
         step = task.row.section
         if step == "correctness":
             step += f" of {worker.GROUPS[worker.place(task)[2]]}"
-        elif step in ("decode", "scores", "prefill", "backward"):
+        elif step in ("mixed", "decode", "scores", "prefill", "backward"):
             step += ("", " of candidates", " of SDPA", " of FlexAttention")[worker.place(task)[0]]
         if not steps or steps[-1] != step:
             steps.append(step)
-    first = "ceiling, compile, sanity, model, compile, correctness of decode, decode, scores, compile,"
+    first = "ceiling, compile, sanity, model, compile, correctness of mixed, mixed, compile, correctness of decode, "
+    first += "decode, scores, compile,"
     assert ", ".join(steps).startswith(
-        first + " correctness of prefill, prefill, compile, correctness of backward, backward, compile, decode, "
+        first + " correctness of prefill, prefill, compile, correctness of backward, backward, compile, "
     )
     theirs = [step for step in steps if "SDPA" in step or "Flex" in step]
     assert steps[-len(theirs) :] == theirs
@@ -302,6 +314,16 @@ def test_headlines_name_the_case_that_is_furthest_from_the_aim() -> None:
     speed = found["prefill N >= 8k, D=128, not causal, TFLOP/s gated"]
     assert (speed.value, speed.met) == (1000.0, True)
     assert not any("Flex" in name for name in found)
+    times = {
+        "ours, written": 1.0,
+        "ours, ungated": 0.9,
+        "ours, fp8 per token, ungated": 0.1,
+        "vLLM Triton, ungated": 2.0,
+    }
+    rows = [replace(row("a batch", name, ms), section="mixed") for name, ms in times.items()]
+    found = {headline.name: headline for headline in record.headlines(rows)}
+    assert found["mixed batches, gated / ungated time"].value == pytest.approx(1 / 0.9)
+    assert found["mixed batches, fastest of theirs ungated / ours gated"].value == pytest.approx(2.0)
 
 
 def test_the_worst_finding_is_the_one_furthest_over_its_allowance() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,22 @@ import torch
 
 from videoanchor_triton.kernels import aot, measured
 from videoanchor_triton.kernels.dispatch import available_backends
-from videoanchor_triton.kernels.tiles import Tile, backward_tiles, decode_queries, decode_tile, prefill_tile, split_keys
+from videoanchor_triton.kernels.tiles import Tile, backward_tiles, paged_tile, prefill_tile, short_queries
 
 apply: Any = importlib.import_module("benchmarks.helpers.apply")
 candidates: Any = importlib.import_module("benchmarks.attention.helpers.candidates")
 decisions: Any = importlib.import_module("benchmarks.helpers.decisions")
 environment: Any = importlib.import_module("benchmarks.helpers.environment")
+mixed_tasks: Any = importlib.import_module("benchmarks.attention.helpers.mixed_tasks")
 gpu_check: Any = importlib.import_module("benchmarks.gpu_check")
 record: Any = importlib.import_module("benchmarks.helpers.record")
 resume: Any = importlib.import_module("benchmarks.helpers.resume")
 settled: Any = importlib.import_module("benchmarks.attention.helpers.settled")
 
 ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
 KEY = ("sm_90", 128)
+KEYS = {"PAGED": (*KEY, 16)}
 ENVIRONMENT = {"device": "NVIDIA Made Up", "driver": "1.2", "torch": "2.13.0", "triton": "3.7.1", "cuda": "13.0"} | {
     "commit": "HEAD", "dirty": "false", "target": "sm_90", "sizes": "full",
 }  # fmt: skip
@@ -39,9 +43,8 @@ CHECK = record.Row("correctness", "a check", "post-exp", status="ok")
 CHECKS = [replace(CHECK, section=section) for section in record.CHECKS]
 ALL_FASTER = {
     "PREFILL": (128, 64, 8, 3),
-    "DECODE": (64, 128, 8, 2),
-    "SPLIT_KEYS": 512,
-    "DECODE_QUERIES": 7,
+    "PAGED": (16, 64, 2, 4),
+    "SHORT_QUERIES": 63,
     "BACKWARD": ((64, 64, 4, 2), (32, 128, 8, 3)),
 }
 
@@ -53,7 +56,7 @@ def timed(section: str, contender: str, ms: float, spread: float = 0.02, case: s
 
 def candidate(table: str, value: Any, ms: float, **more: Any) -> list[Any]:
     """What holds now in 1 ms, and a candidate."""
-    section = {"PREFILL": "prefill", "BACKWARD": "backward"}.get(table, "decode")
+    section = {"PREFILL": "prefill", "BACKWARD": "backward", "PAGED": "mixed"}.get(table, "decode")
     now = timed(section, decisions.AGAINST[table], 1.0)
     return [now, replace(timed(section, decisions.candidate_name(table, value), ms), **more)]
 
@@ -88,19 +91,21 @@ def test_what_is_faster_is_written_and_taken(run: Any, monkeypatch: pytest.Monke
     rows = [row for table, value in ALL_FASTER.items() for row in candidate(table, value, 0.8)]
     said, tables = run(([*rows, *switches(0.9, 0.7)], {}))
     for table, value in {**ALL_FASTER, "LOG_BIAS": True, "HOPPER": True}.items():
-        assert tables[table] == {KEY: value}, table
-        assert f"{table}[{KEY}] = {value}: " in said
-        monkeypatch.setitem(getattr(measured, table), KEY, tables[table][KEY])
+        key = KEYS.get(table, KEY)
+        assert tables[table] == {key: value}, table
+        assert f"{table}[{key}] = {value}: " in said
+        monkeypatch.setitem(getattr(measured, table), key, tables[table][key])
     assert tables["SHOWN_RIGHT"] == {("NVIDIA Made Up", "3.7.1")}
     assert tables["SOURCES"] == (("NVIDIA Made Up", "1.2", "2.13.0", "3.7.1", "HEAD"),)
     # the functions that launches and the compilation ahead of time ask
     assert prefill_tile("sm_90", 128, 2) == Tile(128, 64, 8, 3)
     assert prefill_tile("sm_90", 128, 2, window=True) == prefill_tile("sm_90", 128, 4)._replace(**HOPPER_TILE)
     assert prefill_tile("sm_90", 128, 4) != Tile(128, 64, 8, 3)
-    assert decode_tile("sm_90", 128, 2, 7) == Tile(16, 128, 8, 2)
+    assert paged_tile("sm_90", 128, 2, 7) == Tile(16, 64, 2, 4)
+    assert paged_tile("sm_90", 128, 2, 17).queries > 16
+    assert paged_tile("sm_90", 128, 4, 7) != Tile(16, 64, 2, 4)
     assert backward_tiles("sm_90", 128, 2) == (Tile(64, 64, 4, 2), Tile(32, 128, 8, 3))
-    assert (split_keys("sm_90", 128), decode_queries("sm_90", 128)) == (512, 7)
-    assert (split_keys("sm_80", 128), decode_queries("sm_90", 64)) == (256, 16)
+    assert (short_queries("sm_90", 128), short_queries("sm_90", 64), short_queries("interpreter", 16)) == (63, 512, 16)
 
 
 HOPPER_TILE = {"queries": 128, "keys": 128, "warps": 8, "stages": 2}
@@ -150,32 +155,34 @@ def test_a_wrong_row_keeps_the_device_from_being_shown_right(run: Any, section: 
 
 
 def test_two_devices_of_a_target_decide_together(run: Any) -> None:
-    runs = [(candidate("SPLIT_KEYS", 512, ms), {"device": name}) for name, ms in (("A", 0.7), ("B", 1.5))]
+    runs = [(candidate("PAGED", (16, 64, 2, 4), ms), {"device": name}) for name, ms in (("A", 0.7), ("B", 1.5))]
     _, tables = run(*runs)
-    assert tables["SPLIT_KEYS"] == {}
+    assert tables["PAGED"] == {}
     assert len(tables["SOURCES"]) == 2
-    _, tables = run(runs[0], (candidate("SPLIT_KEYS", 512, 1.2), {"device": "B"}))
-    assert tables["SPLIT_KEYS"] == {KEY: 512}
+    _, tables = run(runs[0], (candidate("PAGED", (16, 64, 2, 4), 1.2), {"device": "B"}))
+    assert tables["PAGED"] == {KEYS["PAGED"]: (16, 64, 2, 4)}
 
 
-def test_decode_ends_where_prefill_is_first_faster() -> None:
+def test_the_paged_kernel_ends_where_prefill_is_first_faster() -> None:
     rows = []
     for queries, ms in ((4, 1.4), (8, 0.8), (16, 0.5)):
-        name = decisions.candidate_name("DECODE_QUERIES", queries - 1)
+        name = decisions.candidate_name("SHORT_QUERIES", queries - 1)
         case = f"Nq={queries}"
         rows += [timed("decode", decisions.FEW_QUERIES, 1.0, case=case), timed("decode", name, ms, case=case)]
     found = decisions.chosen(decisions.trials(ENVIRONMENT, rows))
-    trial, faster = found["DECODE_QUERIES", KEY]
+    trial, faster = found["SHORT_QUERIES", KEY]
     assert (trial.value, faster) == (7, True)
 
 
 def test_the_summary_says_what_each_figure_decides() -> None:
-    rows = [*candidate("PREFILL", (128, 64, 8, 3), 0.8), *candidate("SPLIT_KEYS", 512, 1.1), *switches(1.2, 0.9)]
+    rows = [*candidate("PREFILL", (128, 64, 8, 3), 0.8), *candidate("PAGED", (16, 64, 2, 4), 1.1), *switches(1.2, 0.9)]
     rows += [timed("scores", "ours, solve", 2.0), timed("scores", "ours, solve dense", 1.0)]
     text = record.summary(ENVIRONMENT, rows)
     lines = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
     assert lines["| tile of prefill (query rows, keys, warps, stages)"].endswith("20% faster |")
-    assert lines["| fewest keys of a split of decode"].endswith("nothing: within the spread, or slower |")
+    paged = lines["| tile of the paged kernel (query rows, keys, warps, stages)"]
+    assert " | sm_90, D=128, 16 rows | " in paged
+    assert paged.endswith("nothing: within the spread, or slower |")
     assert lines["| prefill by the Hopper kernel"].endswith("10% faster |")
     assert lines['| solver that "auto" chooses (set by hand: anchor/solver.py)'].endswith("50% faster |")
     assert "candidate" not in text
@@ -234,20 +241,21 @@ def test_the_command_refuses_too(tmp_path: Path, capsys: pytest.CaptureFixture[s
             gpu_check.main(arguments)
 
 
-@pytest.mark.parametrize("section", ["prefill", "decode", "backward"])
+@pytest.mark.parametrize("section", ["prefill", "mixed", "decode", "backward"])
 def test_every_candidate_is_right_and_holds_while_it_is_timed(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[dict[str, Any]] = []
-    for module, name in (("prefill", "prefill_tile"), ("decode", "decode_tile"), ("backward", "backward_tiles")):
+    for module, name in (("prefill", "prefill_tile"), ("paged", "paged_tile"), ("backward", "backward_tiles")):
         place = importlib.import_module(f"videoanchor_triton.kernels.{module}")
 
         function = getattr(place, name)
 
         def asked(*given: Any, real: Any = function, **options: Any) -> Any:
-            held.append({table: settled.present(table, ("interpreter", 16)) for table in ALL_FASTER})
+            held.append({table: dict(getattr(measured, table)) for table in ALL_FASTER})
             return real(*given, **options)
 
         monkeypatch.setattr(place, name, asked)
-    tasks = list(candidates.candidate_tasks(section, torch.device("cpu")))
+    tasks = list((mixed_tasks.mixed_tasks if section == "mixed" else partial(candidates.candidate_tasks, section))(CPU))
+    tasks = [task for task in tasks if section != "mixed" or task.row.contender.startswith(decisions.CANDIDATE)]
     assert tasks
     for task in tasks:
         held.clear()
@@ -255,21 +263,36 @@ def test_every_candidate_is_right_and_holds_while_it_is_timed(section: str, monk
         assert row.status == "ok", row
         assert held
         if row.contender.startswith(decisions.CANDIDATE):
-            (table, _, value), _ = decisions._tried(row, "interpreter")
-            assert all(tables[table] == value for tables in held)
+            (table, key, value), _ = decisions._tried(row, "interpreter")
+            assert all(tables[table].get(key) == value for tables in held)
     assert not any(getattr(measured, table) for table in ALL_FASTER)
 
 
 def test_an_applied_tile_is_the_one_that_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[Any] = []
-    monkeypatch.setattr(aot, "compile_kernel", lambda *given: compiled.append(given[-1]))
-    monkeypatch.setattr(aot, "report", lambda *_: None)
+    launched: dict[str, dict[str, Any]] = {}
+
+    class Recorded:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, _: Any) -> Callable[..., Any]:
+            return lambda **given: launched.update({self.name: given})
+
+    kernels = {"prefill": ("prefill_kernel",), "prescale": ("prescale_kernel",), "plan": ("plan_kernel",)}
+    kernels |= {"paged": ("paged_kernel", "merge_kernel"), "backward": ("d_queries_kernel", "d_keys_kernel")}
+    for module, names in kernels.items():
+        for name in names:
+            place = importlib.import_module(f"videoanchor_triton.kernels.{module}")
+            monkeypatch.setattr(place, name, Recorded(name))
     monkeypatch.setitem(measured.PREFILL, KEY, (64, 64, 4, 3))
-    monkeypatch.setitem(measured.DECODE, KEY, (64, 128, 8, 2))
+    monkeypatch.setitem(measured.PAGED, (*KEY, 16), (16, 64, 2, 4))
     monkeypatch.setitem(measured.BACKWARD, KEY, ((64, 64, 4, 2), (32, 128, 8, 2)))
-    for kernel in ("post-exp", "decode", "page-64", "dq", "dk-dv"):
-        aot.compile_case((kernel, *KEY, "bf16"))
-    assert compiled == [(64, 64, 4, 3), (16, 128, 8, 2), (16, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2)]
+    for kernel in ("post-exp", "decode positions", "dq"):
+        aot.launch_of(kernel, *KEY, "bf16")()
+    assert launched["prefill_kernel"]["TILE"] == Tile(64, 64, 4, 3)
+    assert launched["paged_kernel"]["TILE"] == Tile(16, 64, 2, 4)
+    for name, tile in zip(kernels["backward"], measured.BACKWARD[KEY], strict=True):
+        assert launched[name]["TILE"] == Tile(*tile)
 
 
 def test_the_hopper_kernel_is_on_where_it_was_found_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,10 +305,16 @@ def test_the_hopper_kernel_is_on_where_it_was_found_faster(monkeypatch: pytest.M
 
 def test_every_candidate_fits_the_target() -> None:
     """That none spills was compiled when the lists were made; what a wrong line would break first is seen here."""
-    for (target, size), tiles in settled.PREFILL.items():
-        assert all(Tile(*tile) != prefill_tile(target, size, 2) for tile in tiles), target
-    for (target, size), tiles in settled.DECODE.items():
-        assert all(Tile(*tile) != decode_tile(target, size, 2, 64) for tile in tiles), target
+    for table in ("PREFILL", "PAGED"):
+        for key, tiles in getattr(settled, table).items():
+            tried = settled.values(table, key)
+            assert settled.present(table, key) not in tried, key
+            assert {*tried} <= {*tiles}
+            assert tried
+            for queries, keys, warps, *_ in tiles:
+                assert queries <= (key[2] if table == "PAGED" else 128)
+                # a gate's load with fewer elements than threads is repeated in each of them
+                assert keys >= 32 * warps or queries > 16 or key[0] == "interpreter", key
     for (target, size), tables in settled.BACKWARD.items():
         assert all(
             Tile(*t) != now for tiles, now in zip(tables, backward_tiles(target, size, 2), strict=True) for t in tiles

@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from videoanchor_triton.kernels import dispatch, ops, sanity
+from videoanchor_triton.kernels import dispatch, ops, ops_cache, ops_paged, sanity
+from videoanchor_triton.kernels.reference import reference_attention
 from videoanchor_triton.kernels.sanity import Finding, Form
+from videoanchor_triton.kernels.sanity_paged import Quantised, with_sinks
 
 CPU = torch.device("cpu")
 INTERPRETED = list(sanity._forms("triton", torch.float32, large=False))
 ON_A_CARD = list(sanity._forms("sdpa", torch.bfloat16, large=True))
-WRITTEN = {"prefill": 6, "decode": 6, "hopper_prefill": 4}  # where the launchers take `out`
+WRITTEN = {"prefill": 6, "paged": 3}  # where the launchers take `out`
 EVERY = 1.02
 Launcher = Callable[..., Any]
 
@@ -38,8 +40,10 @@ def plant(monkeypatch: pytest.MonkeyPatch, form: Form, spoil: Callable[[torch.Te
     elif form.kernel == "backward":
         monkeypatch.setattr(ops, "backward", planted(ops.backward, None, spoil))
     else:
-        name = "decode" if form.kernel == "decode" else "prefill"
-        monkeypatch.setattr(ops, name, planted(getattr(ops, name), WRITTEN[name], spoil))
+        name = "paged" if form.kernel in ("decode", "paged") else "prefill"
+        for module in (ops, ops_cache, ops_paged):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, planted(getattr(module, name), WRITTEN[name], spoil))
 
 
 @pytest.mark.parametrize("form", INTERPRETED, ids=lambda form: form.name)
@@ -75,10 +79,29 @@ def test_each_backend_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {form.call["backend"] for form in listed(None)} == {"sdpa"}
     assert {form.call["backend"] for form in listed("interpreter")} == {"triton"}
     assert torch.bfloat16 not in {form.dtype for form in listed("interpreter")}
+    fp8 = {target: any("float8" in form.name for form in listed(target)) for target in ("sm_80", "sm_89", "gfx942")}
+    assert fp8 == {"sm_80": False, "sm_89": True, "gfx942": False}
     ampere, hopper = listed("sm_80"), listed("sm_90")
     assert {form.dtype for form in ampere} == {torch.bfloat16, torch.float16, torch.float32}
     assert {form.name for form in ampere if form.kernel == "sdpa"} == set(sanity.FALLBACKS)
     assert {form.kernel for form in hopper} - {form.kernel for form in ampere} == {"hopper"}
+
+
+@pytest.mark.parametrize("quantised", [Quantised(torch.int8, True), Quantised(torch.float8_e4m3fn, False)], ids=str)
+def test_what_a_quantised_cache_holds_is_exact_in_16_bits(quantised: Quantised) -> None:
+    x = quantised.held(torch.randn(1, 2, 50, 16))
+    assert torch.equal(x.to(torch.bfloat16).float(), x)
+    assert torch.equal(quantised.held(x), x)
+    assert x.abs().max() > 1
+
+
+def test_a_sink_is_a_key_of_value_0() -> None:
+    q, k, v = (torch.randn(1, 1, n, 16, dtype=torch.float64) for n in (3, 5, 5))
+    sink = torch.tensor(0.7)
+    found = with_sinks(reference_attention(q, k, v, scale=1.0), (sink.item(),))
+    scores = torch.cat([q @ k.mT, sink.double().expand(1, 1, 3, 1)], -1)
+    torch.testing.assert_close(found[1], scores.logsumexp(-1))
+    torch.testing.assert_close(found[0], scores.softmax(-1)[..., :-1] @ v)
 
 
 def test_what_fails_raises(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:

@@ -4,8 +4,9 @@ Each distinct set of a kernel's compile-time flags costs seconds on a GPU, so th
 head dim 128 in bf16, head dims and dtypes vary in one gate form.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import videoanchor_triton as va
 from benchmarks.attention.helpers.cache_checks import cache_check, caches
 from benchmarks.attention.helpers.findings import Check, Finding, generator, gradient_finding, gradients, outcome
 from benchmarks.attention.helpers.packed_checks import gradient_check, packed_cases, packed_check
+from benchmarks.attention.helpers.paged_checks import absence, paged_cases
 from benchmarks.helpers.measure import Task, full_size, judged
 from benchmarks.helpers.record import SKIPPED, Row
 from videoanchor_triton.kernels.dispatch import triton_target
@@ -37,12 +39,15 @@ def correctness(device: torch.device) -> Iterator[Task]:
         yield _task(problem.name, "post-exp", problem.name.split(",")[0], _dense(problem, "triton", "post-exp"), device)
     for problem in _hopper_problems():
         for gate_form in _forms(problem):
-            yield _hopper_task(problem, gate_form, device)
+            task = _task(problem.name, gate_form, "hopper", _dense(problem, "hopper", gate_form), device)
+            yield _unless(task, partial(hopper_absence, device))
     for name, case in packed_cases(large).items():
         for gate_form in FORMS if large else FORMS[:1]:
             yield _task(f"varlen, {name}", gate_form, "varlen", packed_check(name, case, gate_form), device)
     for name, cache in caches(large).items():
         yield _task(f"cache, {name}", "log-bias", "cache", cache_check(name, cache), device)
+    for name, gates, check in paged_cases(large):
+        yield _unless(_task(f"paged, {name}", gates, "paged", check, device), partial(absence, name, device))
     for name in ("two parts", "a part without keys"):
         yield _task(f"merge, {name}", "post-exp", "prefill", _merge(name, large), device)
     for problem in _backward_problems(large):
@@ -99,6 +104,8 @@ def _problems(large: bool) -> Iterator[Problem]:
             yield replace(base, name=f"{base.name}, {name}", **change)
     yield replace(prefill, name="prefill, rows without a key", queries=prefill.keys, keys=prefill.queries)
     yield replace(decode, name="decode, 4 rows", queries=4)
+    # up to some hundred queries go to the kernel that splits the keys
+    yield replace(decode, name="decode, 30 rows", queries=30)
     yield replace(decode, name="decode, 16 rows, window and softcap", queries=16, window=37, softcap=5.0)
     if large:
         yield replace(decode, name="decode, fewer blocks than splits", keys=130)
@@ -137,13 +144,12 @@ def _hopper_problems() -> Iterator[Problem]:
         yield replace(base, name=f"hopper, {name}", **change)
 
 
-def _hopper_task(problem: Problem, gate_form: str, device: torch.device) -> Task:
-    task = _task(problem.name, gate_form, "hopper", _dense(problem, "hopper", gate_form), device)
+def _unless(task: Task, absence: Callable[[], str]) -> Task:
+    """The task, skipped where there is a reason to when it is run."""
 
     def run(row: Row) -> Row:
-        if reason := hopper_absence(device):
-            return replace(row, status=SKIPPED, reason=reason)
-        return task.run(row)
+        reason = absence()
+        return replace(row, status=SKIPPED, reason=reason) if reason else task.run(row)
 
     return replace(task, run=run)
 
