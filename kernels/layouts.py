@@ -1,5 +1,7 @@
 """What every operator does with its tensors before and after a launch: layouts, results, the name of a variant."""
 
+from collections.abc import Hashable
+
 import torch
 
 from .dispatch import triton_target
@@ -68,7 +70,7 @@ def variant_of(
     q: torch.Tensor,
     gates: tuple[torch.Tensor | None, torch.Tensor | None],
     masks: Masks,
-    *rest: int | bool,
+    *rest: Hashable,
 ) -> Variant:
     """What Triton compiles anew for, and tiles are chosen by."""
     gamma_k, gamma_v = gates

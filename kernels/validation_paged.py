@@ -249,6 +249,6 @@ def check_written_values(
     wrong = ~((gate >= low) & (gate <= high))
     if wrong.any():
         raise ValueError(
-            f"{name} must be that of a gamma_k within 2**-20 and 2**20 for gate_pages of the form 'written' ('apart' takes "
+            f"{name} must be of a gamma_k within 2**-20 and 2**20 for gate_pages of the form 'written' ('apart' takes "
             f"others), got {float(gate[wrong][0])}"
         )

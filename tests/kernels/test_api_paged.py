@@ -102,7 +102,7 @@ class Engine:
             return torch.cat([rows, torch.full((spare, *rows.shape[1:]), NAN, dtype=rows.dtype)]).to(self.device)
 
         gated = self.pages["gate_pages"] is not None
-        gates = {name: joined(name) for name in ("gamma_k", "gamma_v")} if gated else {}
+        gates: dict[str, Any] = {name: joined(name) for name in ("gamma_k", "gamma_v")} if gated else {}
         mapping = torch.tensor(slots + [-1] * spare, device=self.device)
         write_pages(joined("k"), joined("v"), **self.pages, slot_mapping=mapping, **gates, backend=self.backend)
         most = max(len(request.blocks) for request, _ in parts)
@@ -217,11 +217,12 @@ def test_preempted_blocks_are_gated_anew(form: str, backend: str, device: torch.
     first, second, plain = Request(27, 1), Request(15, 2), Request(14, 3)
     engine.step([(first, 27)])
     engine.preempt(first)
-    plain.gamma_k.fill_(1), plain.gamma_v.fill_(1)
+    plain.gamma_k, plain.gamma_v = torch.ones(2, 14)
     found = engine.step([(second, 15), (plain, 14)])
     assert_near(found[:1], second.dense())
     assert_near(found[1:], plain.dense(gated=False))
-    engine.preempt(second), engine.preempt(plain)
+    engine.preempt(second)
+    engine.preempt(plain)
     assert_near(engine.step([(first, 27)]), first.dense())
 
 

@@ -224,13 +224,13 @@ def test_what_a_form_cannot_hold_is_nan(
     gates = gate_pages(11, 1, device, form)
     slots = torch.arange(11, device=device)
     gammas = {"gamma_k": gamma_k.to(device), "gamma_v": gamma_v.to(device)}
-    write_pages(x, x, *pages, slots, gates, **gammas, backend=backend)
+    write_pages(x, x, pages[0], pages[1], slots, gates, **gammas, backend=backend)
     seen = gates.values.reshape(11, -1).sum(-1).isnan().cpu()
     held = (gamma_k >= 2.0**-20) & (gamma_k <= 2.0**20) if form == "written" else (gamma_k >= 0) & (gamma_k < INF)
     assert torch.equal(seen, ~(held & gamma_v.isfinite()))
     if form == "apart":
         gammas = {"log_gamma_k": torch.tensor([100.0, -INF, INF, NAN], device=device)}
-        write_pages(x[:4], x[:4], *pages, slots[:4], gates, **gammas, backend=backend)
+        write_pages(x[:4], x[:4], pages[0], pages[1], slots[:4], gates, **gammas, backend=backend)
         wanted = torch.tensor([144.2695, -INF, NAN, NAN])
         torch.testing.assert_close(gates.values[:4, 0, 0, 0].cpu(), wanted, equal_nan=True)
 
@@ -245,7 +245,7 @@ def test_numbers_that_are_not_finite_are_seen_in_scales_of_tokens(
     pages = torch.zeros(2, 1, 1, 4, 16, dtype=INT8, device=device)
     scales = torch.zeros(2, 1, 1, 4, device=device)
     slots = torch.arange(3, device=device)
-    write_pages(k, k, *pages, slots, k_scale=scales[0], v_scale=scales[1], backend=backend)
+    write_pages(k, k, pages[0], pages[1], slots, k_scale=scales[0], v_scale=scales[1], backend=backend)
     assert scales[:, 0, 0].isnan().tolist() == [[False, True, True, False]] * 2
 
 
@@ -257,9 +257,9 @@ def test_no_token_and_slots_beyond_the_cache(
     around = torch.zeros(2, 9, 1, 4, 16, device=device)
     pages, gates = around[:, 4:5], torch.zeros(9, 1, 4, device=device)
     x, gamma = torch.ones(4, 1, 16, device=device), torch.ones(4, device=device)
-    write_pages(x[:0], x[:0], *pages, torch.empty(0, dtype=torch.int64, device=device), backend=backend)
     slots = torch.tensor([-1, 4, -7, 2**40], device=device)
-    write_pages(x, x, *pages, slots, GatePages(gates[4:5], "written"), gamma, backend=backend)
+    write_pages(x[:0], x[:0], pages[0], pages[1], slots[:0], backend=backend)
+    write_pages(x, x, pages[0], pages[1], slots, GatePages(gates[4:5], "written"), gamma, backend=backend)
     assert not around.any()
     assert not gates.any()
 
@@ -307,12 +307,12 @@ INVALID: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "gate-integers": (TypeError, "gamma_k must be a floating", {"gamma_k": torch.ones(3).int()}),
     "gate-0-written": (
         ValueError,
-        "gamma_k must be that of a gamma_k within",
+        "gamma_k must be of a gamma_k within",
         {"gamma_k": torch.tensor([1.0, 0.0, 1.0])},
     ),
     "log-gate-large": (
         ValueError,
-        "log_gamma_k must be that of a gamma_k within",
+        "log_gamma_k must be of a gamma_k within",
         {"gamma_k": None, "log_gamma_k": torch.tensor([0.0, 14.0, 0.0])},
     ),
     "gate-v-negative": (ValueError, "gamma_v must be finite", {"gamma_v": -torch.ones(3)}),
@@ -388,12 +388,13 @@ def test_debug_looks_at_values_anywhere(monkeypatch: pytest.MonkeyPatch) -> None
     ids=["float", "negative", "empty-page", "bool", "form"],
 )
 def test_gate_pages_refuse(arguments: Any, kind: type[Exception], message: str) -> None:
+    (pages, size), options = arguments
     with pytest.raises(kind, match=message):
-        gate_pages(*arguments[0], "cpu", **arguments[1])
+        gate_pages(pages, size, "cpu", **options)
 
 
 def test_refused_where_no_kernel_takes_it(device: torch.device) -> None:
     pages = torch.zeros(2, 4, 1, 8, 300, device=device)
     x = torch.zeros(1, 1, 300, device=device)
     with pytest.raises(ValueError, match="the head dim is 300, the kernels over pages take 16 to 256"):
-        write_pages(x, x, *pages, torch.zeros(1, dtype=torch.int64, device=device), backend="triton")
+        write_pages(x, x, pages[0], pages[1], torch.zeros(1, device=device).int(), backend="triton")
