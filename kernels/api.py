@@ -6,7 +6,7 @@ import torch
 
 from . import validation
 from .dispatch import Outputs, choose_backend, hopper_choice, torch_backend
-from .gates import expand_gate, fitted_gate, key_gate, per_query_head
+from .gates import expand_gate, fitted_gate, key_gate
 from .sequences import varlen_by_sequence
 
 try:
@@ -179,7 +179,6 @@ def anchored_attention(
     chosen = choose_backend(backend, q, refused=validation.autograd_only(q, k, v, of_keys, gamma_v))
     if chosen in ("triton", "hopper"):
         features = {"padding": key_padding_mask is not None, "value_gate": gamma_v is not None}
-        features["query_gates"] = any(per_query_head(gate, kv_heads) for gate in (of_keys, gamma_v))
         hopper = hopper_choice(q, k, v, asked=backend, window=window, softcap=softcap, **features)
         out, lse = anchored_attention_op(
             q, k, v, of_keys, gamma_v, key_padding_mask, scale, causal, window, softcap, post_exp, log_gate, hopper

@@ -106,7 +106,6 @@ def hopper_choice(
     softcap: float | None,
     padding: bool,
     value_gate: bool,
-    query_gates: bool,
 ) -> bool:
     """Whether a call that a Triton kernel will take goes to the Hopper kernel; ValueError if asked for and it cannot.
 
@@ -120,8 +119,6 @@ def hopper_choice(
     if target is not None:
         features: dict[str, Any] = {"window": window, "softcap": softcap, "padding": padding, "value_gate": value_gate}
         reason = hopper_refusal(q, k, v, target, **features)
-        if query_gates:
-            reason = reason or "the Hopper kernel has no gates per query head"
     if reason and asked == "hopper":
         raise ValueError(f"backend='hopper' cannot take this call: {reason}; use backend='triton' or 'auto'")
     if reason and not torch.compiler.is_compiling():

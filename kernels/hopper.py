@@ -2,12 +2,13 @@
 
 import math
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from . import measured
+from .operands import Masks, logits_of, rows_of
 from .tiles import Tile
 
 if TYPE_CHECKING:
@@ -77,6 +78,41 @@ def hopper_refusal(
     return next((reason for name, x in (("q", q), ("k", k), ("v", v)) if (reason := _unaddressable(name, x))), None)
 
 
+def hopper_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    masks: Masks,
+    form: int,
+    tile: Tile,
+) -> dict[str, Any]:
+    """What `hopper_kernel` is launched with, and compiled with: tensors that the copy engine can address."""
+    from .prefill_kernel import Groups
+
+    heads, (queries, keys) = q.shape[1], (x.shape[2] for x in (q, k))
+    return {
+        "q": _descriptor(q, tile.queries // 2),
+        "k": _descriptor(k, tile.keys),
+        "v": _descriptor(v, tile.keys),
+        "gate": None if gate is None else _descriptor(gate, tile.keys),
+        "out": rows_of(out),
+        "lse": lse,
+        "scale_log2": logits_of(masks).scale,
+        "groups": Groups(heads // k.shape[1], heads // v.shape[1], 1 if gate is None else heads // gate.shape[1]),
+        "Nq": queries,
+        "Nk": keys,
+        "STAGES": tile.stages,
+        "GATE": form,
+        "CAUSAL": masks.causal,
+        "num_warps": tile.warps,
+        "maxnreg": REGISTERS,
+        "enable_fp_fusion": True,
+    }
+
+
 def hopper_prefill(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -84,48 +120,27 @@ def hopper_prefill(
     gate: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
-    scale: float,
-    causal: bool,
+    masks: Masks,
     form: int,
     tile: Tile | None = None,
 ) -> None:
     """Launch the kernel on tensors that `hopper_refusal` does not name.
 
-    q (B, Hq, Nq, D); k, v (B, Hkv, Nk, D), v multiplied by the factors of the values (and of the keys in the post-exp
-    form); gate (B, Hkv or 1, at least Nk) in fp32: none for `form` NO_GATE, log2 gamma_k for LOG_BIAS, gamma_k for
-    POST_EXP (prescale.py). Writes out, q's shape with contiguous rows, and lse (B, Hq, Nq) fp32 with contiguous rows.
-    `tile` replaces that of the table.
+    q (B, Hq, Nq, D); k (B, Hkv, Nk, D); v (B, Hkv or Hq, Nk, D), multiplied by the factors of the values (and of the
+    keys in the post-exp form); gate (B, 1, Hkv or Hq, at least Nk) in fp32: none for `form` NO_GATE, log2 gamma_k for
+    LOG_BIAS, gamma_k for POST_EXP (prescale.py). Writes out, q's shape with contiguous rows, and lse (B, Hq, Nq) fp32,
+    contiguous. `tile` replaces that of the table.
     """
     from .hopper_kernel import hopper_kernel
 
-    batch, query_heads, queries, head_dim = q.shape
-    kv_heads, keys = k.shape[1:3]
-    tile = tile or TILES[head_dim]
+    tile = tile or TILES[q.shape[-1]]
     # torch.compile asks hopper_refusal about tensors whose addresses it does not know yet
     q, k, v = (
         x if _unaddressable("", x) is None else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v)
     )
-    gate = None if gate is None else _gate_rows(gate, keys)
-    hopper_kernel[(math.ceil(queries / tile.queries), query_heads, batch)](
-        _descriptor(q, tile.queries // 2),
-        _descriptor(k, tile.keys),
-        _descriptor(v, tile.keys),
-        None if gate is None else _descriptor(gate, tile.keys),
-        out,
-        lse,
-        scale * math.log2(math.e),
-        queries,
-        keys,
-        query_heads // kv_heads,
-        *out.stride()[:3],
-        *lse.stride()[:2],
-        STAGES=tile.stages,
-        GATE=form,
-        CAUSAL=causal,
-        num_warps=tile.warps,
-        maxnreg=REGISTERS,
-        enable_fp_fusion=True,
-    )
+    gate = None if gate is None else _gate_rows(gate, k.shape[2])
+    grid = (math.ceil(q.shape[2] / tile.queries), q.shape[1], q.shape[0])
+    hopper_kernel[grid](**hopper_arguments(q, k, v, gate, out, lse, masks, form, tile))
 
 
 def _unaddressable(name: str, x: torch.Tensor) -> str | None:

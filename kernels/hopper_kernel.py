@@ -3,11 +3,19 @@
 Key tiles are visited from the last to the first, so that those that need a mask come first. K and V have a ring of
 STAGES buffers each. A buffer's `ready` barrier completes when its copy has landed (the loader's one arrival and the
 bytes), its `empty` barrier when both warpgroups have read it. Visit i uses stage i % STAGES for the (i // STAGES)-th
-time, whose parity is the phase to wait for. The scores of tile i run on the tensor cores beside the values of tile
-i - 1, and both beside the softmax of the other warpgroup.
+time, whose parity is the phase to wait for.
 
-The formula is that of prefill_kernel.py, the order of the products that of FlashAttention-3 (arXiv 2407.08608).
+In visit i a warpgroup starts the scores of tile i and the values of tile i - 1 on the tensor cores, and takes the
+softmax of tile i as soon as its scores are there, beside its own values. The warpgroups take turns in starting: 0, 1,
+0, 1 and so on, so that the products of one run under the softmax of the other. Warpgroup w waits for the barrier
+turns[w], at which the other arrives when it has started its products of a visit. Both make n_tiles visits, even where
+the causal mask hides the last tile from the whole of warpgroup 0: a visit less, and one of them would wait for ever.
+
+The formula is that of prefill_kernel.py, the order of the products and the turns those of FlashAttention-3 (arXiv
+2407.08608).
 """
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -19,70 +27,48 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .hopper_steps import accumulator_layout, add_columns, pack, unpack
+from .steps import LN2, LOWEST
+
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportIndexIssue=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 
-LN2 = gl.constexpr(0.6931471805599453)
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed in Triton 3.8
 
 
-@gluon.constexpr_function
-def accumulator_layout(columns):
-    """Layout of [rows, columns] as a warpgroup's product leaves it in registers."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+class Ring(NamedTuple):
+    """STAGES tiles in shared memory, [STAGES, *block], and the barriers `ready` and `empty` of each."""
+
+    tiles: Any
+    ready: Any
+    empty: Any
 
 
-@gluon.jit
-def pack(b_p, dtype: gl.constexpr):
-    """[rows, BN] fp32 -> [rows, BN / 2] int32, pairs of 16 bits of `dtype`."""
-    # a loop that carries them apart shuffles bytes in every pass
-    b_even, b_odd = b_p.reshape([b_p.shape[0], b_p.shape[1] // 2, 2]).split()
-    instruction: gl.constexpr = (
-        "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
-    )
-    return gl.inline_asm_elementwise(instruction, "=r,r,r", [b_even, b_odd], dtype=gl.int32, is_pure=True, pack=1)
+class Shared(NamedTuple):
+    """What the partitions of a program share.
 
-
-@gluon.jit
-def unpack(b_pairs, dtype: gl.constexpr):
-    """[rows, BN / 2] pairs of 16 bits -> [rows, BN] of `dtype`: undoes `pack`."""
-    b_even, b_odd = (b_pairs & 0xFFFF).to(gl.int16), (b_pairs >> 16).to(gl.int16)
-    return gl.join(b_even, b_odd).reshape([b_pairs.shape[0], 2 * b_pairs.shape[1]]).to(dtype, bitcast=True)
-
-
-@gluon.constexpr_function
-def halves_layout(rows, columns):
-    """accumulator_layout(2 * columns) of [rows, columns, 2], the two halves side by side in a thread's registers."""
-    far = [[0, 2**bit, 0] for bit in range(3, columns.bit_length() - 1)]
-    registers = [[0, 0, 1], [0, 1, 0], [8, 0, 0], *far]
-    lanes = [[0, 2, 0], [0, 4, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0, 0], [32, 0, 0]], [], [rows, columns, 2])
-
-
-@gluon.jit
-def halves(b_x):
-    """[rows, n] -> twice [rows, n / 2]."""
-    ROWS: gl.constexpr = b_x.shape[0]
-    HALF: gl.constexpr = b_x.shape[1] // 2
-    b_x = b_x.reshape([ROWS, 2, HALF]).permute([0, 2, 1])
-    return gl.convert_layout(b_x, halves_layout(ROWS, HALF)).split()
-
-
-@gluon.jit
-def add_columns(b_sum, b_p, b_gate, GATE: gl.constexpr):
-    """[rows, 8] += the columns of b_p [rows, n], 8 at a time, times b_gate [rows, n] where GATE is POST_EXP (2).
-
-    A chain of FMAs in each thread, where gl.sum makes a tree.
+    q: [2, 1, 1, BM / 2, D], the rows of each warpgroup, and `q_ready`, which completes when they have landed. k, v:
+    rings of [1, 1, BN, D]. gates: [STAGES, 1, 1, BN] fp32, which come and go with the keys (without a gate: not read).
+    turns: a barrier for each warpgroup.
     """
-    if b_p.shape[1] > 8:
-        b_p0, b_p1 = halves(b_p)
-        b_gate0, b_gate1 = halves(b_gate) if GATE == 2 else (b_gate, b_gate)
-        b_sum = add_columns(b_sum, b_p0, b_gate0, GATE)
-        b_sum = add_columns(b_sum, b_p1, b_gate1, GATE)
-    else:
-        b_p = gl.convert_layout(b_p, accumulator_layout(8))
-        b_sum = b_sum + (b_p * gl.convert_layout(b_gate, accumulator_layout(8)) if GATE == 2 else b_p)
-    return b_sum
+
+    q: Any
+    q_ready: Any
+    k: Ring
+    v: Ring
+    gates: Any
+    turns: Any
+
+
+class Span(NamedTuple):
+    """BM query rows from i_first on, of Nq, and their visits of tiles of the Nk keys, of which the first n_masked, at
+    least one, need a mask."""
+
+    i_first: Any
+    Nq: Any
+    Nk: Any
+    n_tiles: Any
+    n_masked: Any
 
 
 @gluon.jit
@@ -93,116 +79,133 @@ def make_tiles(descriptor, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def make_ring(descriptor, STAGES: gl.constexpr):
-    """Shared memory for STAGES tiles of a descriptor, and their `ready` and `empty` barriers."""
-    tiles = make_tiles(descriptor, STAGES)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    return tiles, ready, empty
+def make_barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
+    """NUMBER barriers whose phases take COUNT arrivals each."""
+    barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUMBER):
+        mbarrier.init(barriers.index(i), count=COUNT)
+    return barriers
 
 
 @gluon.jit
-def load_tiles(
-    q, k, v, gate, q_tiles, q_ready, k_ring, v_ring, i_b, i_h, i_kv, i_first, n_tiles, GATE: gl.constexpr
-):  # fmt: skip
-    """The loader: both halves of Q's BM rows from i_first on, then n_tiles key tiles from the last to the first.
+def make_ring(descriptor, STAGES: gl.constexpr):
+    """A `Ring` of a descriptor's tiles. Its loader is one, its readers are the two warpgroups."""
+    return Ring(make_tiles(descriptor, STAGES), make_barriers(STAGES, 1), make_barriers(STAGES, 2))
 
-    q, k, v: descriptors of [1, 1, BM / 2 or BN, D] tiles; gate: of [1, 1, BN]. A gate comes with its keys.
+
+@gluon.jit
+def await_tile(ring, i):
+    """Wait until the copy of visit i's tile has landed."""
+    STAGES: gl.constexpr = ring.tiles.shape[0]
+    mbarrier.wait(ring.ready.index(i % STAGES), (i // STAGES) & 1)
+
+
+@gluon.jit
+def free_tile(ring, i):
+    """This warpgroup has read visit i's tile: when both have, the loader may refill its stage."""
+    STAGES: gl.constexpr = ring.tiles.shape[0]
+    mbarrier.arrive(ring.empty.index(i % STAGES), count=1)
+
+
+@gluon.jit
+def await_turn(turns, i, GROUP: gl.constexpr):
+    """Wait until the other warpgroup has started its products of visit i - 1, for warpgroup 1 those of visit i."""
+    # the phase before the first counts as complete: warpgroup 0 begins at once
+    mbarrier.wait(turns.index(GROUP), (i & 1) ^ (1 - GROUP))
+
+
+@gluon.jit
+def pass_turn(turns, GROUP: gl.constexpr):
+    """Let the other warpgroup start products. Its barrier's phases cannot run ahead: it is this one's turn only when
+    the other has used its own."""
+    mbarrier.arrive(turns.index(1 - GROUP), count=1)
+
+
+@gluon.jit
+def load_tiles(q, k, v, gate, shared, span, i_b, i_h, groups, GATE: gl.constexpr):
+    """The loader: both halves of Q's BM rows, then the key tiles of the span's visits, from the last to the first.
+
+    q, k, v: descriptors of [1, 1, BM / 2 or BN, D] tiles; gate: of [1, 1, BN]; groups: `Groups`.
     """
-    k_tiles, gate_tiles, k_ready, k_empty = k_ring
-    v_tiles, v_ready, v_empty = v_ring
-    STAGES: gl.constexpr = k_tiles.shape[0]
-    BN: gl.constexpr = k_tiles.shape[3]
-    mbarrier.expect(q_ready, 2 * q.block_type.nbytes)
-    tma_load(q, [i_b, i_h, i_first, 0], q_ready, q_tiles.index(0))
-    tma_load(q, [i_b, i_h, i_first + q_tiles.shape[3], 0], q_ready, q_tiles.index(1))
-    for i in range(n_tiles):
-        i_n = (n_tiles - 1 - i) * BN
+    STAGES: gl.constexpr = shared.k.tiles.shape[0]
+    BN: gl.constexpr = shared.k.tiles.shape[3]
+    mbarrier.expect(shared.q_ready, 2 * q.block_type.nbytes)
+    tma_load(q, [i_b, i_h, span.i_first, 0], shared.q_ready, shared.q.index(0))
+    tma_load(q, [i_b, i_h, span.i_first + shared.q.shape[3], 0], shared.q_ready, shared.q.index(1))
+    for i in range(span.n_tiles):
+        i_n = (span.n_tiles - 1 - i) * BN
         stage = i % STAGES
         # the phase before the first counts as complete: the first STAGES waits pass at once
         drained = (i // STAGES) & 1 ^ 1
-        mbarrier.wait(k_empty.index(stage), drained)
+        k_ready = shared.k.ready.index(stage)
+        mbarrier.wait(shared.k.empty.index(stage), drained)
         if GATE != 0:
-            mbarrier.expect(k_ready.index(stage), k.block_type.nbytes + gate.block_type.nbytes)
-            i_row = gl.minimum(i_kv, gate.shape[1] - 1)
-            tma_load(gate, [i_b, i_row, i_n], k_ready.index(stage), gate_tiles.index(stage))
+            mbarrier.expect(k_ready, k.block_type.nbytes + gate.block_type.nbytes)
+            tma_load(gate, [i_b, i_h // groups.gate, i_n], k_ready, shared.gates.index(stage))
         else:
-            mbarrier.expect(k_ready.index(stage), k.block_type.nbytes)
-        tma_load(k, [i_b, i_kv, i_n, 0], k_ready.index(stage), k_tiles.index(stage))
-        mbarrier.wait(v_empty.index(stage), drained)
-        mbarrier.expect(v_ready.index(stage), v.block_type.nbytes)
-        tma_load(v, [i_b, i_kv, i_n, 0], v_ready.index(stage), v_tiles.index(stage))
+            mbarrier.expect(k_ready, k.block_type.nbytes)
+        tma_load(k, [i_b, i_h // groups.k, i_n, 0], k_ready, shared.k.tiles.index(stage))
+        v_ready = shared.v.ready.index(stage)
+        mbarrier.wait(shared.v.empty.index(stage), drained)
+        mbarrier.expect(v_ready, v.block_type.nbytes)
+        tma_load(v, [i_b, i_h // groups.v, i_n, 0], v_ready, shared.v.tiles.index(stage))
 
 
 @gluon.jit
-def start_scores(q_tile, k_ring, i):
-    """Start [rows, BN] fp32 = Q K^T of visit i, from q_tile [rows, D] and its stage of the ring; returned at once."""
-    k_tiles, _, k_ready, _ = k_ring
+def start_scores(q_tile, k_tiles, i):
+    """Start [rows, BN] fp32 = Q K^T of visit i, from q_tile [rows, D] and its stage of k_tiles; returned at once."""
     STAGES: gl.constexpr = k_tiles.shape[0]
     BN: gl.constexpr = k_tiles.shape[3]
     ROWS: gl.constexpr = q_tile.shape[0]
     b_zero = gl.zeros([ROWS, BN], gl.float32, accumulator_layout(BN))
-    # the copy of tile i must have landed
-    mbarrier.wait(k_ready.index(i % STAGES), (i // STAGES) & 1)
     # [rows, BN] = [rows, D] [D, BN]
     k_tile = k_tiles.index(i % STAGES).reshape([BN, q_tile.shape[1]]).permute([1, 0])
     return warpgroup_mma(q_tile, k_tile, b_zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def start_values(b_pairs, v_ring, b_acc, i):
+def start_values(b_pairs, v_tiles, b_acc, i):
     """Start b_acc [rows, D] += P V of visit i; returns P [rows, BN], unpacked from b_pairs, and b_acc, at once."""
-    v_tiles, v_ready, _ = v_ring
     STAGES: gl.constexpr = v_tiles.shape[0]
     BN: gl.constexpr = v_tiles.shape[3]
     D: gl.constexpr = v_tiles.shape[4]
     b_p = gl.convert_layout(unpack(b_pairs, v_tiles.dtype), gl.DotOperandLayout(0, accumulator_layout(D), 2))
-    # the copy of tile i must have landed
-    mbarrier.wait(v_ready.index(i % STAGES), (i // STAGES) & 1)
     # [rows, D] += [rows, BN] [BN, D]
     return b_p, warpgroup_mma(b_p, v_tiles.index(i % STAGES).reshape([BN, D]), b_acc, is_async=True)
 
 
 @gluon.jit
 def softmax_tile(
-    b_s, b_max, b_sum, k_ring, i, n_tiles, o_position, Nk, scale_log2,
+    b_s, b_max, b_sum, shared, span, i, o_position, scale_log2,
     GATE: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax over visit i's scores b_s [rows, BN], with its gate [BN] in the form of GATE.
 
-    b_max [rows] and b_sum [rows, 8] (shares of the sum) are the state. Frees the stage of K and of the gate. Returns P
-    [rows, BN] fp32, the factor [rows] by which what came before shrinks, and the new state.
+    b_max [rows], from LOWEST on, and b_sum [rows, 8] (shares of the sum) are the state. Frees the stage of K and of the
+    gate. Returns P [rows, BN] fp32, the factor [rows] by which what came before shrinks, and the new state.
     """
-    k_tiles, gate_tiles, _, k_empty = k_ring
-    STAGES: gl.constexpr = k_tiles.shape[0]
-    BN: gl.constexpr = k_tiles.shape[3]
+    STAGES: gl.constexpr = shared.k.tiles.shape[0]
+    BN: gl.constexpr = shared.k.tiles.shape[3]
     layout: gl.constexpr = accumulator_layout(BN)
     b_gate = 0.0
     if GATE != 0:
         # [1, BN]
-        b_gate = gate_tiles.index(i % STAGES).reshape([1, BN]).load(layout)
+        b_gate = shared.gates.index(i % STAGES).reshape([1, BN]).load(layout)
         # orders this read before the copy that overwrites the gate
         fence_async_shared()
-    # the scores and the gate are in registers: the loader may refill the stage
-    mbarrier.arrive(k_empty.index(i % STAGES), count=1)
+    # the scores and the gate are in registers
+    free_tile(shared.k, i)
     if GATE == 1:
         b_s = b_s * scale_log2 + b_gate
     if MASKED:
-        o_n = (n_tiles - 1 - i) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
-        m_pairs = (o_n < Nk)[None, :]
+        o_n = (span.n_tiles - 1 - i) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
+        m_pairs = (o_n < span.Nk)[None, :]
         if CAUSAL:
             m_pairs = m_pairs & (o_n[None, :] <= o_position[:, None])
         b_s = gl.where(m_pairs, b_s, float("-inf"))
     b_max_new = gl.maximum(b_max, gl.max(b_s, 1) if GATE == 1 else gl.max(b_s, 1) * scale_log2)
-    b_shift = b_max_new
-    if MASKED or GATE == 1:
-        # for a row that has seen no key yet: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN
-        b_shift = gl.where(b_max_new == float("-inf"), 0.0, b_max_new)
-    b_p = gl.exp2((b_s if GATE == 1 else b_s * scale_log2) - b_shift[:, None])
-    b_decay = gl.exp2(b_max - b_shift)
+    b_p = gl.exp2((b_s if GATE == 1 else b_s * scale_log2) - b_max_new[:, None])
+    b_decay = gl.exp2(b_max - b_max_new)
     b_sum = b_sum * gl.convert_layout(b_decay, gl.SliceLayout(1, accumulator_layout(8)))[:, None]
     if GATE == 2:
         _, b_gate = gl.broadcast(b_p, b_gate)
@@ -212,87 +215,91 @@ def softmax_tile(
 
 @gluon.jit
 def attend_tiles(
-    b_acc, b_pairs, b_max, b_sum, q_tile, k_ring, v_ring, i_start, i_end, n_tiles, o_position, Nk, scale_log2,
-    GATE: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr,
+    state, q_tile, shared, span, i_start, i_end, o_position, scale_log2,
+    GROUP: gl.constexpr, GATE: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Visits i_start up to i_end of one warpgroup: scores of visit i beside the values of visit i - 1.
 
-    The state is b_acc [rows, D], b_max [rows], b_sum [rows, 8], all fp32, and b_pairs [rows, BN / 2], P of the last
-    visit. o_position [rows]: where the queries stand among the Nk keys.
+    The state is b_acc [rows, D], b_pairs [rows, BN / 2] (P of the last visit, see `pack`), b_max [rows], b_sum [rows,
+    8], fp32 but for the pairs. o_position [rows]: where the queries stand among the keys.
     """
-    v_tiles, _, v_empty = v_ring
-    STAGES: gl.constexpr = v_tiles.shape[0]
-    D: gl.constexpr = v_tiles.shape[4]
+    D: gl.constexpr = shared.v.tiles.shape[4]
+    b_acc, b_pairs, b_max, b_sum = state
     for i in range(i_start, i_end):
-        b_s = start_scores(q_tile, k_ring, i)
-        b_p, b_acc = start_values(b_pairs, v_ring, b_acc, i - 1)
+        # before the turn: nobody holds it while a copy is under way
+        await_tile(shared.k, i)
+        await_tile(shared.v, i - 1)
+        await_turn(shared.turns, i, GROUP)
+        b_s = start_scores(q_tile, shared.k.tiles, i)
+        b_p, b_acc = start_values(b_pairs, shared.v.tiles, b_acc, i - 1)
+        pass_turn(shared.turns, GROUP)
         # one product may still run: the values, beside the softmax
         b_s = warpgroup_mma_wait(1, deps=[b_s])
         b_p_new, b_decay, b_max, b_sum = softmax_tile(
-            b_s, b_max, b_sum, k_ring, i, n_tiles, o_position, Nk, scale_log2, GATE, MASKED, CAUSAL
+            b_s, b_max, b_sum, shared, span, i, o_position, scale_log2, GATE, MASKED, CAUSAL
         )
         # b_p is named so that its registers are not reused while the product reads them
         b_acc, b_p = warpgroup_mma_wait(0, deps=[b_acc, b_p])
-        # the values of tile i - 1 are in b_acc: the loader may refill the stage
-        mbarrier.arrive(v_empty.index((i - 1) % STAGES), count=1)
+        free_tile(shared.v, i - 1)
         b_acc = b_acc * gl.convert_layout(b_decay, gl.SliceLayout(1, accumulator_layout(D)))[:, None]
-        b_pairs = pack(b_p_new, v_tiles.dtype)
+        b_pairs = pack(b_p_new, shared.v.tiles.dtype)
     return b_acc, b_pairs, b_max, b_sum
 
 
 @gluon.jit
 def attend_rows(
-    q_tile, q_ready, k_ring, v_ring, p_out, p_lse, i_row, Nq, Nk, stride_on, n_tiles, n_masked, scale_log2,
-    GATE: gl.constexpr, CAUSAL: gl.constexpr,
+    shared, span, p_out, p_lse, stride_on, scale_log2,
+    GROUP: gl.constexpr, GATE: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: out [rows, D] and lse [rows] of the BM / 2 query rows from i_row on, in q_tile [1, 1, rows, D].
+    """Warpgroup GROUP: out [rows, D] and lse [rows] of its BM / 2 query rows, the first or the second half of the span.
 
-    p_out, p_lse: of this head and batch entry. Of n_tiles visits the first n_masked, at least one, need a mask.
+    p_out, p_lse: of this head and batch entry.
     """
-    v_tiles, _, _ = v_ring
-    ROWS: gl.constexpr = q_tile.shape[2]
-    BN: gl.constexpr = v_tiles.shape[3]
-    D: gl.constexpr = v_tiles.shape[4]
+    ROWS: gl.constexpr = shared.q.shape[3]
+    BN: gl.constexpr = shared.v.tiles.shape[3]
+    D: gl.constexpr = shared.v.tiles.shape[4]
     s_rows: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BN))
     o_layout: gl.constexpr = accumulator_layout(D)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    q_tile = q_tile.reshape([ROWS, D])
+    q_tile = shared.q.index(GROUP).reshape([ROWS, D])
+    i_row = span.i_first + GROUP * ROWS
     o_m = i_row + gl.arange(0, ROWS, layout=s_rows)
-    o_position = o_m + (Nk - Nq)
+    o_position = o_m + (span.Nk - span.Nq)
     b_acc = gl.zeros([ROWS, D], gl.float32, o_layout)
-    b_max = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
+    b_max = gl.full([ROWS], LOWEST, gl.float32, s_rows)
     # each thread's share of a row's sum
     b_sum = gl.zeros([ROWS, 8], gl.float32, accumulator_layout(8))
 
-    mbarrier.wait(q_ready, 0)
-    b_s = warpgroup_mma_wait(0, deps=[start_scores(q_tile, k_ring, 0)])
-    b_p, _, b_max, b_sum = softmax_tile(
-        b_s, b_max, b_sum, k_ring, 0, n_tiles, o_position, Nk, scale_log2, GATE, True, CAUSAL
+    mbarrier.wait(shared.q_ready, 0)
+    await_tile(shared.k, 0)
+    await_turn(shared.turns, 0, GROUP)
+    b_s = start_scores(q_tile, shared.k.tiles, 0)
+    pass_turn(shared.turns, GROUP)
+    b_s = warpgroup_mma_wait(0, deps=[b_s])
+    b_p, _, b_max, b_sum = softmax_tile(b_s, b_max, b_sum, shared, span, 0, o_position, scale_log2, GATE, True, CAUSAL)
+    state = (b_acc, pack(b_p, shared.v.tiles.dtype), b_max, b_sum)
+    state = attend_tiles(
+        state, q_tile, shared, span, 1, span.n_masked, o_position, scale_log2, GROUP, GATE, True, CAUSAL
     )
-    b_pairs = pack(b_p, v_tiles.dtype)
     b_acc, b_pairs, b_max, b_sum = attend_tiles(
-        b_acc, b_pairs, b_max, b_sum, q_tile, k_ring, v_ring, 1, n_masked,
-        n_tiles, o_position, Nk, scale_log2, GATE, True, CAUSAL,
-    )  # fmt: skip
-    b_acc, b_pairs, b_max, b_sum = attend_tiles(
-        b_acc, b_pairs, b_max, b_sum, q_tile, k_ring, v_ring, n_masked, n_tiles,
-        n_tiles, o_position, Nk, scale_log2, GATE, False, CAUSAL,
-    )  # fmt: skip
-    b_p, b_acc = start_values(b_pairs, v_ring, b_acc, n_tiles - 1)
+        state, q_tile, shared, span, span.n_masked, span.n_tiles, o_position, scale_log2, GROUP, GATE, False, CAUSAL
+    )
+    # out of turn: nothing is left that it could lie under
+    await_tile(shared.v, span.n_tiles - 1)
+    b_p, b_acc = start_values(b_pairs, shared.v.tiles, b_acc, span.n_tiles - 1)
     b_acc, b_p = warpgroup_mma_wait(0, deps=[b_acc, b_p])
 
-    # a row without a visible key has sum 0 and max -inf: output 0, lse -inf
+    # a row without a visible key has sum 0: output 0, lse -inf
     b_sum = gl.convert_layout(gl.sum(b_sum, 1), s_rows)
-    b_sum = gl.where(b_sum == 0.0, 1.0, b_sum)
-    b_out = b_acc / gl.convert_layout(b_sum, o_rows)[:, None]
+    b_divisor = gl.convert_layout(gl.where(b_sum == 0.0, 1.0, b_sum), o_rows)
     o_row = i_row + gl.arange(0, ROWS, layout=o_rows)
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
     p_rows = p_out + (o_row[:, None].to(gl.int64) * stride_on + o_d[None, :])
-    gl.store(p_rows, b_out.to(v_tiles.dtype), mask=(o_row < Nq)[:, None])
-    gl.store(p_lse + o_m, (b_max + gl.log2(b_sum)) * LN2, mask=o_m < Nq)
+    gl.store(p_rows, (b_acc / b_divisor[:, None]).to(shared.v.tiles.dtype), mask=(o_row < span.Nq)[:, None])
+    gl.store(p_lse + o_m, (b_max + gl.log2(b_sum)) * LN2, mask=o_m < span.Nq)
 
 
-@gluon.jit(do_not_specialize=["Nq", "Nk", "stride_lb", "stride_lh"])
+@gluon.jit(do_not_specialize=["Nq", "Nk"])
 def hopper_kernel(
     q,
     k,
@@ -301,23 +308,19 @@ def hopper_kernel(
     out,
     lse,
     scale_log2,
+    groups,
     Nq,
     Nk,
-    group,
-    stride_ob,
-    stride_oh,
-    stride_on,
-    stride_lb,
-    stride_lh,
     STAGES: gl.constexpr,
     GATE: gl.constexpr,
     CAUSAL: gl.constexpr,
 ):
     """One program: BM query rows of one head. Descriptors: q of [1, 1, BM / 2, D], k and v of [1, 1, BN, D] tiles.
 
-    gate: descriptor of [1, 1, BN] tiles of (B, Hkv or 1, Nk) fp32, None with NO_GATE. out (B, Hq, Nq, D) has contiguous
-    rows, lse (B, Hq, Nq) is fp32. group: query heads of a KV head. GATE: a form of prescale.py, not SPLIT.
+    gate: descriptor of [1, 1, BN] tiles of (B, heads, Nk) fp32, None with NO_GATE. out: `Rows` (B, Hq, Nq, D); lse
+    (B, Hq, Nq) fp32, contiguous. groups: `Groups`. GATE: a form of prescale.py, not SPLIT.
     """
+    # descriptors are arguments of their own: Triton's launchers do not find them within tuples
     BM: gl.constexpr = 2 * q.block_type.shape[2]
     BN: gl.constexpr = k.block_type.shape[2]
     i_m = gl.program_id(0)
@@ -325,7 +328,6 @@ def hopper_kernel(
         i_m = gl.num_programs(0) - 1 - i_m  # longest first
     i_h = gl.program_id(1)
     i_b = gl.program_id(2)
-    i_kv = i_h // group
 
     # keys: [0, i_edge) visible to every row, [i_edge, i_end) partly visible
     i_first = i_m * BM
@@ -337,37 +339,30 @@ def hopper_kernel(
         i_end = gl.minimum(Nk, gl.maximum(position + BM, 0))
     # the first tile visited is always masked; where no row sees a key it is all that is visited
     n_tiles = gl.maximum(gl.cdiv(i_end, BN), 1)
-    n_masked = gl.maximum(n_tiles - i_edge // BN, 1)
+    span = Span(i_first, Nq, Nk, n_tiles, gl.maximum(n_tiles - i_edge // BN, 1))
 
     q_tiles = make_tiles(q, 2)
     q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(q_ready, count=1)
-    k_tiles, k_ready, k_empty = make_ring(k, STAGES)
+    k_ring = make_ring(k, STAGES)
     v_ring = make_ring(v, STAGES)
+    turns = make_barriers(2, 1)
     if GATE != 0:
         gate_tiles = make_tiles(gate, STAGES)
     else:
-        gate, gate_tiles = k, k_tiles  # not read: a partition's argument cannot be None
-    k_ring = (k_tiles, gate_tiles, k_ready, k_empty)  # a gate comes and goes with its keys
+        gate, gate_tiles = k, k_ring.tiles  # not read: a partition's argument cannot be None
+    shared = Shared(q_tiles, q_ready, k_ring, v_ring, gate_tiles, turns)
     # the copy engine must see the barriers as initialised
     fence_async_shared()
 
-    p_out = out + i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh
-    p_lse = lse + i_b.to(gl.int64) * stride_lb + i_h.to(gl.int64) * stride_lh
+    p_out = out.ptr + i_b.to(gl.int64) * out.b + i_h.to(gl.int64) * out.h
+    p_lse = lse + (i_b.to(gl.int64) * gl.num_programs(1) + i_h) * Nq
     gl.warp_specialize(
         [
-            (attend_rows, (
-                q_tiles.index(0), q_ready, k_ring, v_ring, p_out, p_lse, i_first, Nq, Nk, stride_on,
-                n_tiles, n_masked, scale_log2, GATE, CAUSAL,
-            )),
-            (attend_rows, (
-                q_tiles.index(1), q_ready, k_ring, v_ring, p_out, p_lse, i_first + BM // 2, Nq, Nk, stride_on,
-                n_tiles, n_masked, scale_log2, GATE, CAUSAL,
-            )),
-            (load_tiles, (
-                q, k, v, gate, q_tiles, q_ready, k_ring, v_ring, i_b, i_h, i_kv, i_first, n_tiles, GATE,
-            )),
+            (attend_rows, (shared, span, p_out, p_lse, out.n, scale_log2, 0, GATE, CAUSAL)),
+            (attend_rows, (shared, span, p_out, p_lse, out.n, scale_log2, 1, GATE, CAUSAL)),
+            (load_tiles, (q, k, v, gate, shared, span, i_b, i_h, groups, GATE)),
         ],
         [4, 1],
         [240, 24],
-    )  # fmt: skip
+    )

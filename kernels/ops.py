@@ -66,7 +66,7 @@ def anchored_attention_op(
     def launch() -> None:
         if hopper:
             form, gated, gate, _ = prescale(v, gamma_k, gamma_v, None, post_exp, log_gate=log_gate)
-            hopper_prefill(q, k, gated, gate, out, lse, scale, causal, form)
+            hopper_prefill(q, k, gated, gate, out, lse, masks, form)
         elif small:
             log_gamma_k = None if gamma_k is None else log_of(gamma_k, log_gate)
             gate = None if log_gamma_k is gamma_v is None else PositionGate(log_gamma_k, gamma_v)

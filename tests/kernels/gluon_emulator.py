@@ -3,7 +3,8 @@
 Covered: the partitions of `warp_specialize` as threads of which one runs at a time, switched at every barrier, copy and
 product by a fixed priority, so that a run repeats exactly; mbarriers with arrivals, phases and bytes; TMA loads that
 fill with 0 beyond the descriptor; asynchronous products in order. With `late`, a copy lands only when no partition can
-go on (the newest first) and a product reads its operands only when a wait demands it; otherwise both happen at once.
+go on (as it says, the newest or the oldest first) and a product reads its operands only when a wait demands it;
+otherwise both happen at once.
 A shared tile holds NaN from its allocation, and from the start of a copy into it, until the copy lands. A deadlock,
 arrivals beyond a barrier's count, a copy or a product that nobody waited for, and a store beyond its tensor raise.
 
@@ -161,17 +162,30 @@ class Partition:
 
 
 class Emulator:
-    """`Emulator(kernel, priority, late)[grid](...)` runs `kernel`; `priority` ranks its partitions."""
+    """`Emulator(kernel, priority, late, check)[grid](...)` runs `kernel`; `priority` ranks its partitions.
 
-    def __init__(self, kernel: Any, priority: Sequence[int], late: bool) -> None:
-        self.priority, self.late = priority, late
+    `check` is called at the end of each program with the partitions that started products, in their order.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        priority: Sequence[int],
+        late: str | None,
+        check: Callable[[list[int]], None] = lambda _: None,
+    ) -> None:
+        self.priority, self.late, self.check = priority, late, check
+        self.starts: list[Partition] = []
         self.grid, self.program = (0, 0, 0), (0, 0, 0)
         self.current: Partition | None = None
         self.returned = threading.Semaphore(0)
         self.stopping = False
         self.copies: list[Callable[[], None]] = []
         barriers = {"init": self.init, "expect": self.expect, "arrive": self.arrive, "wait": self.wait}
-        scope: dict[str, Any] = dict(kernel.fn.__globals__)
+        scope: dict[str, Any] = {}
+        for value in kernel.fn.__globals__.values():
+            scope |= value.fn.__globals__ if isinstance(value, JITFunction) else {}
+        scope |= kernel.fn.__globals__
         for name, value in scope.items():
             if isinstance(value, JITFunction):
                 scope[name] = FunctionType(value.fn.__code__, scope, name)
@@ -218,18 +232,15 @@ class Emulator:
         )
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
-        def launch(*arguments: Any, num_warps: int, maxnreg: int, enable_fp_fusion: bool, **constants: Any) -> None:
+        def launch(*, num_warps: int, maxnreg: int, enable_fp_fusion: bool, **arguments: Any) -> None:
             # two warpgroups, and a loader whose registers are allotted as a warpgroup's
             assert 3 * num_warps * 32 * maxnreg <= REGISTER_FILE
             assert enable_fp_fusion
-            given = [
-                Descriptor(x) if hasattr(x, "block_shape") else Pointer(x) if isinstance(x, torch.Tensor) else x
-                for x in arguments
-            ]
+            given = {name: on_device(x) for name, x in arguments.items()}
             self.grid = grid
             for program in range(math.prod(grid)):
                 self.program = (program % grid[0], program // grid[0] % grid[1], program // grid[0] // grid[1])
-                self.body(*given, **constants)
+                self.body(**given)
 
         return launch
 
@@ -249,19 +260,20 @@ class Emulator:
                 if able := [partitions[i] for i in self.priority if partitions[i].ready()]:
                     self._resume(able[0])
                 elif self.copies:
-                    self.copies.pop()()
+                    self.copies.pop(0 if self.late == "oldest" else -1)()
                 else:
                     waits = [f"{p.blocked[0]} (parity {p.blocked[1]})" for p in partitions if p.blocked]
                     raise FaultError(f"deadlock: the partitions wait for {', '.join(waits)}")
             if self.copies or any(partition.products for partition in partitions):
                 raise FaultError("the kernel ended before a copy or a product that it had started")
+            self.check([partitions.index(partition) for partition in self.starts])
         finally:
             self.stopping = True
             for partition in partitions:
                 partition.turn.release()
             for thread in threads:
                 thread.join()
-            self.stopping, self.copies = False, []
+            self.stopping, self.copies, self.starts = False, [], []
 
     def _live(self, partition: Partition) -> None:
         partition.turn.acquire()
@@ -327,6 +339,7 @@ class Emulator:
 
         product = Product(run, acc.shape)
         self.current.products.append(product)
+        self.starts.append(self.current)
         if not self.late:
             product.finish()
         self._pause()
@@ -341,6 +354,13 @@ class Emulator:
         results = [registers(x) if isinstance(x, Product) else x for x in deps]
         self._pause()
         return results[0] if len(results) == 1 else results
+
+
+def on_device(x: Any) -> Any:
+    """What a kernel gets for an argument of its launch."""
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*map(on_device, x))
+    return Descriptor(x) if hasattr(x, "block_shape") else Pointer(x) if isinstance(x, torch.Tensor) else x
 
 
 def no_layout(*_: object) -> None:

@@ -15,8 +15,7 @@ import json, sys
 from dataclasses import asdict
 from videoanchor_triton.kernels import aot
 for head_dim, dtype, form in json.load(sys.stdin):
-    used = aot.compile_hopper(head_dim, dtype, form)
-    print(json.dumps(asdict(used) | {"limit": aot.SHARED_LIMIT["sm_90"]}))
+    print(json.dumps(asdict(aot.compile_case((f"hopper {form}", "sm_90", head_dim, dtype)))))
 """
 
 
@@ -39,11 +38,15 @@ def test_compiled_kernel() -> None:
         products = sum(count for name, count in used["loop"].items() if name.startswith("HGMMA"))
         assert products == head_dim // 16 + 128 // 16
         assert used["loop"]["WARPGROUP.DEPBAR.LE"] == 2
-        # one thread arrives at an `empty` barrier for its warpgroup, once all four warps have read the stage
-        assert used["loop"]["BAR.SYNC.DEFER_BLOCKING"] >= 2
+        # for the copies of K and V, and for the turn
+        assert used["loop"]["SYNCS.PHASECHK.TRANS64.TRYWAIT"] == 3
+        # at the two `empty` barriers and at the other warpgroup's turn: one thread for its warpgroup, once all four
+        # warps are there
+        assert used["loop"]["SYNCS.ARRIVE.TRANS64.A1T0"] == 3
+        assert used["loop"]["BAR.SYNC.DEFER_BLOCKING"] >= 3
     if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
         return  # its ptxas moves registers about in the gated loop: some 50 instructions and a spill
     assert not any(used["spills"] for used in reports.values())
     size = {case: sum(used["loop"].values()) for case, used in reports.items()}
-    assert size[128, "bf16", "post-exp"] <= size[128, "bf16", "ungated"] + 25
+    assert size[128, "bf16", "post-exp"] <= size[128, "bf16", "ungated"] + 30
     assert size[64, "bf16", "post-exp"] <= 1.08 * size[64, "bf16", "ungated"]

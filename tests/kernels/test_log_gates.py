@@ -13,7 +13,6 @@ from torch._dynamo.testing import CompileCounter
 from videoanchor_triton.kernels import self_check
 from videoanchor_triton.kernels.api import anchored_attention, anchored_attention_varlen
 from videoanchor_triton.kernels.api_cache import anchored_attention_decode
-from videoanchor_triton.kernels.dispatch import hopper_choice
 from videoanchor_triton.kernels.gates import choose_gate_form
 from videoanchor_triton.kernels.ops import anchored_attention_op, varlen_op
 from videoanchor_triton.kernels.ops_cache import decode_op
@@ -327,23 +326,6 @@ def test_the_largest_post_exp_gate_is_within_as_a_logarithm() -> None:
         choose_gate_form(log_gamma_k=edges * NAN)
     with pytest.raises(ValueError, match="gamma_k or log_gamma_k must be given"):
         choose_gate_form()
-
-
-def test_hopper_refuses_gates_per_query_head() -> None:
-    q, k = torch.zeros(1, 4, 64, 64, dtype=torch.bfloat16), torch.zeros(1, 2, 64, 64, dtype=torch.bfloat16)
-    features: dict[str, Any] = {"window": None, "softcap": None, "padding": False, "value_gate": False}
-    with pytest.raises(ValueError, match="backend='hopper' cannot take this call"):
-        hopper_choice(q, k, k, asked="hopper", **features, query_gates=True)
-
-
-def test_hopper_names_gates_per_query_head_as_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    dispatch = pytest.importorskip("videoanchor_triton.kernels.dispatch")
-    monkeypatch.setattr(dispatch, "hopper_refusal", lambda *_, **__: None)
-    q = torch.zeros(1, 4, 64, 64, dtype=torch.bfloat16)
-    features: dict[str, Any] = {"window": None, "softcap": None, "padding": False, "value_gate": False}
-    with pytest.raises(ValueError, match="no gates per query head"):
-        hopper_choice(q, q, q, asked="hopper", **features, query_gates=True)
-    assert hopper_choice(q, q, q, asked="hopper", **features, query_gates=False)
 
 
 @pytest.mark.parametrize("gate", ["log-per-query-head", "log"])
