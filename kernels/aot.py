@@ -267,11 +267,14 @@ def paged_launch(first: str, target: str, head_dim: int, dtype: torch.dtype, mas
 
 
 def write_launch(head_dim: int, dtype: torch.dtype, words: list[str]) -> Launch:
-    from .write import write_pages
+    from .write import write
 
     cached = next((DTYPES[word] for word in words if word in ("fp8", "int8")), dtype)
     k, v = (torch.empty(N, HKV, head_dim, dtype=dtype) for _ in "kv")
-    return partial(write_pages, k, v, *cache(64, 64, head_dim, cached), torch.empty(N, dtype=torch.int64))
+    gammas, slots = torch.empty(2, N, HKV), torch.empty(N, dtype=torch.int64)
+    scales = torch.empty(2, 64, HKV, 64) if cached != dtype else (None, None)
+    pages = cache(64, 64, head_dim, cached)
+    return partial(write, k, v, *pages, slots, page_gate("written", 64, 64), *gammas, False, *scales)
 
 
 def main() -> None:
