@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .steps import LN2, LOWEST, finish_rows, load_block, poison_rows, softmax_step, visible_pairs
+from .steps import LN2, LOWEST, finish_rows, load_block, load_row, poison_rows, softmax_step, visible_pairs
 
 
 class Gate(NamedTuple):
@@ -117,8 +117,8 @@ def attend_tiles(
             b_k1 = load_tile(p_k, keys, i_n, m_keys, 1, D, BN, MASKED, False)
             b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision="ieee")
         # [BN]
-        b_bias = tl.load(p_bias + tl.arange(0, BN)) if p_bias is not None else None
-        b_weight = tl.load(p_weight + tl.arange(0, BN)) if p_weight is not None else None
+        b_bias = load_row(p_bias, BN) if p_bias is not None else None
+        b_weight = load_row(p_weight, BN) if p_weight is not None else None
         m_pairs = None
         if MASKED:
             m_pairs = visible_pairs(m_keys, o_n, o_position, window, CAUSAL, window is not None)
