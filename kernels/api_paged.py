@@ -9,7 +9,7 @@ from .dispatch import Outputs, choose_backend, torch_backend, triton_target
 from .gate_pages import GatePages
 from .gates import fitted_gate, key_gate
 from .pages import paged_by_sequence, write_slots
-from .tiles import INTERPRETER
+from .tiles import E4M3_TARGETS
 
 try:
     from .ops_paged import paged_op, write_op
@@ -19,7 +19,6 @@ except ModuleNotFoundError as error:  # as in api.py
 
 HEAD_DIMS = 16, 256
 # with the conversions of float8_e4m3fn
-E4M3_TARGETS = (INTERPRETER, "sm_89", "sm_90", "sm_100", "sm_120")
 
 
 class PagedOptions(TypedDict, total=False):

@@ -74,3 +74,64 @@ class Offsets(NamedTuple):
 
     q: torch.Tensor
     k: torch.Tensor
+
+
+class Cache(NamedTuple):
+    """Pages (P, Hkv, page, D), or (B, Hkv, N, D), of keys and values, and the strides that both have."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    p: int
+    h: int
+    n: int
+
+
+class Slots(NamedTuple):
+    """Numbers by slot, (P, heads or 1, page): fp32, or pairs of fp32 seen as one int64. h is 0 where heads share."""
+
+    ptr: torch.Tensor
+    p: int
+    h: int
+    n: int
+
+
+class Lengths(NamedTuple):
+    """What is known of a batch on the device only.
+
+    keys: (B,) int32, None where all have the cache's N. table: (B, n) int32 with rows `row` apart, None without pages.
+    seen: (B, N) uint8 with rows `seen_row` apart (as `odd` of it), 0 hides a key, or None.
+    """
+
+    keys: torch.Tensor | None
+    table: torch.Tensor | None
+    row: int
+    seen: torch.Tensor | None
+    seen_row: int
+
+
+class Scales(NamedTuple):
+    """Of a quantised cache: pointers to one fp32 for a tensor, or `Slots` by token and head (v None: gates hold it)."""
+
+    k: torch.Tensor | Slots
+    v: torch.Tensor | Slots | None
+
+
+class Parts(NamedTuple):
+    """Partial results of cut items: (2 P, BM, D) and (2 P, BM) fp32, lse to base 2."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+class Sizes(NamedTuple):
+    """Numbers of sequences, and of keys that one may have; `odd` of each (prescale_kernel.py)."""
+
+    sequences: int
+    keys: int
+
+
+class Shares(NamedTuple):
+    """Planned heads: `group` query heads each, and `kv` of them share a head of the cache."""
+
+    group: int
+    kv: int

@@ -6,28 +6,27 @@ import torch
 import triton
 
 from .gates import expand_gate
-from .operands import Masks, PageGate, PositionGate, Rows, logits_of
-from .paged_kernel import (
-    APART,
-    POSITION,
-    WRITTEN,
+from .operands import (
     Cache,
     Lengths,
+    Masks,
+    PageGate,
     Parts,
+    PositionGate,
+    Rows,
     Scales,
     Shares,
     Sizes,
     Slots,
-    merge_kernel,
-    paged_kernel,
+    logits_of,
 )
+from .paged_kernel import APART, POSITION, WRITTEN, merge_kernel, paged_kernel
 from .plan import make_plan
 from .plan_kernel import Plan
 from .prescale_kernel import RawGate, odd
-from .tiles import Tile, paged_programs, paged_tile
+from .tiles import E4M3_TARGETS, Tile, paged_programs, paged_tile
 
 MERGE_ROWS = 4
-FP8_TARGETS = ("sm_89", "sm_90", "sm_100", "sm_120", "interpreter")
 
 
 def slots_of(x: torch.Tensor, heads: int) -> Slots:
@@ -194,7 +193,7 @@ def paged(
     kv_heads = k.shape[1]
     if k.stride() != v.stride():
         raise ValueError(f"k and v of a cache must have the same strides, got {k.stride()} and {v.stride()}")
-    if k.dtype == torch.float8_e4m3fn and target not in FP8_TARGETS:
+    if k.dtype == torch.float8_e4m3fn and target not in E4M3_TARGETS:
         raise ValueError(f"a float8_e4m3fn cache needs sm_89 or later, got {target}: use int8 or backend='sdpa'")
     if cu_seqlens_q is not None:
         sequences = cu_seqlens_q.shape[0] - 1

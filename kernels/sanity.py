@@ -16,13 +16,12 @@ import torch.nn.functional as F
 
 from .api import anchored_attention, anchored_attention_varlen
 from .api_cache import anchored_attention_decode
-from .api_paged import E4M3_TARGETS
 from .dispatch import triton_target
 from .hopper import gluon_refusal
 from .merge import merge_attention
 from .reference import reference_attention
 from .sanity_paged import Quantised, Sequence, attend_paged, with_sinks
-from .tiles import INTERPRETER
+from .tiles import E4M3_TARGETS, INTERPRETER
 from .tolerance import Result, allowed_error, compare_results, eager_attention, error, fp32_roundings
 
 PAGE_SIZE = 16

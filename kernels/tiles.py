@@ -14,6 +14,7 @@ HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 INTERPRETER = "interpreter"
 FEW_QUERIES = 16
 SHORT_QUERIES = 512
+E4M3_TARGETS = ("sm_89", "sm_90", "sm_100", "sm_120", INTERPRETER)  # whose products take float8_e4m3fn caches
 NARROW = ("sm_86", "sm_89", "sm_120")
 TMA_TARGETS = ("sm_90", "sm_100", "sm_120")
 Row = TypeVar("Row")

@@ -98,7 +98,8 @@ def fp32_roundings(
     """What rounding to fp32 within the computation moves out and lse by, in the shapes of both.
 
     A logit of terms t is off by a rounding of sum |t| + |log gamma_k| in the product, and by another one in base 2. So
-    is the lse, whose own size rounds as often; an output moves by so much of sum weights * |gamma_v v|.
+    is the lse, whose own size rounds as often; an output moves by so much of sum weights * |gamma_v v|. A softcap's
+    tanh is exact to a rounding of the cap where q has 16 bits.
     """
     _, lse = reference_attention(q, k, v, **options, gamma_q=gamma_q)
     values, _ = reference_attention(q, k, v.abs(), **options)
@@ -106,9 +107,10 @@ def fp32_roundings(
     if gate is not None:
         gate = log_of(gate, log_gate)
         options["log_gamma_k"] = torch.where(gate == float("-inf"), gate, gate.abs())
-    options.pop("softcap", None)
+    cap = options.pop("softcap", None) or 0.0
     _, logits = reference_attention(q.abs(), k.abs(), v, **options)
     logits, lse = (x.nan_to_num(neginf=0).abs() for x in (logits, lse))
+    logits = logits + (cap if q.element_size() < 4 else 0.0)
     roundings = 2 * torch.finfo(torch.float32).eps
     return roundings * values * (1 + logits[..., None]), roundings * (logits + lse)
 

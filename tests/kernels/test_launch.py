@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from oracle import Problem, assert_as_exact_as_eager
+from videoanchor_triton.kernels.decode import decode, split_count
 
 from videoanchor_triton.kernels.api import anchored_attention
 from videoanchor_triton.kernels.api_cache import anchored_attention_decode
-from videoanchor_triton.kernels.decode import decode, split_count
 from videoanchor_triton.kernels.dispatch import triton_target
 from videoanchor_triton.kernels.gates import choose_gate_form
 from videoanchor_triton.kernels.ops import varlen_op
