@@ -15,10 +15,12 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from .backward import backward
 from .compiled import Report, report
 from .hopper import TILES as HOPPER_TILES
 from .hopper import hopper_prefill
 from .operands import Masks, PageGate, PositionGate
+from .paged import paged
 from .prefill import prefill
 from .prescale import LOG_BIAS, NO_GATE, POST_EXP, prescale
 from .tiles import HEAD_DIMS, prefill_tile
@@ -212,8 +214,6 @@ def prefill_launch(form: str, target: str, head_dim: int, dtype: torch.dtype, ma
 
 
 def backward_launch(target: str, head_dim: int, dtype: torch.dtype, masks: Masks, words: list[str]) -> Launch:
-    from .backward import backward
-
     q, k, v, out, d_out = (dense(dtype, heads, head_dim) for heads in (HQ, HKV, HKV, HQ, HQ))
     lse, d_lse, gates = torch.empty(B, HQ, N), torch.empty(B, HQ, N), torch.ones(2, B, HKV, N)
     packed: dict[str, Any] = {}
@@ -238,8 +238,6 @@ def page_gate(form: str, pages: int, size: int) -> PageGate:
 
 def paged_launch(first: str, target: str, head_dim: int, dtype: torch.dtype, masks: Masks, words: list[str]) -> Launch:
     """Of `decode` (no pages), `page-N`, and of `plan` and `merge`, which the same call launches."""
-    from .paged import paged
-
     size = int(first.removeprefix("page-")) if first.startswith("page-") else 0
     size = 64 if first in ("plan", "merge") else size
     rows = next((int(word.removeprefix("rows-")) for word in words if word.startswith("rows-")), 16)
