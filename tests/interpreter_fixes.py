@@ -1,4 +1,4 @@
-"""Mends Triton's interpreter (3.6 to 3.9) for bfloat16, float8_e4m3fn and large integers, and that of 3.6 for numpy 2.4.
+"""Mends Triton's interpreter (3.6 to 3.9) for bfloat16, float8_e4m3fn, large integers, and that of 3.6 for numpy 2.4.
 
 Its dot multiplies bfloat16 operands as the raw 16-bit words that numpy holds them in, and its fp32 -> bf16 conversion
 truncates where a GPU rounds to nearest even. Its fp32 -> float8_e4m3fn conversion loses carries into the exponent. It

@@ -69,7 +69,8 @@ def test_merged_tokens_are_their_duplicates(backend: str, device: torch.device) 
         torch.testing.assert_close(found, expected)
     packed = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
     marks = [torch.tensor([0, n, 2 * n], dtype=torch.int32, device=device) for n in (20, 37)]
-    out = anchored_attention_varlen(*packed, *marks, 20, 37, log_gamma_k=sizes.repeat(2), backend=backend)
+    q, k, v = packed
+    out = anchored_attention_varlen(q, k, v, marks[0], marks[1], 20, 37, log_gamma_k=sizes.repeat(2), backend=backend)
     torch.testing.assert_close(out.unflatten(0, (2, 20)).transpose(1, 2), expected[0])
 
 
@@ -103,14 +104,15 @@ def test_a_compacted_cache_is_the_whole_one(page_size: int | None, backend: str,
     whole = [torch.cat(x, 2) for x in ((few_k.gather(2, of_keys), new_k), (v, new_v))]
     compact = [torch.cat(x, 2) for x in ((few_k, new_k), (few_v, new_v))]
     q, beta, *caches = on(device, q, sizes.log(), *whole, *compact)
-    expected, lse = dense(q, *caches[:2], torch.zeros(1, 1, 1, 1, device=device))
+    expected, lse = dense(q, caches[0], caches[1], torch.zeros(1, 1, 1, 1, device=device))
     table = None
     if page_size is not None:
         table = torch.arange(6, dtype=torch.int32, device=device)[None]
         caches[2:] = [x[0].unflatten(1, (6, page_size)).transpose(0, 1).contiguous() for x in caches[2:]]
     lengths = torch.tensor([30], dtype=torch.int32, device=device)
+    _, _, k_cache, v_cache = caches
     found = anchored_attention_decode(
-        q, *caches[2:], lengths, table, log_gamma_k=beta, return_lse=True, backend=backend
+        q, k_cache, v_cache, lengths, table, log_gamma_k=beta, return_lse=True, backend=backend
     )
     assert_equal(found[0], expected)
     assert_equal(found[1], lse)

@@ -157,8 +157,9 @@ def test_caches_match_the_specification(
             paged = cache.unflatten(2, (pages, page_size)).transpose(1, 2).flatten(0, 1)
             caches[i] = torch.empty_like(paged)
             caches[i][order.to(device)] = paged
+    k_cache, v_cache = caches
     found = anchored_attention_decode(
-        q, *caches, torch.tensor(lengths, dtype=torch.int32, device=device), table, **options, backend=backend,
+        q, k_cache, v_cache, torch.tensor(lengths, dtype=torch.int32, device=device), table, **options, backend=backend,
         return_lse=True,
     )  # fmt: skip
     assert isinstance(found, tuple)

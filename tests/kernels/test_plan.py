@@ -111,7 +111,7 @@ def read_kernel(plan, pieces, counts, cuts, programs, room, BN: tl.constexpr):
     n = piece_count(plan, i_p)
     tl.store(counts + i_p, n)
     for i_piece in range(n):
-        p_item, i_low, i_high, live, whole = piece_of(plan, i_piece, i_p, programs, BN)
+        p_item, i_low, i_high, live, whole = piece_of(plan, i_piece, i_p, programs, BN)  # pyright: ignore
         p_piece = pieces + (i_p * room + i_piece) * 7
         for i_column in range(3):
             tl.store(p_piece + i_column, tl.load(p_item + i_column))
@@ -155,7 +155,7 @@ def check(batch: Batch) -> None:
     assert [tuple(row) for row in got[: len(items)]] == items
     total = sum(cost_of(item, batch) for item in items)
     assert all((row[3:6], row[7]) == ([0, 0, total], 0) for row in got[len(items) :])
-    dealt = plan.dealt.item()
+    dealt = int(plan.dealt)
     assert dealt == dealt_rounds(items, batch)
     pieces, merges = read(plan, batch)
     # the dealt items, whole and in order
@@ -273,7 +273,8 @@ def test_short_rest_is_left_to_few() -> None:
 
 def test_lengths_that_are_out_of_order_stay_within_q() -> None:
     batch = Batch(((5, 50), (5, 50), (5, 50)), padding=1)
-    given = batch.given() | {"cu_seqlens_q": torch.tensor([7, -3, 2**31 - 1, 4], dtype=torch.int32)}
+    given: dict[str, Any] = batch.given()
+    given["cu_seqlens_q"] = torch.tensor([7, -3, 2**31 - 1, 4], dtype=torch.int32)
     plan = make_plan(**given)
     n_items = item_count(3, 16, 2, 7, 16, packed=True)
     assert plan.items.shape == (n_items + 1, 8)
@@ -292,10 +293,11 @@ def test_costs_that_31_bits_hold() -> None:
     """Costs near the limit are exact; beyond it the call raises before anything is allocated."""
     long = Batch(((1, 2**30), (1, 2**30), (1, 2**30)), keys=2**30, kv_heads=20, group=1, tile_keys=32, programs=7)
     plan = long.plan()
-    total = plan.runs[-1, 1].item()
+    total = int(plan.runs[-1, 1])
     assert total == 60 * (2**25 + 2)
     assert (plan.runs[:, 1].diff() + 8 * (2**25 + 2) - total / 7).abs().max() <= 1
-    given = long.given() | {"tile_keys": 16}
+    given: dict[str, Any] = long.given()
+    given["tile_keys"] = 16
     with pytest.raises(ValueError, match="less than 2\\*\\*31 tiles of keys, got up to"):
         plan_arguments(**{name: value for name, value in given.items() if name != "queries"})
 

@@ -173,7 +173,7 @@ class MixedInputs:
         return judged(row, *worst(findings))
 
     def _rows(self, gate: str, page: int, held: Held | None, softcap: float | None) -> list[tuple[torch.Tensor, float]]:
-        codes, *scales = (self.cache, None, None) if held is None else self.quantised(held)
+        codes, *scales = (self.cache,) if held is None else self.quantised(held)
         found = []
         for b, i in self.samples():
             end = self.batch.keys[b] - self.batch.queries[b] + i + 1
@@ -185,7 +185,7 @@ class MixedInputs:
                     for x, scale in zip((k, v), scales, strict=True)
                 )
             gamma_k, gamma_v = self.gamma_k[slots][None], self.gamma_v[slots][None]
-            gates = {} if gate == "none" else {"gamma_k": gamma_k}
+            gates: dict[str, Any] = {} if gate == "none" else {"gamma_k": gamma_k}
             if gate == "apart":
                 gates["gamma_v"] = gamma_v
             elif gate == "written":  # the row sum takes gK, which V' holds already

@@ -145,7 +145,7 @@ def _dense_question(inputs: MixedInputs) -> Run:
     """`anchored_attention` of a few queries over keys that lie in order."""
     k, v = (x.contiguous() for x in inputs.keys_and_values(0, inputs.batch.page))
     slots, q = inputs.slots_of(0, inputs.batch.page, inputs.batch.keys[0]), inputs.q.transpose(0, 1)[None]
-    gates = {"gamma_k": inputs.gamma_k[slots], "gamma_v": inputs.gamma_v[slots]}
+    gates: dict[str, Any] = {"gamma_k": inputs.gamma_k[slots], "gamma_v": inputs.gamma_v[slots]}
 
     def run() -> torch.Tensor:
         return va.anchored_attention(q, k, v, causal=True, backend="triton", **gates)[0].transpose(0, 1)

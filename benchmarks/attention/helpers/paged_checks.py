@@ -59,7 +59,11 @@ def _forms(large: bool) -> Iterator[tuple[str | None, Form]]:
         yield form("mixed batch", gates)
         yield form("window, softcap and sinks", gates, options=options, call={"sinks": SINKS})
     yield form("not causal", options={"causal": False})
-    sizes = [("GQA 7:1", {"heads": (7, 1)}), ("GQA 16:1", {"heads": (16, 1)}), ("no groups", {"heads": (2, 2)})]
+    sizes: list[tuple[str, dict[str, Any]]] = [
+        ("GQA 7:1", {"heads": (7, 1)}),
+        ("GQA 16:1", {"heads": (16, 1)}),
+        ("no groups", {"heads": (2, 2)}),
+    ]
     sizes += [("single queries", {"lengths": tuple((1, n) for _, n in lengths)})]
     for name, change in sizes:
         yield form(name, **change)
