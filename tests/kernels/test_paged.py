@@ -148,7 +148,8 @@ def attend_exactly(
     masks = batch.masks
     out = torch.zeros(total, heads, head_dim, dtype=torch.float64)
     lse = torch.full((total, heads), -INF, dtype=torch.float64)
-    lse = lse if sinks is None else sinks.double().expand(total, heads).clone()
+    if sinks is not None:  # rows of padding, behind the last sequence, have none
+        lse[: batch.starts[-1]] = sinks.double()
     inside, inside_lse = torch.zeros(total, heads, 1, dtype=torch.float64), torch.zeros_like(lse)
     for b, length in enumerate(batch.lengths):
         rows = slice(batch.starts[b], batch.starts[b + 1])
