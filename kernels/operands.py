@@ -77,13 +77,14 @@ class Offsets(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Pages (P, Hkv, page, D), or (B, Hkv, N, D), of keys and values, and the strides that both have."""
+    """Pages (P, Hkv, page, D), or (B, Hkv, N, D), of keys and values, and their strides; `of_v` None: those of keys."""
 
     k: torch.Tensor
     v: torch.Tensor
     p: int
     h: int
     n: int
+    of_v: tuple[int, int, int] | None
 
 
 class Slots(NamedTuple):

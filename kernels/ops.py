@@ -70,10 +70,8 @@ def anchored_attention_op(
         elif small:
             log_gamma_k = None if gamma_k is None else log_of(gamma_k, log_gate)
             gate = None if log_gamma_k is gamma_v is None else PositionGate(log_gamma_k, gamma_v)
-            # the kernel walks both by the same strides
-            cache = (k, v) if k.stride() == v.stride() else (k.contiguous(), v.contiguous())
             options = {"seqlens_k": None, "max_seqlen_q": q.shape[2], "gate": gate, "seen": key_padding_mask}
-            paged(q, *cache, out, lse, masks, target, **options)
+            paged(q, k, v, out, lse, masks, target, **options)
         else:
             prefill(*tensors, out, lse, masks, post_exp, target, log_gate=log_gate)
 

@@ -91,7 +91,7 @@ def paged_arguments(
     paged = block_table is not None
     return {
         "q": queries_of(q, q.dim() == 4),
-        "cache": Cache(k, v, *k.stride()[:3]),
+        "cache": Cache(k, v, *k.stride()[:3], None if v.stride() == k.stride() else v.stride()[:3]),
         "slot_gate": gates[0],
         "gate_k": gates[1],
         "gate_v": gates[2],
@@ -175,8 +175,8 @@ def paged(
 
     Args:
         q, out: (Tq, Hq, D) with contiguous rows, the queries of all sequences, or (B, Hq, Nq, D); out of q's dtype.
-        k, v: pages (P, Hkv, page, D) with `block_table` (B, n) int32, or (B, Hkv, N, D) without, of equal strides and
-            contiguous rows; of q's dtype, or float8_e4m3fn or int8 with scales.
+        k, v: pages (P, Hkv, page, D) with `block_table` (B, n) int32, or (B, Hkv, N, D) without, with
+            contiguous rows; of q's dtype, or float8_e4m3fn or int8 with scales. Of equal strides they are read fastest.
         lse: (Tq, Hq), or (B, Hq, Nq), fp32, or None.
         seqlens_k: (B,) int32, or None where all sequences have N keys.
         max_seqlen_q: the longest query; it chooses the tile, results do not depend on it.
@@ -188,11 +188,9 @@ def paged(
         tile, programs: in place of what the tables say for `target`.
 
     Raises:
-        ValueError: the strides of k and v differ, or the target has no such numbers.
+        ValueError: the target has no products of such a cache.
     """
     kv_heads = k.shape[1]
-    if k.stride() != v.stride():
-        raise ValueError(f"k and v of a cache must have the same strides, got {k.stride()} and {v.stride()}")
     if k.dtype == torch.float8_e4m3fn and target not in E4M3_TARGETS:
         raise ValueError(f"a float8_e4m3fn cache needs sm_89 or later, got {target}: use int8 or backend='sdpa'")
     if cu_seqlens_q is not None:

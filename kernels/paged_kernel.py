@@ -122,7 +122,8 @@ def attend(
     BD: tl.constexpr = b_q.shape[1]
     b_acc, b_sum, b_max = state
     p_k = cache.k + i_kv * cache.h
-    p_v = cache.v + i_kv * cache.h
+    stride_p, stride_h, stride_n = (cache.p, cache.h, cache.n) if cache.of_v is None else cache.of_v
+    p_v = cache.v + i_kv * stride_h
     p_table = lengths.table + i_b * (lengths.row >> 1) if lengths.table is not None else None
     b_next = page_ids(p_table, i_b, i_start, i_last, BN, PAGE)
     for i_n in tl.range(i_start, i_end, BN, num_stages=TILE.stages):
@@ -174,7 +175,7 @@ def attend(
         if b_gain is not None:
             b_p *= b_gain[None, :]
         # [BM, BD] += [BM, BN] [BN, BD]
-        p_rows, o_rows = slot_rows(p_v, b_page, i_slot, cache.p, cache.n, BN, PAGE)
+        p_rows, o_rows = slot_rows(p_v, b_page, i_slot, stride_p, stride_n, BN, PAGE)
         b_v = as_operand(load_rows_of_slots(p_rows, o_rows, m_n, D, BD, MASKED), b_q.dtype)
         b_acc = add_weighted(b_p, b_v, b_acc * b_decay[:, None], b_gain is not None, token_scales is not None)
     return b_acc, b_sum, b_max

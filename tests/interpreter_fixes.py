@@ -1,8 +1,9 @@
-"""Mends Triton's interpreter (3.6 to 3.9) for bfloat16 and float8_e4m3fn, and that of 3.6 for numpy 2.4.
+"""Mends Triton's interpreter (3.6 to 3.9) for bfloat16, float8_e4m3fn and large integers, and that of 3.6 for numpy 2.4.
 
 Its dot multiplies bfloat16 operands as the raw 16-bit words that numpy holds them in, and its fp32 -> bf16 conversion
-truncates where a GPU rounds to nearest even. Its fp32 -> float8_e4m3fn conversion loses carries into the exponent. In
-3.6 a loop's bounds are arrays of one element, which numpy 2.4 no longer takes for numbers.
+truncates where a GPU rounds to nearest even. Its fp32 -> float8_e4m3fn conversion loses carries into the exponent. It
+takes integers from 2**31 to 2**32 for 64-bit ones, as a GPU does, but holds them in 32. In 3.6 a loop's bounds are
+arrays of one element, which numpy 2.4 no longer takes for numbers.
 """
 
 from typing import Any
@@ -59,3 +60,11 @@ def apply() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     module._patch_lang_tensor = patch_lang_tensor
+    implicit_cvt = module._implicit_cvt
+
+    def convert(argument: Any) -> Any:
+        if isinstance(argument, int) and 2**31 <= argument < 2**32:
+            return tl.tensor(interpreter.TensorHandle(np.array([argument], np.int64), tl.int64), tl.int64)
+        return implicit_cvt(argument)
+
+    module._implicit_cvt = convert

@@ -1,4 +1,4 @@
-"""What only the launchers can be asked: split counts, addresses beyond 2**31 elements, the clearing of dead splits."""
+"""What only the launchers can be asked: any number of programs, addresses beyond 2**31 elements, descriptors."""
 
 import math
 from typing import Any
@@ -6,46 +6,39 @@ from typing import Any
 import pytest
 import torch
 from oracle import Problem, assert_as_exact_as_eager
-from videoanchor_triton.kernels.decode import decode, split_count
 
 from videoanchor_triton.kernels.api import anchored_attention
 from videoanchor_triton.kernels.api_cache import anchored_attention_decode
 from videoanchor_triton.kernels.dispatch import triton_target
 from videoanchor_triton.kernels.gates import choose_gate_form
+from videoanchor_triton.kernels.operands import Masks, PositionGate
 from videoanchor_triton.kernels.ops import varlen_op
+from videoanchor_triton.kernels.paged import paged
 from videoanchor_triton.kernels.prefill import prefill
 from videoanchor_triton.kernels.tiles import PREFILL_SMALLER, Tile, prefill_tile
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 
-SPLITS = [
-    *((splits, Problem("seven-blocks", queries=3, keys=200)) for splits in (1, 2, 5, 16, 40)),
+PROGRAMS = [
+    *((programs, Problem("seven-tiles", queries=3, keys=200)) for programs in (1, 2, 5, 16, 40)),
     (5, Problem("all-keys-padded", queries=3, keys=200, padding="all")),
-    (66, Problem("five-merge-steps", 1, 2, 1, 2, 2100, 32, logits=9.0)),
+    (66, Problem("all-but-few-cut", 1, 2, 1, 2, 2100, 32, logits=9.0)),
 ]
 
 
-@pytest.mark.parametrize(("splits", "problem"), SPLITS, ids=str)
-def test_any_number_of_splits_gives_the_same_result(splits: int, problem: Problem, device: torch.device) -> None:
+@pytest.mark.parametrize(("programs", "problem"), PROGRAMS, ids=str)
+def test_any_number_of_programs_gives_the_same_result(programs: int, problem: Problem, device: torch.device) -> None:
     tensors, options = problem.make(device)
     out = torch.empty_like(tensors[0])
     lse = torch.empty(out.shape[:3], device=device)
     target, _ = triton_target(device)
     assert target is not None
-    mask = options.get("key_padding_mask")
-    gates = options["gamma_k"], options["gamma_v"]
-    decode(*tensors, *gates, mask, out, lse, 32**-0.5, True, None, None, target, splits=splits)
+    gate = PositionGate(options["gamma_k"].log(), options["gamma_v"])
+    call = {"seqlens_k": None, "max_seqlen_q": problem.queries, "gate": gate, "seen": options.get("key_padding_mask")}
+    paged(*tensors, out, lse, Masks(32**-0.5, True, None, None), target, **call, programs=programs)
     del options["gamma_q"]
     assert_as_exact_as_eager((out, lse), tensors, options)
-
-
-@pytest.mark.parametrize(
-    ("programs", "keys", "slots", "expected"),
-    [(264, 131072, 264, 1), (220, 131072, 264, 1), (4, 131072, 264, 57), (4, 2048, 264, 7), (4, 100, 264, 1)],
-)
-def test_split_count(programs: int, keys: int, slots: int, expected: int) -> None:
-    assert split_count(programs, max(keys // 256, 1), slots) == expected
 
 
 @pytest.mark.parametrize("queries", [2, 33], ids=["decode", "prefill"])
@@ -80,11 +73,11 @@ def test_queries_and_outputs_beyond_31_bits(
     found = []
     for q, out in ((far, far_out), (near, torch.empty_like(near))):
         lse = torch.empty(shape[:3], device=device)
-        rest = None, None, None, out, lse, 0.25, False, None, None
+        masks = Masks(0.25, False, None, None)
         if queries == 2:
-            decode(q, k, k, *rest, target)
+            paged(q, k, k, out, lse, masks, target, seqlens_k=None, max_seqlen_q=2)
         else:
-            prefill(q, k, k, *rest, False, target)
+            prefill(q, k, k, None, None, None, out, lse, masks, False, target)
         found.append((out, lse))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -111,8 +104,8 @@ def test_descriptors_load_what_pointers_do(problem: Problem, post_exp: bool, dev
         lse = torch.empty(q.shape[:3], device=device)
         gates = options["gamma_k"], options["gamma_v"], options.get("key_padding_mask")
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-        choices = problem.causal, problem.window, None, post_exp, target
-        prefill(q, k, v, *gates, out, lse, problem.head_dim**-0.5, *choices, tma=tma)
+        masks = Masks(problem.head_dim**-0.5, problem.causal, problem.window, None)
+        prefill(q, k, v, *gates, out, lse, masks, post_exp, target, tma=tma)
         found.append((out, lse))
     del options["gamma_q"]
     for each in found:
@@ -134,8 +127,8 @@ def test_descriptors_keep_the_nan_of_a_packed_neighbour_out(
     found = []
     for tma in (False, True):
         out, lse = torch.empty_like(q), torch.empty(1, 1, 80, device=device)
-        choices = 0.25, causal, window, None, False, target
-        prefill(q, k, v, None, None, None, out, lse, *choices, cu_seqlens=(offsets, offsets, 43), tma=tma)
+        packed = {"cu_seqlens": (offsets, offsets, 43), "tma": tma}
+        prefill(q, k, v, None, None, None, out, lse, Masks(0.25, causal, window, None), False, target, **packed)
         found.append((out, lse))
         k[:, :, 20:37] = v[:, :, 20:37] = float("nan")
     for clean, poisoned in zip(*found, strict=True):
@@ -160,7 +153,8 @@ def test_the_tile_is_that_of_the_call(feature: str, device: torch.device, monkey
     target, _ = triton_target(device)
     assert target is not None
     out, lse = torch.empty_like(q), torch.empty(1, 1, 33, device=device)
-    prefill(q, q, q, None, None, mask, out, lse, 0.25, True, window, softcap, False, target, packed)
+    masks = Masks(0.25, True, window, softcap)
+    prefill(q, q, q, None, None, mask, out, lse, masks, False, target, cu_seqlens=packed)
     assert asked == [[feature]]
 
 
@@ -180,7 +174,7 @@ def test_rows_beyond_the_longest_named_length_are_nan(device: torch.device) -> N
     q, k, v = torch.randn(3, 110, 2, 16, device=device)
     gates = torch.ones(2, 110, device=device)
     offsets = torch.tensor([0, 100], dtype=torch.int32, device=device)
-    options = 0.25, True, None, None, False
+    options = 0.25, True, None, None, False, False
     for longest in (20, 0):
         out, lse = varlen_op(q, k, v, offsets, offsets, longest, 100, *gates, *options)
         computed = int(out.isfinite().all(-1).all(-1)[:100].sum())
@@ -210,7 +204,7 @@ def test_gates_beyond_31_bits(
         far = far_store.as_strided(shape, strides)
         far.copy_(1 + torch.rand(shape))
         found, expected = (
-            varlen_op(q, k, v, offsets, offsets, 40, 40, gate, gate, 0.25, True, None, None, post_exp)
+            varlen_op(q, k, v, offsets, offsets, 40, 40, gate, gate, 0.25, True, None, None, post_exp, False)
             for gate in (far, far.contiguous())
         )
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
