@@ -100,7 +100,7 @@ class Lengths(NamedTuple):
     """What is known of a batch on the device only.
 
     keys: (B,) int32, None where all have the cache's N. table: (B, n) int32 with rows `row` apart, None without pages.
-    seen: (B, N) uint8 with rows `seen_row` apart (as `odd` of it), 0 hides a key, or None.
+    seen: (B, N) uint8 with rows `seen_row` apart, 0 hides a key, or None. Both distances are `odd` of them.
     """
 
     keys: torch.Tensor | None

@@ -103,7 +103,7 @@ def paged_arguments(
         "lengths": Lengths(
             seqlens_k,
             block_table,
-            block_table.stride(0) if block_table is not None else 0,
+            0 if block_table is None else odd(block_table.stride(0)),
             None if seen is None else seen.view(torch.uint8),
             0 if seen is None else odd(seen.stride(0)),
         ),

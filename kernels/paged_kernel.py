@@ -124,7 +124,7 @@ def attend(
     p_k = cache.k + i_kv * cache.h
     stride_p, stride_h, stride_n = (cache.p, cache.h, cache.n) if cache.of_v is None else cache.of_v
     p_v = cache.v + i_kv * stride_h
-    p_table = lengths.table + i_b * lengths.row if lengths.table is not None else None
+    p_table = lengths.table + i_b * (lengths.row >> 1) if lengths.table is not None else None
     b_next = page_ids(p_table, i_b, i_start, i_last, BN, PAGE)
     for i_n in tl.range(i_start, i_end, BN, num_stages=TILE.stages):
         i_n = tl.multiple_of(i_n, BN)

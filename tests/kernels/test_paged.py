@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from videoanchor_triton.kernels.operands import Masks, PageGate, PositionGate
-from videoanchor_triton.kernels.paged import paged
+from videoanchor_triton.kernels.operands import Masks, PageGate, Parts, PositionGate
+from videoanchor_triton.kernels.paged import merge_arguments, paged, paged_arguments
+from videoanchor_triton.kernels.plan_kernel import Plan
 from videoanchor_triton.kernels.tiles import INTERPRETER, Tile
 
 CASES = int(os.environ.get("VIDEOANCHOR_PAGED_CASES", "60"))
@@ -148,7 +149,8 @@ def attend_exactly(
     masks = batch.masks
     out = torch.zeros(total, heads, head_dim, dtype=torch.float64)
     lse = torch.full((total, heads), -INF, dtype=torch.float64)
-    lse = lse if sinks is None else sinks.double().expand(total, heads).clone()
+    if sinks is not None:  # rows of padding, behind the last sequence, have none
+        lse[: batch.starts[-1]] = sinks.double()
     inside, inside_lse = torch.zeros(total, heads, 1, dtype=torch.float64), torch.zeros_like(lse)
     for b, length in enumerate(batch.lengths):
         rows = slice(batch.starts[b], batch.starts[b + 1])
@@ -218,3 +220,38 @@ def test_a_mixed_batch_is_as_exact_as_an_eager_form(seed: int) -> None:
     seen = true_lse != -INF
     error = (lse.double() - true_lse).abs()[seen]
     assert (error <= inside_lse[seen] + EPS).all(), f"{batch.name}: lse is {error.amax():.2g} off"
+
+
+def specialised(x: object) -> object:
+    """What of an argument chooses the compiled kernel: Triton looks at 1 and at multiples of 16."""
+    if isinstance(x, tuple):
+        return [specialised(each) for each in x]
+    if isinstance(x, torch.Tensor):
+        return x.dtype
+    return (x == 1, x % 16 == 0) if type(x) is int else x
+
+
+def test_no_length_compiles_the_kernels_again() -> None:
+    """Sequences, pages, widths of tables, queries, keys of a dense cache, and padding masks of every size."""
+    tile, plan = Tile(16, 64, 4, 2), Plan(*(torch.empty(8).int(),) * 3)
+    parts, masks = Parts(torch.empty(2, 16, 128), torch.empty(2, 16)), Masks(0.1, True, None, None)
+    found = []
+    for size in (1, 3, 5, 16, 48):
+        q, pages = torch.empty(size, 4, 128), torch.empty(size, 2, 16, 128)
+        lengths, table = torch.empty(size).int(), torch.empty(size, size).int()
+        options = {"plan": plan, "parts": parts, "tile": tile, "sequences": size}
+        gate = PositionGate(*torch.empty(2, size, 2, size))
+        lse = torch.empty(4, size).T
+        given = paged_arguments(
+            q, pages, pages, q, lse, masks, seqlens_k=lengths, block_table=table, gate=gate, **options
+        )
+        q, k = torch.empty(size, 4, size, 128), torch.empty(size, 2, size, 128)
+        seen = torch.empty(size, size).bool()
+        dense = paged_arguments(q, k, k, q, q[..., 0].float(), masks, seqlens_k=None, gate=gate, seen=seen, **options)
+        found.append(
+            [
+                {name: specialised(x) for name, x in each.items()}
+                for each in (given, merge_arguments(given), dense, merge_arguments(dense))
+            ]
+        )
+    assert all(each == found[0] for each in found)
