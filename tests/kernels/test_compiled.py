@@ -48,14 +48,14 @@ def calls(layout: Any) -> dict[Any, tuple[Any, ...]]:
     packed_q, packed_k = (layout(1, *x.shape[1:])[0].transpose(0, 1) for x in (q, k))
     offsets = ints(0, 7, 18), ints(0, 9, 20)
     dense = q, k, k, gate, gate, mask
-    found = anchored_attention_op(*dense, 0.25, True, None, None, False, False)
+    found = anchored_attention_op(*dense, 0.25, True, None, None, False, False, False)
     upstream = layout(2, 4, 18, 16), torch.randn(2, 4, 18)
     cache = layout(2, 2, 20, 16) if layout is not columns else bnhd(2, 2, 20, 16)
     return {
-        anchored_attention_op: (*dense, 0.25, True, 5, None, True, False),
-        varlen_op: (packed_q, packed_k, packed_k, *offsets, 11, 11, gate[0], None, 0.25, True, None, None, False),
+        anchored_attention_op: (*dense, 0.25, True, 5, None, True, False, False),
+        varlen_op: (packed_q, packed_k, packed_k, *offsets, 11, 11, gate[0], None, 0.25, True, None, None, False, False),
         decode_op: (layout(2, 4, 3, 16), cache, cache, ints(20, 5), None, gate, gate, 0.25, True, None, None),
-        backward_op: (*dense, *found, *upstream, 0.25, True, None, None, None, None, None, None),
+        backward_op: (*dense, *found, *upstream, 0.25, True, None, None, False, None, None, None, None),
     }
 
 

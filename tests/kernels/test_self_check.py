@@ -83,7 +83,7 @@ def test_right_results_pass(problem: Problem, device: torch.device, verdicts: Ve
     run(*problem.make(device))
     if problem.bounded and problem.queries > 16:
         run(*problem.make(device), gate_form="post-exp")
-    seen = set() if problem.gate == "all-zero" else {"backward", "decode" if problem.queries < 17 else "prefill"}
+    seen = set() if problem.gate == "all-zero" else {"backward", "paged" if problem.queries < 17 else "prefill"}
     assert {variant[0] for variant in verdicts} == seen, "a call without a visible key says nothing"
     assert all(verdicts.values())
 
@@ -225,12 +225,12 @@ def test_threads_that_call_first_at_once_warn_once(device: torch.device, monkeyp
     call = problem_of("decode", torch.float32, device)
     expected, together = call("sdpa"), threading.Barrier(3)
 
-    def wrong(*args: Any) -> None:  # no kernel: the interpreter runs one at a time
-        args[6].fill_(1)
-        args[7].fill_(1)
+    def wrong(*args: Any, **_: Any) -> None:  # no kernel: the interpreter runs one at a time
+        args[3].fill_(1)
+        args[4].fill_(1)
         together.wait(30)
 
-    monkeypatch.setattr(ops, "decode", wrong)
+    monkeypatch.setattr(ops, "paged", wrong)
     found: list[Tensors] = []
     threads = [threading.Thread(target=lambda: found.append(call("triton"))) for _ in range(3)]
     with warnings.catch_warnings(record=True) as told:
