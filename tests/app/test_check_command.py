@@ -38,8 +38,8 @@ PLANTED = """
 import os, sys, time
 sys.path.insert(0, sys.argv[-3])
 from videoanchor_triton.app.check import child, tasks
-from videoanchor_triton.kernels import ops
-prefill, decode = ops.prefill, ops.decode
+from videoanchor_triton.kernels import ops, ops_cache
+prefill, paged = ops.prefill, ops.paged
 
 def wrong(*args, **kwargs):
     prefill(*args, **kwargs)
@@ -49,13 +49,13 @@ def dies(*args, **kwargs):
     if kwargs.get("block_table") is not None:
         os.write(2, b"Triton Error [CUDA]: an illegal memory access was encountered\\n")
         os.abort()
-    if kwargs.get("cache_seqlens") is not None:
+    if kwargs.get("seqlens_k") is not None:
         time.sleep(600)
     if args[0].shape[2] > 1:
         raise RuntimeError("PassManager::run failed")
-    decode(*args, **kwargs)
+    paged(*args, **kwargs)
 
-ops.prefill, ops.decode = wrong, dies
+ops.prefill, ops.paged, ops_cache.paged = wrong, dies, dies
 listed = tasks.forms
 chosen = ("prefill, no gate", "decode, cache", "decode, pages", "decode, several queries", "decode")
 tasks.forms = lambda device: [form for form in listed(device) if form.name in chosen]
