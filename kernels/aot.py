@@ -24,6 +24,7 @@ from .paged import paged
 from .prefill import prefill
 from .prescale import LOG_BIAS, NO_GATE, POST_EXP, prescale
 from .tiles import HEAD_DIMS, prefill_tile
+from .write import write
 
 Case = tuple[str, str, int, str]
 Launch = Callable[[], object]
@@ -265,8 +266,6 @@ def paged_launch(first: str, target: str, head_dim: int, dtype: torch.dtype, mas
 
 
 def write_launch(head_dim: int, dtype: torch.dtype, words: list[str]) -> Launch:
-    from .write import write
-
     cached = next((DTYPES[word] for word in words if word in ("fp8", "int8")), dtype)
     k, v = (torch.empty(N, HKV, head_dim, dtype=dtype) for _ in "kv")
     gammas, slots = torch.empty(2, N, HKV), torch.empty(N, dtype=torch.int64)

@@ -42,11 +42,8 @@ def gates_of(
     if gate is None:
         return 0, (None, None, None)
     if isinstance(gate, PageGate):
-        return {"written": WRITTEN.value, "apart": APART.value}[gate.form], (
-            slots_of(gate.values, kv_heads),
-            None,
-            None,
-        )
+        form = WRITTEN if gate.form == "written" else APART
+        return form.value, (slots_of(gate.values, kv_heads), None, None)
 
     def raw(x: torch.Tensor | None) -> RawGate | None:
         if x is None:

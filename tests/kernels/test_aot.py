@@ -62,7 +62,8 @@ CASES: list[Case] = [
     *((f"page-64 {form}", "sm_90", 128, "bf16") for form in ("apart", "positions")),
     ("page-16 written window softcap sinks lse", "sm_90", 80, "fp16"),
     ("page-64 written rows-128", "sm_90", 128, "bf16"),
-    *((kernel, target, 128, "bf16") for target in SERVERS for kernel in ("plan", "merge")),
+    *((kernel, target, 128, "bf16") for target in SERVERS for kernel in ("plan", "merge", "write")),
+    ("write fp8", "sm_90", 128, "bf16"),
 ]
 if not OLDEST:
     CASES += [

@@ -53,7 +53,22 @@ def calls(layout: Any) -> dict[Any, tuple[Any, ...]]:
     cache = layout(2, 2, 20, 16) if layout is not columns else bnhd(2, 2, 20, 16)
     return {
         anchored_attention_op: (*dense, 0.25, True, 5, None, True, False, False),
-        varlen_op: (packed_q, packed_k, packed_k, *offsets, 11, 11, gate[0], None, 0.25, True, None, None, False, False),
+        varlen_op: (
+            packed_q,
+            packed_k,
+            packed_k,
+            *offsets,
+            11,
+            11,
+            gate[0],
+            None,
+            0.25,
+            True,
+            None,
+            None,
+            False,
+            False,
+        ),
         decode_op: (layout(2, 4, 3, 16), cache, cache, ints(20, 5), None, gate, gate, 0.25, True, None, None),
         backward_op: (*dense, *found, *upstream, 0.25, True, None, None, False, None, None, None, None),
     }
