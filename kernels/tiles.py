@@ -38,7 +38,7 @@ AMPERE = {16: Tile(128, 64, 4, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8
 HOPPER = {128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)}
 CDNA = {128: Tile(128, 64, 4, 1), 256: Tile(64, 32, 4, 1)}
 PREFILL = {
-    "sm_80": AMPERE,
+    "sm_80": AMPERE | {128: Tile(128, 64, 8, 3)},
     "sm_86": AMPERE,
     "sm_89": AMPERE,
     "sm_90": HOPPER | {16: Tile(64, 128, 4, 2)},
@@ -50,6 +50,8 @@ PREFILL = {
 # for 16-bit variants that spill with the tiles above: target, features, head dims, tile; the first row that fits serves
 PREFILL_SMALLER: tuple[tuple[str, Set[str], tuple[int, ...], Tile], ...] = (
     ("sm_80", {"window"}, (128,), Tile(128, 32, 8, 2)),
+    ("sm_86", {"padded", "window", "softcap"}, (128,), Tile(128, 32, 8, 2)),
+    ("sm_89", {"padded", "window", "softcap"}, (128,), Tile(128, 32, 8, 2)),
     ("sm_90", {"varlen"}, (256,), Tile(64, 64, 8, 2)),
     ("sm_100", {"padded"}, (16, 32, 64, 80, 96, 128), Tile(128, 64, 8, 2)),
     ("sm_100", {"window"}, (80, 96), Tile(128, 64, 8, 3)),
