@@ -4,6 +4,7 @@
 the main loop and how far ahead it loads. TRITON_INTERPRET must not be set: the interpreter replaces the compiler.
 """
 
+import argparse
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -275,12 +276,17 @@ def write_launch(head_dim: int, dtype: torch.dtype, words: list[str]) -> Launch:
 
 
 def main() -> None:
-    """Print the table of all cases."""
+    """Print the table of all cases, or of those for some targets and head dims."""
+    parser = argparse.ArgumentParser(prog="python -m videoanchor_triton.kernels.aot", description=__doc__)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=[*TARGETS])
+    parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS, default=[*HEAD_DIMS])
+    asked = parser.parse_args()
+    cases = [case for case in CASES if case[1] in asked.targets and case[2] in asked.head_dims]
     print(
         "kernel                          target   head_dim  dtype  registers  spills  local  shared  tensor-core   loop"
         "  buffers  ahead"
     )
-    for used in compile_all():
+    for used in compile_all(cases):
         buffers, ahead = ("-" if x is None else x for x in (used.buffers, used.ahead))
         print(
             f"{used.kernel:31} {used.target:8} {used.head_dim:8}  {used.dtype:5} {used.registers:10} {used.spills:7} "
