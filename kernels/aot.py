@@ -66,7 +66,9 @@ CASES: list[Case] = [
         *PREFILL,
         "dq",
         "dk-dv",
-        *(f"{pages} {form}" for pages in ("decode", "page-16") for form in PAGE_FORMS),
+        "decode ungated",
+        "decode positions",
+        *(f"page-16 {form}" for form in PAGE_FORMS),
     )
 ]
 CASES += [
@@ -252,7 +254,7 @@ def paged_launch(first: str, target: str, head_dim: int, dtype: torch.dtype, mas
         options |= {"block_table": table, "cu_seqlens_q": torch.empty(B + 1, dtype=torch.int32)}
     else:
         k, v = (torch.empty(B, HKV, N, head_dim, dtype=cached) for _ in "kv")
-    if "positions" in words or ("written" in words and not size):
+    if "positions" in words:
         options["gate"] = PositionGate(*torch.empty(2, B, HKV, N))
     elif form := next((word for word in words if word in ("written", "apart")), None):
         options["gate"] = page_gate(form, pages, size)
