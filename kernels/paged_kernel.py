@@ -97,16 +97,6 @@ def add_weighted(b_p, b_v, b_acc, LARGE: tl.constexpr, QUANTISED: tl.constexpr):
 
 
 @triton.jit
-def per_thread(i_end):
-    """i_end, of which the compiler does not know that all threads have the same.
-
-    It holds the predicate of a uniform bound in a uniform register, and moves it for each copy that the loop issues: 34
-    more instructions of 421 (sm_80 and sm_90, Triton 3.7.1).
-    """
-    return tl.max(tl.zeros([32], tl.int32) + i_end, 0)
-
-
-@triton.jit
 def attend(
     state, b_q, cache, slot_gate, gate_k, gate_v, token_scales, logits, lengths, i_b, i_head, i_kv, i_start, i_end,
     i_last, o_position, window, zero, D: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, FORM: tl.constexpr,
@@ -273,7 +263,6 @@ def paged_kernel(
             if CAUSAL:
                 i_full = tl.minimum(i_end, tl.maximum(i_r // shares.group + Nk - Nq + 1, i_start))
             i_full = i_start if EVERYWHERE else i_start + (i_full - i_start) // BN * BN
-            i_full = per_thread(i_full)
             i_last = tl.maximum(Nk - 1, 0)
             if not EVERYWHERE:
                 b_acc, b_sum, b_max = attend(
