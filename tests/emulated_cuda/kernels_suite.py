@@ -15,6 +15,7 @@ NOT_EMULATED: dict[str, str] = {
     "test_compiled.py::test_inductor_compiles_once_for_all_lengths": COMPILE,
     "test_self_check.py::test_a_wrong_kernel_is_answered_for_in_a_compiled_graph": COMPILE,
     "test_decode.py::test_triton_reads_no_tensor_on_the_host/*": COMPILE,
+    "test_gate_language.py::test_alibi_is_flex_attentions/*": "FlexAttention",
     "test_sdpa.py::test_backward_keeps_no_queries_times_keys/*": STORAGE,
     "test_sdpa.py::test_keys_and_values_are_not_repeated_for_query_heads": MATH,
     "test_sdpa.py::test_no_tensor_of_queries_times_keys/uncapped-*-none-None-*": MATH,
