@@ -18,9 +18,10 @@ from triton.runtime.jit import JITFunction
 
 from .backward import backward
 from .compiled import Report, report
+from .gate_pages import GatePages
 from .hopper import TILES as HOPPER_TILES
 from .hopper import hopper_prefill
-from .operands import Masks, PageGate, PositionGate
+from .operands import Masks, PositionGate
 from .paged import paged
 from .prefill import prefill
 from .prescale import LOG_BIAS, NO_GATE, POST_EXP, prescale
@@ -236,8 +237,8 @@ def cache(pages: int, size: int, head_dim: int, dtype: torch.dtype) -> tuple[tor
     return both[:, 0], both[:, 1]
 
 
-def page_gate(form: str, pages: int, size: int) -> PageGate:
-    return PageGate(torch.empty(pages, HKV, size, *((2,) if form == "apart" else ())), form)
+def page_gate(form: str, pages: int, size: int) -> GatePages:
+    return GatePages(torch.empty(pages, HKV, size, *((2,) if form == "apart" else ())), form)
 
 
 def paged_launch(first: str, target: str, head_dim: int, dtype: torch.dtype, masks: Masks, words: list[str]) -> Launch:

@@ -18,7 +18,6 @@ except ModuleNotFoundError as error:  # as in api.py
         raise
 
 HEAD_DIMS = 16, 256
-# with the conversions of float8_e4m3fn
 
 
 class PagedOptions(TypedDict, total=False):

@@ -48,17 +48,6 @@ def rows_of(x: torch.Tensor) -> Rows:
     return Rows(x, *x.stride()[:3]) if x.dim() == 4 else Rows(x, 0, x.stride(1), x.stride(0))
 
 
-class PageGate(NamedTuple):
-    """Gates by slot of a paged cache.
-
-    values: (P, H, page) fp32 where the cache holds gK gV V ("written": gK), (P, H, page, 2) fp32 where it holds V
-    ("apart": log2 gK, gV). H is Hkv, or 1 where the heads share their gates.
-    """
-
-    values: torch.Tensor
-    form: str
-
-
 class PositionGate(NamedTuple):
     """Gates by position in the sequence, neutral beyond N': log gamma_k and gamma_v, (B, Hkv or Hq, N') fp32 or None.
 

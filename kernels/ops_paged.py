@@ -8,11 +8,12 @@ import torch
 from .dispatch import torch_backend
 from .gate_pages import GatePages
 from .layouts import cache_rows, launch_target, variant_of
-from .operands import Masks, PageGate
+from .operands import Masks
 from .paged import paged
 from .pages import paged_by_sequence
 from .sampled_paged import paged_error
 from .self_check import Variant, self_checked
+from .tiles import paged_tile
 from .validation_paged import per_token
 from .write import write
 
@@ -63,7 +64,7 @@ def paged_op(
             max_seqlen_q=max_seqlen_q,
             cu_seqlens_q=cu_seqlens_q,
             block_table=table,
-            gate=None if gate is None else PageGate(*gate),
+            gate=gate,
             k_scale=k_scale,
             v_scale=v_scale,
             sinks=sinks,
@@ -80,8 +81,8 @@ def paged_op(
         form = None if gate is None else (gate_form, gate.values.shape[1] > 1)
         stored = k_pages.dtype, per_token(k_scale)
         page, group = k_pages.shape[2], q.shape[1] // k_pages.shape[1]
-        rows = min(max(16, 1 << (max_seqlen_q * group - 1).bit_length()), 128)  # the tile's
-        return variant_of("paged", q, (None, None), masks, form, stored, sinks is not None, page, group, rows)
+        tile = paged_tile(target, q.shape[-1], q.element_size(), max(max_seqlen_q, 1) * group)
+        return variant_of("paged", q, (None, None), masks, form, stored, sinks is not None, page, group, *tile)
 
     with torch.cuda.device_of(q):
         self_checked(
@@ -120,7 +121,7 @@ def write_op(
     if k.shape[0] == 0 or k_pages.shape[0] == 0:
         return
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    gate = None if gate_values is None else PageGate(gate_values, gate_form)
+    gate = None if gate_values is None else GatePages(gate_values, gate_form)
     launch_target(k)
     with torch.cuda.device_of(k):
         write(

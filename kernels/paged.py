@@ -5,12 +5,12 @@ from typing import Any
 import torch
 import triton
 
+from .gate_pages import GatePages
 from .gates import expand_gate
 from .operands import (
     Cache,
     Lengths,
     Masks,
-    PageGate,
     Parts,
     PositionGate,
     Rows,
@@ -25,6 +25,7 @@ from .plan import make_plan
 from .plan_kernel import Plan
 from .prescale_kernel import RawGate, odd
 from .tiles import E4M3_TARGETS, Tile, paged_programs, paged_tile
+from .validation_paged import per_token, value_scale
 
 MERGE_ROWS = 4
 
@@ -36,12 +37,12 @@ def slots_of(x: torch.Tensor, heads: int) -> Slots:
 
 
 def gates_of(
-    gate: PageGate | PositionGate | None, sequences: int, kv_heads: int, heads: int
+    gate: GatePages | PositionGate | None, sequences: int, kv_heads: int, heads: int
 ) -> tuple[int, tuple[Slots | None, RawGate | None, RawGate | None]]:
     """The form, and what the kernel takes of the gates, for `heads` planned heads."""
     if gate is None:
         return 0, (None, None, None)
-    if isinstance(gate, PageGate):
+    if isinstance(gate, GatePages):
         form = WRITTEN if gate.form == "written" else APART
         return form.value, (slots_of(gate.values, kv_heads), None, None)
 
@@ -68,7 +69,7 @@ def paged_arguments(
     parts: Parts,
     tile: Tile,
     block_table: torch.Tensor | None = None,
-    gate: PageGate | PositionGate | None = None,
+    gate: GatePages | PositionGate | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
@@ -80,11 +81,12 @@ def paged_arguments(
     form, gates = gates_of(gate, sequences, kv_heads, heads)
     scales = token_scales = None
     if k_scale is not None and v_scale is not None:
-        if k_scale.numel() == 1:
-            scales = Scales(k_scale, v_scale)
+        if per_token(k_scale):
+            of_values = value_scale(gate if isinstance(gate, GatePages) else None, v_scale)
+            of_slots = None if of_values is None else slots_of(of_values, kv_heads)
+            token_scales = Scales(slots_of(k_scale, kv_heads), of_slots)
         else:
-            held = isinstance(gate, PageGate) and gate.form == "apart"
-            token_scales = Scales(slots_of(k_scale, kv_heads), None if held else slots_of(v_scale, kv_heads))
+            scales = Scales(k_scale, v_scale)
     paged = block_table is not None
     return {
         "q": queries_of(q, q.dim() == 4),
@@ -135,7 +137,7 @@ def queries_of(x: torch.Tensor, batched: bool) -> Rows:
     return Rows(x, 0, x.stride(1), x.stride(0))
 
 
-def planned_heads(gate: PageGate | PositionGate | None, query_heads: int, kv_heads: int) -> int:
+def planned_heads(gate: GatePages | PositionGate | None, query_heads: int, kv_heads: int) -> int:
     """Heads of which the work list makes items: those of the keys, or of the queries where gates are by query head."""
     gates = (gate.log_gamma_k, gate.gamma_v) if isinstance(gate, PositionGate) else ()
     by_query = any(x is not None and x.dim() == 3 and x.shape[1] > kv_heads for x in gates)
@@ -160,7 +162,7 @@ def paged(
     max_seqlen_q: int,
     cu_seqlens_q: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
-    gate: PageGate | PositionGate | None = None,
+    gate: GatePages | PositionGate | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,

@@ -12,7 +12,7 @@ import torch
 
 from .gate_pages import GatePages
 from .gates import post_exp_bounds
-from .validation_paged import TOPS, check_batch_values, per_token
+from .validation_paged import TOPS, check_batch_values, per_token, value_scale
 
 LOG2E = math.log2(math.e)
 LEAST_SCALE = 2.0**-126
@@ -27,6 +27,13 @@ def _put(pages: torch.Tensor, page: torch.Tensor, row: torch.Tensor, x: torch.Te
     if pages.dtype in TOPS:  # torch has no index_put of 8-bit floats
         pages, x = pages.view(torch.uint8), x.view(torch.uint8)
     pages[page, :, row] = x
+
+
+def take_pages(pages: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """pages[index] along the first dimension."""
+    if pages.dtype in TOPS:
+        return pages.view(torch.uint8).index_select(0, index).view(pages.dtype)
+    return pages.index_select(0, index)
 
 
 def _gate(gate: torch.Tensor | None, token: torch.Tensor, neutral: float) -> torch.Tensor:
@@ -151,7 +158,7 @@ def paged_by_sequence(
 
         def gathered(x: torch.Tensor, index: torch.Tensor = index, length: int = length) -> torch.Tensor:
             # (pages, H, page, ...) -> (1, H, length, ...)
-            x = x[index] if x.dtype not in TOPS else x.view(torch.uint8)[index].view(x.dtype)
+            x = take_pages(x, index)
             return (x if plain else x.to(precise)).transpose(0, 1).flatten(1, 2)[None, :, :length]
 
         def scale_of(scale: torch.Tensor, gathered: Callable[..., torch.Tensor] = gathered) -> torch.Tensor:
@@ -161,8 +168,8 @@ def paged_by_sequence(
         log_gamma_k = gamma_v = None
         if k_scale is not None:
             k = k * scale_of(k_scale)
-        if v_scale is not None and not (gate_pages is not None and gate_pages.form == "apart" and per_token(v_scale)):
-            v = v * scale_of(v_scale)
+        if (of_values := value_scale(gate_pages, v_scale)) is not None:
+            v = v * scale_of(of_values)
         if gate_pages is not None:
             gates = key_and_value_gates(gate_pages, gathered(gate_pages.values))
             log_gamma_k, gamma_v = (gate.expand(-1, k.shape[1], -1) for gate in gates)

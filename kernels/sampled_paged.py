@@ -5,9 +5,9 @@ import torch
 from .dense_rows import Expected, Rows, dense_rows, worst_error
 from .gate_pages import GatePages
 from .operands import Masks
-from .pages import key_and_value_gates
+from .pages import key_and_value_gates, take_pages
 from .sampled import EDGES, indices, places, seen_from
-from .validation_paged import TOPS, per_token
+from .validation_paged import per_token, value_scale
 
 
 def paged_error(
@@ -51,21 +51,14 @@ def paged_error(
 
         def gathered(x: torch.Tensor, pages: torch.Tensor = pages, kv: int = kv) -> torch.Tensor:
             # (P, H, page, ...) -> (capacity, ...)
-            x = x[:, kv if x.shape[1] > 1 else 0]
-            x = (
-                x.view(torch.uint8).index_select(0, pages).view(x.dtype)
-                if x.dtype in TOPS
-                else x.index_select(0, pages)
-            )
-            return x.flatten(0, 1)
+            return take_pages(x[:, kv if x.shape[1] > 1 else 0], pages).flatten(0, 1)
 
         def scaled(x: torch.Tensor, scale: torch.Tensor | None, gathered=gathered) -> torch.Tensor:
             if scale is None:
                 return gathered(x)
             return gathered(x).float() * (gathered(scale)[:, None] if per_token(scale) else scale.reshape(()))
 
-        apart = gate_pages is not None and gate_pages.form == "apart"
-        k, v = scaled(k_pages, k_scale), scaled(v_pages, None if apart and per_token(v_scale) else v_scale)
+        k, v = scaled(k_pages, k_scale), scaled(v_pages, value_scale(gate_pages, v_scale))
         gate_k = gate_v = None
         if gate_pages is not None:
             gate_k, gate_v = key_and_value_gates(gate_pages, gathered(gate_pages.values).double())

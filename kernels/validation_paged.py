@@ -75,6 +75,12 @@ def per_token(scale: torch.Tensor | None) -> bool:
     return scale is not None and scale.dim() == 3
 
 
+def value_scale(gate_pages: GatePages | None, v_scale: torch.Tensor | None) -> torch.Tensor | None:
+    """The scale that values are to be multiplied with: None where there is none, or the gates of slots hold it."""
+    held = gate_pages is not None and gate_pages.form == "apart" and per_token(v_scale)
+    return None if held else v_scale
+
+
 def check_gate_pages(gate_pages: object, k_pages: torch.Tensor, v_scale: torch.Tensor | None) -> None:
     """Raise unless the gates are None, or GatePages of the cache's blocks, slots, heads and device."""
     if gate_pages is None:

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 import triton
 
-from .operands import PageGate, Rows, rows_of
+from .gate_pages import GatePages
+from .operands import Rows, rows_of
 from .validation_paged import TOPS, per_token
 from .write_kernel import Gammas, Tokens, write_kernel
 
@@ -21,7 +22,7 @@ def _gammas(gamma_k: torch.Tensor | None, gamma_v: torch.Tensor | None) -> Gamma
     return Gammas(gamma_k, gamma_v, *strides)
 
 
-def _gate_rows(gate: PageGate | None) -> Rows | None:
+def _gate_rows(gate: GatePages | None) -> Rows | None:
     if gate is None:
         return None
     values = gate.values
@@ -38,7 +39,7 @@ def write_arguments(
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
     slot_mapping: torch.Tensor,
-    gate: PageGate | None,
+    gate: GatePages | None,
     gamma_k: torch.Tensor | None,
     gamma_v: torch.Tensor | None,
     log_gate: bool,
@@ -81,7 +82,7 @@ def write(
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
     slot_mapping: torch.Tensor,
-    gate: PageGate | None,
+    gate: GatePages | None,
     gamma_k: torch.Tensor | None,
     gamma_v: torch.Tensor | None,
     log_gate: bool,

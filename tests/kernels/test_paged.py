@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from videoanchor_triton.kernels.operands import Masks, PageGate, Parts, PositionGate
+from videoanchor_triton.kernels.gate_pages import GatePages
+from videoanchor_triton.kernels.operands import Masks, Parts, PositionGate
 from videoanchor_triton.kernels.paged import merge_arguments, paged, paged_arguments
 from videoanchor_triton.kernels.plan_kernel import Plan
 from videoanchor_triton.kernels.tiles import INTERPRETER, Tile
@@ -94,14 +95,14 @@ def drawn(seed: int) -> Batch:
     if k_scale is not None and v_scale is not None:
         scales = (k_scale, v_scale) if not per_token else (k_scale[..., None], v_scale[..., None])
         keys, values = keys * scales[0].double(), values * scales[1].double()
-    gate: PageGate | PositionGate | None = None
+    gate: GatePages | PositionGate | None = None
     if form == "written":
-        gate = PageGate(log_gate.exp().masked_fill(~slots, NAN), form)
+        gate = GatePages(log_gate.exp().masked_fill(~slots, NAN), form)
         log_gate = log_gate.exp().log()
         values = values / (gate.values.double().nan_to_num(1) * gain.double())[..., None]
     elif form == "apart":
         factor = gain * v_scale if v_scale is not None and per_token else gain
-        gate = PageGate(torch.stack([log_gate / math.log(2), factor], -1).masked_fill(~slots[..., None], NAN), form)
+        gate = GatePages(torch.stack([log_gate / math.log(2), factor], -1).masked_fill(~slots[..., None], NAN), form)
     elif form in ("position", "query heads"):
         heads = kv_heads if form == "position" else kv_heads * group
         short = width * page - r.randint(0, width * page // 2)
