@@ -143,4 +143,5 @@ def finish_rows(b_max, b_sum):
 
     Rows that have seen no key: 1 and -inf.
     """
-    return tl.where(b_sum == 0.0, 1.0, b_sum), b_max + tl.log2(b_sum)
+    b_divisor = tl.where(b_sum == 0.0, 1.0, b_sum)
+    return b_divisor, tl.where(b_sum == 0.0, float("-inf"), b_max + tl.log2(b_divisor))
