@@ -41,7 +41,7 @@ from sklearn.metrics import adjusted_rand_score, roc_auc_score
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.helpers import report
 from benchmarks.helpers.environment import environment, processor
-from benchmarks.scores.helpers.token_sets import HIDDEN, POOLED
+from benchmarks.scores.helpers.token_sets import POOLED, embedded
 from videoanchor_triton.anchor.affinity import affinity_matrix
 from videoanchor_triton.anchor.config import VideoAnchorConfig
 from videoanchor_triton.anchor.problem import token_features
@@ -123,7 +123,7 @@ def camera(photograph: int, motion: float, seed: int, rows: int = 9, columns: in
     shared = np.all([(left < x) & (x < right) & (top < y) & (y < bottom) for left, top, right, bottom in boxes], axis=0)
     height, width = image.shape[:2]
     place = (y // (height / 4)).astype(int) * 6 + (x // (width / 6)).astype(int)
-    return Clip(_embedded(pixels, random), np.repeat(np.arange(N_FRAMES), rows * columns), place, shared)
+    return Clip(embedded(pixels, random).astype(np.float32), np.repeat(np.arange(N_FRAMES), rows * columns), place, shared)
 
 
 def half(photograph: int, part: float, seed: int, rows: int = 9, columns: int = 12) -> Clip:
@@ -141,7 +141,7 @@ def half(photograph: int, part: float, seed: int, rows: int = 9, columns: int = 
         pixels.append(np.concatenate([_patches(image, boxes[frame], rows, n_left), right_part], 1))
         truth.append(np.tile(np.where(np.arange(columns) < n_left, 0, 1 + frame), rows))
     found = np.concatenate(truth)
-    tokens = _embedded(np.concatenate(pixels).reshape(len(found), -1), random)
+    tokens = embedded(np.concatenate(pixels).reshape(len(found), -1), random).astype(np.float32)
     return Clip(tokens, np.repeat(np.arange(N_FRAMES), rows * columns), found, found == 0)
 
 
@@ -174,14 +174,6 @@ def _centres(box: tuple[float, ...], rows: int, columns: int) -> np.ndarray:
     x = left + (np.arange(columns) + 0.5) * (right - left) / columns
     y = top + (np.arange(rows) + 0.5) * (bottom - top) / rows
     return np.stack([np.tile(x, rows), np.repeat(y, columns)], 1)
-
-
-def _embedded(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Tokens from the pixels of patches: two layers of random weights."""
-    pixels = (pixels - pixels.mean()) / pixels.std()
-    hidden = pixels @ random.standard_normal((pixels.shape[1], HIDDEN)) / pixels.shape[1] ** 0.5
-    tokens = hidden + np.maximum(hidden, 0) @ random.standard_normal((HIDDEN, HIDDEN)) / HIDDEN**0.5
-    return tokens.astype(np.float32)
 
 
 def clips(quick: bool) -> Iterator[tuple[str, float, int, Clip]]:

@@ -1,18 +1,17 @@
-"""Yardsticks of the self-expression that share no code with the package: the certified optimum, the textbook ADMM."""
+"""A yardstick of the self-expression that shares no code with the package: the certified optimum."""
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import lars_path
 
-PUBLISHED_RHO = 300.0
 # Weight of the constraint sum(c) = 1 as a row of the least squares: the larger, the closer to 1, and the less precise.
 SUM_WEIGHT = 1e3
+ALPHA = 800.0  # published
+BLOCK = 128  # tokens at a time
 
 
 @dataclass(frozen=True)
@@ -63,25 +62,47 @@ def certified_optimum(problem: Problem, tokens: np.ndarray) -> Optimum:
             _, _, weights = lars_path(others, target, alpha_min=end, method="lasso", return_path=False)
         nu = root * (target - others @ weights)[:rank]
         coefficients = np.insert(weights[: n_tokens - 1], token, 0.0)
-        lower[i] = _dual_value(problem, token, nu)
-        upper[i] = objectives(problem, coefficients[:, None], np.array([token]))[0]
+        lower[i] = max(_dual_value(problem, token, nu), float(problem.affine))  # sum(c) = 1 means |c|_1 >= 1
+        upper[i] = objectives(problem, np.arange(n_tokens)[None], coefficients[None], np.array([token]))[0]
     return Optimum(tokens, lower, upper)
 
 
-def objectives(problem: Problem, C: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """The objective (n,) of coefficients C (N, n) of some tokens at the best e; if affine, of C divided by its sums.
+def published_problem(Y: np.ndarray, affine: bool = True) -> Problem:
+    """The problem of Y (r, N) with the published weights 800 / mu_e and 800 / mu_z by their definition."""
+    norms, least = np.sort(np.abs(Y).sum(0)), np.inf
+    for start in range(0, Y.shape[1], BLOCK):
+        products = np.abs(Y[:, start : start + BLOCK].T @ Y)
+        np.fill_diagonal(products[:, start:], 0)
+        least = min(least, products.max(1).min())
+    return Problem(Y, ALPHA / norms[-2], ALPHA / least, affine)
 
-    Infinite where affine coefficients do not have a positive sum, or do not leave out the token itself.
+
+def objectives(problem: Problem, indices: np.ndarray, values: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The objective (n,) of tokens (n,) with coefficients values (n, k) of atoms indices (n, k) at the best e; if
+    affine, of the coefficients divided by their sums.
+
+    An atom may stand in several slots. Infinite where affine coefficients do not have a positive sum, or do not leave
+    out the token itself.
     """
-    sums = C.sum(0) if problem.affine else np.ones(C.shape[1])
-    possible = (sums > 0) & (C[tokens, np.arange(len(tokens))] == 0)
-    C = C / np.where(sums > 0, sums, 1.0)
-    residual = problem.Y[:, tokens] - problem.Y @ C
+    found = [_objectives(problem, *(x[i : i + BLOCK] for x in (indices, values, tokens))) for i in _blocks(tokens)]
+    return np.concatenate(found)
+
+
+def _blocks(tokens: np.ndarray) -> range:
+    return range(0, len(tokens), BLOCK)
+
+
+def _objectives(problem: Problem, indices: np.ndarray, values: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    values = values.astype(np.float64)
+    sums = values.sum(1) if problem.affine else np.ones(len(tokens))
+    possible = (sums > 0) & ~((indices == tokens[:, None]) & (values != 0)).any(1)
+    values = values / np.where(sums > 0, sums, 1.0)[:, None]
+    residual = problem.Y.T[tokens] - np.einsum("nk,nkr->nr", values, problem.Y.T[indices])
     bound = problem.lambda_e / problem.lambda_z
     fit = np.clip(residual, -bound, bound)
-    error = np.abs(residual - fit).sum(0)
-    values = np.abs(C).sum(0) + problem.lambda_e * error + problem.lambda_z / 2 * (fit**2).sum(0)
-    return np.where(possible, values, np.inf)
+    error = np.abs(residual - fit).sum(1)
+    objective = np.abs(values).sum(1) + problem.lambda_e * error + problem.lambda_z / 2 * (fit**2).sum(1)
+    return np.where(possible, objective, np.inf)
 
 
 def _dual_value(problem: Problem, token: int, nu: np.ndarray) -> float:
@@ -97,36 +118,3 @@ def _dual_value(problem: Problem, token: int, nu: np.ndarray) -> float:
     square = nu @ nu / problem.lambda_z
     scale = min(max(linear, 0.0) / max(square, 1e-300), most)
     return float(constant + scale * linear - scale**2 * square / 2)
-
-
-def textbook_iterates(
-    problem: Problem, factorised: bool, tokens: np.ndarray | None = None, xp: Any = np, linalg: Any = scipy.linalg
-) -> Iterator[Any]:
-    """C (N, n) of n tokens (None: all) after each iteration of the authors' ADMM with the published penalty.
-
-    Every iteration solves an N x N system with n right sides, as the authors' code does (Elhamifar and Vidal, 2013);
-    `factorised` reuses one LU factorisation. CuPy and cupyx.scipy.linalg as `xp` and `linalg` run it on a GPU.
-    """
-    Y, lambda_z, rho = xp.asarray(problem.Y), problem.lambda_z, PUBLISHED_RHO
-    bound = problem.lambda_e / lambda_z
-    n_tokens = Y.shape[1]
-    own = xp.arange(n_tokens) if tokens is None else xp.asarray(tokens)
-    target = Y[:, own]
-    system = lambda_z * (Y.T @ Y) + (rho if problem.affine else 0.0) + rho * xp.eye(n_tokens)
-    factors = linalg.lu_factor(system) if factorised else None
-    C, E = xp.zeros((n_tokens, len(own))), xp.zeros_like(target)
-    multiplier, sum_multiplier = xp.zeros_like(C), xp.zeros(len(own))
-    while True:
-        right = lambda_z * (Y.T @ (target - E)) + rho * C - multiplier
-        if problem.affine:
-            right += rho - sum_multiplier
-        A = xp.linalg.solve(system, right) if factors is None else linalg.lu_solve(factors, right)
-        C = A + multiplier / rho
-        C -= xp.clip(C, -1 / rho, 1 / rho)
-        C[own, xp.arange(len(own))] = 0
-        misfit = target - Y @ A
-        E = misfit - xp.clip(misfit, -bound, bound)
-        multiplier += rho * (A - C)
-        if problem.affine:
-            sum_multiplier += rho * (A.sum(0) - 1)
-        yield C

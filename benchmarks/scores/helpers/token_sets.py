@@ -39,30 +39,12 @@ def random_subspaces(
     """
     random = np.random.default_rng(seed)
     bases = [np.linalg.qr(random.standard_normal((n_features, dim)))[0] for _ in range(n_subspaces)]
-    return _on_subspaces(bases, each, noise, random)
-
-
-def disjoint_subspaces(angle: float, each: int, dim: int = 4, n_features: int = 50, seed: int = 0) -> Tokens:
-    """Three disjoint subspaces, each inside the sum of the other two, neighbours at one angle (degrees).
-
-    The synthetic experiment of Elhamifar and Vidal (2013), made harder: there the smallest principal angle between
-    neighbours is `angle`, here all of them are.
-    """
-    random = np.random.default_rng(seed)
-    both = np.linalg.qr(random.standard_normal((n_features, 2 * dim)))[0]
-    turns = np.deg2rad(angle) * np.arange(3)
-    bases = [np.cos(turn) * both[:, :dim] + np.sin(turn) * both[:, dim:] for turn in turns]
-    return _on_subspaces(bases, each, 0.0, random)
-
-
-def _on_subspaces(bases: list[np.ndarray], each: int, noise: float, random: np.random.Generator) -> Tokens:
-    truth = np.repeat(np.arange(len(bases)), each)
-    n_features, dim = bases[0].shape
+    truth = np.repeat(np.arange(n_subspaces), each)
     weights = random.standard_normal((len(truth), dim))
     weights /= np.linalg.norm(weights, axis=1, keepdims=True)
     X = np.stack([bases[k] @ weight for k, weight in zip(truth, weights, strict=True)])
     X += noise * random.standard_normal(X.shape) / n_features**0.5
-    return Tokens(X, truth, n_clusters=len(bases), pca_rank=None, affine=False)
+    return Tokens(X, truth, n_clusters=n_subspaces, pca_rank=None, affine=False)
 
 
 def vit_like(n_tokens: int, n_features: int = 512, seed: int = 0) -> Tokens:
@@ -98,6 +80,27 @@ def digits(n_tokens: int, seed: int = 0) -> Tokens:
     return Tokens(X[chosen].astype(np.float64), classes[chosen], n_clusters=10, pca_rank=32)
 
 
+def photo(n_tokens: int, patch: int = 28, seed: int = 0) -> Tokens:
+    """n patches of scikit-learn's two photographs, half of each, on a regular grid, as `camera` makes tokens of them."""
+    pixels = []
+    for image, count in zip(load_sample_images().images, (n_tokens - n_tokens // 2, n_tokens // 2), strict=True):
+        height, width = (side - patch for side in image.shape[:2])
+        rows = max(1, round((count * height / width) ** 0.5))
+        ys, xs = np.linspace(0, height, rows).astype(int), np.linspace(0, width, -(-count // rows)).astype(int)
+        corners = [(y, x) for y in ys for x in xs][:count]
+        views = np.stack([image[y : y + patch, x : x + patch].astype(np.float64) for y, x in corners])
+        pooled = views.reshape(count, POOLED, patch // POOLED, POOLED, patch // POOLED, 3).mean((2, 4))
+        pixels.append(pooled.reshape(count, -1))
+    return Tokens(embedded(np.concatenate(pixels), np.random.default_rng(seed)))
+
+
+def embedded(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """(N, HIDDEN) tokens from the pixels (N, values) of patches: two layers of random weights."""
+    pixels = (pixels - pixels.mean()) / pixels.std()
+    hidden = pixels @ random.standard_normal((pixels.shape[1], HIDDEN)) / pixels.shape[1] ** 0.5
+    return hidden + np.maximum(hidden, 0) @ random.standard_normal((HIDDEN, HIDDEN)) / HIDDEN**0.5
+
+
 def camera(n_steps: int, patch: int = 28, seed: int = 0) -> Tokens:
     """Patches of a camera that pans and zooms over scikit-learn's two photographs, n_steps frames over each.
 
@@ -120,12 +123,6 @@ def camera(n_steps: int, patch: int = 28, seed: int = 0) -> Tokens:
             pixels = np.asarray(frame, dtype=np.float64).reshape(rows, POOLED, columns, POOLED, 3)
             patches.append(pixels.swapaxes(1, 2).reshape(rows * columns, -1))
             cameras.append((number, left, top, scale))
-    pixels = np.concatenate(patches)
-    pixels = (pixels - pixels.mean()) / pixels.std()
-    random = np.random.default_rng(seed)
-    first = random.standard_normal((pixels.shape[1], HIDDEN)) / pixels.shape[1] ** 0.5
-    second = random.standard_normal((HIDDEN, HIDDEN)) / HIDDEN**0.5
-    hidden = pixels @ first
-    tokens = hidden + np.maximum(hidden, 0) @ second
+    tokens = embedded(np.concatenate(patches), np.random.default_rng(seed))
     grid = TokenGrid(len(cameras), rows, columns)
     return Tokens(tokens, matches=matching_tokens(np.array(cameras), grid))

@@ -1,0 +1,138 @@
+"""Scores tokens with whichever revision of the package PYTHONPATH names: a JSON object a line in, one out.
+
+In: data ("vit", "photo", "digits"), tokens, rank, tol; memory_budget (bytes or null); checked: tokens whose optimum is
+certified anew, apart from the package; sample: null, or so many tokens are solved over the others and nothing else is
+done. Out: seconds by stage ("whole" is all of them), cpu seconds of the process, gap and unconverged as the package
+claims them, distance of the checked tokens from their optimum and how well that is known, iterations (of the slowest
+token), peak MiB beyond the tokens, and the folder of the package.
+"""
+
+import contextlib
+import inspect
+import io
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import videoanchor_triton as va
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from benchmarks.scores.helpers import token_sets
+from benchmarks.scores.helpers.peak_memory import PeakMemory
+from benchmarks.scores.helpers.reference import certified_optimum, objectives, published_problem
+from videoanchor_triton.anchor import scores, solver
+from videoanchor_triton.anchor.problem import token_features
+
+MAKERS = {"vit": token_sets.vit_like, "photo": token_sets.photo, "digits": token_sets.digits}
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    tokens = torch.from_numpy(MAKERS[request["data"]](request["tokens"]).X).float()
+    peak = PeakMemory()
+    run = _whole if request["sample"] is None else _sample
+    begin, cpu = time.perf_counter(), time.process_time()
+    found, of, solution = run(tokens, request)
+    found |= {"cpu": time.process_time() - cpu, "peak_mib": peak.mib()}
+    found["seconds"].setdefault("whole", time.perf_counter() - begin)
+    gap = solution.gap.double()
+    found |= {"gap": float(gap.amax()), "unconverged": int((~(gap <= request["tol"])).sum())}
+    found |= {"iterations": solution.n_iter, "rows": len(gap)}
+    return found | _distance(tokens, request, of, solution)
+
+
+def _config(request: dict[str, Any]) -> va.VideoAnchorConfig:
+    return va.VideoAnchorConfig(
+        alpha_k=0, alpha_v=0, pca_rank=request["rank"], n_clusters=10 if request["data"] == "digits" else 24,
+        tol=request["tol"], memory_budget=request["memory_budget"],
+    )  # fmt: skip
+
+
+def _whole(tokens: torch.Tensor, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, Any]:
+    """Everything from tokens to scores, as a user calls it."""
+    kept: list[Any] = []
+    right = scores.self_expression
+
+    def keeping(*arguments: Any, **options: Any) -> Any:
+        kept.append(right(*arguments, **options))
+        return kept[-1]
+
+    scores.self_expression = keeping
+    try:
+        result = va.anchor_scores(tokens, _config(request))
+    finally:
+        scores.self_expression = right
+    return {"seconds": dict(result.seconds)}, np.arange(len(tokens)), kept[0]
+
+
+def _sample(tokens: torch.Tensor, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, Any]:
+    """Tokens of a sample over those that are not in it; before `atoms` there was none, over all others."""
+    options = _config(request)
+    options = options.solver_options() if hasattr(options, "solver_options") else options
+    Y = token_features(tokens, request["rank"])
+    chosen = torch.from_numpy(sampled(len(tokens), request["sample"]))
+    begin, cpu = time.perf_counter(), time.process_time()
+    if "atoms" in inspect.signature(solver.self_expression).parameters:
+        atoms = torch.ones(len(tokens), dtype=torch.bool).index_fill_(0, chosen, False).nonzero()[:, 0]
+        solution = solver.self_expression(Y[:, chosen], options, atoms=Y[:, atoms])
+        solution.indices.copy_(atoms[solution.indices])
+    else:
+        solution = _sample_by_working_sets(Y, chosen, options)
+    found = {"seconds": {"solve": time.perf_counter() - begin}, "solve_cpu": time.process_time() - cpu}
+    return found, chosen.numpy(), solution
+
+
+def _sample_by_working_sets(Y: torch.Tensor, chosen: torch.Tensor, options: Any) -> Any:
+    """As `solve_working_sets` did up to commit fa832ec, of some tokens."""
+    from videoanchor_triton.anchor import memory, working_set  # pyright: ignore
+    from videoanchor_triton.anchor.admm import Rows  # pyright: ignore
+    from videoanchor_triton.anchor.problem import Problem
+
+    rank, n_tokens = Y.shape
+    plan = memory.plan_solver(n_tokens, rank, torch.float32, Y.device, "working-set", options.memory_budget)
+    problem = Problem.of(Y, affine=options.affine, alpha_e=options.alpha_e, alpha_z=options.alpha_z)
+    atoms, missed, block = problem.atoms.T.contiguous(), chosen, plan.block
+    found = Rows.empty(n_tokens, memory.candidate_atoms(rank, n_tokens), torch.float32, Y.device)
+    for dtype, most in ((torch.float32, working_set.FLOAT32_ITERATIONS), (torch.float64, options.max_iter)):
+        if len(missed):
+            sets = working_set._WorkingSets.of(problem, options, atoms, dtype)
+            missed = sets.solve(missed, found, most, block, lambda _: None)
+        block = max(1, block // 2)
+    parts = (x[chosen] for x in (found.indices, found.values, found.gap))
+    return solver.SelfExpression(*parts, int(found.n_iter[chosen].amax()), options.tol, "working-set")  # pyright: ignore
+
+
+def sampled(n_tokens: int, n_sample: int) -> np.ndarray:
+    return np.sort(np.random.default_rng(0).permutation(n_tokens)[:n_sample])
+
+
+def _distance(tokens: torch.Tensor, request: dict[str, Any], of: np.ndarray, solution: Any) -> dict[str, float]:
+    """The largest distance of some tokens from an optimum that no code of the package had a part in."""
+    if not request["checked"]:
+        return {}
+    problem = published_problem(token_features(tokens, request["rank"]).numpy())
+    rows = np.random.default_rng(1).permutation(len(of))[: request["checked"]]
+    optimum = certified_optimum(problem, of[rows])
+    reached = objectives(problem, *(x[rows].numpy() for x in (solution.indices, solution.values)), of[rows])
+    return {"distance": float((1 - optimum.lower / reached).max()), "known_to": optimum.gap}
+
+
+def main() -> None:
+    out = sys.stdout
+    for line in sys.stdin:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            try:
+                found = answer(json.loads(line)) | {"package": str(Path(va.__file__).resolve().parent)}
+            except Exception as failure:
+                found = {"error": f"{type(failure).__name__}: {failure}"}
+        print(json.dumps(found), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
