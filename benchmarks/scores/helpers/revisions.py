@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,9 @@ class Revision:
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        try:
+        with suppress(BrokenPipeError):  # there is no answer then either
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass
         answer = self._process.stdout.readline()
         if not answer:
             self._process.wait()
@@ -67,8 +66,9 @@ class Revision:
 
     def close(self) -> None:
         for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
+            with suppress(BrokenPipeError):  # it ended before it was asked
+                if stream is not None:
+                    stream.close()
         self._process.wait()
         self._errors.close()
 
