@@ -19,8 +19,9 @@ def chunk_rows(n_tokens: int) -> int:
 
 
 def candidate_atoms(n_unknowns: int, n_atoms: int) -> int:
-    """K, the atoms that a token is expressed by: at most p are part of an optimum, which leaves room for others."""
-    return min(3 * n_unknowns + 16, n_atoms)
+    """K, the atoms that a token is expressed by: at most p are part of an optimum, which leaves room for others, the more
+    of them the more atoms there are."""
+    return min(n_atoms, max(2 * n_unknowns, min(3 * n_unknowns, n_atoms // 4)) + 16)
 
 
 def token_bytes(n_atoms: int, rank: int) -> int:
