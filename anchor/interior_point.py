@@ -32,7 +32,7 @@ from .atoms import SMALLEST, TINY, Atoms, all_slopes, certificate, dual_value, o
 from .memory import candidate_atoms
 from .problem import Problem
 
-STEP = 0.97  # part of the way to the boundary
+STEP, NEAREST_BOUNDARY = 0.97, 1e-12  # part of the way to the boundary, and where a slope ends by rounding
 MARGIN, PART_OF_GAP = 0.01, 0.3  # distance of other atoms from the boundary, at first, and as a part of the gap
 STALLED, LONGEST = 25, 60  # iterations of a token over changing atoms, and over settled ones
 ROUNDS = 20  # of settled atoms; then all atoms at once
@@ -102,7 +102,7 @@ class Iterates:
         diagonal = normal.diagonal(dim1=1, dim2=2)
         diagonal += atoms.quadratic.to(dtype)
         diagonal[:, :rank] += (weight[:, k:] / atoms.limit**2).to(dtype)
-        diagonal += 1e-7 * diagonal if dtype == torch.float32 else 1e-15 * diagonal.amax(1, keepdim=True)
+        diagonal *= 1 + (1e-7 if dtype == torch.float32 else 1e-15)
         factor, failed = torch.linalg.cholesky_ex(normal)
         if failed.any():
             firm = torch.linalg.cholesky_ex(normal + torch.diag_embed(1e-4 * diagonal))[0]
@@ -125,7 +125,7 @@ class Iterates:
         du, dv = to_u - u + u * a, to_v - v - v * b
         primal, dual = _step(torch.maximum(-du / u, -dv / v), STEP), _step(torch.maximum(a, -b), STEP)
         self.u, self.v = (u + primal * du).clamp_min_(TINY), (v + primal * dv).clamp_min_(TINY)
-        self.x, self.g = self.x + dual * dx, g + dual * dg
+        self.x, self.g = self.x + dual * dx, (g + dual * dg).clamp_(-1 + NEAREST_BOUNDARY, 1 - NEAREST_BOUNDARY)
 
     def coefficients(self) -> Tensor:
         """(b, K) float64, of sum 1 if affine; not finite where that cannot be."""
@@ -138,7 +138,7 @@ class Iterates:
 
     def _slopes(self, x: Tensor) -> Tensor:
         """(b, K + r) slopes of the candidates and of the error term."""
-        own = torch.bmm(self.matrix, x.to(self.matrix.dtype)[..., None])[..., 0].double()
+        own = torch.bmm(x.to(self.matrix.dtype)[:, None], self.matrix.mT)[:, 0].double()  # faster than (matrix, x)
         return torch.cat([own, x[:, : len(self.atoms.limit)] / self.atoms.limit], 1)
 
     def _combined(self, c: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ def _take_in_violators(it: Iterates, gap: Tensor, tol: float, slopes: Tensor) ->
     it.x, it.g = it.x * shrink, it.g * shrink
     mu = (it.u * (1 - it.g) + it.v * (1 + it.g)).mean(1, keepdim=True) / 2
     rows = atoms.rows[atom]
-    new = torch.bmm(rows, it.x.to(rows.dtype)[..., None])[..., 0].double().maximum(-inside).minimum(inside)
+    new = torch.bmm(it.x.to(rows.dtype)[:, None], rows.mT)[:, 0].double().maximum(-inside).minimum(inside)
     place = torch.maximum(it.u / (1 - it.g), it.v / (1 + it.g))[:, :k].topk(value.shape[1], largest=False).indices
     better = value > it.g.gather(1, place).abs().clamp_min(1 - MARGIN)
 
@@ -226,21 +226,25 @@ def _step(relative: Tensor, part: float) -> Tensor:
     return part / relative.amax(1, keepdim=True).clamp_min(part)
 
 
-def over_settled_atoms(atoms: Atoms, target: Tensor, own: Tensor | None, tol: float) -> Iterator[Found]:
-    """See the top of the file, 2. atoms.rows are float64. Tokens as they end."""
+def over_settled_atoms(
+    atoms: Atoms, target: Tensor, own: Tensor | None, candidates: Tensor, inside: Tensor, tol: float
+) -> Iterator[Found]:
+    """See the top of the file, 2. atoms.rows are float64; tokens not `inside` (b,) the hull of others start from the
+    candidates (b, K). Tokens as they end."""
     n_atoms, n_unknowns = atoms.rows.shape
     n_others = n_atoms - (own is not None)
     k = candidate_atoms(n_unknowns, n_others)
-    token, candidates, before = torch.arange(len(target), device=target.device), _nearest(atoms, target, own, k), 0
+    token, before = torch.arange(len(target), device=target.device), 0
+    candidates = torch.where(inside[:, None], _nearest(atoms, target, own, k), candidates)
     for round in range(ROUNDS + 1):
-        if round == ROUNDS:
+        if round == ROUNDS or n_others <= 2 * k:
             candidates = _everything(own, len(token), n_others, target.device)
         c, x, n_iter = _optimum_over(atoms, target, candidates, min(CENTRED, tol / 4))
         before += n_iter
         primal, gap, slopes, largest = certificate(atoms, candidates, c, x, target, own)
         good = (gap <= tol) & (largest <= 1 + min(VIOLATION, tol))
         if atoms.affine:
-            good |= (gap <= tol) & (primal <= 1 + CONTAINED)
+            good |= (gap <= tol) & (primal <= 1 + min(CONTAINED, tol))
         good |= torch.full_like(good, candidates.shape[1] == n_others)
         yield Found(token[good], candidates[good], c[good], primal[good], gap[good], before)
         rest = ~good
@@ -314,10 +318,12 @@ class Rows:
         )
 
     def put(self, token: Tensor, found: Found) -> None:
-        """Fill in what was found for some tokens (m,); their iterations are counted elsewhere."""
+        """Fill in what was found for some tokens (m,), in place of what stands there; iterations add up."""
         width = found.values.shape[1]
         self.indices[token, :width], self.values[token, :width] = found.atoms, found.values
+        self.values[token, width:] = 0
         self.gap[token] = found.gap
+        self.n_iter[token] += found.n_iter
 
 
 def solve(
@@ -345,32 +351,29 @@ def solve(
     n_others, device = len(atoms.exact) - (tokens is None), target.device
     k = candidate_atoms(n_unknowns, n_others)
     rows = Rows.empty(n_tokens, k, device)
-    left = torch.arange(n_tokens, device=device)
+    inside = torch.zeros(n_tokens, dtype=torch.bool, device=device)
 
     def owned(part: Tensor) -> Tensor | None:
         return part if tokens is None else None
 
-    if k < n_others:
-        start, missed = Start.of(atoms), []
-        parts = left.split(block)
-        passes = _side_by_side(lambda part: over_changing_atoms(atoms, start, target[part], owned(part), tol), parts)
-        for part, found in passes:
-            token, good = part[found.token], found.gap <= tol
-            if problem.affine:
-                good &= found.objective * (1 - tol) > 1
-            rows.n_iter[token] = found.n_iter
-            rows.put(token[good], found.of(good))
-            missed.append(token[~good])
-            done(int(good.sum()))
-        left = torch.cat(missed).sort().values
-    atoms = replace(atoms, rows=atoms.exact)
+    start, parts = Start.of(atoms), torch.arange(n_tokens, device=device).split(block)
+    passes = _side_by_side(lambda part: over_changing_atoms(atoms, start, target[part], owned(part), tol), parts)
+    for part, found in passes:
+        token = part[found.token]
+        inside[token] = ~(found.objective * (1 - found.gap.clamp_min(tol)) > 1 + CONTAINED) & problem.affine
+        rows.put(token, found)
+        done(int(((found.gap <= tol) & ~inside[token]).sum()))
+    left = (~(rows.gap <= tol) | inside).nonzero()[:, 0]
+    atoms, parts = replace(atoms, rows=atoms.exact), left.split(block) if len(left) else ()
     passes = _side_by_side(
-        lambda part: over_settled_atoms(atoms, target[part], owned(part), tol), left.split(block) if len(left) else ()
+        lambda part: over_settled_atoms(atoms, target[part], owned(part), rows.indices[part], inside[part], tol), parts
     )
     for part, found in passes:
         token = part[found.token]
-        rows.n_iter[token] += found.n_iter
-        rows.put(token, fewest(atoms, found) if found.atoms.shape[1] > k else found)
+        better = (found.gap <= tol) | ~(found.gap > rows.gap[token])
+        rows.n_iter[token[~better]] += found.n_iter
+        found = found.of(better)
+        rows.put(token[better], fewest(atoms, found) if found.atoms.shape[1] > k else found)
         done(len(token))
     return rows
 
