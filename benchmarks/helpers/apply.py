@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.helpers.decisions import ALGORITHM, MEASURED, WHAT, Trial, Tried, chosen, held, trials
+from benchmarks.helpers.decisions import MEASURED, WHAT, Trial, Tried, chosen, held, trials
 from benchmarks.helpers.environment import UNKNOWN, commit, source_digest
 from benchmarks.helpers.record import CHECKS, TIME_BUDGET, Row
 from benchmarks.helpers.resume import RefusedError
@@ -65,7 +65,7 @@ def apply(folders: list[Path], expected: Iterable[tuple[str, str, str]], target:
     """Write the tables, and say what was written. `expected` has the keys of the checks that every run must have."""
     expected = list(expected)
     results = [Result(folder, expected) for folder in folders]
-    tables = {name: held()[name].copy() for name in WHAT if name != ALGORITHM}
+    tables = {name: held()[name].copy() for name in WHAT}
     said = []
     for (table, key), (trial, faster) in sorted(chosen(_pooled(results)).items()):
         if faster and table in tables:

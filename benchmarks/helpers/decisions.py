@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CANDIDATE = "candidate "
 GATED = "ours, gated, post-exp"
 FEW_QUERIES = "ours, gated, few queries"
-BORDER, ALGORITHM = "SHORT_QUERIES", "algorithm"
+BORDER = "SHORT_QUERIES"
 # what a table's candidates are compared with
 AGAINST = {
     "PREFILL": GATED,
@@ -37,9 +37,7 @@ WHAT = {
     "BACKWARD": "tiles of backward (dQ; dK and dV)",
     "LOG_BIAS": "prefill in the log-bias form, not post-exp",
     "HOPPER": "prefill by the Hopper kernel",
-    ALGORITHM: 'solver that "auto" chooses (set by hand: anchor/solver.py)',
 }
-SOLVER = "ours, solve"
 Key = tuple[Any, ...]  # (target, head dim), of PAGED (target, head dim, rows)
 Tried = tuple[str, Key, Any]
 MEASURED = Path(__file__).resolve().parents[2] / "kernels" / "measured.py"
@@ -120,7 +118,7 @@ def decision_table(environment: dict[str, str], rows: "Iterable[Row]") -> str:
         return ""
     lines = ["| decides | for | now | best tried | its time | cases | so |", "| --- " * 7 + "|"]
     for (table, key), (trial, faster) in sorted(found.items()):
-        now = "as auto chooses" if table == ALGORITHM else held()[table].get(key, "by rule")
+        now = held()[table].get(key, "by rule")
         target, head_dim, *rows = key
         which = f"{target}, D={head_dim}" if head_dim else target
         which += f", {rows[0]} rows" if rows else ""
@@ -133,8 +131,6 @@ def decision_table(environment: dict[str, str], rows: "Iterable[Row]") -> str:
 def _tried(row: "Row", target: str) -> tuple[Tried | None, str]:
     """What a row's contender tries, or None, and the contender that it is compared with."""
     key = (target, row.head_dim or 0)
-    if row.section == "scores" and row.contender.startswith(f"{SOLVER} "):
-        return (ALGORITHM, (row.case, 0), row.contender.removeprefix(f"{SOLVER} ")), SOLVER
     if row.contender.startswith(CANDIDATE):
         table, _, value = row.contender.removeprefix(CANDIDATE).partition(" = ")
         if table == "PAGED":

@@ -175,7 +175,7 @@ def headlines(rows: Iterable[Row]) -> list[Headline]:
     aim("mixed batches, gated / ungated time", "<= 1.05", 1.05, True, slot_gate_cost)
     aim("mixed batches, fastest of theirs ungated / ours gated", ">= 1", 1, False, lambda g: written(g, ENGINES))
     aim("decode keys >= 32k, share of the copy bandwidth", ">= 0.85", 0.85, False, share)
-    for tokens, limit in ((2048, 50), (16384, 1000), (65536, 30_000)):
+    for tokens, limit in ((2048, 25), (16384, 250), (65536, 2500)):
         aim(f"scores of {tokens} tokens, ms", f"<= {limit}", limit, True, scored(tokens, lambda row: row.ms))
     aim("scores of 65536 tokens, peak MiB", "<= 16384", 16384, True, scored(65536, lambda row: row.peak_extra_mib))
     return found

@@ -123,7 +123,9 @@ def camera(photograph: int, motion: float, seed: int, rows: int = 9, columns: in
     shared = np.all([(left < x) & (x < right) & (top < y) & (y < bottom) for left, top, right, bottom in boxes], axis=0)
     height, width = image.shape[:2]
     place = (y // (height / 4)).astype(int) * 6 + (x // (width / 6)).astype(int)
-    return Clip(embedded(pixels, random).astype(np.float32), np.repeat(np.arange(N_FRAMES), rows * columns), place, shared)
+    return Clip(
+        embedded(pixels, random).astype(np.float32), np.repeat(np.arange(N_FRAMES), rows * columns), place, shared
+    )
 
 
 def half(photograph: int, part: float, seed: int, rows: int = 9, columns: int = 12) -> Clip:

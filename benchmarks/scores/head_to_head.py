@@ -21,8 +21,8 @@ principal components. From tokens to labels, and to scores where a method has th
                     1% of noise is added (of the root mean square of centred tokens), or 1% of the tokens is missing
 
 A method that is not what it claims has no time: ssc whose checked tokens are further from a certified optimum than its
-tolerance, an elastic net above its gap. Writes DIR/scores-head-to-head.csv, .json, .md and .png after each row; the same
-command goes on where it ended.
+tolerance, an elastic net above its gap. Writes DIR/scores-head-to-head.csv, .json, .md and .png; the same command goes
+on where it ended.
 """
 
 import argparse
@@ -133,8 +133,7 @@ def ours(X: np.ndarray, tokens: Tokens, scorer: Any) -> Found:
 def theirs(X: np.ndarray, tokens: Tokens, express: Callable[[torch.Tensor], Any]) -> Found:
     """Another self-expression, with our spectral step and score."""
     Y = token_features(torch.from_numpy(X), tokens.pca_rank)
-    indices, values, *gap = express(Y.float())
-    indices, values = indices, values.double()
+    indices, values, *gap = express(Y)
     n_tokens = len(values)
     labels = spectral_labels(affinity_matrix(indices, values), tokens.n_clusters, assign_labels="cluster_qr")
     known = torch.full((n_tokens,), gap[0] if gap else torch.nan, dtype=torch.float64)
@@ -278,7 +277,9 @@ def draw(rows: list[Row], path: Path, measured_on: dict[str, str]) -> None:
 def cases(options: argparse.Namespace) -> list[tuple[int, str]]:
     """Numbers of tokens and data, the small first; of digits no more than there are."""
     found = [
-        (min(size, DIGITS) if data == "digits" else size, data) for size in sorted(options.sizes) for data in options.data
+        (min(size, DIGITS) if data == "digits" else size, data)
+        for size in sorted(options.sizes)
+        for data in options.data
     ]
     return list(dict.fromkeys(found))
 
@@ -290,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sizes", type=int, nargs="+", default=[648, 1024, 2048, 4096, 8192], help="numbers of tokens")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--stability", type=int, default=2048, help="most tokens that are changed and done anew")
-    parser.add_argument("--elastic-net", type=int, default=2048, help="most tokens of the elastic net (default 2048)")
+    parser.add_argument("--elastic-net", type=int, default=4096, help="most tokens of the elastic net (default 4096)")
     parser.add_argument("--repeats", type=int, default=2, help="runs, of which the least time counts (default 2)")
     parser.add_argument("--anew", action="store_true", help="replace the results of earlier calls")
     options = parser.parse_args(arguments)

@@ -119,9 +119,7 @@ def attempt(row: Row, workers: dict[str, Revision], options: argparse.Namespace)
     rows = []
     for name, found in answers.items():
         mine = replace(row, revision=name)
-        rows.append(
-            replace(mine, status=FAILED, reason=failed[name]) if name in failed else measured(mine, found)
-        )
+        rows.append(replace(mine, status=FAILED, reason=failed[name]) if name in failed else measured(mine, found))
     return rows
 
 

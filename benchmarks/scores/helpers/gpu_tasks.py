@@ -1,13 +1,11 @@
-"""The scores in gpu_check.py: distance from the certified optimum first, then seconds by stage, the ways to solve, and
-the textbook form.
+"""The scores in gpu_check.py: distance from the certified optimum first, then the whole, seconds by stage, and how many
+kernels an iteration launches.
 
-Tokens as a vision encoder leaves them, rank 64, default settings. On a CPU the same code runs at a tiny size, NumPy in
-place of CuPy, without times.
+Tokens as a vision encoder leaves them, rank 64, default settings. On a CPU the same code runs at a tiny size without
+times, and torch's operators are counted in place of launches.
 """
 
-import importlib
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -15,35 +13,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import videoanchor_triton as va
 from benchmarks.helpers.channel import alive
-from benchmarks.helpers.measure import Task, full_size, judged, skip_for_memory, with_peak
-from benchmarks.helpers.record import OK, SKIPPED, Row
+from benchmarks.helpers.measure import Task, full_size, judged, with_peak
+from benchmarks.helpers.record import OK, WRONG, Row
 from benchmarks.scores.helpers import token_sets
-from benchmarks.scores.helpers.reference import Optimum, Problem, certified_optimum, objectives, textbook_iterates
-from videoanchor_triton.anchor.options import Algorithm, SolverOptions
+from benchmarks.scores.helpers.reference import Optimum, Problem, certified_optimum, objectives
 from videoanchor_triton.anchor.problem import penalty_weights, token_features
 from videoanchor_triton.anchor.solver import self_expression
-from videoanchor_triton.anchor.timing import Progress, mark_time, seconds_between
+from videoanchor_triton.anchor.timing import Progress
 
 CHECKED_TOKENS = 16
 STAGES = ("pca", "solve", "spectral", "score")
-ALGORITHMS: tuple[Algorithm, ...] = ("dense", "blocked", "working-set")
-MOST_TOKENS_FOR_ALL = 16384  # beyond that only the one that "auto" chooses
 LEAST_RUNS, REPEAT_SECONDS = 3, 10.0
-TEXTBOOK_ITERATIONS = 3
 # How long a stage may be silent (the spectral step of 65,536 tokens, on the CPU), and how often it says something.
 STAGE_SECONDS, SAY_EVERY = 240.0, 10.0
-# N x N float64 matrices that the textbook and its check hold at a time.
-TEXTBOOK_MATRICES = 14
-# The textbook's coefficients and those of algorithm="authors" differ by roundoff only.
-SAME_ITERATES = 1e-8
+LAUNCHES = ("LaunchKernel", "GraphLaunch")  # in the names of the driver's and the runtime's calls
 
 
 def score_tasks(device: torch.device) -> Iterator[Task]:
-    """For each number of tokens: the check, the whole with its stages, and an iteration of the textbook."""
+    """For each number of tokens: the check, the whole with its stages, and the launches of an iteration."""
     sizes = {2048: 0, 8192: 0, 16384: 0, 65536: 1} if full_size(device) else {96: 0}
     for n_tokens, order in sizes.items():
         scores = Scores(n_tokens, device)
@@ -52,10 +44,8 @@ def score_tasks(device: torch.device) -> Iterator[Task]:
             "ours, total": scores.total,
             **{f"ours, {stage}": scores.stage(stage) for stage in STAGES},
             "ours, an iteration": scores.iteration,
-            "textbook, an iteration": scores.textbook,
+            "ours, launches": scores.launches,
         }
-        if n_tokens <= MOST_TOKENS_FOR_ALL:
-            runs |= {f"ours, solve {algorithm}": scores.solve(algorithm) for algorithm in ALGORITHMS}
         for contender, run in runs.items():
             row = Row("scores", f"N={n_tokens} r={scores.config.pca_rank}", contender, keys=n_tokens)
             yield Task(row, f"{contender.split(',')[0]}, N={n_tokens}", run, order)
@@ -90,21 +80,14 @@ class Scores:
         return torch.from_numpy(token_sets.vit_like(self.n_tokens).X).float().to(self.device)
 
     def check(self, row: Row) -> Row:
-        self.checked = self.distance(row, self.config)
-        return self.checked
-
-    def distance(self, row: Row, config: va.VideoAnchorConfig) -> Row:
         """The largest distance of sampled tokens from their certified optimum; allowed is the tolerance."""
-        Y = token_features(self.tokens(), config.pca_rank)
-        solution = self_expression(Y, config.solver_options(), progress=self.progress)
+        Y = token_features(self.tokens(), self.config.pca_rank)
+        solution = self_expression(Y, self.config, progress=self.progress)
         problem, optimum = self.optimum
-        indices = solution.indices[optimum.tokens].cpu().numpy()
-        values = solution.values[optimum.tokens].double().cpu().numpy()
-        C = np.zeros((self.n_tokens, CHECKED_TOKENS))
-        for i in range(CHECKED_TOKENS):
-            np.add.at(C[:, i], indices[i], values[i])
-        distance = 1 - optimum.lower / objectives(problem, C, optimum.tokens)
-        return judged(row, float(max(distance.max(), solution.gap.max())), config.tol)
+        found = (part[optimum.tokens].cpu().numpy() for part in (solution.indices, solution.values))
+        distance = 1 - optimum.lower / objectives(problem, *found, optimum.tokens)
+        self.checked = judged(row, float(max(distance.max(), solution.gap.max())), self.config.tol)
+        return self.checked
 
     @cached_property
     def optimum(self) -> tuple[Problem, Optimum]:
@@ -146,24 +129,6 @@ class Scores:
     def stage(self, name: str) -> Callable[[Row], Row]:
         return lambda row: self.of_runs(row, lambda result: result.seconds[name])
 
-    def solve(self, algorithm: Algorithm) -> Callable[[Row], Row]:
-        """The solver in one of its ways, after its own check."""
-
-        def run(row: Row) -> Row:
-            config = replace(self.config, algorithm=algorithm)
-            try:
-                row = self.distance(row, config)
-            except MemoryError as error:
-                return replace(row, status=SKIPPED, reason=str(error))
-            Y, seconds = token_features(self.tokens(), config.pca_rank), []
-            while row.status == OK and len(seconds) < LEAST_RUNS and sum(seconds) < REPEAT_SECONDS:
-                begin = mark_time(self.device)
-                self_expression(Y, config.solver_options(), progress=self.progress)
-                seconds.append(seconds_between(begin, mark_time(self.device)))
-            return self.with_times(row, seconds)
-
-        return run
-
     def iteration(self, row: Row) -> Row:
         return self.of_runs(row, lambda result: result.seconds["solve"] / result.n_iter)
 
@@ -174,35 +139,53 @@ class Scores:
                 return whole
         return self.with_times(replace(row, status=OK), [seconds(result) for result in self.runs])
 
-    def textbook(self, row: Row) -> Row:
-        """The authors' ADMM with its N x N solve in every iteration, float64; compared with algorithm="authors"."""
-        if skipped := skip_for_memory(row, TEXTBOOK_MATRICES * 8.0 * self.n_tokens**2, self.device):
-            return skipped
-        xp: Any = np
-        if self.device.type == "cuda":
-            try:
-                xp = importlib.import_module("cupy")
-            except ImportError:
-                return replace(row, status=SKIPPED, reason="CuPy is not installed")
+    def launches(self, row: Row) -> Row:
+        """Kernels and graphs that the solver launches, over the iterations of the slowest token."""
+        whole = self.checked or self.check(row)
+        if whole.status != OK:
+            return replace(whole, contender=row.contender)
         Y = token_features(self.tokens(), self.config.pca_rank)
-        iterates = textbook_iterates(self.problem(Y), factorised=False, xp=xp)
-        times, C = [], None
-        for i in range(TEXTBOOK_ITERATIONS):
-            self.progress(f"textbook, iteration {i + 1}", i, TEXTBOOK_ITERATIONS)
-            start = time.perf_counter()
-            C = next(iterates)
-            float(C[0, 0])  # waits for the device
-            times.append(time.perf_counter() - start)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            options = SolverOptions(algorithm="authors", max_iter=TEXTBOOK_ITERATIONS)
-            ours = self_expression(Y, options, dtype=torch.float64).to_dense()
-        theirs = torch.as_tensor(C, device=self.device)
-        row = judged(row, float((ours - theirs).abs().max()), SAME_ITERATES)
-        return self.with_times(row, times[1:])
+        counted = Launches(self.device)
+        with counted:
+            solution = self_expression(Y, self.config, progress=self.progress)
+        if counted.n == 0 or solution.n_iter == 0:
+            return replace(row, status=WRONG, reason="no launch was counted")
+        what = "launches" if self.device.type == "cuda" else "operators"
+        return replace(row, status=OK, rate=counted.n / solution.n_iter, unit=f"{what} an iteration")
 
     def with_times(self, row: Row, seconds: list[float]) -> Row:
         if row.status != OK or self.device.type != "cuda":
             return row
         p20, p50, p80 = np.quantile(1e3 * np.array(seconds), [0.2, 0.5, 0.8]).tolist()
         return replace(row, ms=p50, ms_p20=p20, ms_p80=p80, unit="ms")
+
+
+class Launches:
+    """Counts what is launched within its block: on a GPU kernels and graphs, on a CPU operators of torch."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.n = 0
+        self._operators = None if device.type == "cuda" else Operators()
+        self._profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+
+    def __enter__(self) -> "Launches":
+        (self._operators or self._profile).__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        (self._operators or self._profile).__exit__(*raised)
+        if self._operators is not None:
+            self.n = self._operators.n
+        else:
+            events = self._profile.key_averages()
+            self.n = sum(event.count for event in events if any(name in event.key for name in LAUNCHES))
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators that compute something: views are free."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += not func.is_view
+        return func(*args, **(kwargs or {}))

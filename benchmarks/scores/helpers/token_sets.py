@@ -81,7 +81,7 @@ def digits(n_tokens: int, seed: int = 0) -> Tokens:
 
 
 def photo(n_tokens: int, patch: int = 28, seed: int = 0) -> Tokens:
-    """n patches of scikit-learn's two photographs, half of each, on a regular grid, as `camera` makes tokens of them."""
+    """n patches of scikit-learn's two photographs, half of each, on a regular grid, made tokens as in `camera`."""
     pixels = []
     for image, count in zip(load_sample_images().images, (n_tokens - n_tokens // 2, n_tokens // 2), strict=True):
         height, width = (side - patch for side in image.shape[:2])
