@@ -120,7 +120,7 @@ def test_the_elastic_net_is_scikit_learns() -> None:
         dense = np.zeros(30)
         np.add.at(dense, indices[token].numpy(), values[token].numpy())
         expected = np.insert(net.fit(unit, target).coef_, token, 0.0) * norms[token] / norms
-        np.testing.assert_allclose(dense, expected, atol=1e-4)
+        np.testing.assert_allclose(dense, expected, atol=1e-3)
 
 
 def test_head_to_head_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,9 +152,9 @@ def test_head_to_head_gives_no_time_to_what_is_not_certified(tmp_path: Path, mon
     assert head_to_head.main([*command, "--methods", "ssc"]) == 1
     (row,) = json.loads((tmp_path / "scores-head-to-head.json").read_text())["rows"]
     assert (row["status"], row["seconds"]) == ("wrong", None)
-    assert head_to_head.judged(
-        head_to_head.Row("vit", 96, 64, "elastic net"), ssc_tokens.vit_like(96), head_to_head.Found(np.zeros(96), gap=0.1)
-    ).status == "wrong"  # fmt: skip
+    row, tokens = head_to_head.Row("vit", 96, 64, "elastic net"), ssc_tokens.vit_like(96)
+    assert head_to_head.judged(row, tokens, head_to_head.Found(np.zeros(96), gap=1e-3)).status == "ok"
+    assert head_to_head.judged(row, tokens, head_to_head.Found(np.zeros(96), gap=0.1)).status == "wrong"
 
 
 def test_rows_of_another_run_are_refused(tmp_path: Path) -> None:

@@ -124,7 +124,8 @@ def _sample(tokens: torch.Tensor, request: dict[str, Any]) -> tuple[dict[str, An
 def _timing_weights() -> Iterator[dict[str, float]]:
     """Times the penalty weights, which look at all pairs of atoms once, however many tokens are solved."""
     spent = {"seconds": 0.0, "cpu": 0.0}
-    right = problem.penalty_weights
+    name = "_scaled_weights" if hasattr(problem, "_scaled_weights") else "penalty_weights"
+    right = getattr(problem, name)
 
     def timed(*arguments: Any) -> Any:
         begin, cpu = time.perf_counter(), time.process_time()
@@ -133,11 +134,11 @@ def _timing_weights() -> Iterator[dict[str, float]]:
         spent["cpu"] += time.process_time() - cpu
         return found
 
-    problem.penalty_weights = timed
+    setattr(problem, name, timed)
     try:
         yield spent
     finally:
-        problem.penalty_weights = right
+        setattr(problem, name, right)
 
 
 def _sample_by_working_sets(Y: torch.Tensor, chosen: torch.Tensor, options: Any) -> Any:
