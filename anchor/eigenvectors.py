@@ -52,17 +52,19 @@ class SparseMatrix:
         return len(self.offsets) - 1
 
     @cached_property
-    def on_cpu(self) -> scipy.sparse.csr_array:
-        entries = [part.cpu().numpy() for part in (self.values, self.columns, self.offsets)]
-        return scipy.sparse.csr_array(tuple(entries), shape=(self.size, self.size))
+    def _on_cpu(self) -> scipy.sparse.csr_array:
+        entries = self.values.numpy(), self.columns.int().numpy(), self.offsets.int().numpy()
+        return scipy.sparse.csr_array(entries, shape=(self.size, self.size))
 
     def product(self, x: Tensor) -> Tensor:
         """The matrix times (size, b) x, float64."""
         if x.device.type == "cpu":  # many times faster there than segment_reduce
-            return torch.from_numpy(self.on_cpu @ x.numpy())
+            return torch.from_numpy(self._on_cpu @ x.numpy())
         kernel = _cupy_kernel(x.device.index)
         if kernel is None:
-            return torch.segment_reduce(self.values[:, None] * x[self.columns], "sum", offsets=self.offsets, unsafe=True)
+            return torch.segment_reduce(
+                self.values[:, None] * x[self.columns], "sum", offsets=self.offsets, unsafe=True
+            )
         import cupy  # pyright: ignore[reportMissingImports]
 
         y, stream = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.cuda.current_stream(x.device)
@@ -94,7 +96,9 @@ def _cupy_kernel(device: int) -> Any:
     except ImportError:
         return None
     except Exception as error:  # CUDA, compiler and memory errors have no common base in CuPy
-        warnings.warn(f"CuPy failed ({error}), torch multiplies by the affinity: install CuPy for this CUDA", stacklevel=2)
+        warnings.warn(
+            f"CuPy failed ({error}), torch multiplies by the affinity: install CuPy for this CUDA", stacklevel=2
+        )
         return None
     return kernel
 
@@ -120,23 +124,23 @@ def leading_eigenvectors(
     Raises:
         scipy.sparse.linalg.ArpackNoConvergence, RuntimeError: the iteration did not converge.
     """
-    start = torch.randn(size, count + GUARD, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    if size > max(DENSE_SIZE, DENSE_RATIO * count) and device.type != "cpu":
+    draw, is_small = torch.Generator().manual_seed(0), size <= max(DENSE_SIZE, DENSE_RATIO * count)
+    if device.type != "cpu" and not is_small:
+        start = torch.randn(size, count + GUARD, dtype=torch.float64, generator=draw)
         return chebyshev_filtered(product, start.to(device), count)
     if device.type != "cpu":
         values, vectors = torch.linalg.eigh(dense())
-    elif size <= max(DENSE_SIZE, DENSE_RATIO * count):
+    elif is_small:
         last = (size - count, size - 1)
         values, vectors = scipy.linalg.eigh(dense().numpy(), subset_by_index=last, overwrite_a=True)
     else:
         operator = scipy.sparse.linalg.LinearOperator(
             (size, size),
-            matvec=lambda x: product(torch.from_numpy(x).view(-1, 1)).numpy()[:, 0],
-            dtype="float64",  # pyright: ignore[reportCallIssue]
+            matvec=lambda x: product(torch.from_numpy(x).view(-1, 1)).numpy()[:, 0],  # pyright: ignore[reportCallIssue]
+            dtype="float64",
         )
-        values, vectors = scipy.sparse.linalg.eigsh(
-            operator, k=count, which="LA", v0=start[:, 0].numpy(), tol=ARPACK_TOLERANCE  # pyright: ignore[reportArgumentType]
-        )
+        first = torch.rand(size, dtype=torch.float64, generator=draw).numpy()
+        values, vectors = scipy.sparse.linalg.eigsh(operator, count, which="LA", v0=first, tol=ARPACK_TOLERANCE)  # pyright: ignore[reportArgumentType]
     values, vectors = torch.as_tensor(values), torch.as_tensor(vectors)
     return values[-count:].flip(0), vectors[:, -count:].flip(1)
 

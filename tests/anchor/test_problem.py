@@ -9,7 +9,14 @@ import torch
 from sklearn.decomposition import PCA
 
 from videoanchor_triton.anchor import problem
-from videoanchor_triton.anchor.problem import Problem, as_tokens, computing_precision, fit_features, penalty_weights, token_features
+from videoanchor_triton.anchor.problem import (
+    Problem,
+    as_tokens,
+    computing_precision,
+    fit_features,
+    penalty_weights,
+    token_features,
+)
 
 from .reference import textbook_weights
 from .tokens import DEVICES, vit_like
