@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,6 @@ def _sample(tokens: torch.Tensor, request: dict[str, Any]) -> tuple[dict[str, An
         if "atoms" in inspect.signature(solver.self_expression).parameters:
             atoms = torch.ones(len(tokens), dtype=torch.bool).index_fill_(0, chosen, False).nonzero()[:, 0]
             solution = solver.self_expression(Y[:, chosen], options, atoms=Y[:, atoms])
-            solution.indices.copy_(atoms[solution.indices])
         else:
             solution = _sample_by_working_sets(Y, chosen, options)
     seconds = time.perf_counter() - begin - weights["seconds"]
@@ -169,11 +169,22 @@ def _distance(tokens: torch.Tensor, request: dict[str, Any], of: np.ndarray, sol
     """The largest distance of some tokens from an optimum that no code of the package had a part in."""
     if not request["checked"]:
         return {}
-    published = published_problem(token_features(tokens, request["rank"]).numpy())
+    Y = token_features(tokens, request["rank"]).numpy()
     rows = np.random.default_rng(1).permutation(len(of))[: request["checked"]]
-    optimum = certified_optimum(published, of[rows])
-    reached = objectives(published, *(x[rows].numpy() for x in (solution.indices, solution.values)), of[rows])
-    return {"distance": float((1 - optimum.lower / reached).max()), "known_to": optimum.gap}
+    apart = getattr(solution, "n_atoms", len(tokens)) < len(tokens)  # by atoms that are none of the sample
+    weighted = published_problem(np.delete(Y, of, 1) if apart else Y)
+    lower, reached, known_to = [], [], []
+    for row in rows:
+        one, own = weighted, of[row : row + 1]
+        if apart:
+            one = replace(weighted, Y=np.hstack([weighted.Y, Y[:, own]]))
+            own = np.array([weighted.Y.shape[1]])
+        optimum = certified_optimum(one, own)
+        parts = (part[row : row + 1].numpy() for part in (solution.indices, solution.values))
+        lower.append(optimum.lower[0])
+        reached.append(objectives(one, *parts, own)[0])
+        known_to.append(optimum.gap)
+    return {"distance": float((1 - np.array(lower) / np.array(reached)).max()), "known_to": max(known_to)}
 
 
 def main() -> None:
