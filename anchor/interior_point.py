@@ -92,8 +92,11 @@ class Iterates:
             setattr(self, name, getattr(self, name)[rows])
         self.own = None if self.own is None else self.own[rows]
 
-    def advance(self) -> None:
-        """A step of Mehrotra's predictor-corrector: normal matrix and factor in the precision of atoms.rows."""
+    def advance(self, *, together: bool = False) -> None:
+        """A step of Mehrotra's predictor-corrector: normal matrix and factor in the precision of atoms.rows.
+
+        together: the primal and the dual step have one length, slower but safer.
+        """
         atoms, u, v, g = self.atoms, self.u, self.v, self.g
         dtype, rank, k = self.matrix.dtype, len(atoms.limit), self.candidates.shape[1]
         above, below = 1 - g, 1 + g
@@ -105,7 +108,8 @@ class Iterates:
         diagonal *= 1 + (1e-7 if dtype == torch.float32 else 1e-15)
         factor, failed = torch.linalg.cholesky_ex(normal)
         if failed.any():
-            firm = torch.linalg.cholesky_ex(normal + torch.diag_embed(1e-4 * diagonal))[0]
+            ridge = (1e-4 if dtype == torch.float32 else 1e-10) * diagonal
+            firm = torch.linalg.cholesky_ex(normal + torch.diag_embed(ridge))[0]
             factor = torch.where((failed > 0)[:, None, None], firm, factor)
         slope = self.target - atoms.quadratic * self.x
 
@@ -124,6 +128,8 @@ class Iterates:
         a, b = dg / above, dg / below
         du, dv = to_u - u + u * a, to_v - v - v * b
         primal, dual = _step(torch.maximum(-du / u, -dv / v), STEP), _step(torch.maximum(a, -b), STEP)
+        if together:
+            primal = dual = primal.minimum(dual)
         self.u, self.v = (u + primal * du).clamp_min_(TINY), (v + primal * dv).clamp_min_(TINY)
         self.x, self.g = self.x + dual * dx, (g + dual * dg).clamp_(-1 + NEAREST_BOUNDARY, 1 - NEAREST_BOUNDARY)
 
@@ -281,7 +287,7 @@ def _optimum_over(atoms: Atoms, target: Tensor, candidates: Tensor, tol: float) 
     it = Iterates(atoms, target, None, candidates, x, start)
     c = torch.zeros_like(start)
     for n_iter in range(1, LONGEST + 1):
-        it.advance()
+        it.advance(together=n_iter > STALLED)
         c[it.token], x[it.token] = it.coefficients(), it.x
         primal = objective(atoms, it.matrix, c[it.token], it.target)
         open_ = (primal - it.dual() > tol * primal.clamp_min(SMALLEST)) & torch.isfinite(it.x).all(1)
@@ -320,7 +326,7 @@ class Rows:
     def put(self, token: Tensor, found: Found) -> None:
         """Fill in what was found for some tokens (m,), in place of what stands there; iterations add up."""
         width = found.values.shape[1]
-        self.indices[token, :width], self.values[token, :width] = found.atoms, found.values
+        self.indices[token, :width], self.values[token, :width] = found.atoms, found.values.nan_to_num(0.0, 0.0, 0.0)
         self.values[token, width:] = 0
         self.gap[token] = found.gap
         self.n_iter[token] += found.n_iter
@@ -370,7 +376,7 @@ def solve(
     )
     for part, found in passes:
         token = part[found.token]
-        better = (found.gap <= tol) | ~(found.gap > rows.gap[token])
+        better = ((found.gap <= tol) | (found.gap < rows.gap[token])) & found.values.isfinite().all(1)
         rows.n_iter[token[~better]] += found.n_iter
         found = found.of(better)
         rows.put(token[better], fewest(atoms, found) if found.atoms.shape[1] > k else found)
