@@ -23,8 +23,8 @@ def authors_self_expression(Y: Tensor, options: SolverOptions) -> SelfExpression
 
     Their iterates need the inverse of rho I + F'F, N x N. By the Woodbury identity it follows from that of F F' + rho
     I, p x p. The splitting variable C and its multiplier are both functions of one state V: C = shrink(V, 1/rho)
-    without the diagonal, multiplier rho (V - C). They stop when max_i sum_j |A_ij - C_ij| < 2e-4, with A and C the two copies
-    of W, at some distance from the optimum.
+    without the diagonal, multiplier rho (V - C). They stop when max_i sum_j |A_ij - C_ij| < 2e-4, with A and C the two
+    copies of W, at some distance from the optimum.
 
     Args:
         Y: (r, N) floating-point tensor, one token a column.

@@ -130,8 +130,8 @@ class SparseSubspaceClustering(TransformerMixin, ClusterMixin, BaseEstimator):
             y: ignored.
 
         Raises:
-            TypeError, ValueError: X is not 2-D, floating-point (tensors) or finite, or has no samples; or a parameter is
-                of the wrong type or out of its range.
+            TypeError, ValueError: X is not 2-D, floating-point (tensors) or finite, or has no samples; or a parameter
+                is of the wrong type or out of its range.
             MemoryError: the solver does not fit, or not into memory_budget.
 
         Warns:

@@ -12,8 +12,8 @@ N_NEIGHBORS = 10
 def neighbor_expression(Y: Tensor) -> SelfExpression:
     """Every token as the mean of its N_NEIGHBORS nearest others, of equally near ones those that come first.
 
-    Its affinity is the graph of scikit-learn's SpectralClustering(affinity="nearest_neighbors"), and its row sums are how
-    many tokens have token i among their nearest, over N_NEIGHBORS. Memory grows with N.
+    Its affinity is the graph of scikit-learn's SpectralClustering(affinity="nearest_neighbors"), and its row sums are
+    how many tokens have token i among their nearest, over N_NEIGHBORS. Memory grows with N.
 
     Args:
         Y: (r, N) floating-point tensor, one token a column. If all tokens are equal nothing can be told apart: all

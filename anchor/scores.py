@@ -31,8 +31,8 @@ class AnchorResult:
     Attributes:
         scores: (N,) float32 in [0, 1], on the device of the tokens.
         labels: (N,) int64 cluster of each token, on the same device.
-        eigengap: how far the eigenvalue of the last cluster is from the next, see `Subspaces`; None where no eigenvalues
-            were needed.
+        eigengap: how far the eigenvalue of the last cluster is from the next, see `Subspaces`; None where no
+            eigenvalues were needed.
         in_gap: whether the tokens themselves say that there are as many clusters, see `Subspaces`: where it is False,
             labels change with small changes of the tokens. None as eigengap.
         n_iter: iterations of the solver, of the slowest token; 0 where none ran.
