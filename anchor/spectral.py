@@ -159,8 +159,8 @@ def _linked_graph(affinity: Tensor) -> tuple[SparseMatrix, Tensor]:
     kept = (weights > 0) & (rows != columns)
     linked = torch.zeros(len(affinity), dtype=torch.int64, device=values.device).index_add_(0, rows, kept.long()) > 0
     weights = torch.where(kept, weights, 0.0)
-    # A x = A'x for a random x, which only a symmetric matrix passes (Freivalds, 1979).
-    x = torch.from_numpy(np.random.default_rng(0).uniform(1, 2, len(affinity))).to(values.device)
+    # A x = A'x for an x without structure, which only a symmetric matrix passes (Freivalds, 1979).
+    x = torch.arange(len(affinity), dtype=torch.float64, device=values.device).square_().mul_(0.6180339887).frac_() + 1
     there, back = (torch.zeros_like(x).index_add_(0, i, weights * x[j]) for i, j in ((rows, columns), (columns, rows)))
     valid, symmetric, n_kept, n_linked = read(
         (torch.isfinite(values) & (values >= 0)).all(),
