@@ -35,6 +35,7 @@ from .problem import Problem
 STEP, NEAREST_BOUNDARY = 0.97, 1e-12  # part of the way to the boundary, and where a slope ends by rounding
 MARGIN, PART_OF_GAP = 0.01, 0.3  # distance of other atoms from the boundary, at first, and as a part of the gap
 STALLED, LONGEST = 25, 60  # iterations of a token over changing atoms, and over settled ones
+CHECK_ON_CUDA = 3  # iterations after which the host asks for those that have ended; on a CPU after each
 ROUNDS = 20  # of settled atoms; then all atoms at once
 GROUPS = 512  # of atoms, of which only the largest slope may join the candidates
 FINE = 1e-4  # below this tolerance float32 is not enough
@@ -92,8 +93,15 @@ class Iterates:
             setattr(self, name, getattr(self, name)[rows])
         self.own = None if self.own is None else self.own[rows]
 
-    def advance(self) -> None:
-        """A step of Mehrotra's predictor-corrector: normal matrix and factor in the precision of atoms.rows."""
+    def advance(self, *, together: bool = False) -> tuple[Tensor, Tensor]:
+        """A step of Mehrotra's predictor-corrector: normal matrix and factor in the precision of atoms.rows.
+
+        Args:
+            together: the primal and the dual step have one length, slower but safer.
+
+        Returns:
+            (b, K) float64 coefficients, of sum 1 if affine, not finite where that cannot be; and (b,) their objective.
+        """
         atoms, u, v, g = self.atoms, self.u, self.v, self.g
         dtype, rank, k = self.matrix.dtype, len(atoms.limit), self.candidates.shape[1]
         above, below = 1 - g, 1 + g
@@ -105,7 +113,8 @@ class Iterates:
         diagonal *= 1 + (1e-7 if dtype == torch.float32 else 1e-15)
         factor, failed = torch.linalg.cholesky_ex(normal)
         if failed.any():
-            firm = torch.linalg.cholesky_ex(normal + torch.diag_embed(1e-4 * diagonal))[0]
+            ridge = (1e-4 if dtype == torch.float32 else 1e-10) * diagonal
+            firm = torch.linalg.cholesky_ex(normal + torch.diag_embed(ridge))[0]
             factor = torch.where((failed > 0)[:, None, None], firm, factor)
         slope = self.target - atoms.quadratic * self.x
 
@@ -124,13 +133,13 @@ class Iterates:
         a, b = dg / above, dg / below
         du, dv = to_u - u + u * a, to_v - v - v * b
         primal, dual = _step(torch.maximum(-du / u, -dv / v), STEP), _step(torch.maximum(a, -b), STEP)
+        if together:
+            primal = dual = primal.minimum(dual)
         self.u, self.v = (u + primal * du).clamp_min_(TINY), (v + primal * dv).clamp_min_(TINY)
         self.x, self.g = self.x + dual * dx, (g + dual * dg).clamp_(-1 + NEAREST_BOUNDARY, 1 - NEAREST_BOUNDARY)
-
-    def coefficients(self) -> Tensor:
-        """(b, K) float64, of sum 1 if affine; not finite where that cannot be."""
-        c = (self.u - self.v)[:, : self.candidates.shape[1]]
-        return c / c.sum(1, keepdim=True) if self.atoms.affine else c
+        c = (self.u - self.v)[:, :k]
+        c = c / c.sum(1, keepdim=True) if atoms.affine else c
+        return c, objective(atoms, self.matrix, c, self.target)
 
     def dual(self) -> Tensor:
         """(b,) the dual value of x."""
@@ -158,11 +167,13 @@ def over_changing_atoms(atoms: Atoms, start: Start, target: Tensor, own: Tensor 
     x *= 0.98 / all_slopes(atoms, x, own)[1].clamp_min(0.98)
     it = Iterates(atoms, target, own, candidates, x, coefficients.gather(1, candidates).double())
     del coefficients
+    every = CHECK_ON_CUDA if x.is_cuda else 1
     for n_iter in range(1, STALLED + 1):
-        it.advance()
-        c, found = it.coefficients(), it.candidates
-        primal = objective(atoms, it.matrix, c, it.target)
+        found = it.candidates
+        c, primal = it.advance()
         _take_in_violators(it, relative_gap(atoms, primal, it.dual()), tol, slopes[: len(c)])
+        if n_iter % every and n_iter < STALLED:
+            continue
         gap = relative_gap(atoms, primal, it.dual())
         last = ~torch.isfinite(it.x).all(1) | (n_iter == STALLED)
         ended = (last | (gap <= tol)).nonzero()[:, 0]
@@ -279,11 +290,12 @@ def _optimum_over(atoms: Atoms, target: Tensor, candidates: Tensor, tol: float) 
     x[:, len(atoms.limit) :] = 0.9
     start = torch.full(candidates.shape, 1 / candidates.shape[1], dtype=torch.float64, device=x.device)
     it = Iterates(atoms, target, None, candidates, x, start)
-    c = torch.zeros_like(start)
+    c, every = torch.zeros_like(start), CHECK_ON_CUDA if x.is_cuda else 1
     for n_iter in range(1, LONGEST + 1):
-        it.advance()
-        c[it.token], x[it.token] = it.coefficients(), it.x
-        primal = objective(atoms, it.matrix, c[it.token], it.target)
+        c[it.token], primal = it.advance(together=n_iter > STALLED)
+        x[it.token] = it.x
+        if n_iter % every and n_iter < LONGEST:
+            continue
         open_ = (primal - it.dual() > tol * primal.clamp_min(SMALLEST)) & torch.isfinite(it.x).all(1)
         if not open_.any():
             return c, x, n_iter
@@ -320,7 +332,7 @@ class Rows:
     def put(self, token: Tensor, found: Found) -> None:
         """Fill in what was found for some tokens (m,), in place of what stands there; iterations add up."""
         width = found.values.shape[1]
-        self.indices[token, :width], self.values[token, :width] = found.atoms, found.values
+        self.indices[token, :width], self.values[token, :width] = found.atoms, found.values.nan_to_num(0.0, 0.0, 0.0)
         self.values[token, width:] = 0
         self.gap[token] = found.gap
         self.n_iter[token] += found.n_iter
@@ -370,7 +382,7 @@ def solve(
     )
     for part, found in passes:
         token = part[found.token]
-        better = (found.gap <= tol) | ~(found.gap > rows.gap[token])
+        better = ((found.gap <= tol) | (found.gap < rows.gap[token])) & found.values.isfinite().all(1)
         rows.n_iter[token[~better]] += found.n_iter
         found = found.of(better)
         rows.put(token[better], fewest(atoms, found) if found.atoms.shape[1] > k else found)
