@@ -3,16 +3,20 @@ import pytest
 import torch
 from sklearn.cluster import SpectralClustering
 from sklearn.cluster._spectral import cluster_qr, discretize  # private: for comparison only
+from sklearn.datasets import load_digits, load_sample_images
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from videoanchor_triton.anchor import spectral
+from videoanchor_triton.anchor import eigenvectors, spectral
 from videoanchor_triton.anchor.affinity import affinity_matrix
+from videoanchor_triton.anchor.eigenvectors import chebyshev_filtered
+from videoanchor_triton.anchor.problem import token_features
+from videoanchor_triton.anchor.solver import self_expression
 from videoanchor_triton.anchor.spectral import spectral_labels, spectral_subspaces
 
-from .tokens import DEVICES
+from .tokens import DEVICES, vit_like
 
 SIZES = pytest.mark.parametrize("n_tokens", [90, 600], ids=["dense", "iterative"])
 ASSIGN = pytest.mark.parametrize("assign_labels", ["discretize", "cluster_qr", "kmeans"])
@@ -410,3 +414,35 @@ def test_the_scale_of_the_affinity_does_not_matter(scale):
     found, plain = subspaces_of(graph * scale, 6), subspaces_of(graph, 6)
     assert torch.equal(found.labels, plain.labels)
     torch.testing.assert_close(found.projector_size, plain.projector_size)
+
+
+def photo_patches() -> Tensor:
+    """(400, 588) patches of 14 x 14 pixels of one of scikit-learn's photographs."""
+    pixels = torch.from_numpy(load_sample_images().images[0][:280, :280].astype(np.float32)) / 255
+    return pixels.unfold(0, 14, 14).unfold(1, 14, 14).reshape(400, -1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n_clusters"),
+    [(vit_like(8, 48), 24), (photo_patches(), 24), (torch.from_numpy(load_digits().data[:400]), 10)],
+    ids=["vit-like", "photo", "digits"],
+)
+def test_labels_do_not_depend_on_the_eigensolver(tokens, n_clusters, monkeypatch):
+    """LAPACK's, ARPACK's and the filters of CUDA, on affinities where k is in no gap."""
+    solution = self_expression(token_features(tokens, 32))
+    affinity = affinity_matrix(solution.indices, solution.values)
+    lapack = subspaces_of(affinity, n_clusters)
+    monkeypatch.setattr(eigenvectors, "DENSE_SIZE", 0)
+    monkeypatch.setattr(eigenvectors, "DENSE_RATIO", 1)
+    arpack = subspaces_of(affinity, n_clusters)
+
+    def filtered(product, _dense, size, count, _device):
+        start = torch.randn(size, count + 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        return chebyshev_filtered(product, start, count)
+
+    monkeypatch.setattr(spectral, "leading_eigenvectors", filtered)
+    for found in (arpack, subspaces_of(affinity, n_clusters)):
+        assert adjusted_rand_score(lapack.labels, found.labels) == 1.0
+        torch.testing.assert_close(found.projector_size, lapack.projector_size, rtol=1e-6, atol=0)
+        assert found.eigengap == pytest.approx(lapack.eigengap, abs=1e-9)
+        assert found.in_gap is lapack.in_gap is False
