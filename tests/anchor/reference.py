@@ -1,11 +1,16 @@
 """Independent forms of the self-expression problem in NumPy, float64; they share no code with the package."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import scipy.linalg
+
+# The bounds of an optimum are mostly 1e-9 of it apart, and no farther than CERTIFIED; sums are rounded to ROUNDING.
+CERTIFIED, ROUNDING = 1e-7, 1e-9
+# An optimum of 0 (a zero token, not affine) has no relative gap: gaps are relative to at least this.
+SMALLEST = 1e-6
 
 
 def shrink(values: np.ndarray, bound: float) -> np.ndarray:
@@ -134,3 +139,24 @@ def optimum(
             centred = max(0.0, then / mean) ** 3 * mean - ds * dz
         x, s, z = x + part * dx, s + part * ds, z + part * dz
     return Optimum(lower, upper)
+
+
+def coefficients(found: Any, n_tokens: int | None = None) -> np.ndarray:
+    """(n_atoms, n) of a `SelfExpression`, from its indices and values alone."""
+    indices, values = found.indices.cpu().numpy(), found.values.cpu().numpy()
+    C = np.zeros((len(indices) if n_tokens is None else n_tokens, len(indices)))
+    np.add.at(C, (indices, np.arange(len(indices))[:, None].repeat(indices.shape[1], 1)), values)
+    return C
+
+
+def check_claims(
+    Y: np.ndarray, C: np.ndarray, gaps: np.ndarray, weights: tuple[float, float], affine: bool, tokens: Iterable[int]
+) -> None:
+    """Assert that no token's objective is farther above its optimum than its gap says."""
+    for token in tokens:
+        best = optimum(Y, token, *weights, affine)
+        unknown = best.upper - best.lower
+        assert unknown <= CERTIFIED * max(best.upper, SMALLEST)
+        value = objective(Y, token, C[:, token], *weights)
+        assert value >= best.lower - ROUNDING * max(value, SMALLEST)
+        assert value - best.lower <= (gaps[token] + ROUNDING) * max(value, SMALLEST) + unknown
