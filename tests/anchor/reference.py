@@ -112,7 +112,8 @@ def optimum(
     """
     F, target, bound = lambda_z**0.5 * np.delete(Y, token, 1), lambda_z**0.5 * Y[:, token], lambda_e / lambda_z**0.5
     (r, n), others = F.shape, np.arange(Y.shape[1]) != token
-    unit = np.sqrt((F**2).mean(1)).clip(1e-150)  # of each unknown
+    unit = np.sqrt((F**2).mean(1))  # of each unknown
+    unit[unit == 0] = 1
     rows = np.hstack([F.T / unit[:, None].T, np.ones((n, int(affine)))])
     p = rows.shape[1]
     Q, b = np.zeros(p), np.ones(p)

@@ -189,7 +189,7 @@ def test_every_token_is_solved_and_every_claim_is_true(case: Case) -> None:
     assert gaps.min() >= 0
     assert gaps.max() <= options.tol
     assert found.values.dtype == torch.float64
-    assert not C.diagonal().any()
+    assert np.count_nonzero(C.diagonal()) == 0
     Y = Y.numpy()
     if Y.shape[1] < 2 or (Y == Y[:, :1]).all():
         assert not C.any()  # nothing can be told apart
