@@ -1,140 +1,72 @@
-"""Which algorithm the solver takes, how much memory it needs, and how many tokens it may iterate at a time."""
+"""How much memory the solver needs, and how many tokens it may iterate at a time."""
 
-import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .options import Algorithm
-
-# Elements of the state that the residual looks at together: its temporaries never exceed a few times this.
+# Elements of an array over all pairs of tokens that are handled together.
 CHUNK_ELEMENTS = 1 << 20
 # A block is not made smaller than this to fit: products of fewer rows are slow.
 SMALLEST_BLOCK = 16
-FEWEST_FOR_PRODUCTS = 128
-FEWEST_ON_A_GPU = 1024
-CPU_CACHE_BYTES = 1 << 20
-FEWEST_CANDIDATES = 128
-# On a CPU, from so many tokens for each candidate on, working sets are faster than all atoms: 1.1 to 2.5 times at 8
-# (ranks 8 to 64), 0.4 times at 5.3 (rank 128). From so many tokens on, "blocked" is as fast as "dense".
-WORKING_SET_RATIO = 8
-BLOCKED_TOKENS = 2048
+# What the candidates of a block take, (tokens, K, p) float32: enough tokens for fast products, few for the cache.
+CPU_BLOCK_BYTES, CUDA_BLOCK_BYTES = 8 << 20, 1 << 30
 
 
 def chunk_rows(n_tokens: int) -> int:
-    """Rows of an N x N array that are handled together when the whole array must not be copied."""
+    """Rows of an N x N array that are handled together when there must never be a whole one."""
     return max(1, CHUNK_ELEMENTS // max(1, n_tokens))
 
 
-def kept_coefficients(rank: int, n_atoms: int) -> int:
-    """Coefficients that are kept of a token, the largest; the reported gap is that of the kept ones.
-
-    One optimum has at most r + 1, but where there are many (duplicate tokens, a token among many neighbours in few
-    dimensions) ADMM finds one that spreads over all of them.
-    """
-    return min(n_atoms, max(2 * (rank + 1), 256))
+def candidate_atoms(n_unknowns: int, n_atoms: int) -> int:
+    """K, the atoms that a token is expressed by: at most p are part of an optimum, which leaves room for others."""
+    return min(3 * n_unknowns + 16, n_atoms)
 
 
-def candidate_atoms(rank: int, n_tokens: int) -> int:
-    """Atoms of a working set: of those that are no part of the optimum, twice as many as can be."""
-    return max(1, min(n_tokens - 1, max(3 * (rank + 1), FEWEST_CANDIDATES)))
+def token_bytes(n_atoms: int, rank: int) -> int:
+    """Memory in bytes of a token while it is iterated: its candidates' rows twice, normal matrix and factor, slopes of
+    all atoms, multipliers; in float64."""
+    row, k = rank + 1, candidate_atoms(rank + 1, n_atoms)
+    return 8 * (2 * k * row + 3 * row**2 + 3 * n_atoms + 16 * (k + row))
 
 
-def solver_memory_bytes(n_tokens: int, rank: int, dtype: torch.dtype, block: int) -> int:
-    """Peak memory in bytes of `self_expression` when it iterates `block` of `n_tokens` tokens at a time.
-
-    Three arrays block x N (the ADMM state, its reflection, and a product or the rows that go on), the temporaries of
-    the gap, arrays of the size of the tokens, and the coefficients that are found. The tokens themselves and what
-    follows the solver are not counted.
-    """
-    row, kept = rank + 1, n_tokens if block == n_tokens else kept_coefficients(rank, n_tokens)
-    chunk = min(block, chunk_rows(n_tokens))
-    iterated = (3 * block + 6 * chunk) * n_tokens + (12 * block + n_tokens) * row + 4 * row**2
-    in_float64 = 4 * n_tokens * row + 5 * row**2 + 2 * chunk_rows(n_tokens) * n_tokens
-    return iterated * dtype.itemsize + in_float64 * 8 + 2 * n_tokens * kept * (8 + dtype.itemsize)
+def solver_memory_bytes(n_tokens: int, n_atoms: int, rank: int, block: int) -> int:
+    """Peak memory in bytes of the self-expression of `n_tokens` tokens over `n_atoms`, `block` of them iterated at a
+    time: the atoms in two precisions, what is found, and the block. Neither the tokens are counted nor what follows the
+    solver."""
+    found = 16 * n_tokens * candidate_atoms(rank + 1, n_atoms)
+    return 12 * (rank + 1) * (n_atoms + n_tokens) + found + block * token_bytes(n_atoms, rank)
 
 
-def working_set_memory_bytes(n_tokens: int, rank: int, dtype: torch.dtype, block: int) -> int:
-    """`solver_memory_bytes`, and the candidates' atoms: of up to 3/2 block tokens that are iterated, and of up to
-    block more that are gathered, in float64 too."""
-    atoms = block * candidate_atoms(rank, n_tokens) * (rank + 1)
-    return solver_memory_bytes(n_tokens, rank, dtype, block) + atoms * (3 * dtype.itemsize + 2 * 8)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How `self_expression` is computed: with which algorithm, how many tokens at a time, and its peak memory."""
-
-    algorithm: Algorithm
-    block: int
-    n_bytes: int
-
-
-def plan_solver(
-    n_tokens: int, rank: int, dtype: torch.dtype, device: torch.device, algorithm: Algorithm, budget: int | None
-) -> Plan:
-    """Choose how to compute the self-expression within its memory.
+def plan_block(n_tokens: int, n_atoms: int, rank: int, device: torch.device, budget: int | None) -> int:
+    """Tokens to iterate together: as many as run fastest, fewer if these do not fit.
 
     Args:
-        n_tokens, rank: N and r.
-        dtype: precision of the iteration.
+        n_tokens, n_atoms, rank: n, N and r.
         device: where it runs.
-        algorithm: see `SolverOptions`. "dense" and "authors" iterate all tokens at once, the others as many as run
-            fastest and fit.
         budget: bytes; None: half of what is free.
 
     Raises:
-        MemoryError: before anything is computed, if it does not fit.
+        MemoryError: before anything is computed, if not even a small block fits.
     """
-    available = available_memory_bytes(device)
-    limit: float = math.inf if available is None else available // 2
-    if budget is not None:
-        limit = budget
-    fastest = _fastest_algorithm(n_tokens, rank) if algorithm == "auto" else algorithm
-    plan = _plan(n_tokens, rank, dtype, device, fastest, limit)
-    if algorithm == "auto" and plan.n_bytes > limit:
-        plan = _plan(n_tokens, rank, dtype, device, "blocked", limit)
-    if plan.n_bytes > limit:
+    row, k = rank + 1, candidate_atoms(rank + 1, n_atoms)
+    cuda = device.type == "cuda"
+    wanted = max(SMALLEST_BLOCK, (CUDA_BLOCK_BYTES if cuda else CPU_BLOCK_BYTES) // (4 * k * row or 1))
+    wanted = max(1, min(n_tokens, wanted))
+    limit = available_memory_bytes(device) if budget is None else 2 * budget
+    if limit is None:
+        return wanted
+    fixed, each = solver_memory_bytes(n_tokens, n_atoms, rank, 0), token_bytes(n_atoms, rank)
+    side_by_side = 1 if cuda else torch.get_num_threads()
+    block = min(wanted, (limit // 2 - fixed) // (side_by_side * each))
+    if block < min(wanted, SMALLEST_BLOCK):
+        needed = fixed + side_by_side * min(wanted, SMALLEST_BLOCK) * each
         raise MemoryError(
-            f"the self-expression of {n_tokens} tokens (rank {rank}, {dtype}, algorithm {plan.algorithm!r}) needs "
-            f"{plan.n_bytes / 2**30:.2g} GiB on {device}, and may use {limit / 2**30:.2g} GiB: use "
-            + ("algorithm='blocked', " if plan.algorithm != "blocked" else "")
-            + "fewer frames or fewer tokens a frame, or raise memory_budget"
+            f"the self-expression of {n_tokens} tokens over {n_atoms} (rank {rank}) needs {needed / 2**30:.2g} GiB on "
+            f"{device}, and may use {limit / 2**31:.2g} GiB: use fewer frames or fewer tokens a frame, or raise "
+            "memory_budget"
         )
-    return plan
-
-
-def _fastest_algorithm(n_tokens: int, rank: int) -> Algorithm:
-    if n_tokens >= WORKING_SET_RATIO * candidate_atoms(rank, n_tokens):
-        return "working-set"
-    return "dense" if n_tokens < BLOCKED_TOKENS else "blocked"
-
-
-def _plan(
-    n_tokens: int, rank: int, dtype: torch.dtype, device: torch.device, algorithm: Algorithm, limit: float
-) -> Plan:
-    """With the largest block that fits; the smallest where none does."""
-    if algorithm == "authors":
-        # Float64, all coefficients kept, and the multipliers of two iterations.
-        needed = solver_memory_bytes(n_tokens, rank, torch.float64, n_tokens) + 48 * n_tokens**2
-        return Plan(algorithm, n_tokens, needed)
-    if algorithm == "dense":
-        return Plan(algorithm, n_tokens, solver_memory_bytes(n_tokens, rank, dtype, n_tokens))
-    block = max(1, min(n_tokens, _fastest_block(n_tokens, dtype, device)))
-    bytes_of = working_set_memory_bytes if algorithm == "working-set" else solver_memory_bytes
-    while block > SMALLEST_BLOCK and bytes_of(n_tokens, rank, dtype, block) > limit:
-        block = max(SMALLEST_BLOCK, block // 2)
-    return Plan(algorithm, block, bytes_of(n_tokens, rank, dtype, block))
-
-
-def _fastest_block(n_tokens: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens whose state and its reflection stay in the cache, but enough of them for fast products."""
-    cache, fewest = CPU_CACHE_BYTES, FEWEST_FOR_PRODUCTS
-    if device.type == "cuda":
-        fewest, cache = FEWEST_ON_A_GPU, torch.cuda.get_device_properties(device).L2_cache_size
-    return max(fewest, cache // (2 * n_tokens * dtype.itemsize) if n_tokens else 0)
+    return block
 
 
 def available_memory_bytes(device: torch.device) -> int | None:

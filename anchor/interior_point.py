@@ -1,0 +1,404 @@
+"""The exact solver of the self-expression: a batched interior point in the dual of each token, over few atoms each.
+
+With t a token, F the weighted atoms (see `Problem`), p = r + 1 dual unknowns x = (nu, mu) if affine, else p = r:
+
+    min |c|_1 + bound |e|_1 + |t - F c - e|^2 / 2,  1'c = 1 if affine         max <t, nu> + mu - |nu|^2 / 2
+                                                                              |F'nu + mu| <= 1, |nu| <= bound
+
+Affine coefficients have |c|_1 >= 1, so the dual value may be raised to 1: tokens in the hull of others end at once.
+
+1. `over_changing_atoms`: ADMM iterations give a start and K candidates for each token. Mehrotra's predictor-corrector
+   over the candidates; after each step one product gives the slopes of all atoms, x is scaled to be feasible, and the
+   atoms of largest slope take the place of the candidates of least weight. K never changes.
+2. `over_settled_atoms`, for a token that did not end there, and for one in the hull of others, whose optimum is not
+   unique. The solution that is meant starts from the K nearest atoms: the optimum over K atoms, in its analytic centre,
+   is found to CENTRED; then the heaviest half stays and the atoms of largest slope join it, until none is missed. It
+   is a function of the tokens alone: neither the start, nor the blocks, nor the tolerance have a part in it.
+
+Each token that ends is certified by float64 slopes of all atoms.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from scipy.optimize import nnls
+from torch import Tensor
+
+from .admm_start import Start
+from .atoms import SMALLEST, TINY, Atoms, all_slopes, certificate, dual_value, objective, relative_gap
+from .memory import candidate_atoms
+from .problem import Problem
+
+STEP = 0.97  # part of the way to the boundary
+MARGIN, PART_OF_GAP = 0.01, 0.3  # distance of other atoms from the boundary, at first, and as a part of the gap
+STALLED, LONGEST = 25, 60  # iterations of a token over changing atoms, and over settled ones
+ROUNDS = 20  # of settled atoms; then all atoms at once
+GROUPS = 512  # of atoms, of which only the largest slope may join the candidates
+FINE = 1e-4  # below this tolerance float32 is not enough
+# Of settled atoms: the gap over them, |c|_1 - 1 in a hull, and slope - 1 of others.
+CENTRED, CONTAINED, VIOLATION = 1e-6, 1e-5, 1e-4
+
+
+class Found(NamedTuple):
+    """Some tokens of a block that ended: which (m,), atoms and coefficients (m, K), objective and relative gap (m,)."""
+
+    token: Tensor
+    atoms: Tensor
+    values: Tensor
+    objective: Tensor
+    gap: Tensor
+    n_iter: int
+
+    def of(self, kept: Tensor) -> "Found":
+        """Some of these."""
+        return Found(*(field[kept] for field in self[:-1]), self.n_iter)  # pyright: ignore[reportIndexIssue]
+
+
+class Iterates:
+    """Iterates of b tokens over K candidates each.
+
+    Args:
+        atoms: all of them.
+        target: (b, p) float64.
+        own: (b,) int64, the atom that is the token itself; None where none is.
+        candidates: (b, K) int64.
+        x: (b, p) float64, a dual point strictly inside the constraints.
+        coefficients: (b, K) float64.
+
+    Attributes:
+        u, v: (b, K + r) float64 > 0, multipliers of slope <= 1 and slope >= -1 for each candidate and the error term.
+        g: (b, K + r) float64 slopes.
+    """
+
+    def __init__(
+        self, atoms: Atoms, target: Tensor, own: Tensor | None, candidates: Tensor, x: Tensor, coefficients: Tensor
+    ) -> None:
+        self.atoms, self.target, self.own, self.candidates, self.x = atoms, target, own, candidates, x
+        self.token = torch.arange(len(target), device=x.device)
+        self.matrix = atoms.rows[candidates]
+        self.g = self._slopes(x)
+        c = torch.nn.functional.pad(coefficients, (0, len(atoms.limit)))
+        level = self.dual()[:, None].abs()
+        room = (c.abs().sum(1, keepdim=True) - self.dual()[:, None]).abs().maximum(1e-2 * level).clamp_min(SMALLEST)
+        mu = room / c.shape[1]
+        self.u, self.v = c.clamp_min(0) + mu / (1 - self.g), (-c).clamp_min(0) + mu / (1 + self.g)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the tokens only."""
+        for name in ("token", "target", "candidates", "matrix", "x", "u", "v", "g"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.own = None if self.own is None else self.own[rows]
+
+    def advance(self) -> None:
+        """A step of Mehrotra's predictor-corrector: normal matrix and factor in the precision of atoms.rows."""
+        atoms, u, v, g = self.atoms, self.u, self.v, self.g
+        dtype, rank, k = self.matrix.dtype, len(atoms.limit), self.candidates.shape[1]
+        above, below = 1 - g, 1 + g
+        weight = u / above + v / below
+        normal = torch.bmm(self.matrix.mT, self.matrix * weight[:, :k, None].to(dtype))
+        diagonal = normal.diagonal(dim1=1, dim2=2)
+        diagonal += atoms.quadratic.to(dtype)
+        diagonal[:, :rank] += (weight[:, k:] / atoms.limit**2).to(dtype)
+        diagonal += 1e-7 * diagonal if dtype == torch.float32 else 1e-15 * diagonal.amax(1, keepdim=True)
+        factor, failed = torch.linalg.cholesky_ex(normal)
+        if failed.any():
+            firm = torch.linalg.cholesky_ex(normal + torch.diag_embed(1e-4 * diagonal))[0]
+            factor = torch.where((failed > 0)[:, None, None], firm, factor)
+        slope = self.target - atoms.quadratic * self.x
+
+        def solved(right: Tensor) -> Tensor:
+            return torch.cholesky_solve(right.to(dtype)[..., None], factor)[..., 0].double()
+
+        dg = self._slopes(solved(slope))  # predictor
+        a, b = dg / above, dg / below
+        primal, dual = _step(torch.maximum(1 - a, 1 + b), 1.0), _step(torch.maximum(a, -b), 1.0)
+        now = (u * above + v * below).sum(1, keepdim=True)
+        then = u * (1 - primal * (1 - a)) * (above - dual * dg) + v * (1 - primal * (1 + b)) * (below + dual * dg)
+        mu = (then.sum(1, keepdim=True) / now).clamp(0, 1) ** 3 * now / (2 * g.shape[1])
+        to_u, to_v = (mu - u * dg * (1 - a)) / above, (mu + v * dg * (1 + b)) / below  # centred, of second order
+        dx = solved(slope - self._combined(to_u - to_v))
+        dg = self._slopes(dx)
+        a, b = dg / above, dg / below
+        du, dv = to_u - u + u * a, to_v - v - v * b
+        primal, dual = _step(torch.maximum(-du / u, -dv / v), STEP), _step(torch.maximum(a, -b), STEP)
+        self.u, self.v = (u + primal * du).clamp_min_(TINY), (v + primal * dv).clamp_min_(TINY)
+        self.x, self.g = self.x + dual * dx, g + dual * dg
+
+    def coefficients(self) -> Tensor:
+        """(b, K) float64, of sum 1 if affine; not finite where that cannot be."""
+        c = (self.u - self.v)[:, : self.candidates.shape[1]]
+        return c / c.sum(1, keepdim=True) if self.atoms.affine else c
+
+    def dual(self) -> Tensor:
+        """(b,) the dual value of x."""
+        return dual_value(self.atoms, self.x, self.target)
+
+    def _slopes(self, x: Tensor) -> Tensor:
+        """(b, K + r) slopes of the candidates and of the error term."""
+        own = torch.bmm(self.matrix, x.to(self.matrix.dtype)[..., None])[..., 0].double()
+        return torch.cat([own, x[:, : len(self.atoms.limit)] / self.atoms.limit], 1)
+
+    def _combined(self, c: Tensor) -> Tensor:
+        """(b, p), the transpose of `_slopes`."""
+        k, rank = self.candidates.shape[1], len(self.atoms.limit)
+        y = torch.bmm(c[:, None, :k].to(self.matrix.dtype), self.matrix)[:, 0].double()
+        y[:, :rank] += c[:, k:] / self.atoms.limit
+        return y
+
+
+def over_changing_atoms(atoms: Atoms, start: Start, target: Tensor, own: Tensor | None, tol: float) -> Iterator[Found]:
+    """See the top of the file, 1. Tokens as they end, the stalled ones at last with whatever gap they have."""
+    n_atoms, n_unknowns = atoms.rows.shape
+    k = candidate_atoms(n_unknowns, n_atoms - (own is not None))
+    x, slopes, coefficients = start.run(atoms, target, own)
+    candidates = slopes.topk(k, sorted=False).indices
+    x *= 0.98 / all_slopes(atoms, x, own)[1].clamp_min(0.98)
+    it = Iterates(atoms, target, own, candidates, x, coefficients.gather(1, candidates).double())
+    del coefficients
+    for n_iter in range(1, STALLED + 1):
+        it.advance()
+        c, found = it.coefficients(), it.candidates
+        primal = objective(atoms, it.matrix, c, it.target)
+        _take_in_violators(it, relative_gap(atoms, primal, it.dual()), tol, slopes[: len(c)])
+        gap = relative_gap(atoms, primal, it.dual())
+        last = ~torch.isfinite(it.x).all(1) | (n_iter == STALLED)
+        ended = (last | (gap <= tol)).nonzero()[:, 0]
+        if len(ended) == 0:
+            continue
+        rest = None if it.own is None else it.own[ended]
+        primal, gap, _, _ = certificate(atoms, found[ended], c[ended], it.x[ended], it.target[ended], rest)
+        sure = last[ended] | (gap <= tol)
+        ended = ended[sure]
+        yield Found(it.token[ended], found[ended], c[ended], primal[sure], gap[sure], n_iter)
+        stay = torch.ones_like(last).index_fill_(0, ended, False)
+        if not stay.any():
+            return
+        it.keep(stay)
+
+
+def _take_in_violators(it: Iterates, gap: Tensor, tol: float, slopes: Tensor) -> None:
+    """Scale x to be feasible for all atoms, and let those of largest slope take the place of the lightest candidates.
+
+    slopes: (b, N) room for the slopes.
+    """
+    atoms, k = it.atoms, it.candidates.shape[1]
+    n_atoms, n_unknowns = atoms.rows.shape
+    if k >= n_atoms - (it.own is not None):
+        return
+    torch.mm(it.x.to(atoms.rows.dtype), atoms.rows.T, out=slopes).abs_()
+    if it.own is not None:
+        slopes.scatter_(1, it.own[:, None], -1.0)
+    slopes.scatter_(1, it.candidates, -1.0)
+    value, atom = _largest_of_groups(slopes, n_unknowns // 2 or 1)
+    inside = 1 - (PART_OF_GAP * gap).clamp(PART_OF_GAP * tol, MARGIN)[:, None]
+    shrink = inside / value[:, :1].double().maximum(inside)
+    it.x, it.g = it.x * shrink, it.g * shrink
+    mu = (it.u * (1 - it.g) + it.v * (1 + it.g)).mean(1, keepdim=True) / 2
+    rows = atoms.rows[atom]
+    new = torch.bmm(rows, it.x.to(rows.dtype)[..., None])[..., 0].double().maximum(-inside).minimum(inside)
+    place = torch.maximum(it.u / (1 - it.g), it.v / (1 + it.g))[:, :k].topk(value.shape[1], largest=False).indices
+    better = value > it.g.gather(1, place).abs().clamp_min(1 - MARGIN)
+
+    def swap(old: Tensor, new: Tensor) -> Tensor:
+        return old.scatter(1, place, torch.where(better, new, old.gather(1, place)))
+
+    it.candidates = swap(it.candidates, atom)
+    it.u, it.v, it.g = swap(it.u, mu / (1 - new)), swap(it.v, mu / (1 + new)), swap(it.g, new)
+    token, column = better.nonzero(as_tuple=True)
+    it.matrix[token, place[token, column]] = rows[token, column]
+
+
+def _largest_of_groups(slopes: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """About the k largest of each row (b, N), descending, and their columns: the largest of each of GROUPS groups."""
+    n_tokens, n_atoms = slopes.shape
+    size = -(-n_atoms // GROUPS)
+    groups = torch.nn.functional.pad(slopes, (0, -n_atoms % size), value=-1.0).view(n_tokens, size, -1)
+    value, group = groups.amax(1).topk(min(k, groups.shape[2]))
+    atom = groups.gather(2, group[:, None].expand(-1, size, -1)).argmax(1) * groups.shape[2] + group
+    return value, atom.clamp_max(n_atoms - 1)
+
+
+def _step(relative: Tensor, part: float) -> Tensor:
+    """(b, 1) the step at which the largest relative decrease has used `part` of what there is, at most 1."""
+    return part / relative.amax(1, keepdim=True).clamp_min(part)
+
+
+def over_settled_atoms(atoms: Atoms, target: Tensor, own: Tensor | None, tol: float) -> Iterator[Found]:
+    """See the top of the file, 2. atoms.rows are float64. Tokens as they end."""
+    n_atoms, n_unknowns = atoms.rows.shape
+    n_others = n_atoms - (own is not None)
+    k = candidate_atoms(n_unknowns, n_others)
+    token, candidates, before = torch.arange(len(target), device=target.device), _nearest(atoms, target, own, k), 0
+    for round in range(ROUNDS + 1):
+        if round == ROUNDS:
+            candidates = _everything(own, len(token), n_others, target.device)
+        c, x, n_iter = _optimum_over(atoms, target, candidates, min(CENTRED, tol / 4))
+        before += n_iter
+        primal, gap, slopes, largest = certificate(atoms, candidates, c, x, target, own)
+        good = (gap <= tol) & (largest <= 1 + min(VIOLATION, tol))
+        if atoms.affine:
+            good |= (gap <= tol) & (primal <= 1 + CONTAINED)
+        good |= torch.full_like(good, candidates.shape[1] == n_others)
+        yield Found(token[good], candidates[good], c[good], primal[good], gap[good], before)
+        rest = ~good
+        if not rest.any():
+            return
+        token, target, own = token[rest], target[rest], None if own is None else own[rest]
+        heaviest = c[rest].abs().nan_to_num(nan=0.0).topk(k - k // 2, sorted=False).indices
+        kept = candidates[rest].gather(1, heaviest)
+        candidates = torch.cat([kept, slopes[rest].scatter_(1, kept, -1.0).topk(k // 2, sorted=False).indices], 1)
+
+
+def _nearest(atoms: Atoms, target: Tensor, own: Tensor | None, k: int) -> Tensor:
+    """(b, k) the atoms nearest to each target."""
+    rank = len(atoms.limit)
+    unit = atoms.scale[:rank]
+    rows = atoms.exact[:, :rank] * unit
+    distance = rows.square().sum(1) - 2 * (target[:, :rank] * unit) @ rows.T
+    if own is not None:
+        distance.scatter_(1, own[:, None], torch.inf)
+    return distance.topk(k, largest=False, sorted=False).indices
+
+
+def _everything(own: Tensor | None, n_tokens: int, n_others: int, device: torch.device) -> Tensor:
+    """(b, n_others) all atoms but the token itself."""
+    everything = torch.arange(n_others, device=device).expand(n_tokens, -1)
+    return everything if own is None else everything + (everything >= own[:, None])
+
+
+def _optimum_over(atoms: Atoms, target: Tensor, candidates: Tensor, tol: float) -> tuple[Tensor, Tensor, int]:
+    """(b, K) coefficients and (b, p) dual points of the optima over the candidates, and iterations."""
+    x = torch.zeros_like(target)
+    x[:, len(atoms.limit) :] = 0.9
+    start = torch.full(candidates.shape, 1 / candidates.shape[1], dtype=torch.float64, device=x.device)
+    it = Iterates(atoms, target, None, candidates, x, start)
+    c = torch.zeros_like(start)
+    for n_iter in range(1, LONGEST + 1):
+        it.advance()
+        c[it.token], x[it.token] = it.coefficients(), it.x
+        primal = objective(atoms, it.matrix, c[it.token], it.target)
+        open_ = (primal - it.dual() > tol * primal.clamp_min(SMALLEST)) & torch.isfinite(it.x).all(1)
+        if not open_.any():
+            return c, x, n_iter
+        it.keep(open_)
+    return c, x, LONGEST
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Sparse coefficients of n tokens, one a row.
+
+    Attributes:
+        indices: (n, k) int64 atoms.
+        values: (n, k) float64 weights; unused slots hold 0.
+        gap: (n,) float64 relative duality gap.
+        n_iter: (n,) int64 iterations, all starts counted.
+    """
+
+    indices: Tensor
+    values: Tensor
+    gap: Tensor
+    n_iter: Tensor
+
+    @classmethod
+    def empty(cls, n_tokens: int, k: int, device: torch.device) -> "Rows":
+        """To be filled; their gap is infinite."""
+        return cls(
+            torch.zeros(n_tokens, k, dtype=torch.int64, device=device),
+            torch.zeros(n_tokens, k, dtype=torch.float64, device=device),
+            torch.full((n_tokens,), torch.inf, dtype=torch.float64, device=device),
+            torch.zeros(n_tokens, dtype=torch.int64, device=device),
+        )
+
+    def put(self, token: Tensor, found: Found) -> None:
+        """Fill in what was found for some tokens (m,); their iterations are counted elsewhere."""
+        width = found.values.shape[1]
+        self.indices[token, :width], self.values[token, :width] = found.atoms, found.values
+        self.gap[token] = found.gap
+
+
+def solve(
+    problem: Problem,
+    tokens: Tensor | None,
+    *,
+    tol: float,
+    block: int,
+    done: Callable[[int], None] = lambda _: None,
+) -> Rows:
+    """Express tokens by atoms, each within `tol` of its optimum.
+
+    Blocks of tokens run side by side on a CPU, each in one thread, so that nothing depends on the number of threads.
+
+    Args:
+        problem: the atoms (r, N), N >= 2, or N >= 1 if tokens are given.
+        tokens: (r, n) float64 in the units of the atoms, none of which is an atom; None: the atoms, each by the others.
+        tol: bound on the relative duality gap.
+        block: tokens that are iterated together.
+        done: called with the number of tokens that have ended since the last call.
+    """
+    atoms = Atoms.of(problem, torch.float32 if tol >= FINE else torch.float64)
+    target = atoms.exact if tokens is None else atoms.targets(tokens)
+    n_tokens, n_unknowns = target.shape
+    n_others, device = len(atoms.exact) - (tokens is None), target.device
+    k = candidate_atoms(n_unknowns, n_others)
+    rows = Rows.empty(n_tokens, k, device)
+    left = torch.arange(n_tokens, device=device)
+
+    def owned(part: Tensor) -> Tensor | None:
+        return part if tokens is None else None
+
+    if k < n_others:
+        start, missed = Start.of(atoms), []
+        parts = left.split(block)
+        passes = _side_by_side(lambda part: over_changing_atoms(atoms, start, target[part], owned(part), tol), parts)
+        for part, found in passes:
+            token, good = part[found.token], found.gap <= tol
+            if problem.affine:
+                good &= found.objective * (1 - tol) > 1
+            rows.n_iter[token] = found.n_iter
+            rows.put(token[good], found.of(good))
+            missed.append(token[~good])
+            done(int(good.sum()))
+        left = torch.cat(missed).sort().values
+    atoms = replace(atoms, rows=atoms.exact)
+    passes = _side_by_side(
+        lambda part: over_settled_atoms(atoms, target[part], owned(part), tol), left.split(block) if len(left) else ()
+    )
+    for part, found in passes:
+        token = part[found.token]
+        rows.n_iter[token] += found.n_iter
+        rows.put(token, fewest(atoms, found) if found.atoms.shape[1] > k else found)
+        done(len(token))
+    return rows
+
+
+def _side_by_side(work: Callable[[Tensor], Iterator[Found]], parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Found]]:
+    """What `work` finds for each of the parts, in their order."""
+    n_threads = torch.get_num_threads()
+    if n_threads == 1 or len(parts) == 0 or parts[0].is_cuda:
+        yield from ((part, found) for part in parts for found in work(part))
+        return
+    try:
+        with ThreadPoolExecutor(n_threads, "self-expression", torch.set_num_threads, (1,)) as pool:
+            for part, all_found in zip(parts, pool.map(lambda part: list(work(part)), parts), strict=True):
+                yield from ((part, found) for found in all_found)
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def fewest(atoms: Atoms, found: Found) -> Found:
+    """The same with at most p + 1 coefficients that are not 0, of the same signs, fit, sum and L1 norm.
+
+    A vertex of the polytope of all such coefficients, by nonnegative least squares (Lawson and Hanson) on the CPU.
+    """
+    values = torch.zeros_like(found.values)
+    for i, (atom, c) in enumerate(zip(found.atoms, found.values, strict=True)):
+        sign, given = c.sign(), c.abs().cpu().numpy()
+        columns = torch.cat([atoms.exact[atom] * sign[:, None], torch.ones_like(c)[:, None]], 1).T.cpu().numpy()
+        weights = nnls(columns, columns @ given, maxiter=100 * len(given))[0]
+        values[i] = torch.from_numpy(weights).to(c) * sign
+    kept = values.abs().topk(min(atoms.exact.shape[1] + 1, values.shape[1]), sorted=False).indices
+    return found._replace(atoms=found.atoms.gather(1, kept), values=values.gather(1, kept))
