@@ -33,7 +33,8 @@ class Atoms:
 
     @classmethod
     def of(cls, problem: Problem, dtype: torch.dtype) -> "Atoms":
-        scale = problem.atoms.square().mean(1).sqrt().clamp_min(TINY)
+        scale = problem.atoms.square().mean(1).sqrt()
+        scale = torch.where(scale > 0, scale, 1.0)
         limit, exact = problem.error_bound * scale, _rows(problem.atoms, scale, problem.affine)
         if problem.affine:
             scale = torch.cat([scale, scale.new_ones(1)])

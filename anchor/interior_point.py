@@ -32,9 +32,10 @@ from .atoms import SMALLEST, TINY, Atoms, all_slopes, certificate, dual_value, o
 from .memory import candidate_atoms
 from .problem import Problem
 
-STEP = 0.97  # part of the way to the boundary
+STEP, NEAREST_BOUNDARY = 0.97, 1e-12  # part of the way to the boundary, and where a slope ends by rounding
 MARGIN, PART_OF_GAP = 0.01, 0.3  # distance of other atoms from the boundary, at first, and as a part of the gap
 STALLED, LONGEST = 25, 60  # iterations of a token over changing atoms, and over settled ones
+CHECK_ON_CUDA = 3  # iterations after which the host asks for those that have ended; on a CPU after each
 ROUNDS = 20  # of settled atoms; then all atoms at once
 GROUPS = 512  # of atoms, of which only the largest slope may join the candidates
 FINE = 1e-4  # below this tolerance float32 is not enough
@@ -92,8 +93,15 @@ class Iterates:
             setattr(self, name, getattr(self, name)[rows])
         self.own = None if self.own is None else self.own[rows]
 
-    def advance(self) -> None:
-        """A step of Mehrotra's predictor-corrector: normal matrix and factor in the precision of atoms.rows."""
+    def advance(self, *, together: bool = False) -> tuple[Tensor, Tensor]:
+        """A step of Mehrotra's predictor-corrector: normal matrix and factor in the precision of atoms.rows.
+
+        Args:
+            together: the primal and the dual step have one length, slower but safer.
+
+        Returns:
+            (b, K) float64 coefficients, of sum 1 if affine, not finite where that cannot be; and (b,) their objective.
+        """
         atoms, u, v, g = self.atoms, self.u, self.v, self.g
         dtype, rank, k = self.matrix.dtype, len(atoms.limit), self.candidates.shape[1]
         above, below = 1 - g, 1 + g
@@ -102,10 +110,11 @@ class Iterates:
         diagonal = normal.diagonal(dim1=1, dim2=2)
         diagonal += atoms.quadratic.to(dtype)
         diagonal[:, :rank] += (weight[:, k:] / atoms.limit**2).to(dtype)
-        diagonal += 1e-7 * diagonal if dtype == torch.float32 else 1e-15 * diagonal.amax(1, keepdim=True)
+        diagonal *= 1 + (1e-7 if dtype == torch.float32 else 1e-15)
         factor, failed = torch.linalg.cholesky_ex(normal)
         if failed.any():
-            firm = torch.linalg.cholesky_ex(normal + torch.diag_embed(1e-4 * diagonal))[0]
+            ridge = (1e-4 if dtype == torch.float32 else 1e-10) * diagonal
+            firm = torch.linalg.cholesky_ex(normal + torch.diag_embed(ridge))[0]
             factor = torch.where((failed > 0)[:, None, None], firm, factor)
         slope = self.target - atoms.quadratic * self.x
 
@@ -124,13 +133,13 @@ class Iterates:
         a, b = dg / above, dg / below
         du, dv = to_u - u + u * a, to_v - v - v * b
         primal, dual = _step(torch.maximum(-du / u, -dv / v), STEP), _step(torch.maximum(a, -b), STEP)
+        if together:
+            primal = dual = primal.minimum(dual)
         self.u, self.v = (u + primal * du).clamp_min_(TINY), (v + primal * dv).clamp_min_(TINY)
-        self.x, self.g = self.x + dual * dx, g + dual * dg
-
-    def coefficients(self) -> Tensor:
-        """(b, K) float64, of sum 1 if affine; not finite where that cannot be."""
-        c = (self.u - self.v)[:, : self.candidates.shape[1]]
-        return c / c.sum(1, keepdim=True) if self.atoms.affine else c
+        self.x, self.g = self.x + dual * dx, (g + dual * dg).clamp_(-1 + NEAREST_BOUNDARY, 1 - NEAREST_BOUNDARY)
+        c = (self.u - self.v)[:, :k]
+        c = c / c.sum(1, keepdim=True) if atoms.affine else c
+        return c, objective(atoms, self.matrix, c, self.target)
 
     def dual(self) -> Tensor:
         """(b,) the dual value of x."""
@@ -138,7 +147,7 @@ class Iterates:
 
     def _slopes(self, x: Tensor) -> Tensor:
         """(b, K + r) slopes of the candidates and of the error term."""
-        own = torch.bmm(self.matrix, x.to(self.matrix.dtype)[..., None])[..., 0].double()
+        own = torch.bmm(x.to(self.matrix.dtype)[:, None], self.matrix.mT)[:, 0].double()  # faster than (matrix, x)
         return torch.cat([own, x[:, : len(self.atoms.limit)] / self.atoms.limit], 1)
 
     def _combined(self, c: Tensor) -> Tensor:
@@ -158,11 +167,13 @@ def over_changing_atoms(atoms: Atoms, start: Start, target: Tensor, own: Tensor 
     x *= 0.98 / all_slopes(atoms, x, own)[1].clamp_min(0.98)
     it = Iterates(atoms, target, own, candidates, x, coefficients.gather(1, candidates).double())
     del coefficients
+    every = CHECK_ON_CUDA if x.is_cuda else 1
     for n_iter in range(1, STALLED + 1):
-        it.advance()
-        c, found = it.coefficients(), it.candidates
-        primal = objective(atoms, it.matrix, c, it.target)
+        found = it.candidates
+        c, primal = it.advance()
         _take_in_violators(it, relative_gap(atoms, primal, it.dual()), tol, slopes[: len(c)])
+        if n_iter % every and n_iter < STALLED:
+            continue
         gap = relative_gap(atoms, primal, it.dual())
         last = ~torch.isfinite(it.x).all(1) | (n_iter == STALLED)
         ended = (last | (gap <= tol)).nonzero()[:, 0]
@@ -198,7 +209,7 @@ def _take_in_violators(it: Iterates, gap: Tensor, tol: float, slopes: Tensor) ->
     it.x, it.g = it.x * shrink, it.g * shrink
     mu = (it.u * (1 - it.g) + it.v * (1 + it.g)).mean(1, keepdim=True) / 2
     rows = atoms.rows[atom]
-    new = torch.bmm(rows, it.x.to(rows.dtype)[..., None])[..., 0].double().maximum(-inside).minimum(inside)
+    new = torch.bmm(it.x.to(rows.dtype)[:, None], rows.mT)[:, 0].double().maximum(-inside).minimum(inside)
     place = torch.maximum(it.u / (1 - it.g), it.v / (1 + it.g))[:, :k].topk(value.shape[1], largest=False).indices
     better = value > it.g.gather(1, place).abs().clamp_min(1 - MARGIN)
 
@@ -226,21 +237,25 @@ def _step(relative: Tensor, part: float) -> Tensor:
     return part / relative.amax(1, keepdim=True).clamp_min(part)
 
 
-def over_settled_atoms(atoms: Atoms, target: Tensor, own: Tensor | None, tol: float) -> Iterator[Found]:
-    """See the top of the file, 2. atoms.rows are float64. Tokens as they end."""
+def over_settled_atoms(
+    atoms: Atoms, target: Tensor, own: Tensor | None, candidates: Tensor, inside: Tensor, tol: float
+) -> Iterator[Found]:
+    """See the top of the file, 2. atoms.rows are float64; tokens not `inside` (b,) the hull of others start from the
+    candidates (b, K). Tokens as they end."""
     n_atoms, n_unknowns = atoms.rows.shape
     n_others = n_atoms - (own is not None)
     k = candidate_atoms(n_unknowns, n_others)
-    token, candidates, before = torch.arange(len(target), device=target.device), _nearest(atoms, target, own, k), 0
+    token, before = torch.arange(len(target), device=target.device), 0
+    candidates = torch.where(inside[:, None], _nearest(atoms, target, own, k), candidates)
     for round in range(ROUNDS + 1):
-        if round == ROUNDS:
+        if round == ROUNDS or n_others <= 2 * k:
             candidates = _everything(own, len(token), n_others, target.device)
         c, x, n_iter = _optimum_over(atoms, target, candidates, min(CENTRED, tol / 4))
         before += n_iter
         primal, gap, slopes, largest = certificate(atoms, candidates, c, x, target, own)
         good = (gap <= tol) & (largest <= 1 + min(VIOLATION, tol))
         if atoms.affine:
-            good |= (gap <= tol) & (primal <= 1 + CONTAINED)
+            good |= (gap <= tol) & (primal <= 1 + min(CONTAINED, tol))
         good |= torch.full_like(good, candidates.shape[1] == n_others)
         yield Found(token[good], candidates[good], c[good], primal[good], gap[good], before)
         rest = ~good
@@ -275,11 +290,12 @@ def _optimum_over(atoms: Atoms, target: Tensor, candidates: Tensor, tol: float) 
     x[:, len(atoms.limit) :] = 0.9
     start = torch.full(candidates.shape, 1 / candidates.shape[1], dtype=torch.float64, device=x.device)
     it = Iterates(atoms, target, None, candidates, x, start)
-    c = torch.zeros_like(start)
+    c, every = torch.zeros_like(start), CHECK_ON_CUDA if x.is_cuda else 1
     for n_iter in range(1, LONGEST + 1):
-        it.advance()
-        c[it.token], x[it.token] = it.coefficients(), it.x
-        primal = objective(atoms, it.matrix, c[it.token], it.target)
+        c[it.token], primal = it.advance(together=n_iter > STALLED)
+        x[it.token] = it.x
+        if n_iter % every and n_iter < LONGEST:
+            continue
         open_ = (primal - it.dual() > tol * primal.clamp_min(SMALLEST)) & torch.isfinite(it.x).all(1)
         if not open_.any():
             return c, x, n_iter
@@ -314,10 +330,12 @@ class Rows:
         )
 
     def put(self, token: Tensor, found: Found) -> None:
-        """Fill in what was found for some tokens (m,); their iterations are counted elsewhere."""
+        """Fill in what was found for some tokens (m,), in place of what stands there; iterations add up."""
         width = found.values.shape[1]
-        self.indices[token, :width], self.values[token, :width] = found.atoms, found.values
+        self.indices[token, :width], self.values[token, :width] = found.atoms, found.values.nan_to_num(0.0, 0.0, 0.0)
+        self.values[token, width:] = 0
         self.gap[token] = found.gap
+        self.n_iter[token] += found.n_iter
 
 
 def solve(
@@ -345,32 +363,29 @@ def solve(
     n_others, device = len(atoms.exact) - (tokens is None), target.device
     k = candidate_atoms(n_unknowns, n_others)
     rows = Rows.empty(n_tokens, k, device)
-    left = torch.arange(n_tokens, device=device)
+    inside = torch.zeros(n_tokens, dtype=torch.bool, device=device)
 
     def owned(part: Tensor) -> Tensor | None:
         return part if tokens is None else None
 
-    if k < n_others:
-        start, missed = Start.of(atoms), []
-        parts = left.split(block)
-        passes = _side_by_side(lambda part: over_changing_atoms(atoms, start, target[part], owned(part), tol), parts)
-        for part, found in passes:
-            token, good = part[found.token], found.gap <= tol
-            if problem.affine:
-                good &= found.objective * (1 - tol) > 1
-            rows.n_iter[token] = found.n_iter
-            rows.put(token[good], found.of(good))
-            missed.append(token[~good])
-            done(int(good.sum()))
-        left = torch.cat(missed).sort().values
-    atoms = replace(atoms, rows=atoms.exact)
+    start, parts = Start.of(atoms), torch.arange(n_tokens, device=device).split(block)
+    passes = _side_by_side(lambda part: over_changing_atoms(atoms, start, target[part], owned(part), tol), parts)
+    for part, found in passes:
+        token = part[found.token]
+        inside[token] = ~(found.objective * (1 - found.gap.clamp_min(tol)) > 1 + CONTAINED) & problem.affine
+        rows.put(token, found)
+        done(int(((found.gap <= tol) & ~inside[token]).sum()))
+    left = (~(rows.gap <= tol) | inside).nonzero()[:, 0]
+    atoms, parts = replace(atoms, rows=atoms.exact), left.split(block) if len(left) else ()
     passes = _side_by_side(
-        lambda part: over_settled_atoms(atoms, target[part], owned(part), tol), left.split(block) if len(left) else ()
+        lambda part: over_settled_atoms(atoms, target[part], owned(part), rows.indices[part], inside[part], tol), parts
     )
     for part, found in passes:
         token = part[found.token]
-        rows.n_iter[token] += found.n_iter
-        rows.put(token, fewest(atoms, found) if found.atoms.shape[1] > k else found)
+        better = ((found.gap <= tol) | (found.gap < rows.gap[token])) & found.values.isfinite().all(1)
+        rows.n_iter[token[~better]] += found.n_iter
+        found = found.of(better)
+        rows.put(token[better], fewest(atoms, found) if found.atoms.shape[1] > k else found)
         done(len(token))
     return rows
 

@@ -10,7 +10,7 @@ CHUNK_ELEMENTS = 1 << 20
 # A block is not made smaller than this to fit: products of fewer rows are slow.
 SMALLEST_BLOCK = 16
 # What the candidates of a block take, (tokens, K, p) float32: enough tokens for fast products, few for the cache.
-CPU_BLOCK_BYTES, CUDA_BLOCK_BYTES = 8 << 20, 1 << 30
+CPU_BLOCK_BYTES, CUDA_BLOCK_BYTES, LARGEST_CPU_BLOCK = 8 << 20, 1 << 30, 512
 
 
 def chunk_rows(n_tokens: int) -> int:
@@ -19,8 +19,9 @@ def chunk_rows(n_tokens: int) -> int:
 
 
 def candidate_atoms(n_unknowns: int, n_atoms: int) -> int:
-    """K, the atoms that a token is expressed by: at most p are part of an optimum, which leaves room for others."""
-    return min(3 * n_unknowns + 16, n_atoms)
+    """K, the atoms that a token is expressed by: at most p are part of an optimum, which leaves room for others, the more
+    of them the more atoms there are."""
+    return min(n_atoms, max(2 * n_unknowns, min(3 * n_unknowns, n_atoms // 4)) + 16)
 
 
 def token_bytes(n_atoms: int, rank: int) -> int:
@@ -52,7 +53,7 @@ def plan_block(n_tokens: int, n_atoms: int, rank: int, device: torch.device, bud
     row, k = rank + 1, candidate_atoms(rank + 1, n_atoms)
     cuda = device.type == "cuda"
     wanted = max(SMALLEST_BLOCK, (CUDA_BLOCK_BYTES if cuda else CPU_BLOCK_BYTES) // (4 * k * row or 1))
-    wanted = max(1, min(n_tokens, wanted))
+    wanted = max(1, min(n_tokens, wanted if cuda else min(wanted, LARGEST_CPU_BLOCK)))
     limit = available_memory_bytes(device) if budget is None else 2 * budget
     if limit is None:
         return wanted

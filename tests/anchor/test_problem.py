@@ -8,8 +8,15 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from videoanchor_triton.anchor import memory, problem
-from videoanchor_triton.anchor.problem import as_tokens, computing_precision, penalty_weights, token_features
+from videoanchor_triton.anchor import problem
+from videoanchor_triton.anchor.problem import (
+    Problem,
+    as_tokens,
+    computing_precision,
+    fit_features,
+    penalty_weights,
+    token_features,
+)
 
 from .reference import textbook_weights
 from .tokens import DEVICES, vit_like
@@ -21,8 +28,10 @@ from .tokens import DEVICES, vit_like
 @pytest.mark.parametrize("device", DEVICES)
 def test_pca_agrees_with_scikit_learn(shape, rank, block, device, monkeypatch):
     monkeypatch.setattr(problem, "PCA_BLOCK", block)
+    monkeypatch.setattr(problem, "PCA_PANEL", block // 2)
     tokens = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 5
-    found = token_features(tokens.to(device), rank).cpu().numpy()
+    features = fit_features(tokens.to(device), rank)
+    found = features.values.cpu().numpy() * features.scale
     expected = PCA(rank, svd_solver="full").fit_transform(tokens.double().numpy()).T
     largest = np.take_along_axis(expected, np.abs(expected).argmax(1)[:, None], 1)
     np.testing.assert_allclose(found, expected * np.sign(largest), atol=1e-9)
@@ -32,7 +41,8 @@ def test_pca_agrees_with_scikit_learn(shape, rank, block, device, monkeypatch):
 def test_features_do_not_depend_on_a_rotation_of_the_tokens():
     tokens = vit_like(4, 20).double()
     rotation = torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(0)).double()).Q
-    torch.testing.assert_close(token_features(tokens @ rotation, 16), token_features(tokens, 16), atol=1e-9, rtol=0)
+    turned, plain = (fit_features(x, 16) for x in (tokens @ rotation, tokens))
+    torch.testing.assert_close(turned.values * turned.scale, plain.values * plain.scale, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -54,14 +64,16 @@ def test_rank_is_clipped_to_what_the_tokens_have(tokens, rank):
 
 def test_no_rank_means_the_tokens_themselves():
     tokens = vit_like(2, 10)
-    assert torch.equal(token_features(tokens, None), tokens.double().T)
+    features = fit_features(tokens, None)
+    assert torch.equal(features.values * features.scale, tokens.double().T)
+    assert 1 <= features.values.abs().max() < 2
 
 
 @pytest.mark.parametrize("chunk", [50, 1 << 20], ids="chunk{}".format)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rank", [6, 30])
 def test_weights_follow_their_definition(rank, chunk, device, monkeypatch):
-    monkeypatch.setattr(memory, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(problem, "CHUNK_ELEMENTS", chunk)
     Y = token_features(torch.randn(33, 40, generator=torch.Generator().manual_seed(0)), rank)
     found = penalty_weights(Y.to(device), 800.0, 700.0)
     assert found == pytest.approx(textbook_weights(Y.numpy(), 800.0, 700.0), rel=1e-12)
