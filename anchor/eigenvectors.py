@@ -18,9 +18,9 @@ DENSE_RATIO = 8
 # ARPACK meets a repeated eigenvalue once, and its other eigenvectors only through roundoff, late: a larger tolerance
 # misses them.
 ARPACK_TOLERANCE = 1e-12
-# Of Chebyshev filters: |A v - lambda v| <= RESIDUAL lambda, or roundoff of the largest lambda; vectors in a block beyond
-# those that are asked for; how much more a filter may make of the leading vector than of the block's last, so that the
-# block stays of full rank; a filter's degree; and filters before it is given up.
+# Of Chebyshev filters: |A v - lambda v| <= RESIDUAL lambda, or roundoff of the largest lambda; vectors in a block
+# beyond those that are asked for; how much more a filter may make of the leading vector than of the block's last, so
+# that the block stays of full rank; a filter's degree; and filters before it is given up.
 RESIDUAL = 1e-10
 GUARD = 16
 AMPLIFICATION = 1e8
@@ -108,8 +108,8 @@ def leading_eigenvectors(
 ) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues of a symmetric positive semidefinite matrix, and their eigenvectors.
 
-    Small matrices, and those of which many eigenvectors are wanted, are decomposed by LAPACK. Of large ones ARPACK finds
-    them on the CPU, and `chebyshev_filtered` on a CUDA device. Nothing is drawn at random.
+    Small matrices, and those of which many eigenvectors are wanted, are decomposed by LAPACK. Of large ones ARPACK
+    finds them on the CPU, and `chebyshev_filtered` on a CUDA device. Nothing is drawn at random.
 
     Args:
         product: the matrix times a block (size, b), float64 on `device`.
@@ -181,4 +181,4 @@ def chebyshev_filtered(product: Callable[[Tensor], Tensor], start: Tensor, count
         before, block = block, image / half - block
         for _ in range(degree - 1):
             before, block = block, product(block).div_(half / 2).sub_(block, alpha=2).sub_(before)
-    raise RuntimeError(f"{count} eigenvectors were not found in {MAX_FILTERS} filters: take fewer clusters, or the CPU")
+    raise RuntimeError(f"{count} eigenvectors were not found in {MAX_FILTERS} filters: move the tokens to the CPU")

@@ -44,9 +44,8 @@ class Subspaces:
             are k clusters, and small changes of them change labels. None where eigengap is.
         projector_size: (N,) float64, how many tokens share token i's place, from 1 to N: 1 / P_ii of the orthogonal
             projector P on the space that labels are read from, the k leading eigenvectors over the root of the degree.
-            The size of its cluster where the clusters share no affinity, and in between where they do: it depends on the
-            space alone, not on how it is cut. The size of its cluster, too, for tokens without affinity, and where
-            eigenvalues are not needed.
+            It depends on that space, not on how it is cut; where clusters share no affinity it is the size of the
+            token's cluster. For tokens without affinity, and where no eigenvalues are needed, it is that by definition.
     """
 
     labels: Tensor
@@ -76,9 +75,9 @@ def spectral_subspaces(
     """Split tokens into clusters that few strong affinities cross (VideoAnchor, arXiv 2509.25151: normalised cut).
 
     The leading eigenvectors of D^-1/2 A D^-1/2, computed on the device of `affinity` (see `leading_eigenvectors`), are
-    divided by the root of the degree, and these N * n_clusters numbers become labels on the CPU: by `cluster_qr` (Damle,
-    Minden and Ying, 2019; without any randomness), by k-means of the rows scaled to length 1 (Ng, Jordan and Weiss,
-    2002; best of 10 starts), or by `discretize` (Yu and Shi, 2003; the authors' choice, which depends on its seed).
+    divided by the root of the degree, and these N * n_clusters numbers become labels on the CPU: by `cluster_qr`
+    (Damle, Minden and Ying, 2019; without any randomness), by k-means of the rows scaled to length 1 (Ng, Jordan and
+    Weiss, 2002; best of 10 starts), or by `discretize` (Yu and Shi, 2003; the authors' choice, depends on its seed).
     Where the eigenvectors alone leave the answer open it is fixed by rule:
 
     - n_clusters >= N: every token is its own cluster.
@@ -160,8 +159,8 @@ def _linked_graph(affinity: Tensor) -> tuple[SparseMatrix, Tensor]:
     kept = (weights > 0) & (rows != columns)
     linked = torch.zeros(len(affinity), dtype=torch.int64, device=values.device).index_add_(0, rows, kept.long()) > 0
     weights = torch.where(kept, weights, 0.0)
-    # A x = A'x for a random x, which only a symmetric matrix passes (Freivalds, 1979).
-    x = torch.from_numpy(np.random.default_rng(0).uniform(1, 2, len(affinity))).to(values.device)
+    # A x = A'x for an x without structure, which only a symmetric matrix passes (Freivalds, 1979).
+    x = torch.arange(len(affinity), dtype=torch.float64, device=values.device).square_().mul_(0.6180339887).frac_() + 1
     there, back = (torch.zeros_like(x).index_add_(0, i, weights * x[j]) for i, j in ((rows, columns), (columns, rows)))
     valid, symmetric, n_kept, n_linked = read(
         (torch.isfinite(values) & (values >= 0)).all(),
@@ -263,8 +262,8 @@ def _cluster_qr(embedding: np.ndarray) -> np.ndarray:
 
 
 def _discretize(embedding: np.ndarray, random: np.random.RandomState) -> np.ndarray:
-    """The partition and the rotation of the embedding that are nearest to each other (Yu and Shi, 2003), from a rotation
-    to rows as orthogonal as possible, the first of them drawn."""
+    """The partition and the rotation of the embedding that are nearest to each other (Yu and Shi, 2003), from a
+    rotation to rows as orthogonal as possible, the first of them drawn."""
     rows = embedding / np.linalg.norm(embedding, axis=0)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     chosen, likeness = [random.randint(len(rows))], np.zeros(len(rows))

@@ -5,23 +5,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import scipy.sparse
 import scipy.sparse.linalg
 import torch
 
 from videoanchor_triton.anchor import eigenvectors
-from videoanchor_triton.anchor.eigenvectors import SparseMatrix, leading_eigenvectors
+from videoanchor_triton.anchor.eigenvectors import SparseMatrix, chebyshev_filtered, leading_eigenvectors
 
 from .tokens import DEVICES
 
+CPU = torch.device("cpu")
 
-def random_matrix(n: int, seed: int = 0, device: str = "cpu") -> tuple[SparseMatrix, np.ndarray]:
-    """A sparse symmetric matrix with norm below 1, and the same as a dense array."""
+
+def random_matrix(n: int, seed: int = 0) -> np.ndarray:
+    """A sparse symmetric positive semidefinite matrix with norm 1, as a dense array."""
     random = np.random.default_rng(seed)
     dense = random.standard_normal((n, n)) * (random.random((n, n)) < 0.05)
-    dense = dense + dense.T
-    dense /= 1.01 * np.abs(np.linalg.eigvalsh(dense)).max()
-    return sparse(dense, device), dense
+    dense = dense @ dense.T
+    return dense / np.linalg.norm(dense, 2)
 
 
 def sparse(dense: np.ndarray, device: str = "cpu") -> SparseMatrix:
@@ -30,162 +30,143 @@ def sparse(dense: np.ndarray, device: str = "cpu") -> SparseMatrix:
     return SparseMatrix(rows, columns, offsets, torch.from_numpy(dense).to(device)[rows, columns])
 
 
-def solve(matrix: SparseMatrix, count: int) -> tuple[np.ndarray, np.ndarray]:
-    device = matrix.values.device
-    start = torch.from_numpy(np.random.default_rng(1).uniform(-1, 1, matrix.size)).to(device)
-    known = torch.zeros(matrix.size, 0, dtype=torch.float64, device=device)
-    values, vectors = leading_eigenvectors(matrix, count, known, start)
-    assert values.device == vectors.device == device
+def solve(dense: np.ndarray, count: int, method: str = "default", device: str = "cpu") -> tuple[np.ndarray, np.ndarray]:
+    matrix = sparse(dense, device)
+    if method == "chebyshev":
+        start = torch.randn(len(dense), count + 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        values, vectors = chebyshev_filtered(matrix.product, start.to(device), count)
+    else:
+        values, vectors = leading_eigenvectors(matrix.product, matrix.dense, matrix.size, count, matrix.values.device)
+    assert values.device == vectors.device == matrix.values.device
     return values.cpu().numpy(), vectors.cpu().numpy()
 
 
+METHODS = pytest.mark.parametrize("method", ["default", "chebyshev"])
+
+
+@METHODS
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("n", "count"), [(3, 2), (60, 7), (513, 1), (700, 5), (600, 599)], ids=["3", "60", "513", "700", "600-many"]
-)
-def test_pairs_are_the_leading_ones(n, count, device):
-    matrix, dense = random_matrix(n, device=device)
-    values, vectors = solve(matrix, count)
+@pytest.mark.parametrize(("n", "count"), [(60, 7), (513, 1), (700, 5), (600, 80)], ids=["60", "513", "700", "600-many"])
+def test_pairs_are_the_leading_ones(n, count, method, device):
+    dense = random_matrix(n)
+    values, vectors = solve(dense, count, method, device)
+    assert (values.shape, vectors.shape) == ((count,), (n, count))
     np.testing.assert_allclose(values, np.linalg.eigvalsh(dense)[::-1][:count], atol=1e-9)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(count), atol=1e-9)
-    np.testing.assert_allclose(dense @ vectors, vectors * values, atol=1e-7)
-    assert (vectors.max(0) == np.abs(vectors).max(0)).all()
+    np.testing.assert_allclose(dense @ vectors, vectors * values, atol=2e-10)
+
+
+@pytest.mark.parametrize(("n", "count"), [(3, 2), (3, 3), (600, 599)], ids=str)
+def test_nearly_all_pairs(n, count):
+    dense = random_matrix(n)
+    values, vectors = solve(dense, count)
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(dense)[::-1][:count], atol=1e-12)
+    np.testing.assert_allclose(dense @ vectors, vectors * values, atol=1e-12)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_products_are_the_same_in_both_forms(device):
-    matrix, dense = random_matrix(101, device=device)
-    x = torch.randn(101, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = matrix.product(x.to(device)).cpu().numpy()
-    np.testing.assert_allclose(found, dense @ x.numpy(), atol=1e-12)
-    summed = torch.segment_reduce(matrix.values * x.to(device)[matrix.columns], "sum", offsets=matrix.offsets)
-    np.testing.assert_allclose(summed.cpu().numpy(), found, atol=1e-12)
+@pytest.mark.parametrize("width", [1, 5])
+def test_products_are_the_same_in_both_forms(width, device):
+    dense = random_matrix(101) - 0.1 * np.eye(101)
+    matrix = sparse(dense, device)
+    x = torch.randn(101, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(matrix.product(x.to(device)).cpu().numpy(), dense @ x.numpy(), atol=1e-12)
     np.testing.assert_array_equal(matrix.dense().cpu().numpy(), dense)
 
 
-@pytest.mark.parametrize("n", [60, 600])
-def test_known_eigenvectors_are_left_out(n):
-    _, dense = random_matrix(n)
-    pairs = np.linalg.eigh(dense)
-    known = pairs.eigenvectors[:, [-1, -3]]
-    dense = dense + known @ np.diag(1 - pairs.eigenvalues[[-1, -3]]) @ known.T
-    start = torch.from_numpy(np.random.default_rng(1).uniform(-1, 1, n))
-    values, vectors = leading_eigenvectors(sparse(dense), 3, torch.from_numpy(known), start)
-    np.testing.assert_allclose(values.numpy(), pairs.eigenvalues[[-2, -4, -5]], atol=1e-9)
-    np.testing.assert_allclose(known.T @ vectors.numpy(), 0, atol=1e-7)
-
-
-@pytest.mark.parametrize("n", [60, 600])
-def test_known_eigenvectors_are_left_out_where_all_others_are_negative(n):
-    known = torch.full((n, 1), n**-0.5, dtype=torch.float64)
-    start = torch.from_numpy(np.random.default_rng(1).uniform(-1, 1, n))
-    values, vectors = leading_eigenvectors(sparse((np.ones((n, n)) - np.eye(n)) / (n - 1)), 5, known, start)
-    np.testing.assert_allclose(values.numpy(), -1 / (n - 1), atol=1e-12)
-    np.testing.assert_allclose(vectors.sum(0).numpy(), 0, atol=1e-9)
-
-
 def test_many_eigenvectors_come_from_the_dense_matrix(monkeypatch):
-    monkeypatch.setattr(eigenvectors, "_lanczos", None)
-    matrix, dense = random_matrix(600)
-    np.testing.assert_allclose(solve(matrix, 150)[0], np.linalg.eigvalsh(dense)[:-151:-1], atol=1e-12)
+    monkeypatch.setattr(scipy.sparse.linalg, "eigsh", None)
+    dense = random_matrix(600)
+    np.testing.assert_allclose(solve(dense, 75)[0], np.linalg.eigvalsh(dense)[:-76:-1], atol=1e-12)
     with pytest.raises(TypeError, match="not callable"):
-        solve(matrix, 149)
+        solve(dense, 74)
 
 
+@METHODS
 @pytest.mark.parametrize("n", [300, 900])
-def test_repeated_eigenvalues_are_found_as_often_as_they_are_there(n):
+def test_repeated_eigenvalues_are_found_as_often_as_they_are_there(n, method):
+    """Of a ring they come in pairs, close to each other."""
     forward = np.roll(np.eye(n), 1, axis=1)
-    values, _ = solve(sparse((forward + forward.T) / 2), 8)
-    np.testing.assert_allclose(values, np.sort(np.cos(2 * np.pi * np.arange(n) / n))[::-1][:8], atol=1e-10)
-
-
-def fake_cupy(monkeypatch, eigsh=scipy.sparse.linalg.eigsh, device_error: Exception | None = None) -> list[object]:
-    """NumPy and SciPy under CuPy's names; returns the list of devices that were entered."""
-    entered = []
-
-    def device(index: int | None) -> nullcontext:
-        entered.append(index)
-        if device_error is not None:
-            raise device_error
-        return nullcontext()
-
-    cupy = types.ModuleType("cupy")
-    cupy.__dict__.update(from_dlpack=torch.Tensor.numpy, cuda=SimpleNamespace(Device=device))
-    linalg = types.ModuleType("cupyx.scipy.sparse.linalg")
-    linalg.__dict__.update(eigsh=eigsh, LinearOperator=scipy.sparse.linalg.LinearOperator)
-    cupyx = types.ModuleType("cupyx")
-    cupyx.__dict__["scipy"] = SimpleNamespace(sparse=SimpleNamespace(linalg=linalg))
-    for module in (cupy, cupyx, linalg):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    for name in ("cupyx.scipy", "cupyx.scipy.sparse"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    eigenvectors._warn_once.cache_clear()
-    return entered
-
-
-def problem(n: int = 600) -> tuple[SparseMatrix, int, torch.Tensor, torch.Tensor]:
-    start = torch.from_numpy(np.random.default_rng(1).uniform(-1, 1, n))
-    return random_matrix(n)[0], 4, torch.zeros(n, 0, dtype=torch.float64), start
-
-
-def test_cupy_is_asked_with_the_same_arguments(monkeypatch):
-    asked = []
-
-    def eigsh(operator, **options):
-        asked.append(options)
-        found = scipy.sparse.linalg.eigsh(operator, **options)
-        options["v0"][:] = 0  # CuPy writes into it
-        return found
-
-    entered = fake_cupy(monkeypatch, eigsh)
-    arguments = problem()
-    before = arguments[-1].clone()
-    values, vectors = eigenvectors._cuda_lanczos(*arguments)
-    expected = eigenvectors._lanczos(*arguments, np, scipy.sparse.linalg)
-    assert torch.equal(values, expected[0])
-    assert torch.equal(vectors, expected[1])
-    assert torch.equal(arguments[-1], before)
-    assert entered == [None]
-    assert [(options["k"], options["which"], options["tol"]) for options in asked] == [(4, "LA", 1e-12)]
-
-
-def nan_eigsh(operator, k, **_options):
-    return np.full(k, np.nan), np.full((operator.shape[0], k), np.nan)
-
-
-def poor_eigsh(operator, k, **options):
-    values, vectors = scipy.sparse.linalg.eigsh(operator, k=k, **options)
-    return values, vectors + 1e-6
+    values, vectors = solve(np.eye(n) / 2 + (forward + forward.T) / 4, 8, method)
+    np.testing.assert_allclose(values, np.sort(0.5 + np.cos(2 * np.pi * np.arange(n) / n) / 2)[::-1][:8], atol=1e-10)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(8), atol=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("fake", "message"),
-    [
-        (None, r"CuPy is not installed \(extras cu12, cu13\): SciPy iterates on the CPU"),
-        ({"device_error": RuntimeError("CUDADriverError")}, r"CuPy failed \(CUDADriverError\): SciPy"),
-        ({"device_error": MemoryError("full")}, r"CuPy failed \(full\): SciPy"),
-        ({"eigsh": nan_eigsh}, "CuPy's eigenvectors have a residual of nan: SciPy"),
-        ({"eigsh": poor_eigsh}, r"CuPy's eigenvectors have a residual of [0-9.]+e-0\d: SciPy"),
-    ],
-    ids=["missing", "driver", "memory", "nan", "not-converged"],
+    ("rank", "method"), [(0, "chebyshev"), (3, "chebyshev"), (11, "chebyshev"), (3, "default"), (11, "default")]
 )
-def test_cuda_without_a_working_cupy_iterates_in_scipy_and_says_so_once(fake, message, monkeypatch):
-    fake_cupy(monkeypatch, **(fake or {}))
-    if fake is None:
-        monkeypatch.setitem(sys.modules, "cupy", None)
-    arguments = problem()
-    with pytest.warns(UserWarning, match=message) as caught:
-        found = [eigenvectors._cuda_lanczos(*arguments) for _ in range(2)]
-    assert len(caught) == 1
-    expected = eigenvectors._lanczos(*arguments, np, scipy.sparse.linalg)
-    assert all(torch.equal(one, other) for pair in found for one, other in zip(pair, expected, strict=True))
+def test_fewer_eigenvectors_than_asked_for(rank, method):
+    """Where the others are of eigenvalue 0, any basis serves. ARPACK takes no matrix of zeros."""
+    part = np.random.default_rng(0).standard_normal((600, rank))
+    dense = part @ part.T
+    values, vectors = solve(dense, 8, method)
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(dense)[:-9:-1], atol=1e-10)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(8), atol=1e-9)
 
 
-def test_an_iteration_that_does_not_converge_is_an_error():
-    def eigsh(operator, **options):
-        return scipy.sparse.linalg.eigsh(operator, maxiter=1, **options)
+@METHODS
+def test_eigenvalues_of_very_unequal_size(method):
+    """A token of massive norm: the small eigenvalues are as exact as roundoff of the largest lets them be."""
+    dense = random_matrix(600)
+    dense[3] *= 1e5
+    dense[:, 3] *= 1e5
+    values, vectors = solve(dense, 12, method)
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(dense)[:-13:-1], rtol=1e-6)
+    assert np.abs(dense @ vectors - vectors * values).max() < 1e-12 * values[0]
 
-    arguments = problem()
-    linalg = SimpleNamespace(eigsh=eigsh, LinearOperator=scipy.sparse.linalg.LinearOperator)
+
+@METHODS
+def test_nothing_is_drawn_at_random(method):
+    dense = random_matrix(600)
+    for one, other in zip(solve(dense, 6, method), solve(dense, 6, method), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_filters_that_do_not_converge_are_an_error(monkeypatch):
+    monkeypatch.setattr(eigenvectors, "MAX_FILTERS", 3)
+    with pytest.raises(RuntimeError, match="6 eigenvectors were not found in 3 filters: move the tokens to the CPU"):
+        solve(random_matrix(600), 6, "chebyshev")
+
+
+def test_lanczos_that_does_not_converge_is_an_error(monkeypatch):
+    eigsh = scipy.sparse.linalg.eigsh
+    monkeypatch.setattr(scipy.sparse.linalg, "eigsh", lambda *args, **options: eigsh(*args, maxiter=1, **options))
     with pytest.raises(scipy.sparse.linalg.ArpackNoConvergence, match="No convergence"):
-        eigenvectors._lanczos(*arguments, np, linalg)
+        solve(random_matrix(600), 6)
+
+
+def broken_cupy(monkeypatch, error: Exception) -> None:
+    """A CuPy whose kernels cannot be compiled."""
+
+    def kernel(*_arguments: object) -> None:
+        raise error
+
+    cupy = types.ModuleType("cupy")
+    cupy.__dict__.update(
+        ElementwiseKernel=lambda *_: kernel,
+        cuda=SimpleNamespace(Device=lambda _index: nullcontext()),
+        **{name: (lambda *_args, **_options: None) for name in ("ones", "zeros", "arange")},
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+
+
+@pytest.fixture
+def untried():
+    eigenvectors._cupy_kernel.cache_clear()
+    yield
+    eigenvectors._cupy_kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("untried")
+def test_without_cupy_nothing_is_said(monkeypatch, recwarn):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert eigenvectors._cupy_kernel(0) is None
+    assert not recwarn
+
+
+@pytest.mark.usefixtures("untried")
+def test_a_cupy_that_fails_is_left_out_and_says_so_once(monkeypatch):
+    broken_cupy(monkeypatch, RuntimeError("NVRTC_ERROR_COMPILATION"))
+    with pytest.warns(UserWarning, match=r"CuPy failed \(NVRTC_ERROR_COMPILATION\), torch multiplies") as caught:
+        assert [eigenvectors._cupy_kernel(0) for _ in range(2)] == [None, None]
+    assert len(caught) == 1

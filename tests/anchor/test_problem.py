@@ -8,7 +8,8 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from videoanchor_triton.anchor import problem
+from videoanchor_triton.anchor import eigenvectors, problem
+from videoanchor_triton.anchor.eigenvectors import chebyshev_filtered
 from videoanchor_triton.anchor.problem import (
     Problem,
     as_tokens,
@@ -93,6 +94,100 @@ def test_weights_follow_their_definition(rank, chunk, device, monkeypatch):
 )
 def test_weights_stay_finite(Y, mu_e, mu_z):
     assert penalty_weights(Y.double(), 800.0, 400.0) == pytest.approx((800 / mu_e, 400 / mu_z))
+
+
+@pytest.mark.parametrize("shape", [(60, 9), (40, 300), (900, 700), (1100, 1100)], ids=str)
+@pytest.mark.parametrize("rank", [1, 6, None])
+def test_other_tokens_are_transformed_as_the_fitted_ones(shape, rank, monkeypatch):
+    monkeypatch.setattr(problem, "CHUNK_ELEMENTS", 1000)
+    tokens = 3 + torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    features = fit_features(tokens, rank)
+    torch.testing.assert_close(features.transform(tokens), features.values, atol=1e-12, rtol=0)
+    if rank is not None:
+        identity = torch.eye(rank, dtype=torch.float64)
+        torch.testing.assert_close(features.axes.T @ features.axes, identity, atol=1e-12, rtol=0)
+        centred = tokens.double() / features.scale - features.mean
+        assert centred.mean(0).abs().max() < 1e-12
+        torch.testing.assert_close(features.transform(tokens + features.axes.T[0] * features.scale)[0],
+                                   features.values[0] + 1, atol=1e-4, rtol=0)  # fmt: skip
+    assert features.transform(tokens[:0]).shape == (len(features.values), 0)
+
+
+@pytest.mark.parametrize("shape", [(700, 600), (600, 700)], ids=str)
+def test_an_iterative_solver_finds_the_axes_of_large_problems(shape, monkeypatch):
+    """ARPACK on the CPU and Chebyshev filters on CUDA, where LAPACK would decompose the whole matrix."""
+    tokens = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.arange(1, shape[1] + 1) ** -0.5
+    found = fit_features(tokens, 12)
+    monkeypatch.setattr(eigenvectors, "DENSE_SIZE", 10_000)
+    exact = fit_features(tokens, 12)
+    assert not torch.equal(found.values, exact.values)
+    torch.testing.assert_close(found.values, exact.values, atol=1e-9, rtol=0)
+    start = torch.randn(600, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def filtered(product, _dense, _size, count, _device):
+        return chebyshev_filtered(product, start, count)
+
+    monkeypatch.setattr(problem, "leading_eigenvectors", filtered)
+    torch.testing.assert_close(fit_features(tokens, 12).values, exact.values, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("iterative", [False, True])
+@pytest.mark.parametrize("tokens", [torch.ones(30, 40) / 3, torch.zeros(30, 40)], ids=["equal", "zero"])
+def test_equal_tokens_have_no_axes(tokens, iterative, monkeypatch):
+    monkeypatch.setattr(eigenvectors, "DENSE_SIZE", 0 if iterative else 512)
+    monkeypatch.setattr(eigenvectors, "DENSE_RATIO", 0 if iterative else 8)
+    features = fit_features(tokens, 8)
+    assert (features.values.shape, features.axes.shape) == ((0, 30), (40, 0))
+    assert features.transform(tokens[:3]).shape == (0, 3)
+
+
+SCALES = [
+    (torch.float64, 1e160),
+    (torch.float64, 1e-170),
+    (torch.float64, 1e300),
+    (torch.float64, 1e-310),
+    (torch.float32, 1e-42),
+    (torch.float32, 1e38),
+    (torch.bfloat16, 1e30),
+]
+
+
+@pytest.mark.parametrize(("dtype", "size"), SCALES, ids=str)
+@pytest.mark.parametrize("rank", [5, None])
+def test_the_scale_of_the_tokens_does_not_matter(dtype, size, rank):
+    """Problems of tokens in the range where squares overflow or vanish are those of the same tokens near 1."""
+    tokens = (torch.randn(30, 12, generator=torch.Generator().manual_seed(0)).double() * size / 4).to(dtype)
+    near_one = tokens.double() / 2.0 ** np.floor(np.log2(size))
+    features, plain = fit_features(tokens, rank), fit_features(near_one, rank)
+    assert torch.equal(features.values, plain.values)
+    weights = {"affine": True, "alpha_e": 800.0, "alpha_z": 800.0}
+    problems = [Problem.of(Y, **weights) for Y in (features.values, tokens.T, plain.values, near_one.T)]
+    for found, same in zip(problems[:2], problems[2:], strict=True):
+        assert torch.equal(found.atoms, same.atoms)
+        assert found.error_bound == same.error_bound
+        assert torch.isfinite(found.atoms).all()
+    assert problems[0].unit == problems[2].unit
+    assert (problems[0].unit * features.values == problems[0].atoms).all()
+
+
+def test_scaling_by_a_power_of_two_loses_no_bit():
+    tokens = torch.randn(30, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for size in (1.0, 2.0**-1060, 2.0**1000):
+        x = tokens * size
+        scale = problem.power_of_two(x)
+        assert 1 <= (x / scale).abs().max() < 2
+        assert torch.equal(x / scale * scale, x)
+    assert problem.power_of_two(torch.tensor([5e-324], dtype=torch.float64)) == 5e-324
+    assert problem.power_of_two(torch.tensor([-1.7e308, 3.0], dtype=torch.float64)) == 2.0**1023
+    assert problem.power_of_two(torch.zeros(3)) == problem.power_of_two(torch.zeros(0)) == 1.0
+
+
+@pytest.mark.parametrize("size", [1e4, 1e8])
+def test_weights_beside_one_huge_token_are_the_published_ones(size):
+    Y = fit_features(torch.randn(40, 9, generator=torch.Generator().manual_seed(0)), None).values
+    Y[:, 7] *= size
+    found = penalty_weights(Y, 800.0, 700.0)
+    assert found == pytest.approx(textbook_weights(Y.numpy(), 800.0, 700.0), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)

@@ -1,20 +1,22 @@
 import numpy as np
 import pytest
-import scipy.sparse
 import torch
-from scipy.sparse.csgraph import connected_components
 from sklearn.cluster import SpectralClustering
-from sklearn.cluster._spectral import cluster_qr
+from sklearn.cluster._spectral import cluster_qr, discretize  # private: for comparison only
+from sklearn.datasets import load_digits, load_sample_images
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from videoanchor_triton.anchor import spectral
+from videoanchor_triton.anchor import eigenvectors, spectral
 from videoanchor_triton.anchor.affinity import affinity_matrix
-from videoanchor_triton.anchor.spectral import spectral_labels
+from videoanchor_triton.anchor.eigenvectors import chebyshev_filtered
+from videoanchor_triton.anchor.problem import token_features
+from videoanchor_triton.anchor.solver import self_expression
+from videoanchor_triton.anchor.spectral import spectral_labels, spectral_subspaces
 
-from .tokens import DEVICES
+from .tokens import DEVICES, vit_like
 
 SIZES = pytest.mark.parametrize("n_tokens", [90, 600], ids=["dense", "iterative"])
 ASSIGN = pytest.mark.parametrize("assign_labels", ["discretize", "cluster_qr", "kmeans"])
@@ -53,21 +55,8 @@ def labels_of(affinity: Tensor, n_clusters, **options) -> np.ndarray:
 def embedding_of(affinity: Tensor, n_vectors: int) -> tuple[np.ndarray, np.ndarray]:
     graph, linked = spectral._linked_graph(affinity)
     assert linked.all()
-    part, n_parts = spectral._parts(graph)
-    others, embedding = spectral._embedding(graph, part, n_parts, n_vectors, np.random.RandomState(0))
-    return np.concatenate([np.ones(n_parts), others.numpy()]), embedding
-
-
-class Calls(TorchDispatchMode):
-    """How often an operation is called inside the block."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name, self.count = name, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += self.name in str(func)
-        return func(*args, **(kwargs or {}))
+    n_parts, part = spectral._parts(graph)
+    return spectral._embedding(graph, part, n_parts, n_vectors)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -112,6 +101,7 @@ def test_agrees_with_scikit_learn(assign_labels):
 @SIZES
 def test_eigenvectors_lead(n_tokens):
     graph = block_graph(groups(n_tokens, 3), 0.9)
+    graph /= graph.amax()
     root = graph.numpy().sum(axis=1) ** 0.5
     eigenvalues, found = embedding_of(graph, 6)
     found = found * root[:, None]
@@ -132,7 +122,8 @@ def test_labels_are_assigned_as_asked():
     graph = block_graph(groups(90, 4), 1.0)
     by_qr = labels_of(graph, 8, assign_labels="cluster_qr")
     assert adjusted_rand_score(cluster_qr(embedding_of(graph, 8)[1]), by_qr) == 1.0
-    assert adjusted_rand_score(labels_of(graph, 8), by_qr) < 1.0
+    np.testing.assert_array_equal(labels_of(graph, 8), by_qr)
+    assert adjusted_rand_score(labels_of(graph, 8, assign_labels="discretize"), by_qr) < 1.0
     assert adjusted_rand_score(labels_of(graph, 8, assign_labels="kmeans"), by_qr) < 1.0
     by_qr_again = labels_of(graph, 8, assign_labels="cluster_qr", random_state=1)
     np.testing.assert_array_equal(by_qr, by_qr_again)
@@ -145,27 +136,23 @@ def test_kmeans_sees_directions_not_lengths():
     assert adjusted_rand_score(np.repeat(np.arange(3), 20), labels) == 1.0
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_assignments_are_those_of_scikit_learn_on_the_same_embedding(seed):
+    embedding = embedding_of(block_graph(groups(300, 6, seed), 0.9, seed), 9)[1]
+    np.testing.assert_array_equal(spectral._cluster_qr(embedding), cluster_qr(embedding))
+    ours = spectral._discretize(embedding, np.random.RandomState(seed))
+    np.testing.assert_array_equal(ours, discretize(embedding, random_state=seed, n_iter_max=1000))
+
+
 def test_discretize_searches_until_it_converges(monkeypatch):
     random = np.random.default_rng(0)
     graph = torch.from_numpy(random.random((600, 600)) * (random.random((600, 600)) < 0.05))
     graph = graph + graph.T
-    labels = labels_of(graph, 16)
+    labels = labels_of(graph, 16, assign_labels="discretize")
     monkeypatch.setattr(spectral, "DISCRETIZE_ITERATIONS", 10_000)
-    np.testing.assert_array_equal(labels_of(graph, 16), labels)
-    monkeypatch.setattr(spectral, "DISCRETIZE_ITERATIONS", 20)
-    assert adjusted_rand_score(labels_of(graph, 16), labels) < 0.99
-
-
-def test_cluster_qr_takes_over_from_a_discretize_that_fails(monkeypatch):
-    def fail(*_args, **_options):
-        raise np.linalg.LinAlgError("SVD did not converge")
-
-    graph = block_graph(groups(90, 4), 1.0)
-    monkeypatch.setattr(spectral, "discretize", fail)
-    with pytest.warns(UserWarning, match=r"discretize failed \(SVD did not converge\), cluster_qr") as caught:
-        labels = labels_of(graph, 8)
-    assert len(caught) == 1
-    np.testing.assert_array_equal(labels, labels_of(graph, 8, assign_labels="cluster_qr"))
+    np.testing.assert_array_equal(labels_of(graph, 16, assign_labels="discretize"), labels)
+    monkeypatch.setattr(spectral, "DISCRETIZE_ITERATIONS", 5)
+    assert adjusted_rand_score(labels_of(graph, 16, assign_labels="discretize"), labels) < 0.99
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 5])
@@ -224,32 +211,12 @@ def test_whole_parts_are_dealt_evenly():
     assert np.bincount(labels).tolist() == [9, 6, 7]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_parts_are_those_of_scipy(seed):
-    random = np.random.default_rng(seed)
-    one, other = random.integers(0, 500, (2, 230))
-    graph = torch.zeros(500, 500)
-    graph[one, other] = 1
-    graph = graph + graph.T
-    found, linked = spectral._linked_graph(graph)
-    expected = connected_components(scipy.sparse.csr_array(graph[linked][:, linked].numpy()), directed=False)[1]
-    part, n_parts = spectral._parts(found)
-    np.testing.assert_array_equal(part.numpy(), expected)
-    assert n_parts == len(np.unique(expected))
-
-
-def test_parts_of_long_chains():
-    order = np.random.default_rng(0).permutation(4000)
-    for number in (np.arange(4000), np.arange(4000)[::-1], order):
-        chain = torch.from_numpy(np.stack([number[:-1], number[1:]]))
-        pairs = torch.cat([chain, chain.flip(0)], 1)
-        affinity = torch.sparse_coo_tensor(pairs, torch.ones(7998), (4000, 4000), check_invariants=False)
-        graph, _ = spectral._linked_graph(affinity)
-        with Calls("scatter_reduce") as rounds:
-            part, n_parts = spectral._parts(graph)
-            assert n_parts == 1
-            assert not part.any()
-        assert rounds.count < 30
+def test_parts_are_numbered_by_their_first_tokens():
+    order = torch.tensor([2, 0, 6, 3, 1, 7, 4, 5, 8])
+    graph, _ = spectral._linked_graph(torch.block_diag(complete(2), ring(4), complete(3))[order][:, order])
+    n_parts, part = spectral._parts(graph)
+    assert n_parts == 3
+    np.testing.assert_array_equal(part, [0, 1, 2, 0, 1, 2, 0, 0, 2])
 
 
 @pytest.mark.parametrize(
@@ -276,9 +243,11 @@ def test_labels_and_eigenvectors_repeat_to_the_bit(assign_labels, device):
 
 def test_the_seed_matters_and_may_be_a_generator():
     graph = block_graph(groups(600, 4), 1.0)
-    first, second = (labels_of(graph, 12, random_state=np.random.RandomState(1)) for _ in range(2))
+    options = {"assign_labels": "discretize"}
+    first, second = (labels_of(graph, 12, random_state=np.random.RandomState(1), **options) for _ in range(2))
     np.testing.assert_array_equal(first, second)
-    assert adjusted_rand_score(labels_of(graph, 12, random_state=2), first) < 1.0
+    assert adjusted_rand_score(labels_of(graph, 12, random_state=2, **options), first) < 1.0
+    np.testing.assert_array_equal(labels_of(graph, 12, random_state=1), labels_of(graph, 12, random_state=2))
 
 
 def test_a_ring_is_cut_into_arcs():
@@ -332,6 +301,7 @@ def test_auto_of_few_tokens_without_structure(n_tokens, n_clusters):
         (torch.ones(3, 4), 2, ValueError, r"square matrix, got shape \(3, 4\)"),
         (torch.ones(3), 2, ValueError, r"square matrix, got shape \(3,\)"),
         (torch.ones(3, 3, dtype=torch.int64), 2, TypeError, "floating-point type, got torch.int64"),
+        (torch.block_diag(complete(4), torch.tensor([[0, 1e-20], [0, 0]])), 2, ValueError, "must be symmetric"),
         (torch.full((3, 3), torch.nan), 2, ValueError, "finite values >= 0, got NaN"),
         (torch.full((3, 3), torch.inf), 2, ValueError, "finite values >= 0"),
         (-complete(3), 2, ValueError, "finite values >= 0"),
@@ -339,7 +309,18 @@ def test_auto_of_few_tokens_without_structure(n_tokens, n_clusters):
         (complete(5) + 1e-4 * torch.eye(5).roll(1, 1), 2, ValueError, "must be symmetric"),
         (complete(5), 0, ValueError, 'n_clusters must be >= 1 or "auto", got 0'),
     ],
-    ids=["not-square", "1-D", "integer", "nan", "inf", "negative", "directed", "hardly-symmetric", "n_clusters"],
+    ids=[
+        "not-square",
+        "1-D",
+        "integer",
+        "hardly-directed",
+        "nan",
+        "inf",
+        "negative",
+        "directed",
+        "hardly-symmetric",
+        "n_clusters",
+    ],
 )
 def test_bad_affinities_are_refused(affinity, n_clusters, error, message):
     with pytest.raises(error, match=message):
@@ -356,4 +337,112 @@ def test_no_array_is_larger_than_the_coefficients_or_the_eigenvectors():
     with LargestTensor() as largest:
         labels = spectral_labels(affinity_matrix(indices, torch.ones(n_tokens, k)), n_clusters)
     assert adjusted_rand_score(truth, labels.numpy()) > 0.9
-    assert largest.elements <= max(4 * n_tokens * k, n_tokens * n_clusters)
+    assert largest.elements <= max(4 * n_tokens * k, n_tokens * (n_clusters + 1 + spectral.GAP_NEIGHBOURS))
+
+
+def subspaces_of(affinity: Tensor, n_clusters, **options) -> spectral.Subspaces:
+    found = spectral_subspaces(affinity, n_clusters, **options)
+    assert torch.equal(found.labels, spectral_labels(affinity, n_clusters, **options))
+    assert (found.projector_size.dtype, found.projector_size.shape) == (torch.float64, found.labels.shape)
+    assert found.projector_size.device == affinity.device
+    assert ((found.projector_size > 1 - 1e-9) & (found.projector_size < len(affinity) + 1e-9)).all()
+    return found
+
+
+@SIZES
+@pytest.mark.parametrize("n_groups", [2, 3, 7])
+@pytest.mark.parametrize("across", [0.0, 0.3], ids=["disconnected", "connected"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_planted_clusters_are_in_a_gap(n_tokens, n_groups, across, device):
+    graph = block_graph(groups(n_tokens, n_groups), across).to(device)
+    root = graph.sum(1).sqrt()
+    values = torch.linalg.eigvalsh(graph / root / root[:, None]).flip(0)
+    for asked in (n_groups, "auto"):
+        found = subspaces_of(graph, asked)
+        assert found.in_gap
+        assert found.eigengap == pytest.approx(float(values[n_groups - 1] - values[n_groups]), abs=1e-9)
+    for other in (n_groups + 1, 2 * n_groups + 3):
+        assert not subspaces_of(graph, other).in_gap
+
+
+@pytest.mark.parametrize("n_clusters", [3, 6, 24])
+def test_no_number_of_clusters_is_in_a_gap_where_there_are_none(n_clusters):
+    assert not subspaces_of(ring(600), n_clusters).in_gap
+    random = np.random.default_rng(0)
+    graph = torch.from_numpy(random.random((600, 600)) * (random.random((600, 600)) < 0.05))
+    found = subspaces_of(graph + graph.T, n_clusters)
+    assert found.eigengap > 0
+    assert found.in_gap is False
+
+
+def test_gaps_where_eigenvalues_say_nothing():
+    parts = torch.block_diag(*[complete(3)] * 5)
+    found = subspaces_of(parts, 3)
+    assert (found.eigengap, found.in_gap) == (0.0, False), "whole parts share a cluster"
+    assert subspaces_of(parts, 5).eigengap == pytest.approx(1.5)
+    for nothing in (subspaces_of(complete(4), 4), subspaces_of(torch.zeros(4, 4), 2), subspaces_of(parts[:0, :0], 2)):
+        assert (nothing.eigengap, nothing.in_gap) == (None, None)
+    lonely = torch.block_diag(parts, torch.zeros(4, 4))
+    assert subspaces_of(lonely, 6).eigengap == pytest.approx(1.5), "they are no cluster of the graph"
+
+
+@ASSIGN
+@pytest.mark.parametrize("across", [0.0, 1e-6], ids=["disconnected", "connected"])
+def test_projector_sizes_of_clusters_are_their_sizes(assign_labels, across):
+    """Whatever the degrees; tokens without affinity are a cluster too."""
+    truth = np.repeat(np.arange(3), [10, 30, 60])
+    graph = block_graph(truth, across)
+    scale = torch.from_numpy(np.random.default_rng(0).uniform(0.01, 100, 100))
+    graph = torch.block_diag(graph * scale * scale[:, None], torch.zeros(7, 7))
+    found = subspaces_of(graph, 4, assign_labels=assign_labels)
+    np.testing.assert_allclose(found.projector_size, np.repeat([10, 30, 60, 7], [10, 30, 60, 7]), rtol=1e-2)
+
+
+def test_projector_sizes_follow_their_definition():
+    graph = block_graph(groups(90, 4), 0.9)
+    space = np.linalg.qr(embedding_of(graph, 6)[1])[0]
+    found = subspaces_of(graph, 6).projector_size
+    np.testing.assert_allclose(found, 1 / np.diag(space @ space.T), rtol=1e-9)
+    assert 1 / found.sum() < 6 < (1 / found).sum() + 1e-9
+    whole = subspaces_of(torch.block_diag(*[complete(3)] * 5), 3)
+    np.testing.assert_array_equal(whole.projector_size, np.bincount(whole.labels)[whole.labels])
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-310, 1e300])
+def test_the_scale_of_the_affinity_does_not_matter(scale):
+    graph = block_graph(groups(90, 4), 0.9)
+    found, plain = subspaces_of(graph * scale, 6), subspaces_of(graph, 6)
+    assert torch.equal(found.labels, plain.labels)
+    torch.testing.assert_close(found.projector_size, plain.projector_size)
+
+
+def photo_patches() -> Tensor:
+    """(400, 588) patches of 14 x 14 pixels of one of scikit-learn's photographs."""
+    pixels = torch.from_numpy(load_sample_images().images[0][:280, :280].astype(np.float32)) / 255
+    return pixels.unfold(0, 14, 14).unfold(1, 14, 14).reshape(400, -1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n_clusters"),
+    [(vit_like(8, 48), 24), (photo_patches(), 24), (torch.from_numpy(load_digits().data[:400]), 10)],
+    ids=["vit-like", "photo", "digits"],
+)
+def test_labels_do_not_depend_on_the_eigensolver(tokens, n_clusters, monkeypatch):
+    """LAPACK's, ARPACK's and the filters of CUDA, on affinities where k is in no gap."""
+    solution = self_expression(token_features(tokens, 32))
+    affinity = affinity_matrix(solution.indices, solution.values)
+    lapack = subspaces_of(affinity, n_clusters)
+    monkeypatch.setattr(eigenvectors, "DENSE_SIZE", 0)
+    monkeypatch.setattr(eigenvectors, "DENSE_RATIO", 1)
+    arpack = subspaces_of(affinity, n_clusters)
+
+    def filtered(product, _dense, size, count, _device):
+        start = torch.randn(size, count + 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        return chebyshev_filtered(product, start, count)
+
+    monkeypatch.setattr(spectral, "leading_eigenvectors", filtered)
+    for found in (arpack, subspaces_of(affinity, n_clusters)):
+        assert adjusted_rand_score(lapack.labels, found.labels) == 1.0
+        torch.testing.assert_close(found.projector_size, lapack.projector_size, rtol=1e-6, atol=0)
+        assert found.eigengap == pytest.approx(lapack.eigengap, abs=1e-9)
+        assert found.in_gap is lapack.in_gap is False

@@ -39,6 +39,8 @@ BUDGETS: dict[str, Budget] = {
     "merge": Budget(reads=0, uploads=0),
     "scores: dense": Budget(reads=40, uploads=4),
     "scores: working-set": Budget(reads=40, uploads=4),
+    "features": Budget(reads=16, uploads=1),
+    "spectral step": Budget(reads=20, uploads=4),
     "solve: dense, 20 iterations": Budget(reads=1, uploads=0),
     "solve: blocked, 20 iterations": Budget(reads=1, uploads=0),
     "solve: working-set, 20 iterations": Budget(reads=2, uploads=0),
