@@ -31,7 +31,10 @@ def neighbor_expression(Y: Tensor) -> SelfExpression:
         distance = squares - 2 * points[part] @ points.T
         distance.scatter_(1, part[:, None], torch.inf)
         if k:
-            indices[part] = distance.sort(1, stable=True).indices[:, :k]
+            nearest = distance.topk(k, largest=False)
+            indices[part] = nearest.indices
+            tied = (distance <= nearest.values[:, -1:]).sum(1) > k
+            indices[part[tied]] = distance[tied].sort(dim=1, stable=True).indices[:, :k]
     told_apart = k > 0 and not bool((points == points[:1]).all())
     values = torch.full(indices.shape, 1 / k if told_apart else 0.0, dtype=torch.float64, device=Y.device)
     return SelfExpression(indices, values, torch.zeros_like(squares), 0, 0.0, n_tokens)

@@ -209,7 +209,7 @@ def clip_rows(case: str, size: float, seed: int, clip: Clip) -> Iterator[Row]:
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        solution = self_expression(token_features(torch.from_numpy(clip.X), config.pca_rank), config.solver_options())
+        solution = self_expression(token_features(torch.from_numpy(clip.X), config.pca_rank), config)
     labels = spectral_labels(affinity_matrix(solution.indices, solution.values), config.n_clusters)
     seconds = time.perf_counter() - start
     for score in SCORES:

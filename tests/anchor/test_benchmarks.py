@@ -291,7 +291,7 @@ def test_benchmark_finds_no_difference_where_there_is_none() -> None:
     X, config = vit_like(4, 20).numpy(), VideoAnchorConfig(alpha_k=1.0, alpha_v=1.0, n_clusters=6, pca_rank=16)
     found = ssc_streaming.streamed(X, config, 80, 80, 80)
     assert np.array_equal(found.scores, anchor_scores(X, config).scores.numpy())
-    whole = self_expression(token_features(torch.from_numpy(X), 16), config.solver_options())
+    whole = self_expression(token_features(torch.from_numpy(X), 16), config)
     assert np.array_equal(found.row_sums, whole.row_sums().numpy())
     parts = ssc_streaming.streamed(X, config, 40, 20, 80)
     assert np.array_equal(parts.row_sums[60:], whole.row_sums().numpy()[60:])
