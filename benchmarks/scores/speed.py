@@ -39,7 +39,7 @@ from benchmarks.scores.helpers.resumed import Results
 from benchmarks.scores.helpers.revisions import ROOT, FailedError, Revision, checkout
 
 NAME = "scores-speed"
-NOW = "now"
+NOW, OTHER_WRONG = "now", "the other revision misses tokens"
 KEY = ("data", "tokens", "rank", "tol", "threads", "revision")
 # What was to be reached, by (rank, tolerance, tokens), with one thread; nothing may be slower.
 GOALS = {(64, 1e-3, 1024): 1.6, (64, 1e-3, 2048): 2.8, (16, 1e-3, 1024): 5.0, (16, 1e-3, 2048): 3.0}
@@ -85,7 +85,7 @@ class Row:
             said += f"{self.cpu_seconds:.3g} s, {self.ms_a_token:.3g} ms a token, {self.iterations} iterations at most"
         if self.ratio is not None:
             said += f", ratio {self.ratio:.2f}" + (f" (goal {self.goal:g})" if self.goal is not None else "")
-        return said + self.reason
+        return f"{said} {self.reason}".rstrip()
 
 
 def measured(row: Row, answers: list[dict[str, Any]]) -> Row:
@@ -127,7 +127,8 @@ def with_ratio(ours: Row, other: Row | None) -> Row:
     """Our row with the other revision's time over ours, and the goal."""
     goal = GOALS.get((ours.rank, ours.tol, ours.tokens), 1.0)
     if other is None or other.cpu_seconds is None or not ours.cpu_seconds:
-        return replace(ours, goal=goal)
+        missed = other is not None and other.status == WRONG and ours.status == OK
+        return replace(ours, goal=goal, reason=OTHER_WRONG if missed else ours.reason)
     return replace(ours, ratio=other.cpu_seconds / ours.cpu_seconds, goal=goal)
 
 
@@ -146,7 +147,7 @@ def summary(rows: list[Row]) -> str:
         "distance, checked": lambda row: row.distance,
         "ratio": lambda row: row.ratio,
         "goal": lambda row: row.goal,
-        "": lambda row: "" if row.status == OK else f"{row.status}: {row.reason}",
+        "": lambda row: row.reason if row.status == OK else f"{row.status}: {row.reason}",
     }
     parts = ["# Scores on a CPU, beside another revision", verdict(rows)]
     for data, rank, tol, threads in dict.fromkeys((row.data, row.rank, row.tol, row.threads) for row in rows):
@@ -159,9 +160,10 @@ def summary(rows: list[Row]) -> str:
 def verdict(rows: list[Row]) -> str:
     """How many goals are reached, and which are not."""
     judged = [row for row in rows if row.revision == NOW and row.threads == 1]
+    alone = [row for row in judged if row.reason == OTHER_WRONG]
     met = [row for row in judged if row.ratio is not None and row.goal is not None and row.ratio >= row.goal]
-    missed = [row for row in judged if row not in met]
-    said = f"{len(met)} of {len(judged)} goals are reached."
+    missed = [row for row in judged if row not in met and row not in alone]
+    said = f"{len(met)} of {len(judged)} goals are reached; {len(alone)} more have no ratio: {OTHER_WRONG}."
     return "\n".join([said, *(f"- {row.line()}" for row in missed)])
 
 
