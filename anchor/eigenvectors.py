@@ -136,8 +136,8 @@ def leading_eigenvectors(
     else:
         operator = scipy.sparse.linalg.LinearOperator(
             (size, size),
-            matvec=lambda x: product(torch.from_numpy(x).view(-1, 1)).numpy()[:, 0],  # pyright: ignore[reportCallIssue]
-            dtype="float64",
+            matvec=lambda x: product(torch.from_numpy(x).view(-1, 1)).numpy()[:, 0],
+            dtype="float64",  # pyright: ignore[reportCallIssue]
         )
         first = torch.rand(size, dtype=torch.float64, generator=draw).numpy()
         values, vectors = scipy.sparse.linalg.eigsh(operator, count, which="LA", v0=first, tol=ARPACK_TOLERANCE)  # pyright: ignore[reportArgumentType]
