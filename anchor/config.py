@@ -7,26 +7,24 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torch import Tensor
 
-from .options import Algorithm, SolverOptions
+from .options import SolverOptions
 from .spectral import AssignLabels
 from .validation import check_choice, check_integer, check_number
 
-Scorer = Literal["ssc", "kmeans", "uniform"]
+Scorer = Literal["ssc", "knn", "kmeans", "uniform"]
 ScoreFunction = Callable[[Tensor], Tensor]
 Decode = Literal["persist", "prefill"]
 Arithmetic = Literal["exact", "authors"]
-Score = Literal["published", "size", "row_sum", "cross_frame"]
+Score = Literal["published", "size", "row_sum", "projector", "cross_frame"]
 
 # VideoAnchor, arXiv 2509.25151: the only published values of alpha_q, alpha_k, alpha_v.
 PUBLISHED_ALPHAS = {"internvl2-8b": {"alpha_q": 4.0, "alpha_k": 9.5, "alpha_v": 2.5}}
 ALPHA_LIMIT = 1e4
 """A thousand times what is published. At it, values of 6.6 and more leave float16."""
 
-_SOLVER_FIELDS = tuple(field.name for field in fields(SolverOptions))
-
 
 @dataclass(frozen=True, kw_only=True)
-class VideoAnchorConfig:
+class VideoAnchorConfig(SolverOptions):
     """Settings of VideoAnchor (arXiv 2509.25151). A token of score s is gated by gamma = 1 + alpha s.
 
     Attributes:
@@ -40,16 +38,18 @@ class VideoAnchorConfig:
             64 is this package's choice.
         decode: "persist" gates decoding steps as well (the paper); "prefill" gates the prompt only (the authors'
             code).
-        scorer: "ssc" (the paper), "kmeans" and "uniform" (ablations, see `anchor_scores`), or a function from tokens
-            (N, D) to scores (N,) in [0, 1].
-        score: what scorer="ssc" makes of self-expression and clusters, see `anchor_scores`. "published" (the paper);
-            "size" and "row_sum", its two factors alone (the paper's ablations); "cross_frame" (this package's own),
-            which needs to know the frame of each token.
-        arithmetic: "exact" computes scores and factors in float32; "authors" rounds them as the authors' code does, see
-            `reproduce`.
-        assign_labels: how eigenvectors become labels, "discretize" (the authors'), "cluster_qr" or "kmeans".
-        random_state: seed of everything random, in [0, 2^32).
-        algorithm, affine, alpha_e, alpha_z, rho, relaxation, max_iter, tol, memory_budget: see `SolverOptions`.
+        scorer: "ssc" (the paper), "knn" (not the paper: each token is expressed by its 10 nearest), "kmeans" and
+            "uniform" (ablations), see `anchor_scores`, or a function from tokens (N, D) to scores (N,) in [0, 1].
+        score: what scorer="ssc" or "knn" makes of self-expression and clusters, see `anchor_scores`. "published" (the
+            paper); "size" and "row_sum", its two factors alone (the paper's ablations); "projector" (this package's
+            own), whose sizes do not depend on how eigenvectors become labels; "cross_frame" (this package's own), which
+            needs to know the frame of each token.
+        arithmetic: "exact" computes scores and factors in float32; "authors" solves, clusters and rounds as the
+            authors' code does, see `reproduce`.
+        assign_labels: how eigenvectors become labels: "cluster_qr", which has no seed, "kmeans", or "discretize" (the
+            authors', whose labels depend on the seed).
+        random_state: seed of "kmeans" and "discretize", in [0, 2^32).
+        affine, alpha_e, alpha_z, tol, memory_budget: see `SolverOptions`.
 
     Raises:
         TypeError, ValueError: a setting is of the wrong type or out of its range.
@@ -77,19 +77,11 @@ class VideoAnchorConfig:
     scorer: Scorer | ScoreFunction = "ssc"
     score: Score = "published"
     arithmetic: Arithmetic = "exact"
-    assign_labels: AssignLabels = "discretize"
+    assign_labels: AssignLabels = "cluster_qr"
     random_state: int = 0
-    algorithm: Algorithm = SolverOptions.algorithm
-    affine: bool = SolverOptions.affine
-    alpha_e: float = SolverOptions.alpha_e
-    alpha_z: float = SolverOptions.alpha_z
-    rho: float | None = SolverOptions.rho
-    relaxation: float = SolverOptions.relaxation
-    max_iter: int = SolverOptions.max_iter
-    tol: float = SolverOptions.tol
-    memory_budget: int | None = SolverOptions.memory_budget
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("alpha_k", "alpha_v", "alpha_q"):
             check_number(name, getattr(self, name), low=0, low_included=True, high=ALPHA_LIMIT)
         if self.n_clusters != "auto":
@@ -105,15 +97,16 @@ class VideoAnchorConfig:
             check_choice("scorer", self.scorer, get_args(Scorer), " or a function from tokens (N, D) to scores (N,)")
         if self.scorer == "kmeans" and self.n_clusters == "auto":
             raise ValueError('n_clusters="auto" needs the affinity of scorer="ssc"; give scorer="kmeans" a number')
-        if self.score != "published" and self.scorer != "ssc":
-            raise ValueError(f'score={self.score!r} needs scorer="ssc", got scorer={self.scorer!r}: leave score out')
+        if self.score != "published" and self.scorer not in ("ssc", "knn"):
+            raise ValueError(
+                f'score={self.score!r} needs scorer="ssc" or "knn", got scorer={self.scorer!r}: leave score out'
+            )
         if self.arithmetic == "authors" and self.score != "published":
             raise ValueError(f'arithmetic="authors" needs score="published", got score={self.score!r}')
-        if self.arithmetic == "authors" and self.algorithm != "authors":
-            raise ValueError('arithmetic="authors" needs algorithm="authors": use reproduce()')
+        if self.arithmetic == "authors" and not (self.affine and self.assign_labels == "discretize"):
+            raise ValueError('arithmetic="authors" needs affine=True and assign_labels="discretize": use reproduce()')
         if self.arithmetic == "authors" and self.n_clusters == "auto":
             raise ValueError('n_clusters="auto" is not in the authors\' code: give reproduce() a number of clusters')
-        self.solver_options()
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "VideoAnchorConfig":
@@ -137,13 +130,7 @@ class VideoAnchorConfig:
         denominator, 1e-6 in the logarithm of the factors; decoding steps ungated; of a prompt with images and videos
         only the videos. Time and memory grow as theirs: N^2 in the number of tokens.
         """
-        return replace(
-            self, algorithm="authors", affine=True, assign_labels="discretize", decode="prefill", arithmetic="authors"
-        )
-
-    def solver_options(self) -> SolverOptions:
-        """The settings of the self-expression."""
-        return SolverOptions(**{name: getattr(self, name) for name in _SOLVER_FIELDS})
+        return replace(self, affine=True, assign_labels="discretize", decode="prefill", arithmetic="authors")
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, ready for JSON; a scoring function becomes its qualified name."""

@@ -1,24 +1,25 @@
 """Sparse subspace clustering as a scikit-learn estimator."""
 
 from dataclasses import fields
-from numbers import Integral, Real
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import numpy as np
-from sklearn.base import BaseEstimator, ClusterMixin, _fit_context
-from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.validation import validate_data
+import scipy.sparse
+from sklearn.base import BaseEstimator, ClusterMixin, TransformerMixin
+from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from .affinity import affinity_matrix, coefficient_matrix, scipy_matrix
-from .problem import DLPackArray, as_tokens, computing_precision, token_features
-from .solver import Algorithm, SolverOptions, self_expression
-from .spectral import AssignLabels, spectral_labels
+from .affinity import affinity_matrix, coefficient_matrix, majority_labels, scipy_matrix
+from .options import SolverOptions
+from .problem import DLPackArray, as_tokens, fit_features
+from .solver import self_expression
+from .spectral import AssignLabels, spectral_subspaces
 from .timing import Stopwatch
+from .validation import check_choice, check_integer
 
 
-class SparseSubspaceClustering(ClusterMixin, BaseEstimator):
-    """Sparse subspace clustering (Elhamifar and Vidal, 2013), with the settings and the ADMM of VideoAnchor.
+class SparseSubspaceClustering(TransformerMixin, ClusterMixin, BaseEstimator):
+    """Sparse subspace clustering (Elhamifar and Vidal, 2013), with the settings of VideoAnchor.
 
     Each sample is expressed as a sparse combination of the others, and spectral clustering of the magnitudes of the
     coefficients groups samples that lie in the same (affine) subspace.
@@ -28,15 +29,15 @@ class SparseSubspaceClustering(ClusterMixin, BaseEstimator):
     n_clusters : int or "auto", default=24
         Subspaces; with fewer samples than that, each is its own cluster. "auto" counts them by the eigengap of the
         affinity, see `spectral_labels` for where that fails.
-    pca_rank : int, default=None
-        Principal components of the centred samples that are used, at most as many as the samples have; None uses the
-        samples as they are.
-    algorithm, affine, alpha_e, alpha_z, rho, relaxation, max_iter, tol, memory_budget
+    pca_rank : int or None, default=64
+        Principal components of the centred samples that are used, at most as many as the samples have. None uses the
+        samples as they are, which takes long for hundreds of features: the time of a sample grows with their square.
+    affine, alpha_e, alpha_z, tol, memory_budget
         See `SolverOptions`.
-    assign_labels : {"discretize", "cluster_qr", "kmeans"}, default="discretize"
-        How eigenvectors become labels.
+    assign_labels : {"cluster_qr", "kmeans", "discretize"}, default="cluster_qr"
+        How eigenvectors become labels, see `spectral_subspaces`.
     random_state : int or RandomState instance, default=None
-        Seed of the spectral step. An integer makes the labels the same in every run.
+        Seed of "kmeans" and "discretize"; "cluster_qr" draws nothing.
     verbose : bool or int, default=False
         Print the solver's progress.
 
@@ -51,6 +52,8 @@ class SparseSubspaceClustering(ClusterMixin, BaseEstimator):
         all is 0.
     affinity_matrix_ : scipy.sparse array of shape (n_samples, n_samples)
         |coef_| + |coef_|', float64.
+    eigengap_ : float or None
+        How far the eigenvalue of the last cluster is from the next, see `Subspaces`.
     duality_gap_ : ndarray of shape (n_samples,)
         float64 relative duality gap of each sample's coefficients, see `SelfExpression`.
     n_iter_ : int
@@ -86,62 +89,38 @@ class SparseSubspaceClustering(ClusterMixin, BaseEstimator):
     array([1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
     >>> clustering.coef_.shape
     (20, 20)
+    >>> clustering.predict(2 * X[:2])  # new samples of the first plane
+    array([1, 1])
     """
 
     n_features_in_: int
     feature_names_in_: np.ndarray
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "n_clusters": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
-        "pca_rank": [Interval(Integral, 1, None, closed="left"), None],
-        "algorithm": [StrOptions(set(get_args(Algorithm)))],
-        "affine": ["boolean"],
-        "alpha_e": [Interval(Real, 0, None, closed="neither")],
-        "alpha_z": [Interval(Real, 0, None, closed="neither")],
-        "rho": [Interval(Real, 0, None, closed="neither"), None],
-        "relaxation": [Interval(Real, 0, 2, closed="neither")],
-        "max_iter": [Interval(Integral, 1, None, closed="left")],
-        "tol": [Interval(Real, 0, None, closed="left")],
-        "memory_budget": [Interval(Integral, 1, None, closed="left"), None],
-        "assign_labels": [StrOptions(set(get_args(AssignLabels)))],
-        "random_state": ["random_state"],
-        "verbose": ["verbose"],
-    }
-
     def __init__(
         self,
         n_clusters: int | Literal["auto"] = 24,
-        pca_rank: int | None = None,
+        pca_rank: int | None = 64,
         *,
-        algorithm: Algorithm = SolverOptions.algorithm,
         affine: bool = SolverOptions.affine,
         alpha_e: float = SolverOptions.alpha_e,
         alpha_z: float = SolverOptions.alpha_z,
-        rho: float | None = SolverOptions.rho,
-        relaxation: float = SolverOptions.relaxation,
-        max_iter: int = SolverOptions.max_iter,
         tol: float = SolverOptions.tol,
         memory_budget: int | None = SolverOptions.memory_budget,
-        assign_labels: AssignLabels = "discretize",
+        assign_labels: AssignLabels = "cluster_qr",
         random_state: int | np.random.RandomState | None = None,
         verbose: bool | int = False,
     ) -> None:
         self.n_clusters: int | Literal["auto"] = n_clusters
         self.pca_rank = pca_rank
-        self.algorithm: Algorithm = algorithm
         self.affine = affine
         self.alpha_e = alpha_e
         self.alpha_z = alpha_z
-        self.rho = rho
-        self.relaxation = relaxation
-        self.max_iter = max_iter
         self.tol = tol
         self.memory_budget = memory_budget
         self.assign_labels: AssignLabels = assign_labels
         self.random_state = random_state
         self.verbose = verbose
 
-    @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Tensor | np.ndarray | DLPackArray, y: None = None) -> Self:  # noqa: ARG002
         """Cluster the rows of X.
 
@@ -151,39 +130,85 @@ class SparseSubspaceClustering(ClusterMixin, BaseEstimator):
             y: ignored.
 
         Raises:
-            TypeError, ValueError: X is not 2-D, floating-point (tensors) or finite, or has no samples.
+            TypeError, ValueError: X is not 2-D, floating-point (tensors) or finite, or has no samples; or a parameter
+                is of the wrong type or out of its range.
             MemoryError: the solver does not fit, or not into memory_budget.
 
         Warns:
-            ConvergenceWarning: some samples did not converge within max_iter.
+            ConvergenceWarning: some samples did not come within tol.
         """
-        if isinstance(X, np.ndarray) or not hasattr(X, "__dlpack__"):
-            X = np.asarray(validate_data(self, X, dtype=[np.float64, np.float32]))  # pyright: ignore[reportArgumentType]
-        tokens = as_tokens(X)
+        options = self._options()
+        tokens = self._tokens(X, reset=True)
         if len(tokens) == 0:
             raise ValueError(f"X must have at least one sample, got shape {tuple(tokens.shape)}")
-        if not isinstance(X, np.ndarray):
-            validate_data(self, tokens, skip_check_array=True)  # pyright: ignore[reportArgumentType]
-        options = SolverOptions(**{field.name: getattr(self, field.name) for field in fields(SolverOptions)})
-        progress = _print_progress if self.verbose else None
         watch = Stopwatch(tokens.device)
         with watch.stage("pca"):
-            features = token_features(tokens, self.pca_rank)
+            features = fit_features(tokens, self.pca_rank)
         with watch.stage("solve"):
-            solution = self_expression(features, options, dtype=computing_precision(tokens), progress=progress)
+            solution = self_expression(features.values, options, progress=_print_progress if self.verbose else None)
         with watch.stage("spectral"):
             affinity = affinity_matrix(solution.indices, solution.values)
-            labels = spectral_labels(
+            found = spectral_subspaces(
                 affinity, self.n_clusters, assign_labels=self.assign_labels, random_state=self.random_state
             )
-        self.labels_ = labels.cpu().numpy()
+        self.labels_ = found.labels.cpu().numpy()
         self.n_clusters_ = int(self.labels_.max()) + 1
         self.coef_ = coefficient_matrix(solution.indices, solution.values)
         self.affinity_matrix_ = scipy_matrix(affinity)
+        self.eigengap_ = found.eigengap
         self.duality_gap_ = solution.gap.cpu().numpy()
         self.n_iter_ = solution.n_iter
         self.seconds_ = watch.seconds()
+        self._features = features
         return self
+
+    def transform(self, X: Tensor | np.ndarray | DLPackArray) -> scipy.sparse.csr_array:
+        """Express new samples by those of `fit`, with the weights of `fit`.
+
+        Args:
+            X: (n, n_features) as `fit` takes it, on any device. A sample of `fit` is expressed by itself: its
+                coefficients are those of `coef_` in `fit` only.
+
+        Returns:
+            (n, n_samples_fit) float64 on the CPU; row i expresses sample i.
+
+        Raises:
+            NotFittedError: before `fit`.
+            TypeError, ValueError: as `fit`; or X has other features.
+        """
+        check_is_fitted(self)
+        tokens = self._tokens(X, reset=False)
+        features = self._features.transform(tokens.to(self._features.values.device))
+        solution = self_expression(features, self._options(), atoms=self._features.values)
+        return coefficient_matrix(solution.indices, solution.values, solution.n_atoms).T.tocsr()
+
+    def predict(self, X: Tensor | np.ndarray | DLPackArray) -> np.ndarray:
+        """The cluster of each new sample: that with most |coefficients| of `transform`, the lowest of equal ones.
+
+        Args:
+            X: (n, n_features) as `transform` takes it.
+
+        Returns:
+            (n,) int64; -1 for a sample that no sample of `fit` expresses.
+        """
+        return majority_labels(abs(self.transform(X)), self.labels_, self.n_clusters_)
+
+    def _options(self) -> SolverOptions:
+        """The solver's settings, all parameters checked."""
+        if self.n_clusters != "auto":
+            check_integer("n_clusters", self.n_clusters, low=1)
+        if self.pca_rank is not None:
+            check_integer("pca_rank", self.pca_rank, low=1)
+        check_choice("assign_labels", self.assign_labels, get_args(AssignLabels))
+        return SolverOptions(**{field.name: getattr(self, field.name) for field in fields(SolverOptions)})
+
+    def _tokens(self, X: Tensor | np.ndarray | DLPackArray, *, reset: bool) -> Tensor:
+        """The samples as a tensor; their features are remembered, or compared with those of `fit`."""
+        if isinstance(X, np.ndarray) or not hasattr(X, "__dlpack__"):
+            return as_tokens(np.asarray(validate_data(self, X, reset=reset, dtype=[np.float64, np.float32])))  # pyright: ignore[reportArgumentType]
+        tokens = as_tokens(X)
+        validate_data(self, tokens, reset=reset, skip_check_array=True)  # pyright: ignore[reportArgumentType]
+        return tokens
 
 
 def _print_progress(stage: str, done: int, total: int) -> None:

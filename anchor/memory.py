@@ -19,8 +19,8 @@ def chunk_rows(n_tokens: int) -> int:
 
 
 def candidate_atoms(n_unknowns: int, n_atoms: int) -> int:
-    """K, the atoms that a token is expressed by: at most p are part of an optimum, which leaves room for others, the more
-    of them the more atoms there are."""
+    """K, the atoms that a token is expressed by: at most p are part of an optimum, which leaves room for others, for
+    more of them where there are more atoms."""
     return min(n_atoms, max(2 * n_unknowns, min(3 * n_unknowns, n_atoms // 4)) + 16)
 
 
@@ -31,12 +31,13 @@ def token_bytes(n_atoms: int, rank: int) -> int:
     return 8 * (2 * k * row + 3 * row**2 + 3 * n_atoms + 16 * (k + row))
 
 
-def solver_memory_bytes(n_tokens: int, n_atoms: int, rank: int, block: int) -> int:
+def solver_memory_bytes(n_tokens: int, n_atoms: int, rank: int, device: torch.device, block: int) -> int:
     """Peak memory in bytes of the self-expression of `n_tokens` tokens over `n_atoms`, `block` of them iterated at a
-    time: the atoms in two precisions, what is found, and the block. Neither the tokens are counted nor what follows the
-    solver."""
+    time, on a CPU by each thread: the atoms in two precisions, what is found, and the blocks. Neither the tokens are
+    counted nor what follows the solver."""
     found = 16 * n_tokens * candidate_atoms(rank + 1, n_atoms)
-    return 12 * (rank + 1) * (n_atoms + n_tokens) + found + block * token_bytes(n_atoms, rank)
+    side_by_side = 1 if device.type == "cuda" else torch.get_num_threads()
+    return 12 * (rank + 1) * (n_atoms + n_tokens) + found + side_by_side * block * token_bytes(n_atoms, rank)
 
 
 def plan_block(n_tokens: int, n_atoms: int, rank: int, device: torch.device, budget: int | None) -> int:
@@ -54,20 +55,27 @@ def plan_block(n_tokens: int, n_atoms: int, rank: int, device: torch.device, bud
     cuda = device.type == "cuda"
     wanted = max(SMALLEST_BLOCK, (CUDA_BLOCK_BYTES if cuda else CPU_BLOCK_BYTES) // (4 * k * row or 1))
     wanted = max(1, min(n_tokens, wanted if cuda else min(wanted, LARGEST_CPU_BLOCK)))
-    limit = available_memory_bytes(device) if budget is None else 2 * budget
-    if limit is None:
-        return wanted
-    fixed, each = solver_memory_bytes(n_tokens, n_atoms, rank, 0), token_bytes(n_atoms, rank)
-    side_by_side = 1 if cuda else torch.get_num_threads()
-    block = min(wanted, (limit // 2 - fixed) // (side_by_side * each))
-    if block < min(wanted, SMALLEST_BLOCK):
-        needed = fixed + side_by_side * min(wanted, SMALLEST_BLOCK) * each
+    fixed = solver_memory_bytes(n_tokens, n_atoms, rank, device, 0)
+    each = solver_memory_bytes(n_tokens, n_atoms, rank, device, 1) - fixed
+    what = f"the self-expression of {n_tokens} tokens over {n_atoms} (rank {rank})"
+    limit = check_fits(fixed + min(wanted, SMALLEST_BLOCK) * each, what, device, budget)
+    return wanted if limit is None else min(wanted, (limit - fixed) // each)
+
+
+def check_fits(n_bytes: int, what: str, device: torch.device, budget: int | None) -> int | None:
+    """The bytes that may be used: `budget`, or half of what is free; None where the system does not tell.
+
+    Raises:
+        MemoryError: `what` needs more, `n_bytes`.
+    """
+    available = available_memory_bytes(device) if budget is None else None
+    limit = available // 2 if available is not None else budget
+    if limit is not None and n_bytes > limit:
         raise MemoryError(
-            f"the self-expression of {n_tokens} tokens over {n_atoms} (rank {rank}) needs {needed / 2**30:.2g} GiB on "
-            f"{device}, and may use {limit / 2**31:.2g} GiB: use fewer frames or fewer tokens a frame, or raise "
-            "memory_budget"
+            f"{what} needs {n_bytes / 2**30:.2g} GiB on {device}, and may use {limit / 2**30:.2g} GiB: use fewer "
+            "frames or fewer tokens a frame, or raise memory_budget"
         )
-    return block
+    return limit
 
 
 def available_memory_bytes(device: torch.device) -> int | None:

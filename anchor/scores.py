@@ -8,15 +8,15 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from .affinity import affinity_matrix
-from .authors import authors_labels, authors_score
+from .authors import authors_labels, authors_score, authors_self_expression
 from .config import Score, ScoreFunction, VideoAnchorConfig
 from .cross_frame import check_frames, cross_frame_score
 from .host_reads import read
-from .memory import plan_solver
-from .options import Algorithm
-from .problem import DLPackArray, as_tokens, computing_precision, token_features
+from .memory import plan_block
+from .neighbors import neighbor_expression
+from .problem import DLPackArray, as_tokens, token_features
 from .solver import SelfExpression, self_expression
-from .spectral import spectral_labels
+from .spectral import spectral_subspaces
 from .timing import Progress, Stopwatch, throttled
 
 # Differences of the unscaled score below this part of its largest value are float32 roundoff.
@@ -31,12 +31,15 @@ class AnchorResult:
     Attributes:
         scores: (N,) float32 in [0, 1], on the device of the tokens.
         labels: (N,) int64 cluster of each token, on the same device.
+        eigengap: how far the eigenvalue of the last cluster is from the next, see `Subspaces`; None where no
+            eigenvalues were needed.
+        in_gap: whether the tokens themselves say that there are as many clusters, see `Subspaces`: where it is False,
+            labels change with small changes of the tokens. None as eigengap.
         n_iter: iterations of the solver, of the slowest token; 0 where none ran.
         residual: the largest relative duality gap of a token; 0.0 where no such solver ran.
         converged: every token came within the tolerance.
         duality_gap: (N,) float64 relative duality gap of each token, see `SelfExpression`; None where no such solver
             ran.
-        algorithm: the solver's that ran, see `SolverOptions`; None where no such solver ran.
         seconds: wall time of each stage, by the device's own clock on CUDA: "pca", "solve", "spectral", "cluster",
             "score", those that ran.
 
@@ -57,7 +60,8 @@ class AnchorResult:
     residual: float = 0.0
     converged: bool = True
     duality_gap: Tensor | None = None
-    algorithm: Algorithm | None = None
+    eigengap: float | None = None
+    in_gap: bool | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -103,7 +107,12 @@ def shared_expression_score(coef_row_sums: Tensor, labels: Tensor, n_clusters: i
 
 
 def expression_score(
-    solution: SelfExpression, labels: Tensor, score: Score = "published", frames: Tensor | None = None
+    solution: SelfExpression,
+    labels: Tensor,
+    score: Score = "published",
+    *,
+    frames: Tensor | None = None,
+    sizes: Tensor | None = None,
 ) -> Tensor:
     """One of the scores of `VideoAnchorConfig.score`, see `anchor_scores`.
 
@@ -112,6 +121,7 @@ def expression_score(
         labels: (N,) integers >= 0, the cluster of each token.
         score: "size" and "row_sum" are `shared_expression_score` with constant r_i, or pi_i.
         frames: (N,) integers, the frame of each token, for "cross_frame".
+        sizes: (N,) pi_i of each token, for "projector", see `Subspaces.projector_size`.
 
     Returns:
         (N,) float32 scores in [0, 1], on the device of the solution.
@@ -126,7 +136,13 @@ def expression_score(
     row_sums = solution.row_sums()
     if score == "size":
         row_sums = torch.ones_like(row_sums)
-    elif score == "row_sum":
+    elif score == "projector":
+        if sizes is None:
+            raise ValueError(
+                'score="projector" needs sizes, the (N,) projector sizes of `spectral_subspaces`, got None'
+            )
+        row_sums = sizes * row_sums
+    if score in ("row_sum", "projector"):
         labels = torch.zeros_like(labels)
     return shared_expression_score(row_sums, labels, int(labels.amax()) + 1)
 
@@ -143,14 +159,17 @@ def anchor_scores(
     - "ssc": PCA, sparse self-expression, spectral clustering (the paper), and of these, by `config.score`,
       "published": `shared_expression_score`, s_hat_i = pi_i r_i (the paper);
       "size": the same with s_hat_i = pi_i, and "row_sum": with s_hat_i = r_i (the paper's ablations);
+      "projector": with s_hat_i = p_i r_i, p_i the `Subspaces.projector_size`, which is steadier than pi_i under noise;
       "cross_frame": `cross_frame_score` (this package's own; benchmarks/results/cross-frame compares them).
+    - "knn": the same with `neighbor_expression` in place of self-expression: each token is the mean of its 10 nearest
+      (not the paper's method). r_i is how many tokens have token i among these, over 10.
     - "kmeans": k-means on the same PCA; in the score, the row sum r_i is replaced by the closeness to the cluster's
       centre, 1 - d_i / max_j d_j with d the Euclidean distance (the paper gives no form; this one is ours).
     - "uniform": every score is 1, one cluster.
     - a function: called with X as a tensor of its own precision; one cluster.
 
     Half precisions are computed in float32; float64 stays. Fewer tokens than clusters make a cluster of each token;
-    equal tokens, or a single one, score 0 under "ssc" and "kmeans"; no tokens give an empty result.
+    equal tokens, or a single one, score 0 under all of these but "uniform"; no tokens give an empty result.
 
     Args:
         X: (N, D) floating-point tensor, numpy or CuPy array, one token a row, as they stand in the decoder's input;
@@ -165,7 +184,7 @@ def anchor_scores(
         MemoryError: the solver does not fit into config.memory_budget or the device; use fewer tokens.
 
     Warns:
-        ConvergenceWarning: some tokens did not converge within config.max_iter; the result says so as well.
+        ConvergenceWarning: some tokens did not come within config.tol; the result says so as well.
 
     See Also:
         enable: scores the visual tokens of each prompt of a model, and gates its attention.
@@ -196,7 +215,7 @@ def anchor_scores(
         raise ValueError(NO_FRAMES)
     if len(tokens) == 0:
         result = _one_cluster(torch.zeros(0, device=tokens.device))
-    elif config.scorer == "ssc":
+    elif config.scorer in ("ssc", "knn"):
         result = _subspace_scores(tokens, config, frames, report)
     elif config.scorer == "kmeans":
         result = _kmeans_scores(tokens, config, report)
@@ -213,42 +232,50 @@ def _subspace_scores(
     tokens: Tensor, config: VideoAnchorConfig, frames: Tensor | None, report: Progress
 ) -> AnchorResult:
     watch = Stopwatch(tokens.device)
-    n_tokens, n_features = tokens.shape
-    rank = min(config.pca_rank or n_features, n_features)
-    dtype = computing_precision(tokens)
-    plan_solver(n_tokens, rank, dtype, tokens.device, config.algorithm, config.memory_budget)
+    (n_tokens, n_features), authors = tokens.shape, config.arithmetic == "authors"
+    if config.scorer == "ssc" and not authors:
+        rank = min(config.pca_rank or n_features, n_features)
+        plan_block(n_tokens, n_tokens, rank, tokens.device, config.memory_budget)  # raises before anything is computed
     with watch.stage("pca"):
         report("pca", 0, 1)
         features = token_features(tokens, config.pca_rank)
     with watch.stage("solve"):
         report("solve", 0, n_tokens)
-        solution = self_expression(features, config.solver_options(), dtype=dtype, progress=report)
-    authors = config.arithmetic == "authors"
+        if config.scorer == "knn":
+            solution = neighbor_expression(features)
+        elif authors:
+            solution = authors_self_expression(features, config)
+        else:
+            solution = self_expression(features, config, progress=report)
+    eigengap, in_gap = None, None
     with watch.stage("spectral"):
         report("spectral", 0, 1)
         if authors:
             labels = authors_labels(solution.to_dense(), min(int(config.n_clusters), n_tokens), config.random_state)
+            sizes = None
         else:
-            labels = spectral_labels(
+            found = spectral_subspaces(
                 affinity_matrix(solution.indices, solution.values),
                 config.n_clusters,
                 assign_labels=config.assign_labels,
                 random_state=config.random_state,
             )
+            labels, sizes, eigengap, in_gap = found.labels, found.projector_size, found.eigengap, found.in_gap
     with watch.stage("score"):
         report("score", 0, 1)
         if authors:
             scores = authors_score(solution.to_dense(), labels)
         else:
-            scores = expression_score(solution, labels, config.score, frames)
+            scores = expression_score(solution, labels, config.score, frames=frames, sizes=sizes)
     return AnchorResult(
         scores,
         labels,
         n_iter=solution.n_iter,
         residual=solution.residual,
         converged=solution.converged,
-        duality_gap=solution.gap,
-        algorithm=solution.algorithm,
+        duality_gap=solution.gap if config.scorer == "ssc" else None,
+        eigengap=eigengap,
+        in_gap=in_gap,
         seconds=watch.seconds(),
     )
 

@@ -8,7 +8,7 @@ import torch
 from scipy.sparse import csc_array
 from torch import Tensor
 
-from .affinity import affinity_matrix, coefficient_matrix
+from .affinity import affinity_matrix, coefficient_matrix, majority_labels
 from .config import VideoAnchorConfig
 from .problem import DLPackArray, as_tokens, computing_precision, token_features
 from .scores import ROUNDOFF, AnchorResult
@@ -131,10 +131,10 @@ class AnchorStream:
                 precisions count as float32).
             ValueError: X is empty, holds NaN or infinity, or has other features or another device than the first
                 chunk; or the first chunk shows nothing.
-            MemoryError, FloatingPointError: see `self_expression`.
+            MemoryError: see `self_expression`.
 
         Warns:
-            ConvergenceWarning: some tokens of the window, old ones first, did not converge within config.max_iter.
+            ConvergenceWarning: some tokens of the window, old ones first, did not come within config.tol.
         """
         tokens = as_tokens(X)
         tokens = tokens.to(computing_precision(tokens))
@@ -148,8 +148,8 @@ class AnchorStream:
         if old is None and bool((features == features[:, :1]).all()):
             raise ValueError(f"the {len(tokens)} tokens of the first chunk are equal; start with frames that differ")
         with watch.stage("solve"):
-            solution = self_expression(features, config.solver_options(), dtype=window.dtype, progress=progress)
-        weights = abs(coefficient_matrix(solution.indices, solution.values.double()))
+            solution = self_expression(features, config, progress=progress)
+        weights = abs(coefficient_matrix(solution.indices, solution.values))
         with watch.stage("spectral" if old is None else "cluster"):
             labels = self._first_labels(solution) if old is None else self._joined_labels(weights, old.labels)
             n_clusters = len(self.cluster_sizes) or int(labels.amax()) + 2
@@ -175,7 +175,6 @@ class AnchorStream:
             residual=solution.residual,
             converged=solution.converged,
             duality_gap=solution.gap[n_old:].clone(),
-            algorithm=solution.algorithm,
             seconds=watch.seconds(),
         )
 
@@ -204,18 +203,15 @@ class AnchorStream:
 
     def _joined_labels(self, weights: csc_array, old_labels: Tensor) -> Tensor:
         """(K + n,) labels of the window, given |W| and the (K,) labels of the dictionary, which stay."""
-        affinity, further = weights + weights.T, len(self.cluster_sizes) - 1
-        labels = np.full(weights.shape[0], further)  # pyright: ignore[reportOptionalSubscript]
-        labels[: len(old_labels)] = old_labels.cpu().numpy()
-        labelled = np.arange(len(labels)) < len(old_labels)
+        affinity, further, n_old = (weights + weights.T).tocsr(), len(self.cluster_sizes) - 1, len(old_labels)
+        labels = np.full(weights.shape[0], -1)  # pyright: ignore[reportOptionalSubscript]
+        labels[:n_old] = old_labels.cpu().numpy()
         while True:
-            members = labelled[:, None] & (labels[:, None] == np.arange(further + 1))
-            votes = affinity @ members.astype(np.float64)
-            found = ~labelled & votes.any(1)
-            if not found.any():
-                return torch.from_numpy(labels).to(old_labels.device)
-            labels[found] = votes[found].argmax(1)
-            labelled |= found
+            found = majority_labels(affinity, labels, further + 1)
+            new = (labels < 0) & (found >= 0)
+            if not new.any():
+                return torch.from_numpy(np.where(labels < 0, further, labels)).to(old_labels.device)
+            labels[new] = found[new]
 
     def _heaviest(self, weights: csc_array, labels: Tensor) -> Tensor:
         """Tokens of the window that are kept, ascending, given |W|."""

@@ -272,18 +272,17 @@ def _plan_scores(
     tokens = n_tokens * width * itemsize
     if settings.scorer == "uniform":
         return tokens, None
-    if settings.scorer not in ("ssc", "kmeans"):
+    if settings.scorer not in ("ssc", "knn", "kmeans"):
         return 2 * tokens, None
     pca = features_memory_bytes(n_tokens, width, settings.pca_rank)
-    if settings.scorer == "kmeans":
+    if settings.scorer != "ssc":
         return tokens + pca, None
     rank = min(width if settings.pca_rank is None else settings.pca_rank, width, n_tokens)
     try:
-        solver = memory.plan_solver(n_tokens, rank, torch.float32, device, settings.algorithm, limit).n_bytes
-        return tokens + max(pca, solver), None
+        block, problem = memory.plan_block(n_tokens, n_tokens, rank, device, limit), None
     except MemoryError as error:
-        solver = memory.solver_memory_bytes(n_tokens, rank, torch.float32, memory.SMALLEST_BLOCK)
-        return tokens + max(pca, solver), str(error)
+        block, problem = memory.SMALLEST_BLOCK, str(error)
+    return tokens + max(pca, memory.solver_memory_bytes(n_tokens, n_tokens, rank, device, block)), problem
 
 
 def _problem(budget: Budget) -> str | None:

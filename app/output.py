@@ -84,7 +84,8 @@ def write_run(
         },
         "frames": {"timestamps": clip.timestamps.tolist(), "indices": clip.indices.tolist()},
         "ssc": {
-            "algorithm": anchor.algorithm,
+            "eigengap": anchor.eigengap,
+            "in_gap": anchor.in_gap,
             "n_iter": anchor.n_iter,
             "residual": anchor.residual,
             "converged": anchor.converged,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # these import torch, and the input is read before that
 
 CONFIG_COLUMNS = (
     *("alpha_q", "alpha_k", "alpha_v", "decode", "scorer", "score", "n_clusters", "pca_rank", "random_state"),
-    *("algorithm", "tol"),
+    *("assign_labels", "tol"),
 )
 _LATER_DEFAULTS = {"max_pixels": MAX_PIXELS, "strict": False}
 """Options that came after the first results: at their defaults settings are those of before."""
@@ -176,7 +176,8 @@ class BatchWorker:
             "frames": len(clip.frames),
             "notes": list(clip.notes),
             "ssc": {
-                "algorithm": anchor.algorithm,
+                "eigengap": anchor.eigengap,
+                "in_gap": anchor.in_gap,
                 "n_iter": anchor.n_iter,
                 "residual": anchor.residual,
                 "converged": anchor.converged,

@@ -74,6 +74,6 @@ def _scores(device: torch.device) -> dict[str, Any]:
         "largest_gap": result.residual,
         "tolerance": config.tol,
         "subspaces_found": found,
-        "algorithm": result.algorithm,
+        "eigengap": result.eigengap,
         "iterations": result.n_iter,
     }

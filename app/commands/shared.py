@@ -192,23 +192,23 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 def add_score_options(parser: argparse.ArgumentParser) -> None:
     """The settings of the scores alone."""
     scores = parser.add_argument_group("scores")
-    scores.add_argument("--scorer", choices=("ssc", "kmeans", "uniform"), help="default: ssc")
+    scores.add_argument("--scorer", choices=("ssc", "knn", "kmeans", "uniform"), help="default: ssc (the paper's)")
     scores.add_argument(
         "--score",
-        choices=("published", "size", "row_sum", "cross_frame"),
-        help="of scorer ssc: the paper's (default), its size of the subspace or row sum alone, or the share of a token "
-        "that other frames express",
+        choices=("published", "size", "row_sum", "projector", "cross_frame"),
+        help="of scorer ssc or knn: the paper's (default), its size of the subspace or row sum alone, with a size that "
+        "does not depend on labels, or the share of a token that other frames express",
     )
     scores.add_argument(
         "--n-clusters", type=_count_or_auto, metavar="N", help='subspaces, or "auto"; default: 24 (published)'
     )
     scores.add_argument("--pca-rank", type=int, metavar="R", help="default: 64")
-    scores.add_argument("--random-state", type=int, metavar="SEED", help="default: 0")
     scores.add_argument(
-        "--algorithm",
-        choices=("auto", "dense", "blocked", "working-set", "authors"),
-        help="of the self-expression; default: auto, by the number of tokens",
+        "--assign-labels",
+        choices=("cluster_qr", "kmeans", "discretize"),
+        help="how eigenvectors become labels; default: cluster_qr, which has no seed",
     )
+    scores.add_argument("--random-state", type=int, metavar="SEED", help="of kmeans and discretize; default: 0")
     scores.add_argument("--tol", type=float, metavar="T", help="relative duality gap of every token; default: 0.001")
     scores.add_argument(
         "--memory-budget", type=_bytes, metavar="GIB", help="of the self-expression; default: half of what is free"
@@ -225,7 +225,7 @@ def _bytes(gib: str) -> int:
 
 _CONFIG_OPTIONS = (
     *("alpha_k", "alpha_v", "alpha_q", "decode"),
-    *("scorer", "score", "n_clusters", "pca_rank", "random_state", "algorithm", "tol", "memory_budget"),
+    *("scorer", "score", "n_clusters", "pca_rank", "assign_labels", "random_state", "tol", "memory_budget"),
 )
 
 

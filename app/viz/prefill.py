@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...anchor.config import VideoAnchorConfig
-from ...anchor.problem import as_tokens, computing_precision, token_features
+from ...anchor.problem import as_tokens, token_features
 from ...anchor.scores import shared_expression_score
 from ...anchor.solver import SelfExpression, self_expression
 from ...anchor.timing import Progress
@@ -93,12 +93,12 @@ def coefficients(prefilled: Prefilled, progress: Progress | None = None) -> Self
     """The self-expression W of the tokens by the run's settings.
 
     Raises:
-        InputError: when the memory does not hold what the algorithm needs.
+        InputError: when the memory does not hold what the solver needs.
     """
     tokens, config = as_tokens(prefilled.tokens), prefilled.config
     try:
         features = token_features(tokens, config.pca_rank)
-        return self_expression(features, config.solver_options(), dtype=computing_precision(tokens), progress=progress)
+        return self_expression(features, config, progress=progress)
     except MemoryError as error:
         raise InputError(f"the self-expression does not fit: {error}") from error
 
