@@ -136,7 +136,7 @@ def leading_eigenvectors(
     else:
         operator = scipy.sparse.linalg.LinearOperator(
             (size, size),
-            matvec=lambda x: product(torch.from_numpy(x).view(-1, 1)).numpy()[:, 0],
+            matvec=lambda x: product(torch.from_numpy(x).view(-1, 1)).numpy()[:, 0],  # pyright: ignore[reportCallIssue]
             dtype="float64",  # pyright: ignore[reportCallIssue]
         )
         first = torch.rand(size, dtype=torch.float64, generator=draw).numpy()

@@ -256,8 +256,8 @@ def _assign(embedding: np.ndarray, assign_labels: AssignLabels, random: np.rando
 def _cluster_qr(embedding: np.ndarray) -> np.ndarray:
     """Rows as far from each other as pivots of QR are (Damle, Minden and Ying, 2019) stand for a cluster each; the
     rotation that brings them nearest to the axes says which of them a token is like."""
-    _, order = scipy.linalg.qr(embedding.T, mode="r", pivoting=True)
-    left, _, right = scipy.linalg.svd(embedding[order[: embedding.shape[1]]].T)
+    pivots = scipy.linalg.qr(embedding.T, mode="r", pivoting=True)[-1][: embedding.shape[1]]
+    left, _, right = scipy.linalg.svd(embedding[pivots].T)
     return np.abs(embedding @ (left @ right)).argmax(1)
 
 
