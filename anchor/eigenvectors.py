@@ -137,7 +137,7 @@ def leading_eigenvectors(
         operator = scipy.sparse.linalg.LinearOperator(
             (size, size),
             matvec=lambda x: product(torch.from_numpy(x).view(-1, 1)).numpy()[:, 0],  # pyright: ignore[reportCallIssue]
-            dtype="float64",
+            dtype="float64",  # pyright: ignore[reportCallIssue]
         )
         first = torch.rand(size, dtype=torch.float64, generator=draw).numpy()
         values, vectors = scipy.sparse.linalg.eigsh(operator, count, which="LA", v0=first, tol=ARPACK_TOLERANCE)  # pyright: ignore[reportArgumentType]

@@ -122,14 +122,14 @@ def spectral_subspaces(
         >>> affinity[2, 3] = affinity[3, 2] = 0.01
         >>> found = spectral_subspaces(affinity, 2)
         >>> found.labels, found.in_gap, found.projector_size.round()
-        (tensor([1, 1, 1, 0, 0, 0, 0]), True, tensor([3., 3., 3., 4., 4., 4., 4.], dtype=torch.float64))
+        (tensor([0, 0, 0, 1, 1, 1, 1]), True, tensor([3., 3., 3., 4., 4., 4., 4.], dtype=torch.float64))
     """
     if n_clusters != "auto" and n_clusters < 1:
         raise ValueError(f'n_clusters must be >= 1 or "auto", got {n_clusters}')
     graph, linked = _linked_graph(affinity)
     n_tokens, n_linked = len(linked), graph.size
     n_remaining = n_clusters if n_clusters == "auto" or n_linked == n_tokens else n_clusters - 1
-    gap, in_gap, sizes = None, None, None
+    gap, in_gap, sizes, has_affinity = None, None, None, linked.cpu().numpy()
     if n_clusters != "auto" and n_clusters >= n_tokens:
         labels = np.arange(n_tokens)
     elif n_linked == 0 or n_remaining == 0:
@@ -137,7 +137,7 @@ def spectral_subspaces(
     else:
         found, gap, in_gap, sizes = _split(graph, n_remaining, assign_labels, check_random_state(random_state))
         used, found = np.unique(found, return_inverse=True)
-        labels, has_affinity = np.full(n_tokens, len(used)), linked.cpu().numpy()
+        labels = np.full(n_tokens, len(used))
         labels[has_affinity] = found
     projector_size = np.bincount(labels)[labels].astype(np.float64)
     if sizes is not None:
@@ -256,7 +256,7 @@ def _assign(embedding: np.ndarray, assign_labels: AssignLabels, random: np.rando
 def _cluster_qr(embedding: np.ndarray) -> np.ndarray:
     """Rows as far from each other as pivots of QR are (Damle, Minden and Ying, 2019) stand for a cluster each; the
     rotation that brings them nearest to the axes says which of them a token is like."""
-    pivots = scipy.linalg.qr(embedding.T, mode="r", pivoting=True)[1][: embedding.shape[1]]
+    pivots = scipy.linalg.qr(embedding.T, mode="r", pivoting=True)[-1][: embedding.shape[1]]
     left, _, right = scipy.linalg.svd(embedding[pivots].T)
     return np.abs(embedding @ (left @ right)).argmax(1)
 
@@ -270,12 +270,11 @@ def _discretize(embedding: np.ndarray, random: np.random.RandomState) -> np.ndar
     while len(chosen) < rows.shape[1]:
         likeness += np.abs(rows @ rows[chosen[-1]])
         chosen.append(int(likeness.argmin()))
-    rotation, agreement = rows[chosen].T, 0.0
+    labels, agreement = (rows @ rows[chosen].T).argmax(1), 0.0
     for _ in range(DISCRETIZE_ITERATIONS):
-        labels = (rows @ rotation).argmax(1)
-        sums = np.eye(rows.shape[1])[labels].T @ rows
-        left, strengths, right = scipy.linalg.svd(sums)
-        if abs(strengths.sum() - agreement) <= 1e-15 * len(rows):
+        left, strengths, right = scipy.linalg.svd(np.eye(rows.shape[1])[labels].T @ rows)
+        before, agreement = agreement, strengths.sum()
+        if abs(agreement - before) <= 1e-15 * len(rows):
             break
-        rotation, agreement = (left @ right).T, strengths.sum()
+        labels = (rows @ (left @ right).T).argmax(1)
     return labels

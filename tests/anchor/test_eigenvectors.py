@@ -122,6 +122,20 @@ def test_nothing_is_drawn_at_random(method):
         np.testing.assert_array_equal(one, other)
 
 
+def test_filters_take_few_products():
+    """52 here; a power iteration takes thousands."""
+    matrix, products = torch.from_numpy(random_matrix(700)), []
+
+    def product(x):
+        products.append(x.shape[1])
+        return matrix @ x
+
+    start = torch.randn(700, 21, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    chebyshev_filtered(product, start, 5)
+    assert set(products) == {21}
+    assert len(products) <= 60
+
+
 def test_filters_that_do_not_converge_are_an_error(monkeypatch):
     monkeypatch.setattr(eigenvectors, "MAX_FILTERS", 3)
     with pytest.raises(RuntimeError, match="6 eigenvectors were not found in 3 filters: move the tokens to the CPU"):

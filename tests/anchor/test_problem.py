@@ -186,6 +186,7 @@ def test_scaling_by_a_power_of_two_loses_no_bit():
 def test_weights_beside_one_huge_token_are_the_published_ones(size):
     Y = fit_features(torch.randn(40, 9, generator=torch.Generator().manual_seed(0)), None).values
     Y[:, 7] *= size
+    Y[:, 3] -= Y[:, 7] * (Y[:, 7] @ Y[:, 3]) / Y[:, 7].square().sum()  # the one that says what mu_z is
     found = penalty_weights(Y, 800.0, 700.0)
     assert found == pytest.approx(textbook_weights(Y.numpy(), 800.0, 700.0), rel=1e-12)
 
