@@ -14,7 +14,7 @@ Clips of six frames with known truth; `clips` says what they are:
                 photograph in every frame; the size is the share of the left part.
 
     auc         of the score for "token belongs to what all frames show" (0.5 by chance)
-    ari         adjusted Rand index of the labels against the truth; the first four methods share their labels
+    ari         adjusted Rand index of the labels against the truth; the first five methods share their labels
     shared      share of tokens that belong to what all frames show
 
 The tokens of photographs are patches that went through a network of random weights, no trained vision encoder.
@@ -47,12 +47,12 @@ from videoanchor_triton.anchor.config import VideoAnchorConfig
 from videoanchor_triton.anchor.problem import token_features
 from videoanchor_triton.anchor.scores import anchor_scores, expression_score
 from videoanchor_triton.anchor.solver import self_expression
-from videoanchor_triton.anchor.spectral import spectral_labels
+from videoanchor_triton.anchor.spectral import spectral_subspaces
 
 NAME = "cross-frame"
 N_FRAMES = 6
 PUBLISHED_CLUSTERS = 24
-SCORES = ("published", "size", "row_sum", "cross_frame")
+SCORES = ("published", "size", "row_sum", "projector", "cross_frame")
 METHODS = (*SCORES, "kmeans", "uniform")
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")  # scikit-learn's
 SUBSPACE_SIZES, MOTIONS, PARTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0), (0.1, 0.25, 0.4), (0.25, 0.5, 0.75)
@@ -210,10 +210,11 @@ def clip_rows(case: str, size: float, seed: int, clip: Clip) -> Iterator[Row]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         solution = self_expression(token_features(torch.from_numpy(clip.X), config.pca_rank), config)
-    labels = spectral_labels(affinity_matrix(solution.indices, solution.values), config.n_clusters)
+    found = spectral_subspaces(affinity_matrix(solution.indices, solution.values), config.n_clusters)
     seconds = time.perf_counter() - start
     for score in SCORES:
-        yield row(score, expression_score(solution, labels, score, frames), labels, seconds)
+        scores = expression_score(solution, found.labels, score, frames=frames, sizes=found.projector_size)
+        yield row(score, scores, found.labels, seconds)
     for scorer in ("kmeans", "uniform"):
         start = time.perf_counter()
         settings = VideoAnchorConfig(alpha_k=0, alpha_v=0, n_clusters=clip.n_clusters, scorer=scorer)
@@ -249,7 +250,7 @@ def summary(rows: list[Row]) -> str:
         "# Scores that look across frames",
         "AUC of each score for tokens that belong to what all frames show, and ARI of the labels; means over seeds, in "
         "the figure with bands from the lowest to the highest of published and cross_frame. "
-        "Published, size, row_sum and cross_frame share their labels, so that only k-means differs in ARI. The formula "
+        "Published, size, row_sum, projector and cross_frame share their labels, so that only k-means differs in ARI. The formula "
         "of cross_frame was chosen on clips of other seeds. The tokens come from "
         "made-up subspaces and from photographs through random weights: nothing here says what a trained model's "
         "answers gain.",

@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64], help="principal components (default 16 64)")
     parser.add_argument("--memory-gib", type=float, default=1.0, help="budget of the solver in GiB (default 1)")
     parser.add_argument("--most-gib", type=float, default=1.5, help="peak that the process may have (default 1.5)")
-    parser.add_argument("--sample", type=int, default=256, help="tokens that are solved (default 256)")
+    parser.add_argument("--sample", type=int, default=512, help="tokens that are solved (default 512)")
     parser.add_argument("--turns", type=int, default=1, help="runs of each revision, in turn (default 1)")
     parser.add_argument("--whole", action="store_true", help="all tokens, from PCA to scores")
     parser.add_argument("--against", default="fa832ec", help='a commit, the folder of a working tree, or "none"')

@@ -199,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tols", type=float, nargs="+", default=[1e-3, 1e-4], help="relative duality gaps")
     parser.add_argument("--threads", type=int, nargs="*", default=[2], help="further numbers of threads, ours alone")
     parser.add_argument("--whole", type=int, default=2048, help="most tokens that are scored whole (default 2048)")
-    parser.add_argument("--sample", type=int, default=64, help="tokens of a sample (default 64)")
+    parser.add_argument("--sample", type=int, default=256, help="tokens of a sample (default 256)")
     parser.add_argument("--checked", type=int, default=8, help="tokens whose optimum is certified (default 8)")
     parser.add_argument("--repeats", type=int, default=2, help="runs, of which the least time counts (default 2)")
     parser.add_argument("--anew", action="store_true", help="replace the results of earlier calls")

@@ -84,8 +84,8 @@ class Scores:
         Y = token_features(self.tokens(), self.config.pca_rank)
         solution = self_expression(Y, self.config, progress=self.progress)
         problem, optimum = self.optimum
-        found = (part[optimum.tokens].cpu().numpy() for part in (solution.indices, solution.values))
-        distance = 1 - optimum.lower / objectives(problem, *found, optimum.tokens)
+        indices, values = (part[optimum.tokens].cpu().numpy() for part in (solution.indices, solution.values))
+        distance = 1 - optimum.lower / objectives(problem, indices, values, optimum.tokens)
         self.checked = judged(row, float(max(distance.max(), solution.gap.max())), self.config.tol)
         return self.checked
 

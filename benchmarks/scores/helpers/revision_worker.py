@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def _whole(tokens: torch.Tensor, request: dict[str, Any]) -> tuple[dict[str, Any
 
 def _sample(tokens: torch.Tensor, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray, Any]:
     """Tokens of a sample over those that are not in it; before `atoms` there was none, over all others."""
-    options = _config(request)
+    options: Any = _config(request)
     options = options.solver_options() if hasattr(options, "solver_options") else options
     Y = token_features(tokens, request["rank"])
     chosen = torch.from_numpy(sampled(len(tokens), request["sample"]))
@@ -143,15 +144,14 @@ def _timing_weights() -> Iterator[dict[str, float]]:
 
 def _sample_by_working_sets(Y: torch.Tensor, chosen: torch.Tensor, options: Any) -> Any:
     """As `solve_working_sets` did up to commit fa832ec, of some tokens."""
-    from videoanchor_triton.anchor.admm import Rows  # pyright: ignore
-
-    from videoanchor_triton.anchor import memory, working_set  # pyright: ignore
-
+    memory, working_set, admm = (
+        import_module(f"videoanchor_triton.anchor.{x}") for x in ("memory", "working_set", "admm")
+    )
     rank, n_tokens = Y.shape
     plan = memory.plan_solver(n_tokens, rank, torch.float32, Y.device, "working-set", options.memory_budget)
     weighted = problem.Problem.of(Y, affine=options.affine, alpha_e=options.alpha_e, alpha_z=options.alpha_z)
     atoms, missed, block = weighted.atoms.T.contiguous(), chosen, plan.block
-    found = Rows.empty(n_tokens, memory.candidate_atoms(rank, n_tokens), torch.float32, Y.device)
+    found = admm.Rows.empty(n_tokens, memory.candidate_atoms(rank, n_tokens), torch.float32, Y.device)
     for dtype, most in ((torch.float32, working_set.FLOAT32_ITERATIONS), (torch.float64, options.max_iter)):
         if len(missed):
             sets = working_set._WorkingSets.of(weighted, options, atoms, dtype)
@@ -180,9 +180,9 @@ def _distance(tokens: torch.Tensor, request: dict[str, Any], of: np.ndarray, sol
             one = replace(weighted, Y=np.hstack([weighted.Y, Y[:, own]]))
             own = np.array([weighted.Y.shape[1]])
         optimum = certified_optimum(one, own)
-        parts = (part[row : row + 1].numpy() for part in (solution.indices, solution.values))
+        indices, values = (part[row : row + 1].numpy() for part in (solution.indices, solution.values))
         lower.append(optimum.lower[0])
-        reached.append(objectives(one, *parts, own)[0])
+        reached.append(objectives(one, indices, values, own)[0])
         known_to.append(optimum.gap)
     return {"distance": float((1 - np.array(lower) / np.array(reached)).max()), "known_to": max(known_to)}
 
