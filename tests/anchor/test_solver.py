@@ -1,11 +1,10 @@
-"""What `self_expression` promises besides the optimum: its shapes, its errors, its memory, and the same answer twice."""
+"""What `self_expression` promises besides the optimum: shapes, errors, memory, and the same answer twice."""
 
 import itertools
 import time
 import warnings
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from sklearn.exceptions import ConvergenceWarning
@@ -99,7 +98,7 @@ def test_threads_change_no_bit(n_threads: int, rank: int) -> None:
     try:
         for n in (1, n_threads):
             torch.set_num_threads(n)
-            results.append(self_expression(Y, SolverOptions(memory_budget=2**26)))
+            results.append(self_expression(Y))
             assert torch.get_num_threads() == n
     finally:
         torch.set_num_threads(before)
@@ -184,7 +183,6 @@ def test_reports_progress_four_times_a_second_at_most(seconds: float, monkeypatc
     assert {(stage, total) for stage, _, total in calls} == {("solve", 200)}
     done = [count for _, count, _ in calls]
     assert done == sorted(done)
-    assert done[0] > 0
     if seconds == 0.3:
         assert done[-1] == 200
     assert len(done) <= {0.0: 1, 0.05: next(clock) / 5 + 1, 0.3: 200}[seconds]
@@ -198,7 +196,7 @@ class PeakMemory(TorchDispatchMode):
         self.storages = {}
         self.peak = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
@@ -222,41 +220,39 @@ def one_thread() -> Any:
 @pytest.mark.parametrize("rank", [6, 16, 48])
 def test_memory_stays_within_what_is_announced(rank: int, tol: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "CHUNK_ELEMENTS", 20_000)
-    Y = token_features(vit_like(8, 90), rank)
-    block = plan_block(720, 720, rank, Y.device, None)
-    announced = solver_memory_bytes(720, 720, rank, block)
+    Y = token_features(vit_like(8, 60), rank)
+    block = plan_block(480, 480, rank, Y.device, None)
+    announced = solver_memory_bytes(480, 480, rank, Y.device, block)
     with PeakMemory() as used:
         self_expression(Y, SolverOptions(tol=tol))
-    assert announced / 4 < used.peak <= announced
+    assert announced / 3 < used.peak <= announced
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("rank", [6, 48])
-def test_a_budget_is_kept(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "CHUNK_ELEMENTS", 5_000)
-    Y = token_features(vit_like(8, 90), rank)
-    budget = solver_memory_bytes(720, 720, rank, 20)
-    assert plan_block(720, 720, rank, Y.device, budget) == 20
+    Y = token_features(vit_like(8, 60), 32)
+    budget = solver_memory_bytes(480, 480, 32, Y.device, 60)
+    assert plan_block(480, 480, 32, Y.device, budget) == 60
     with PeakMemory() as used:
         found = self_expression(Y, SolverOptions(memory_budget=budget))
-    assert used.peak <= budget
-    unbounded = self_expression(Y)
-    np.testing.assert_allclose(found.row_sums(), unbounded.row_sums(), atol=1e-2)
+    assert found.converged
+    assert used.peak <= budget < solver_memory_bytes(480, 480, 32, Y.device, 480)
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_memory_grows_with_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the tokens take about twice the memory: there is no array over all pairs."""
     monkeypatch.setattr(memory, "CHUNK_ELEMENTS", 20_000)
-    monkeypatch.setattr(memory, "CPU_BLOCK_BYTES", 0)
+    monkeypatch.setattr(memory, "LARGEST_CPU_BLOCK", 64)
     peaks = []
-    for n_tokens in (720, 1440):
-        Y = token_features(vit_like(8, n_tokens // 8), 8)
+    for n_tokens in (960, 1920):
+        Y = token_features(vit_like(8, n_tokens // 8), 16)
         with PeakMemory() as used:
-            self_expression(Y, SolverOptions(tol=0.1))
+            self_expression(Y, SolverOptions(affine=False, tol=0.1))
         peaks.append(used.peak)
     assert peaks[1] < 2.2 * peaks[0]
-    assert peaks[1] < 8 * 1440**2
+    assert peaks[1] < 8 * 1920**2
 
 
 def test_too_many_tokens_are_refused_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
