@@ -244,10 +244,10 @@ def test_a_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_grows_with_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the tokens take about twice the memory: there is no array over all pairs."""
     monkeypatch.setattr(problem, "CHUNK_ELEMENTS", 20_000)
-    monkeypatch.setattr(memory, "LARGEST_CPU_BLOCK", 32)
+    monkeypatch.setattr(memory, "LARGEST_CPU_BLOCK", 64)
     peaks = []
     for n_tokens in (480, 960):
-        Y = token_features(vit_like(8, n_tokens // 8), 16)
+        Y = token_features(vit_like(8, n_tokens // 8), 6)
         with PeakMemory() as used:
             self_expression(Y, SolverOptions(affine=False, tol=0.1))
         peaks.append(used.peak)
