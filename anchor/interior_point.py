@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .admm_start import Start
 from .atoms import SMALLEST, TINY, Atoms, all_slopes, certificate, dual_value, objective, relative_gap
-from .memory import candidate_atoms
+from .memory import Plan, candidate_atoms
 from .problem import Problem
 
 STEP, NEAREST_BOUNDARY = 0.97, 1e-12  # part of the way to the boundary, and where a slope ends by rounding
@@ -247,24 +247,28 @@ def over_settled_atoms(
     k = candidate_atoms(n_unknowns, n_others)
     token, before = torch.arange(len(target), device=target.device), 0
     candidates = torch.where(inside[:, None], _nearest(atoms, target, own, k), candidates)
-    for round in range(ROUNDS + 1):
-        if round == ROUNDS or n_others <= 2 * k:
-            candidates = _everything(own, len(token), n_others, target.device)
+    for _ in range(ROUNDS if n_others > 2 * k else 0):
         c, x, n_iter = _optimum_over(atoms, target, candidates, min(CENTRED, tol / 4))
         before += n_iter
         primal, gap, slopes, largest = certificate(atoms, candidates, c, x, target, own)
-        good = (gap <= tol) & (largest <= 1 + min(VIOLATION, tol))
+        good = largest <= 1 + min(VIOLATION, tol)
         if atoms.affine:
-            good |= (gap <= tol) & (primal <= 1 + min(CONTAINED, tol))
-        good |= torch.full_like(good, candidates.shape[1] == n_others)
+            good |= primal <= 1 + min(CONTAINED, tol)
+        good &= gap <= tol
         yield Found(token[good], candidates[good], c[good], primal[good], gap[good], before)
-        rest = ~good
-        if not rest.any():
+        rest = (~good).nonzero()[:, 0]
+        if len(rest) == 0:
             return
         token, target, own = token[rest], target[rest], None if own is None else own[rest]
-        heaviest = c[rest].abs().nan_to_num(nan=0.0).topk(k - k // 2, sorted=False).indices
-        kept = candidates[rest].gather(1, heaviest)
+        kept = candidates[rest].gather(1, c[rest].abs().nan_to_num(nan=0.0).topk(k - k // 2, sorted=False).indices)
         candidates = torch.cat([kept, slopes[rest].scatter_(1, kept, -1.0).topk(k // 2, sorted=False).indices], 1)
+    everything = torch.arange(n_others, device=target.device)
+    for part in torch.arange(len(token), device=token.device).split(max(1, len(inside) * k // n_others)):
+        mine = None if own is None else own[part]
+        candidates = everything.expand(len(part), -1) if mine is None else everything + (everything >= mine[:, None])
+        c, x, n_iter = _optimum_over(atoms, target[part], candidates, min(CENTRED, tol / 4))
+        primal, gap, _, _ = certificate(atoms, candidates, c, x, target[part], mine)
+        yield Found(token[part], candidates, c, primal, gap, before + n_iter)
 
 
 def _nearest(atoms: Atoms, target: Tensor, own: Tensor | None, k: int) -> Tensor:
@@ -276,12 +280,6 @@ def _nearest(atoms: Atoms, target: Tensor, own: Tensor | None, k: int) -> Tensor
     if own is not None:
         distance.scatter_(1, own[:, None], torch.inf)
     return distance.topk(k, largest=False, sorted=False).indices
-
-
-def _everything(own: Tensor | None, n_tokens: int, n_others: int, device: torch.device) -> Tensor:
-    """(b, n_others) all atoms but the token itself."""
-    everything = torch.arange(n_others, device=device).expand(n_tokens, -1)
-    return everything if own is None else everything + (everything >= own[:, None])
 
 
 def _optimum_over(atoms: Atoms, target: Tensor, candidates: Tensor, tol: float) -> tuple[Tensor, Tensor, int]:
@@ -343,7 +341,7 @@ def solve(
     tokens: Tensor | None,
     *,
     tol: float,
-    block: int,
+    plan: Plan,
     done: Callable[[int], None] = lambda _: None,
 ) -> Rows:
     """Express tokens by atoms, each within `tol` of its optimum.
@@ -354,7 +352,7 @@ def solve(
         problem: the atoms (r, N), N >= 2, or N >= 1 if tokens are given.
         tokens: (r, n) float64 in the units of the atoms, none of which is an atom; None: the atoms, each by the others.
         tol: bound on the relative duality gap.
-        block: tokens that are iterated together.
+        plan: tokens that are iterated together.
         done: called with the number of tokens that have ended since the last call.
     """
     atoms = Atoms.of(problem, torch.float32 if tol >= FINE else torch.float64)
@@ -368,17 +366,21 @@ def solve(
     def owned(part: Tensor) -> Tensor | None:
         return part if tokens is None else None
 
-    start, parts = Start.of(atoms), torch.arange(n_tokens, device=device).split(block)
-    passes = _side_by_side(lambda part: over_changing_atoms(atoms, start, target[part], owned(part), tol), parts)
+    start, parts = Start.of(atoms), torch.arange(n_tokens, device=device).split(plan.block)
+    passes = _side_by_side(
+        lambda part: over_changing_atoms(atoms, start, target[part], owned(part), tol), parts, plan.threads
+    )
     for part, found in passes:
         token = part[found.token]
         inside[token] = ~(found.objective * (1 - found.gap.clamp_min(tol)) > 1 + CONTAINED) & problem.affine
         rows.put(token, found)
         done(int(((found.gap <= tol) & ~inside[token]).sum()))
     left = (~(rows.gap <= tol) | inside).nonzero()[:, 0]
-    atoms, parts = replace(atoms, rows=atoms.exact), left.split(block) if len(left) else ()
+    atoms, parts = replace(atoms, rows=atoms.exact), left.split(plan.block) if len(left) else ()
     passes = _side_by_side(
-        lambda part: over_settled_atoms(atoms, target[part], owned(part), rows.indices[part], inside[part], tol), parts
+        lambda part: over_settled_atoms(atoms, target[part], owned(part), rows.indices[part], inside[part], tol),
+        parts,
+        plan.threads,
     )
     for part, found in passes:
         token = part[found.token]
@@ -390,18 +392,20 @@ def solve(
     return rows
 
 
-def _side_by_side(work: Callable[[Tensor], Iterator[Found]], parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Found]]:
+def _side_by_side(
+    work: Callable[[Tensor], Iterator[Found]], parts: Sequence[Tensor], n_threads: int
+) -> Iterator[tuple[Tensor, Found]]:
     """What `work` finds for each of the parts, in their order."""
-    n_threads = torch.get_num_threads()
-    if n_threads == 1 or len(parts) == 0 or parts[0].is_cuda:
+    if len(parts) == 0 or parts[0].is_cuda or torch.get_num_threads() == 1:
         yield from ((part, found) for part in parts for found in work(part))
         return
+    of_torch = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(n_threads, "self-expression", torch.set_num_threads, (1,)) as pool:
             for part, all_found in zip(parts, pool.map(lambda part: list(work(part)), parts), strict=True):
                 yield from ((part, found) for found in all_found)
     finally:
-        torch.set_num_threads(n_threads)
+        torch.set_num_threads(of_torch)
 
 
 def fewest(atoms: Atoms, found: Found) -> Found:

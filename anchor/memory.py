@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -10,7 +11,8 @@ CHUNK_ELEMENTS = 1 << 20
 # A block is not made smaller than this to fit: products of fewer rows are slow.
 SMALLEST_BLOCK = 16
 # What the candidates of a block take, (tokens, K, p) float32: enough tokens for fast products, few for the cache.
-CPU_BLOCK_BYTES, CUDA_BLOCK_BYTES, LARGEST_CPU_BLOCK = 8 << 20, 1 << 30, 512
+CPU_BLOCK_BYTES, CUDA_BLOCK_BYTES = 8 << 20, 1 << 30
+LARGEST_BLOCK = 512  # on a CPU
 
 
 def chunk_rows(n_tokens: int) -> int:
@@ -28,20 +30,27 @@ def token_bytes(n_atoms: int, rank: int) -> int:
     """Memory in bytes of a token while it is iterated: its candidates' rows twice, normal matrix and factor, slopes of
     all atoms, multipliers; in float64."""
     row, k = rank + 1, candidate_atoms(rank + 1, n_atoms)
-    return 8 * (2 * k * row + 3 * row**2 + 3 * n_atoms + 16 * (k + row))
+    return 8 * (2 * k * row + 3 * row**2 + 3 * n_atoms + 20 * (k + row))
 
 
-def solver_memory_bytes(n_tokens: int, n_atoms: int, rank: int, device: torch.device, block: int) -> int:
-    """Peak memory in bytes of the self-expression of `n_tokens` tokens over `n_atoms`, `block` of them iterated at a
-    time, on a CPU by each thread: the atoms in two precisions, what is found, and the blocks. Neither the tokens are
-    counted nor what follows the solver."""
+def solver_memory_bytes(n_tokens: int, n_atoms: int, rank: int, iterated: int) -> int:
+    """Peak memory in bytes of the self-expression of `n_tokens` tokens over `n_atoms`, `iterated` of them at a time:
+    the atoms in two precisions, what is found, and what is iterated. Neither the tokens are counted nor what follows
+    the solver."""
     found = 16 * n_tokens * candidate_atoms(rank + 1, n_atoms)
-    side_by_side = 1 if device.type == "cuda" else torch.get_num_threads()
-    return 12 * (rank + 1) * (n_atoms + n_tokens) + found + side_by_side * block * token_bytes(n_atoms, rank)
+    return 12 * (rank + 1) * (n_atoms + n_tokens) + found + iterated * token_bytes(n_atoms, rank)
 
 
-def plan_block(n_tokens: int, n_atoms: int, rank: int, device: torch.device, budget: int | None) -> int:
-    """Tokens to iterate together: as many as run fastest, fewer if these do not fit.
+class Plan(NamedTuple):
+    """How many tokens are iterated together, and how many such blocks side by side."""
+
+    block: int
+    threads: int
+
+
+def plan_solver(n_tokens: int, n_atoms: int, rank: int, device: torch.device, budget: int | None) -> Plan:
+    """Blocks as large as run fastest, smaller if they do not fit, whatever the number of threads; and as many of
+    torch's threads as fit.
 
     Args:
         n_tokens, n_atoms, rank: n, N and r.
@@ -53,13 +62,16 @@ def plan_block(n_tokens: int, n_atoms: int, rank: int, device: torch.device, bud
     """
     row, k = rank + 1, candidate_atoms(rank + 1, n_atoms)
     cuda = device.type == "cuda"
-    wanted = max(SMALLEST_BLOCK, (CUDA_BLOCK_BYTES if cuda else CPU_BLOCK_BYTES) // (4 * k * row or 1))
-    wanted = max(1, min(n_tokens, wanted if cuda else min(wanted, LARGEST_CPU_BLOCK)))
-    fixed = solver_memory_bytes(n_tokens, n_atoms, rank, device, 0)
-    each = solver_memory_bytes(n_tokens, n_atoms, rank, device, 1) - fixed
+    bytes_of_block, largest = (CUDA_BLOCK_BYTES, n_tokens) if cuda else (CPU_BLOCK_BYTES, LARGEST_BLOCK)
+    block = max(1, min(n_tokens, largest, max(SMALLEST_BLOCK, bytes_of_block // (4 * k * row or 1))))
+    fixed, each = solver_memory_bytes(n_tokens, n_atoms, rank, 0), token_bytes(n_atoms, rank)
     what = f"the self-expression of {n_tokens} tokens over {n_atoms} (rank {rank})"
-    limit = check_fits(fixed + min(wanted, SMALLEST_BLOCK) * each, what, device, budget)
-    return wanted if limit is None else min(wanted, (limit - fixed) // each)
+    limit = check_fits(fixed + min(block, SMALLEST_BLOCK) * each, what, device, budget)
+    threads = 1 if cuda else torch.get_num_threads()
+    if limit is None:
+        return Plan(block, threads)
+    block = min(block, (limit - fixed) // each)
+    return Plan(block, max(1, min(threads, (limit - fixed) // (block * each))))
 
 
 def check_fits(n_bytes: int, what: str, device: torch.device, budget: int | None) -> int | None:

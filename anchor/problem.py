@@ -215,8 +215,8 @@ def penalty_weights(Y: Tensor, alpha_e: float, alpha_z: float) -> tuple[float, f
 
 
 def _scaled_weights(Y: Tensor, alpha_e: float, alpha_z: float) -> tuple[float, float]:
-    two_largest = Y.abs().sum(0).topk(2).values
-    mu_e = torch.where(two_largest[1] > 0, two_largest[1], two_largest[0])
+    two_largest = Y.abs().sum(0).topk(min(2, Y.shape[1])).values
+    mu_e = torch.where(two_largest[-1] > 0, two_largest[-1], two_largest[0])
     strongest = Y.new_empty(Y.shape[1])
     for block in _chunks(len(strongest), len(strongest)):
         products = (Y[:, block].T @ Y).abs_()

@@ -12,7 +12,7 @@ from .authors import authors_labels, authors_score, authors_self_expression
 from .config import Score, ScoreFunction, VideoAnchorConfig
 from .cross_frame import check_frames, cross_frame_score
 from .host_reads import read
-from .memory import plan_block
+from .memory import plan_solver
 from .neighbors import neighbor_expression
 from .problem import DLPackArray, as_tokens, token_features
 from .solver import SelfExpression, self_expression
@@ -235,7 +235,7 @@ def _subspace_scores(
     (n_tokens, n_features), authors = tokens.shape, config.arithmetic == "authors"
     if config.scorer == "ssc" and not authors:
         rank = min(config.pca_rank or n_features, n_features)
-        plan_block(n_tokens, n_tokens, rank, tokens.device, config.memory_budget)  # raises before anything is computed
+        plan_solver(n_tokens, n_tokens, rank, tokens.device, config.memory_budget)  # raises before anything is computed
     with watch.stage("pca"):
         report("pca", 0, 1)
         features = token_features(tokens, config.pca_rank)

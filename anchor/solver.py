@@ -10,7 +10,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from .interior_point import Rows, solve
-from .memory import plan_block
+from .memory import plan_solver
 from .options import SolverOptions
 from .precision import full_precision_products
 from .problem import Problem
@@ -125,7 +125,7 @@ def self_expression(
     if dictionary.ndim != 2 or len(dictionary) != len(Y) or (atoms is not None and dictionary.shape[1] == 0):
         raise ValueError(f"atoms must have shape ({len(Y)}, n_atoms), n_atoms >= 1, got {tuple(dictionary.shape)}")
     (rank, n_tokens), n_atoms = Y.shape, dictionary.shape[1]
-    block = plan_block(n_tokens, n_atoms, rank, Y.device, options.memory_budget)
+    plan = plan_solver(n_tokens, n_atoms, rank, Y.device, options.memory_budget)
     if n_tokens == 0 or (atoms is None and bool((Y[:, :1] == Y).all())):
         rows = Rows.empty(n_tokens, min(n_tokens, 1), Y.device)
         rows.gap.zero_()
@@ -133,7 +133,7 @@ def self_expression(
         with torch.no_grad(), full_precision_products(Y.device):
             problem = Problem.of(dictionary, affine=options.affine, alpha_e=options.alpha_e, alpha_z=options.alpha_z)
             tokens = None if atoms is None else problem.unit * Y.double()
-            rows = solve(problem, tokens, tol=options.tol, block=block, done=_counter(progress, n_tokens))
+            rows = solve(problem, tokens, tol=options.tol, plan=plan, done=_counter(progress, n_tokens))
     n_iter = int(rows.n_iter.amax()) if n_tokens else 0
     solution = SelfExpression(rows.indices, rows.values, rows.gap, n_iter, options.tol, n_atoms)
     missed = solution.unconverged

@@ -279,10 +279,11 @@ def _plan_scores(
         return tokens + pca, None
     rank = min(width if settings.pca_rank is None else settings.pca_rank, width, n_tokens)
     try:
-        block, problem = memory.plan_block(n_tokens, n_tokens, rank, device, limit), None
+        plan, problem = memory.plan_solver(n_tokens, n_tokens, rank, device, limit), None
     except MemoryError as error:
-        block, problem = memory.SMALLEST_BLOCK, str(error)
-    return tokens + max(pca, memory.solver_memory_bytes(n_tokens, n_tokens, rank, device, block)), problem
+        plan, problem = memory.Plan(memory.SMALLEST_BLOCK, 1), str(error)
+    solver = memory.solver_memory_bytes(n_tokens, n_tokens, rank, plan.block * plan.threads)
+    return tokens + max(pca, solver), problem
 
 
 def _problem(budget: Budget) -> str | None:

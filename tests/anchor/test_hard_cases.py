@@ -27,6 +27,7 @@ from .tokens import planted_subspaces
 
 CHECKED = 12  # tokens of a case: the worst by their own claim, and others by lot
 
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -164,7 +165,7 @@ CASES = (
     Case("patches-600-rank-16", lambda: patches(600), 16),
     Case("patches-flower", lambda: patches(300, 1)),
     Case("patches-linear", lambda: patches(300), 32, {"affine": False}),
-    Case("patches-raw", lambda: patches(100), None),
+    Case("patches-raw", lambda: patches(40), None),
     Case("alpha-e-1", lambda: subspaces(0.5), 64, {"alpha_e": 1.0}),
     Case("alpha-e-0.01", lambda: subspaces(0.5), 64, {"alpha_e": 0.01}),
     Case("alpha-e-1-linear", lambda: subspaces(0.5), 64, {"alpha_e": 1.0, "affine": False}),
@@ -191,7 +192,7 @@ def test_every_token_is_solved_and_every_claim_is_true(case: Case) -> None:
     assert found.values.dtype == torch.float64
     assert np.count_nonzero(C.diagonal()) == 0
     Y = Y.numpy()
-    if Y.shape[1] < 2 or (Y == Y[:, :1]).all():
+    if Y.shape[1] < 2 or (Y[:, :1] == Y).all():
         assert not C.any()  # nothing can be told apart
         return
     if options.affine:

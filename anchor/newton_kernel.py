@@ -1,0 +1,309 @@
+"""A step of Mehrotra's predictor-corrector on a GPU, one program a token: `Iterates.advance` in a single launch."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .atoms import Atoms
+
+BLOCK = 32  # candidates in a tile
+
+
+@triton.jit
+def _atoms(rows, candidates, o_candidates, n_candidates, o_axes, rank, n_unknowns):
+    """[BLOCK, RANK] the rows of some candidates, without the column of mu; 0 outside."""
+    atom = tl.load(candidates + o_candidates, mask=o_candidates < n_candidates, other=0)
+    mask = (o_candidates < n_candidates)[:, None] & (o_axes < rank)[None, :]
+    return tl.load(rows + atom[:, None] * n_unknowns + o_axes[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _solve(inverse, border, z, corner, right, right_mu, AFFINE: tl.constexpr):
+    """The step of nu and of mu, of the bordered normal matrix; `inverse` is minus that of its block of nu."""
+    nu = -tl.sum(inverse * right[None, :], 1)
+    mu = (right_mu - tl.sum(border * nu)) / corner
+    if not AFFINE:
+        mu = mu * 0
+    return nu - z * mu, mu
+
+
+@triton.jit
+def _then(u, v, above, below, dg, primal, dual):
+    """Complementarity of candidates after a step."""
+    a, b = dg / above, dg / below
+    return u * (1 - primal * (1 - a)) * (above - dual * dg) + v * (1 - primal * (1 + b)) * (below + dual * dg)
+
+
+@triton.jit
+def _centred(u, v, above, below, dg, mu):
+    """Where the multipliers go, of second order."""
+    return (mu - u * dg * (1 - dg / above)) / above, (mu + v * dg * (1 + dg / below)) / below
+
+
+@triton.jit
+def newton_kernel(
+    rows,
+    candidates,
+    target,
+    quadratic,
+    limit,
+    x,
+    u,
+    v,
+    g,
+    slopes,
+    coefficients,
+    weights,
+    objectives,
+    scalars,
+    n_candidates,
+    rank,
+    AFFINE: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: one token of `newton_step`, whose arguments these are, of n_candidates K and rank r <= RANK.
+
+    u, v, g: (tokens, K + r); slopes: (tokens, 2, K + r) room for those of predictor and corrector; objectives: (tokens,
+    2), primal and dual; scalars: (4,) float64 bound, step, distance of slopes from 1, and relative ridge.
+    """
+    i_token = tl.program_id(0).to(tl.int64)
+    dtype: tl.constexpr = rows.dtype.element_ty
+    n_unknowns = rank + (1 if AFFINE else 0)
+    width = n_candidates + rank
+    bound, part = tl.load(scalars), tl.load(scalars + 1)
+    nearest, ridge = tl.load(scalars + 2), tl.load(scalars + 3)
+    candidates += i_token * n_candidates
+    coefficients += i_token * n_candidates
+    weights += i_token * n_candidates
+    u += i_token * width
+    v += i_token * width
+    g += i_token * width
+    p_first, p_second = slopes + i_token * 2 * width, slopes + i_token * 2 * width + width
+    p_x, p_target = x + i_token * n_unknowns, target + i_token * n_unknowns
+    o_axes, o_tile = tl.arange(0, RANK), tl.arange(0, BLOCK)
+    m_axes = o_axes < rank
+    # [RANK]: unknowns nu and the error term's constraints, one for each
+    b_x = tl.load(p_x + o_axes, mask=m_axes, other=0.0)
+    b_target = tl.load(p_target + o_axes, mask=m_axes, other=0.0)
+    b_quadratic = tl.load(quadratic + o_axes, mask=m_axes, other=1.0)
+    b_limit = tl.load(limit + o_axes, mask=m_axes, other=1.0)
+    b_ue = tl.load(u + n_candidates + o_axes, mask=m_axes, other=0.0)
+    b_ve = tl.load(v + n_candidates + o_axes, mask=m_axes, other=0.0)
+    b_ge = tl.load(g + n_candidates + o_axes, mask=m_axes, other=0.0)
+    mu_x, mu_target = bound * 0, bound * 0
+    if AFFINE:
+        mu_x, mu_target = tl.load(p_x + rank), tl.load(p_target + rank)
+    # normal matrix: block of nu, its border and corner of mu
+    b_normal = tl.zeros([RANK, RANK], dtype=dtype)
+    b_border = tl.zeros([RANK], dtype=dtype)
+    corner = tl.sum(tl.zeros([RANK], dtype=tl.float64))
+    for start in range(0, n_candidates, BLOCK):
+        o = start + o_tile
+        m = o < n_candidates
+        b_atoms = _atoms(rows, candidates, o, n_candidates, o_axes, rank, n_unknowns)
+        b_u, b_v = tl.load(u + o, mask=m, other=0.0), tl.load(v + o, mask=m, other=0.0)
+        b_g = tl.load(g + o, mask=m, other=0.0)
+        b_weight = b_u / (1 - b_g) + b_v / (1 + b_g)
+        b_weighted = b_atoms * b_weight.to(dtype)[:, None]
+        b_normal = tl.dot(tl.trans(b_atoms), b_weighted, b_normal, input_precision="ieee", out_dtype=dtype)
+        b_border += tl.sum(b_weighted, 0)
+        corner += tl.sum(b_weight)
+    above_e, below_e = 1 - b_ge, 1 + b_ge
+    b_diagonal = tl.where(m_axes, b_quadratic + (b_ue / above_e + b_ve / below_e) / (b_limit * b_limit), 1.0)
+    is_diagonal = o_axes[:, None] == o_axes[None, :]
+    b_normal = tl.where(is_diagonal, ((b_normal + b_diagonal[:, None]) * (1 + ridge)).to(dtype), b_normal)
+    b_diagonal = tl.sum(tl.where(is_diagonal, b_normal, 0.0), 1)
+    # minus the inverse, by sweeping one unknown after the other; a pivot lost to rounding is held up
+    for k in range(0, RANK):
+        b_column = tl.sum(tl.where(o_axes[None, :] == k, b_normal, 0.0), 1)
+        pivot = tl.sum(tl.where(o_axes == k, b_column, 0.0))
+        least = tl.sum(tl.where(o_axes == k, b_diagonal, 0.0)) * ridge.to(dtype)
+        pivot = tl.where(pivot > least, pivot, 1000 * least)
+        b_scaled = b_column / pivot
+        b_normal -= b_column[:, None] * b_scaled[None, :]
+        b_normal = tl.where(o_axes[:, None] == k, b_scaled[None, :], b_normal)
+        b_normal = tl.where(o_axes[None, :] == k, b_scaled[:, None], b_normal)
+        b_normal = tl.where((o_axes[:, None] == k) & (o_axes[None, :] == k), -1 / pivot, b_normal)
+    b_z = -tl.sum(b_normal * b_border[None, :], 1)
+    full = (corner * (1 + ridge)).to(dtype)
+    corner_of = tl.maximum(full - tl.sum(b_border * b_z), full * ridge.to(dtype))
+    # predictor
+    b_slope = tl.where(m_axes, b_target - b_quadratic * b_x, 0.0)
+    b_dx, dmu = _solve(b_normal, b_border, b_z, corner_of, b_slope.to(dtype), mu_target.to(dtype), AFFINE)
+    b_dge = b_dx.to(tl.float64) / b_limit
+    b_a, b_b = b_dge / above_e, b_dge / below_e
+    primal = tl.max(tl.where(m_axes, tl.maximum(1 - b_a, 1 + b_b), 0.0))
+    dual = tl.max(tl.where(m_axes, tl.maximum(b_a, -b_b), 0.0))
+    now = tl.sum(b_ue * above_e + b_ve * below_e)
+    for start in range(0, n_candidates, BLOCK):
+        o = start + o_tile
+        m = o < n_candidates
+        b_atoms = _atoms(rows, candidates, o, n_candidates, o_axes, rank, n_unknowns)
+        b_u, b_v = tl.load(u + o, mask=m, other=0.0), tl.load(v + o, mask=m, other=0.0)
+        b_g = tl.load(g + o, mask=m, other=0.0)
+        b_dg = (tl.sum(b_atoms * b_dx[None, :], 1) + dmu).to(tl.float64)
+        tl.store(p_first + o, b_dg, mask=m)
+        b_a, b_b = b_dg / (1 - b_g), b_dg / (1 + b_g)
+        primal = tl.maximum(primal, tl.max(tl.where(m, tl.maximum(1 - b_a, 1 + b_b), 0.0)))
+        dual = tl.maximum(dual, tl.max(tl.where(m, tl.maximum(b_a, -b_b), 0.0)))
+        now += tl.sum(b_u * (1 - b_g) + b_v * (1 + b_g))
+    tl.debug_barrier()
+    primal, dual = 1 / tl.maximum(primal, 1.0), 1 / tl.maximum(dual, 1.0)
+    then = tl.sum(_then(b_ue, b_ve, above_e, below_e, b_dge, primal, dual))
+    for start in range(0, n_candidates, BLOCK):
+        o = start + o_tile
+        m = o < n_candidates
+        b_u, b_v = tl.load(u + o, mask=m, other=0.0), tl.load(v + o, mask=m, other=0.0)
+        b_g, b_dg = tl.load(g + o, mask=m, other=0.0), tl.load(p_first + o, mask=m, other=0.0)
+        then += tl.sum(_then(b_u, b_v, 1 - b_g, 1 + b_g, b_dg, primal, dual))
+    ratio = tl.minimum(tl.maximum(then / now, 0.0), 1.0)
+    mu = ratio * ratio * ratio * now / (2 * width)
+    # corrector
+    b_to_ue, b_to_ve = _centred(b_ue, b_ve, above_e, below_e, b_dge, mu)
+    b_right = b_slope - tl.where(m_axes, (b_to_ue - b_to_ve) / b_limit, 0.0)
+    b_combined = tl.zeros([RANK], dtype=dtype)
+    combined_mu = tl.sum(tl.zeros([RANK], dtype=dtype))
+    for start in range(0, n_candidates, BLOCK):
+        o = start + o_tile
+        m = o < n_candidates
+        b_atoms = _atoms(rows, candidates, o, n_candidates, o_axes, rank, n_unknowns)
+        b_u, b_v = tl.load(u + o, mask=m, other=0.0), tl.load(v + o, mask=m, other=0.0)
+        b_g, b_dg = tl.load(g + o, mask=m, other=0.0), tl.load(p_first + o, mask=m, other=0.0)
+        b_to_u, b_to_v = _centred(b_u, b_v, 1 - b_g, 1 + b_g, b_dg, mu)
+        b_to = tl.where(m, b_to_u - b_to_v, 0.0).to(dtype)
+        b_combined += tl.sum(b_atoms * b_to[:, None], 0)
+        combined_mu += tl.sum(b_to)
+    b_right = (b_right - b_combined).to(dtype)
+    b_dx, dmu = _solve(b_normal, b_border, b_z, corner_of, b_right, (mu_target - combined_mu).to(dtype), AFFINE)
+    b_dge = b_dx.to(tl.float64) / b_limit
+    b_due = b_to_ue - b_ue + b_ue * b_dge / above_e
+    b_dve = b_to_ve - b_ve - b_ve * b_dge / below_e
+    primal = tl.max(tl.where(m_axes, tl.maximum(-b_due / b_ue, -b_dve / b_ve), 0.0))
+    dual = tl.max(tl.where(m_axes, tl.maximum(b_dge / above_e, -b_dge / below_e), 0.0))
+    for start in range(0, n_candidates, BLOCK):
+        o = start + o_tile
+        m = o < n_candidates
+        b_atoms = _atoms(rows, candidates, o, n_candidates, o_axes, rank, n_unknowns)
+        b_u, b_v = tl.load(u + o, mask=m, other=1.0), tl.load(v + o, mask=m, other=1.0)
+        b_g, b_dg = tl.load(g + o, mask=m, other=0.0), tl.load(p_first + o, mask=m, other=0.0)
+        b_to_u, b_to_v = _centred(b_u, b_v, 1 - b_g, 1 + b_g, b_dg, mu)
+        b_dg = (tl.sum(b_atoms * b_dx[None, :], 1) + dmu).to(tl.float64)
+        tl.store(p_second + o, b_dg, mask=m)
+        b_a, b_b = b_dg / (1 - b_g), b_dg / (1 + b_g)
+        b_du, b_dv = b_to_u - b_u + b_u * b_a, b_to_v - b_v - b_v * b_b
+        primal = tl.maximum(primal, tl.max(tl.where(m, tl.maximum(-b_du / b_u, -b_dv / b_v), 0.0)))
+        dual = tl.maximum(dual, tl.max(tl.where(m, tl.maximum(b_a, -b_b), 0.0)))
+    tl.debug_barrier()
+    primal, dual = part / tl.maximum(primal, part), part / tl.maximum(dual, part)
+    if TOGETHER:
+        primal = tl.minimum(primal, dual)
+        dual = primal
+    # the step
+    b_x += dual * b_dx
+    mu_x += dual * dmu
+    tl.store(p_x + o_axes, b_x, mask=m_axes)
+    if AFFINE:
+        tl.store(p_x + rank, mu_x)
+    tl.store(u + n_candidates + o_axes, tl.maximum(b_ue + primal * b_due, 1e-300), mask=m_axes)
+    tl.store(v + n_candidates + o_axes, tl.maximum(b_ve + primal * b_dve, 1e-300), mask=m_axes)
+    b_ge = tl.minimum(tl.maximum(b_ge + dual * b_dge, nearest - 1), 1 - nearest)
+    tl.store(g + n_candidates + o_axes, b_ge, mask=m_axes)
+    total = tl.sum(tl.zeros([RANK], dtype=tl.float64))
+    for start in range(0, n_candidates, BLOCK):
+        o = start + o_tile
+        m = o < n_candidates
+        b_u, b_v = tl.load(u + o, mask=m, other=1.0), tl.load(v + o, mask=m, other=1.0)
+        b_g, b_dg = tl.load(g + o, mask=m, other=0.0), tl.load(p_first + o, mask=m, other=0.0)
+        b_to_u, b_to_v = _centred(b_u, b_v, 1 - b_g, 1 + b_g, b_dg, mu)
+        b_dg = tl.load(p_second + o, mask=m, other=0.0)
+        b_u += primal * (b_to_u - b_u + b_u * b_dg / (1 - b_g))
+        b_v += primal * (b_to_v - b_v - b_v * b_dg / (1 + b_g))
+        b_u, b_v = tl.maximum(b_u, 1e-300), tl.maximum(b_v, 1e-300)
+        b_g = tl.minimum(tl.maximum(b_g + dual * b_dg, nearest - 1), 1 - nearest)
+        tl.store(u + o, b_u, mask=m)
+        tl.store(v + o, b_v, mask=m)
+        tl.store(g + o, b_g, mask=m)
+        tl.store(weights + o, tl.maximum(b_u / (1 - b_g), b_v / (1 + b_g)), mask=m)
+        tl.store(coefficients + o, b_u - b_v, mask=m)
+        total += tl.sum(tl.where(m, b_u - b_v, 0.0))
+    tl.debug_barrier()
+    # coefficients of sum 1, and their objective
+    b_expressed = tl.zeros([RANK], dtype=dtype)
+    value = tl.sum(tl.zeros([RANK], dtype=tl.float64))
+    for start in range(0, n_candidates, BLOCK):
+        o = start + o_tile
+        m = o < n_candidates
+        b_atoms = _atoms(rows, candidates, o, n_candidates, o_axes, rank, n_unknowns)
+        b_c = tl.load(coefficients + o, mask=m, other=0.0)
+        if AFFINE:
+            b_c = b_c / total
+            tl.store(coefficients + o, b_c, mask=m)
+        b_expressed += tl.sum(b_atoms * b_c.to(dtype)[:, None], 0)
+        value += tl.sum(tl.abs(b_c))
+    b_rest = tl.where(m_axes, (b_target - b_expressed) / tl.sqrt(b_quadratic), 0.0)
+    b_fit = tl.minimum(tl.maximum(b_rest, -bound), bound)
+    value += tl.sum(bound * tl.abs(b_rest - b_fit) + b_fit * b_fit / 2)
+    tl.store(objectives + i_token * 2, value)
+    b_dual = tl.where(m_axes, b_target * b_x - b_quadratic * b_x * b_x / 2, 0.0)
+    tl.store(objectives + i_token * 2 + 1, tl.sum(b_dual) + mu_target * mu_x)
+
+
+def newton_step(
+    atoms: Atoms,
+    candidates: Tensor,
+    target: Tensor,
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scalars: Tensor,
+    *,
+    together: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Iterates.advance` in one launch: x, u, v and g change in place.
+
+    Args:
+        atoms: all of them, contiguous.
+        candidates: (b, K) int64.
+        target, x: (b, p) float64.
+        u, v, g: (b, K + r) float64.
+        scalars: (4,) float64 on the device: bound of the error term, part of the way to the boundary, distance that
+            slopes keep from 1, relative ridge of the normal matrix.
+        together: primal and dual step of one length.
+
+    Returns:
+        (b, K) coefficients, (b, K) the candidates' weight in the normal matrix, the larger of both sides, and (b, 2)
+        primal and dual value; float64.
+    """
+    n_tokens, n_candidates = candidates.shape
+    rank = len(atoms.limit)
+    coefficients, weights = (torch.empty_like(candidates, dtype=torch.float64) for _ in range(2))
+    objectives = x.new_empty(n_tokens, 2)
+    with torch.cuda.device_of(x):  # Triton launches on the current card
+        newton_kernel[(n_tokens,)](
+            atoms.rows,
+            candidates,
+            target,
+            atoms.quadratic,
+            atoms.limit,
+            x,
+            u,
+            v,
+            g,
+            torch.empty(n_tokens, 2, n_candidates + rank, dtype=torch.float64, device=x.device),
+            coefficients,
+            weights,
+            objectives,
+            scalars,
+            n_candidates,
+            rank,
+            AFFINE=atoms.affine,  # pyright: ignore[reportArgumentType]
+            TOGETHER=together,  # pyright: ignore[reportArgumentType]
+            RANK=max(16, triton.next_power_of_2(rank)),  # pyright: ignore[reportArgumentType]
+            BLOCK=BLOCK,  # pyright: ignore[reportArgumentType]
+            num_warps=8 if rank > 64 else 4,
+        )
+    return coefficients, weights, objectives
