@@ -250,8 +250,8 @@ def summary(rows: list[Row]) -> str:
         "# Scores that look across frames",
         "AUC of each score for tokens that belong to what all frames show, and ARI of the labels; means over seeds, in "
         "the figure with bands from the lowest to the highest of published and cross_frame. "
-        "Published, size, row_sum, projector and cross_frame share their labels, so that only k-means differs in ARI. The formula "
-        "of cross_frame was chosen on clips of other seeds. The tokens come from "
+        "Published, size, row_sum, projector and cross_frame share their labels, so that only k-means differs in ARI. "
+        "The formula of cross_frame was chosen on clips of other seeds. The tokens come from "
         "made-up subspaces and from photographs through random weights: nothing here says what a trained model's "
         "answers gain.",
         "\n".join(verdict(rows, case) for case in cases),

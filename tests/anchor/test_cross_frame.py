@@ -262,7 +262,7 @@ def test_benchmark_runs(tmp_path, monkeypatch, capsys):
     text = (tmp_path / "cross-frame.md").read_text()
     assert "- subspaces: cross_frame above published in" in text
     assert "## camera, china.jpg: 72 to 72 tokens, 1 seeds" in text
-    assert (tmp_path / "cross-frame.csv").read_text().count("\n") == 13
+    assert (tmp_path / "cross-frame.csv").read_text().count("\n") == 15
     assert (tmp_path / "cross-frame.png").read_bytes().startswith(b"\x89PNG")
     assert "cross_frame" in capsys.readouterr().out
 
