@@ -4,8 +4,8 @@
 
 The same tokens are scored as by default on one thread from float32, and then with one thing changed: two threads;
 --budgets of memory, MiB, which make smaller blocks; float64 tokens; a relative duality gap of 1e-4 instead of 1e-3. For
-comparison the tokens themselves are changed: 1% of noise (of the root mean square of centred tokens), and 1% left out, of
-which the others are compared. The measures are of the two results:
+comparison the tokens themselves are changed: 1% of noise (of the root mean square of centred tokens), and 1% left out,
+of which the others are compared. The measures are of the two results:
 
     row_sums     Spearman's rank correlation of r_i, the row sums of W; sum_difference: the largest difference of one,
                  relative to the largest row sum
