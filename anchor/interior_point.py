@@ -21,6 +21,7 @@ Each token that ends is certified by float64 slopes of all atoms.
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -32,15 +33,24 @@ from .atoms import SMALLEST, TINY, Atoms, all_slopes, certificate, dual_value, o
 from .memory import Plan, candidate_atoms
 from .problem import Problem
 
+if find_spec("triton"):  # not there on every platform
+    from .newton_kernel import newton_step
+    from .slopes_kernel import take_in_violators
+
 STEP, NEAREST_BOUNDARY = 0.97, 1e-12  # part of the way to the boundary, and where a slope ends by rounding
 MARGIN, PART_OF_GAP = 0.01, 0.3  # distance of other atoms from the boundary, at first, and as a part of the gap
 STALLED, LONGEST = 25, 60  # iterations of a token over changing atoms, and over settled ones
 CHECK_ON_CUDA = 3  # iterations after which the host asks for those that have ended; on a CPU after each
 ROUNDS = 20  # of settled atoms; then all atoms at once
 GROUPS = 512  # of atoms, of which only the largest slope may join the candidates
-FINE = 1e-4  # below this tolerance float32 is not enough
+FINE, TF32 = 1e-4, 1e-3  # below these tolerances float32 is not enough, nor TF32 for slopes on a GPU
 # Of settled atoms: the gap over them, |c|_1 - 1 in a hull, and slope - 1 of others.
 CENTRED, CONTAINED, VIOLATION = 1e-6, 1e-5, 1e-4
+
+
+def ridge_of(dtype: torch.dtype) -> float:
+    """What is added to the normal matrix's diagonal, as a part of it."""
+    return 1e-7 if dtype == torch.float32 else 1e-15
 
 
 class Found(NamedTuple):
@@ -80,18 +90,26 @@ class Iterates:
         self.atoms, self.target, self.own, self.candidates, self.x = atoms, target, own, candidates, x
         self.token = torch.arange(len(target), device=x.device)
         self.matrix = atoms.rows[candidates]
+        self.taken = self.weights = self.objectives = None
         self.g = self._slopes(x)
         c = torch.nn.functional.pad(coefficients, (0, len(atoms.limit)))
         level = self.dual()[:, None].abs()
         room = (c.abs().sum(1, keepdim=True) - self.dual()[:, None]).abs().maximum(1e-2 * level).clamp_min(SMALLEST)
         mu = room / c.shape[1]
         self.u, self.v = c.clamp_min(0) + mu / (1 - self.g), (-c).clamp_min(0) + mu / (1 + self.g)
+        self.scalars = None
+        if _runs_triton(x):  # the kernels gather the candidates' rows themselves, and write into x
+            self.x = x.clone()
+            self.matrix, self.scalars = (
+                self.matrix[:, :0],
+                _filled(x, atoms.bound, STEP, NEAREST_BOUNDARY, ridge_of(atoms.rows.dtype)),
+            )
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the tokens only."""
-        for name in ("token", "target", "candidates", "matrix", "x", "u", "v", "g"):
-            setattr(self, name, getattr(self, name)[rows])
-        self.own = None if self.own is None else self.own[rows]
+        for name in ("token", "own", "target", "candidates", "matrix", "x", "u", "v", "g", "taken"):
+            if (of_all := getattr(self, name)) is not None:
+                setattr(self, name, of_all[rows])
 
     def advance(self, *, together: bool = False) -> tuple[Tensor, Tensor]:
         """A step of Mehrotra's predictor-corrector: normal matrix and factor in the precision of atoms.rows.
@@ -103,6 +121,11 @@ class Iterates:
             (b, K) float64 coefficients, of sum 1 if affine, not finite where that cannot be; and (b,) their objective.
         """
         atoms, u, v, g = self.atoms, self.u, self.v, self.g
+        if self.scalars is not None:
+            c, self.weights, self.objectives = newton_step(
+                atoms, self.candidates, self.target, self.x, u, v, g, self.scalars, together=together
+            )  # pyright: ignore[reportPossiblyUnboundVariable]
+            return c, self.objectives[:, 0]
         dtype, rank, k = self.matrix.dtype, len(atoms.limit), self.candidates.shape[1]
         above, below = 1 - g, 1 + g
         weight = u / above + v / below
@@ -110,7 +133,7 @@ class Iterates:
         diagonal = normal.diagonal(dim1=1, dim2=2)
         diagonal += atoms.quadratic.to(dtype)
         diagonal[:, :rank] += (weight[:, k:] / atoms.limit**2).to(dtype)
-        diagonal *= 1 + (1e-7 if dtype == torch.float32 else 1e-15)
+        diagonal *= 1 + ridge_of(dtype)
         factor, failed = torch.linalg.cholesky_ex(normal)
         if failed.any():
             ridge = (1e-4 if dtype == torch.float32 else 1e-10) * diagonal
@@ -199,18 +222,32 @@ def _take_in_violators(it: Iterates, gap: Tensor, tol: float, slopes: Tensor) ->
     n_atoms, n_unknowns = atoms.rows.shape
     if k >= n_atoms - (it.own is not None):
         return
+    if it.scalars is not None:
+        if it.taken is None:
+            it.taken = torch.zeros(len(it.x), n_atoms, dtype=torch.uint8, device=it.x.device)
+            it.taken.scatter_(1, it.candidates, 1)
+            if it.own is not None:
+                it.taken.scatter_(1, it.own[:, None], 1)
+        scalars = _filled(it.x, MARGIN, PART_OF_GAP * tol, PART_OF_GAP, SMALLEST, float(atoms.affine))
+        take_in_violators(  # pyright: ignore[reportPossiblyUnboundVariable]
+            *(atoms, it.candidates, it.taken, it.x, it.u, it.v, it.g, it.weights, it.objectives, scalars),
+            n_swaps=n_unknowns // 2 or 1,
+            tf32=tol >= TF32,
+        )
+        return
     torch.mm(it.x.to(atoms.rows.dtype), atoms.rows.T, out=slopes).abs_()
     if it.own is not None:
         slopes.scatter_(1, it.own[:, None], -1.0)
     slopes.scatter_(1, it.candidates, -1.0)
     value, atom = _largest_of_groups(slopes, n_unknowns // 2 or 1)
+    weights = torch.maximum(it.u / (1 - it.g), it.v / (1 + it.g))[:, :k]
     inside = 1 - (PART_OF_GAP * gap).clamp(PART_OF_GAP * tol, MARGIN)[:, None]
     shrink = inside / value[:, :1].double().maximum(inside)
     it.x, it.g = it.x * shrink, it.g * shrink
     mu = (it.u * (1 - it.g) + it.v * (1 + it.g)).mean(1, keepdim=True) / 2
     rows = atoms.rows[atom]
     new = torch.bmm(it.x.to(rows.dtype)[:, None], rows.mT)[:, 0].double().maximum(-inside).minimum(inside)
-    place = torch.maximum(it.u / (1 - it.g), it.v / (1 + it.g))[:, :k].topk(value.shape[1], largest=False).indices
+    place = weights.topk(value.shape[1], largest=False).indices
     better = value > it.g.gather(1, place).abs().clamp_min(1 - MARGIN)
 
     def swap(old: Tensor, new: Tensor) -> Tensor:
@@ -220,6 +257,15 @@ def _take_in_violators(it: Iterates, gap: Tensor, tol: float, slopes: Tensor) ->
     it.u, it.v, it.g = swap(it.u, mu / (1 - new)), swap(it.v, mu / (1 + new)), swap(it.g, new)
     token, column = better.nonzero(as_tuple=True)
     it.matrix[token, place[token, column]] = rows[token, column]
+
+
+def _runs_triton(x: Tensor) -> bool:
+    return x.is_cuda and find_spec("triton") is not None
+
+
+def _filled(like: Tensor, *numbers: float) -> Tensor:
+    """Numbers as a tensor on a device, each written there: nothing is copied from the host."""
+    return torch.cat([like.new_full((1,), number) for number in numbers])
 
 
 def _largest_of_groups(slopes: Tensor, k: int) -> tuple[Tensor, Tensor]:

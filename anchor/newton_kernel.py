@@ -19,13 +19,12 @@ def _atoms(rows, candidates, o_candidates, n_candidates, o_axes, rank, n_unknown
 
 
 @triton.jit
-def _solve(inverse, border, z, corner, right, right_mu, AFFINE: tl.constexpr):
-    """The step of nu and of mu, of the bordered normal matrix; `inverse` is minus that of its block of nu."""
-    nu = -tl.sum(inverse * right[None, :], 1)
-    mu = (right_mu - tl.sum(border * nu)) / corner
-    if not AFFINE:
-        mu = mu * 0
-    return nu - z * mu, mu
+def _solve(inverse, mean, total, right, right_mu, AFFINE: tl.constexpr):
+    """The step of nu and of mu, mu eliminated first; `inverse` is minus that of what is then the matrix of nu."""
+    if AFFINE:
+        nu = -tl.sum(inverse * (right - mean * right_mu)[None, :], 1)
+        return nu, right_mu / total - tl.sum(mean * nu)
+    return -tl.sum(inverse * right[None, :], 1), right_mu * 0
 
 
 @triton.jit
@@ -96,10 +95,21 @@ def newton_kernel(
     mu_x, mu_target = bound * 0, bound * 0
     if AFFINE:
         mu_x, mu_target = tl.load(p_x + rank), tl.load(p_target + rank)
-    # normal matrix: block of nu, its border and corner of mu
+    # normal matrix of nu: around the weighted mean of the atoms where mu, whose column is 1, is eliminated
+    b_mean = tl.zeros([RANK], dtype=tl.float64)
+    total = tl.sum(tl.zeros([RANK], dtype=tl.float64))
+    if AFFINE:
+        for start in range(0, n_candidates, BLOCK):
+            o = start + o_tile
+            m = o < n_candidates
+            b_atoms = _atoms(rows, candidates, o, n_candidates, o_axes, rank, n_unknowns)
+            b_u, b_v = tl.load(u + o, mask=m, other=0.0), tl.load(v + o, mask=m, other=0.0)
+            b_g = tl.load(g + o, mask=m, other=0.0)
+            b_weight = b_u / (1 - b_g) + b_v / (1 + b_g)
+            b_mean += tl.sum(b_atoms * b_weight[:, None], 0)
+            total += tl.sum(b_weight)
+        b_mean /= total
     b_normal = tl.zeros([RANK, RANK], dtype=dtype)
-    b_border = tl.zeros([RANK], dtype=dtype)
-    corner = tl.sum(tl.zeros([RANK], dtype=tl.float64))
     for start in range(0, n_candidates, BLOCK):
         o = start + o_tile
         m = o < n_candidates
@@ -107,10 +117,10 @@ def newton_kernel(
         b_u, b_v = tl.load(u + o, mask=m, other=0.0), tl.load(v + o, mask=m, other=0.0)
         b_g = tl.load(g + o, mask=m, other=0.0)
         b_weight = b_u / (1 - b_g) + b_v / (1 + b_g)
+        b_atoms = (b_atoms - b_mean[None, :]).to(dtype)
         b_weighted = b_atoms * b_weight.to(dtype)[:, None]
         b_normal = tl.dot(tl.trans(b_atoms), b_weighted, b_normal, input_precision="ieee", out_dtype=dtype)
-        b_border += tl.sum(b_weighted, 0)
-        corner += tl.sum(b_weight)
+    b_mean = b_mean.to(dtype)
     above_e, below_e = 1 - b_ge, 1 + b_ge
     b_diagonal = tl.where(m_axes, b_quadratic + (b_ue / above_e + b_ve / below_e) / (b_limit * b_limit), 1.0)
     is_diagonal = o_axes[:, None] == o_axes[None, :]
@@ -127,12 +137,9 @@ def newton_kernel(
         b_normal = tl.where(o_axes[:, None] == k, b_scaled[None, :], b_normal)
         b_normal = tl.where(o_axes[None, :] == k, b_scaled[:, None], b_normal)
         b_normal = tl.where((o_axes[:, None] == k) & (o_axes[None, :] == k), -1 / pivot, b_normal)
-    b_z = -tl.sum(b_normal * b_border[None, :], 1)
-    full = (corner * (1 + ridge)).to(dtype)
-    corner_of = tl.maximum(full - tl.sum(b_border * b_z), full * ridge.to(dtype))
     # predictor
     b_slope = tl.where(m_axes, b_target - b_quadratic * b_x, 0.0)
-    b_dx, dmu = _solve(b_normal, b_border, b_z, corner_of, b_slope.to(dtype), mu_target.to(dtype), AFFINE)
+    b_dx, dmu = _solve(b_normal, b_mean, total.to(dtype), b_slope.to(dtype), mu_target.to(dtype), AFFINE)
     b_dge = b_dx.to(tl.float64) / b_limit
     b_a, b_b = b_dge / above_e, b_dge / below_e
     primal = tl.max(tl.where(m_axes, tl.maximum(1 - b_a, 1 + b_b), 0.0))
@@ -177,7 +184,7 @@ def newton_kernel(
         b_combined += tl.sum(b_atoms * b_to[:, None], 0)
         combined_mu += tl.sum(b_to)
     b_right = (b_right - b_combined).to(dtype)
-    b_dx, dmu = _solve(b_normal, b_border, b_z, corner_of, b_right, (mu_target - combined_mu).to(dtype), AFFINE)
+    b_dx, dmu = _solve(b_normal, b_mean, total.to(dtype), b_right, (mu_target - combined_mu).to(dtype), AFFINE)
     b_dge = b_dx.to(tl.float64) / b_limit
     b_due = b_to_ue - b_ue + b_ue * b_dge / above_e
     b_dve = b_to_ve - b_ve - b_ve * b_dge / below_e
