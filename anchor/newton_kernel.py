@@ -141,9 +141,9 @@ def newton_kernel(
     b_slope = tl.where(m_axes, b_target - b_quadratic * b_x, 0.0)
     b_dx, dmu = _solve(b_normal, b_mean, total.to(dtype), b_slope.to(dtype), mu_target.to(dtype), AFFINE)
     b_dge = b_dx.to(tl.float64) / b_limit
-    b_a, b_b = b_dge / above_e, b_dge / below_e
-    primal = tl.max(tl.where(m_axes, tl.maximum(1 - b_a, 1 + b_b), 0.0))
-    dual = tl.max(tl.where(m_axes, tl.maximum(b_a, -b_b), 0.0))
+    b_ae, b_be = b_dge / above_e, b_dge / below_e
+    primal = tl.max(tl.where(m_axes, tl.maximum(1 - b_ae, 1 + b_be), 0.0))
+    dual = tl.max(tl.where(m_axes, tl.maximum(b_ae, -b_be), 0.0))
     now = tl.sum(b_ue * above_e + b_ve * below_e)
     for start in range(0, n_candidates, BLOCK):
         o = start + o_tile
@@ -311,6 +311,6 @@ def newton_step(
             TOGETHER=together,  # pyright: ignore[reportArgumentType]
             RANK=max(16, triton.next_power_of_2(rank)),  # pyright: ignore[reportArgumentType]
             BLOCK=BLOCK,  # pyright: ignore[reportArgumentType]
-            num_warps=8 if rank > 64 else 4,
+            num_warps=4 if rank <= 16 else 8 if rank <= 64 else 16,
         )
     return coefficients, weights, objectives

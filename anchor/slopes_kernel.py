@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .atoms import Atoms
 
-TOKENS, ATOMS, BLOCK = 32, 128, 64  # of a tile of slopes, and candidates in a tile
+TOKENS, ATOMS, BLOCK = 32, 128, 16  # of a tile of slopes, and candidates in a tile
 GROUPS = 512  # at most about so many groups of atoms
 
 
