@@ -13,7 +13,7 @@ working tree.
 A row has a time only if the package claims its tolerance for every token and --checked tokens are within it of an
 optimum that is certified apart from the package (helpers/reference.py). Times are processor seconds of the process,
 the least of --repeats runs; `seconds` is wall time. `ratio` is the other revision's processor time over ours, `goal`
-what was to be reached; with more than one thread, it is of wall time, against one thread of ours.
+what was to be reached; with more than one thread, it is of wall time, against one thread of ours that takes turns.
 
 Writes DIR/scores-speed.csv, .json, .md and .png; the same command goes on where it ended.
 """
@@ -237,11 +237,10 @@ def run_case(
         for found in (other, with_ratio(ours, other)):
             results.add(found)
             print(found.line(), flush=True)
-    one = next(x for x in results.rows if all(getattr(x, name) == key[name] for name in KEY))
     for threads, worker in more.items():
         if row.tokens > options.whole or results.known(**key | {"threads": threads}):
             continue
-        (found,) = attempt(replace(row, threads=threads), {NOW: worker}, options)
+        one, found = attempt(replace(row, threads=threads), {"one thread": workers[NOW], NOW: worker}, options)
         if found.seconds and one.seconds:
             found = replace(found, ratio=one.seconds / found.seconds)
         results.add(found)
