@@ -6,6 +6,7 @@ from typing import Literal, Self, get_args
 import numpy as np
 import scipy.sparse
 from sklearn.base import BaseEstimator, ClusterMixin, TransformerMixin
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
@@ -200,6 +201,7 @@ class SparseSubspaceClustering(TransformerMixin, ClusterMixin, BaseEstimator):
         if self.pca_rank is not None:
             check_integer("pca_rank", self.pca_rank, low=1)
         check_choice("assign_labels", self.assign_labels, get_args(AssignLabels))
+        check_random_state(self.random_state)
         return SolverOptions(**{field.name: getattr(self, field.name) for field in fields(SolverOptions)})
 
     def _tokens(self, X: Tensor | np.ndarray | DLPackArray, *, reset: bool) -> Tensor:

@@ -18,10 +18,10 @@ Affine coefficients have |c|_1 >= 1, so the dual value may be raised to 1: token
 Each token that ends is certified by float64 slopes of all atoms.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -29,28 +29,17 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from .admm_start import Start
-from .atoms import SMALLEST, TINY, Atoms, all_slopes, certificate, dual_value, objective, relative_gap
+from .atoms import SMALLEST, Atoms, all_slopes, certificate, relative_gap
+from .iterates import Iterates, largest, swap_candidates
 from .memory import Plan, candidate_atoms
 from .problem import Problem
 
-if find_spec("triton"):  # not there on every platform
-    from .newton_kernel import newton_step
-    from .slopes_kernel import take_in_violators
-
-STEP, NEAREST_BOUNDARY = 0.97, 1e-12  # part of the way to the boundary, and where a slope ends by rounding
-MARGIN, PART_OF_GAP = 0.01, 0.3  # distance of other atoms from the boundary, at first, and as a part of the gap
 STALLED, LONGEST = 25, 60  # iterations of a token over changing atoms, and over settled ones
 CHECK_ON_CUDA = 3  # iterations after which the host asks for those that have ended; on a CPU after each
-ROUNDS = 20  # of settled atoms; then all atoms at once
-GROUPS = 512  # of atoms, of which only the largest slope may join the candidates
-FINE, TF32 = 1e-4, 1e-3  # below these tolerances float32 is not enough, nor TF32 for slopes on a GPU
+ROUNDS = 20  # of settled atoms, of which the light half leaves in each; then none leaves any more
+FINE = 1e-4  # below this tolerance float32 is not enough
 # Of settled atoms: the gap over them, |c|_1 - 1 in a hull, and slope - 1 of others.
 CENTRED, CONTAINED, VIOLATION = 1e-6, 1e-5, 1e-4
-
-
-def ridge_of(dtype: torch.dtype) -> float:
-    """What is added to the normal matrix's diagonal, as a part of it."""
-    return 1e-7 if dtype == torch.float32 else 1e-15
 
 
 class Found(NamedTuple):
@@ -68,119 +57,6 @@ class Found(NamedTuple):
         return Found(*(field[kept] for field in self[:-1]), self.n_iter)  # pyright: ignore[reportIndexIssue]
 
 
-class Iterates:
-    """Iterates of b tokens over K candidates each.
-
-    Args:
-        atoms: all of them.
-        target: (b, p) float64.
-        own: (b,) int64, the atom that is the token itself; None where none is.
-        candidates: (b, K) int64.
-        x: (b, p) float64, a dual point strictly inside the constraints.
-        coefficients: (b, K) float64.
-
-    Attributes:
-        u, v: (b, K + r) float64 > 0, multipliers of slope <= 1 and slope >= -1 for each candidate and the error term.
-        g: (b, K + r) float64 slopes.
-    """
-
-    def __init__(
-        self, atoms: Atoms, target: Tensor, own: Tensor | None, candidates: Tensor, x: Tensor, coefficients: Tensor
-    ) -> None:
-        self.atoms, self.target, self.own, self.candidates, self.x = atoms, target, own, candidates, x
-        self.token = torch.arange(len(target), device=x.device)
-        self.matrix = atoms.rows[candidates]
-        self.taken = self.weights = self.objectives = None
-        self.g = self._slopes(x)
-        c = torch.nn.functional.pad(coefficients, (0, len(atoms.limit)))
-        level = self.dual()[:, None].abs()
-        room = (c.abs().sum(1, keepdim=True) - self.dual()[:, None]).abs().maximum(1e-2 * level).clamp_min(SMALLEST)
-        mu = room / c.shape[1]
-        self.u, self.v = c.clamp_min(0) + mu / (1 - self.g), (-c).clamp_min(0) + mu / (1 + self.g)
-        self.scalars = None
-        if _runs_triton(x):  # the kernels gather the candidates' rows themselves, and write into x
-            self.x = x.clone()
-            self.matrix, self.scalars = (
-                self.matrix[:, :0],
-                _filled(x, atoms.bound, STEP, NEAREST_BOUNDARY, ridge_of(atoms.rows.dtype)),
-            )
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with some of the tokens only."""
-        for name in ("token", "own", "target", "candidates", "matrix", "x", "u", "v", "g", "taken"):
-            if (of_all := getattr(self, name)) is not None:
-                setattr(self, name, of_all[rows])
-
-    def advance(self, *, together: bool = False) -> tuple[Tensor, Tensor]:
-        """A step of Mehrotra's predictor-corrector: normal matrix and factor in the precision of atoms.rows.
-
-        Args:
-            together: the primal and the dual step have one length, slower but safer.
-
-        Returns:
-            (b, K) float64 coefficients, of sum 1 if affine, not finite where that cannot be; and (b,) their objective.
-        """
-        atoms, u, v, g = self.atoms, self.u, self.v, self.g
-        if self.scalars is not None:
-            c, self.weights, self.objectives = newton_step(
-                atoms, self.candidates, self.target, self.x, u, v, g, self.scalars, together=together
-            )  # pyright: ignore[reportPossiblyUnboundVariable]
-            return c, self.objectives[:, 0]
-        dtype, rank, k = self.matrix.dtype, len(atoms.limit), self.candidates.shape[1]
-        above, below = 1 - g, 1 + g
-        weight = u / above + v / below
-        normal = torch.bmm(self.matrix.mT, self.matrix * weight[:, :k, None].to(dtype))
-        diagonal = normal.diagonal(dim1=1, dim2=2)
-        diagonal += atoms.quadratic.to(dtype)
-        diagonal[:, :rank] += (weight[:, k:] / atoms.limit**2).to(dtype)
-        diagonal *= 1 + ridge_of(dtype)
-        factor, failed = torch.linalg.cholesky_ex(normal)
-        if failed.any():
-            ridge = (1e-4 if dtype == torch.float32 else 1e-10) * diagonal
-            firm = torch.linalg.cholesky_ex(normal + torch.diag_embed(ridge))[0]
-            factor = torch.where((failed > 0)[:, None, None], firm, factor)
-        slope = self.target - atoms.quadratic * self.x
-
-        def solved(right: Tensor) -> Tensor:
-            return torch.cholesky_solve(right.to(dtype)[..., None], factor)[..., 0].double()
-
-        dg = self._slopes(solved(slope))  # predictor
-        a, b = dg / above, dg / below
-        primal, dual = _step(torch.maximum(1 - a, 1 + b), 1.0), _step(torch.maximum(a, -b), 1.0)
-        now = (u * above + v * below).sum(1, keepdim=True)
-        then = u * (1 - primal * (1 - a)) * (above - dual * dg) + v * (1 - primal * (1 + b)) * (below + dual * dg)
-        mu = (then.sum(1, keepdim=True) / now).clamp(0, 1) ** 3 * now / (2 * g.shape[1])
-        to_u, to_v = (mu - u * dg * (1 - a)) / above, (mu + v * dg * (1 + b)) / below  # centred, of second order
-        dx = solved(slope - self._combined(to_u - to_v))
-        dg = self._slopes(dx)
-        a, b = dg / above, dg / below
-        du, dv = to_u - u + u * a, to_v - v - v * b
-        primal, dual = _step(torch.maximum(-du / u, -dv / v), STEP), _step(torch.maximum(a, -b), STEP)
-        if together:
-            primal = dual = primal.minimum(dual)
-        self.u, self.v = (u + primal * du).clamp_min_(TINY), (v + primal * dv).clamp_min_(TINY)
-        self.x, self.g = self.x + dual * dx, (g + dual * dg).clamp_(-1 + NEAREST_BOUNDARY, 1 - NEAREST_BOUNDARY)
-        c = (self.u - self.v)[:, :k]
-        c = c / c.sum(1, keepdim=True) if atoms.affine else c
-        return c, objective(atoms, self.matrix, c, self.target)
-
-    def dual(self) -> Tensor:
-        """(b,) the dual value of x."""
-        return dual_value(self.atoms, self.x, self.target)
-
-    def _slopes(self, x: Tensor) -> Tensor:
-        """(b, K + r) slopes of the candidates and of the error term."""
-        own = torch.bmm(x.to(self.matrix.dtype)[:, None], self.matrix.mT)[:, 0].double()  # faster than (matrix, x)
-        return torch.cat([own, x[:, : len(self.atoms.limit)] / self.atoms.limit], 1)
-
-    def _combined(self, c: Tensor) -> Tensor:
-        """(b, p), the transpose of `_slopes`."""
-        k, rank = self.candidates.shape[1], len(self.atoms.limit)
-        y = torch.bmm(c[:, None, :k].to(self.matrix.dtype), self.matrix)[:, 0].double()
-        y[:, :rank] += c[:, k:] / self.atoms.limit
-        return y
-
-
 def over_changing_atoms(atoms: Atoms, start: Start, target: Tensor, own: Tensor | None, tol: float) -> Iterator[Found]:
     """See the top of the file, 1. Tokens as they end, the stalled ones at last with whatever gap they have."""
     n_atoms, n_unknowns = atoms.rows.shape
@@ -194,7 +70,7 @@ def over_changing_atoms(atoms: Atoms, start: Start, target: Tensor, own: Tensor 
     for n_iter in range(1, STALLED + 1):
         found = it.candidates
         c, primal = it.advance()
-        _take_in_violators(it, relative_gap(atoms, primal, it.dual()), tol, slopes[: len(c)])
+        swap_candidates(it, relative_gap(atoms, primal, it.dual()), tol, slopes[: len(c)])
         if n_iter % every and n_iter < STALLED:
             continue
         gap = relative_gap(atoms, primal, it.dual())
@@ -213,76 +89,6 @@ def over_changing_atoms(atoms: Atoms, start: Start, target: Tensor, own: Tensor 
         it.keep(stay)
 
 
-def _take_in_violators(it: Iterates, gap: Tensor, tol: float, slopes: Tensor) -> None:
-    """Scale x to be feasible for all atoms, and let those of largest slope take the place of the lightest candidates.
-
-    slopes: (b, N) room for the slopes.
-    """
-    atoms, k = it.atoms, it.candidates.shape[1]
-    n_atoms, n_unknowns = atoms.rows.shape
-    if k >= n_atoms - (it.own is not None):
-        return
-    if it.scalars is not None:
-        if it.taken is None:
-            it.taken = torch.zeros(len(it.x), n_atoms, dtype=torch.uint8, device=it.x.device)
-            it.taken.scatter_(1, it.candidates, 1)
-            if it.own is not None:
-                it.taken.scatter_(1, it.own[:, None], 1)
-        scalars = _filled(it.x, MARGIN, PART_OF_GAP * tol, PART_OF_GAP, SMALLEST, float(atoms.affine))
-        take_in_violators(  # pyright: ignore[reportPossiblyUnboundVariable]
-            *(atoms, it.candidates, it.taken, it.x, it.u, it.v, it.g, it.weights, it.objectives, scalars),
-            n_swaps=n_unknowns // 2 or 1,
-            tf32=tol >= TF32,
-        )
-        return
-    torch.mm(it.x.to(atoms.rows.dtype), atoms.rows.T, out=slopes).abs_()
-    if it.own is not None:
-        slopes.scatter_(1, it.own[:, None], -1.0)
-    slopes.scatter_(1, it.candidates, -1.0)
-    value, atom = _largest_of_groups(slopes, n_unknowns // 2 or 1)
-    weights = torch.maximum(it.u / (1 - it.g), it.v / (1 + it.g))[:, :k]
-    inside = 1 - (PART_OF_GAP * gap).clamp(PART_OF_GAP * tol, MARGIN)[:, None]
-    shrink = inside / value[:, :1].double().maximum(inside)
-    it.x, it.g = it.x * shrink, it.g * shrink
-    mu = (it.u * (1 - it.g) + it.v * (1 + it.g)).mean(1, keepdim=True) / 2
-    rows = atoms.rows[atom]
-    new = torch.bmm(it.x.to(rows.dtype)[:, None], rows.mT)[:, 0].double().maximum(-inside).minimum(inside)
-    place = weights.topk(value.shape[1], largest=False).indices
-    better = value > it.g.gather(1, place).abs().clamp_min(1 - MARGIN)
-
-    def swap(old: Tensor, new: Tensor) -> Tensor:
-        return old.scatter(1, place, torch.where(better, new, old.gather(1, place)))
-
-    it.candidates = swap(it.candidates, atom)
-    it.u, it.v, it.g = swap(it.u, mu / (1 - new)), swap(it.v, mu / (1 + new)), swap(it.g, new)
-    token, column = better.nonzero(as_tuple=True)
-    it.matrix[token, place[token, column]] = rows[token, column]
-
-
-def _runs_triton(x: Tensor) -> bool:
-    return x.is_cuda and find_spec("triton") is not None
-
-
-def _filled(like: Tensor, *numbers: float) -> Tensor:
-    """Numbers as a tensor on a device, each written there: nothing is copied from the host."""
-    return torch.cat([like.new_full((1,), number) for number in numbers])
-
-
-def _largest_of_groups(slopes: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """About the k largest of each row (b, N), descending, and their columns: the largest of each of GROUPS groups."""
-    n_tokens, n_atoms = slopes.shape
-    size = -(-n_atoms // GROUPS)
-    groups = torch.nn.functional.pad(slopes, (0, -n_atoms % size), value=-1.0).view(n_tokens, size, -1)
-    value, group = groups.amax(1).topk(min(k, groups.shape[2]))
-    atom = groups.gather(2, group[:, None].expand(-1, size, -1)).argmax(1) * groups.shape[2] + group
-    return value, atom.clamp_max(n_atoms - 1)
-
-
-def _step(relative: Tensor, part: float) -> Tensor:
-    """(b, 1) the step at which the largest relative decrease has used `part` of what there is, at most 1."""
-    return part / relative.amax(1, keepdim=True).clamp_min(part)
-
-
 def over_settled_atoms(
     atoms: Atoms, target: Tensor, own: Tensor | None, candidates: Tensor, inside: Tensor, tol: float
 ) -> Iterator[Found]:
@@ -293,28 +99,28 @@ def over_settled_atoms(
     k = candidate_atoms(n_unknowns, n_others)
     token, before = torch.arange(len(target), device=target.device), 0
     candidates = torch.where(inside[:, None], _nearest(atoms, target, own, k), candidates)
-    for _ in range(ROUNDS if n_others > 2 * k else 0):
+    if n_others <= 2 * k:
+        everything = torch.arange(n_others, device=target.device).expand(len(target), -1)
+        candidates = everything if own is None else everything + (everything >= own[:, None])
+    for n_rounds in itertools.count(1):
         c, x, n_iter = _optimum_over(atoms, target, candidates, min(CENTRED, tol / 4))
         before += n_iter
-        primal, gap, slopes, largest = certificate(atoms, candidates, c, x, target, own)
-        good = largest <= 1 + min(VIOLATION, tol)
+        primal, gap, slopes, steepest = certificate(atoms, candidates, c, x, target, own)
+        good = steepest <= 1 + min(VIOLATION, tol)
         if atoms.affine:
             good |= primal <= 1 + min(CONTAINED, tol)
-        good &= gap <= tol
+        good = (good & (gap <= tol)) | torch.full_like(good, candidates.shape[1] == n_others)
         yield Found(token[good], candidates[good], c[good], primal[good], gap[good], before)
         rest = (~good).nonzero()[:, 0]
         if len(rest) == 0:
             return
         token, target, own = token[rest], target[rest], None if own is None else own[rest]
-        kept = candidates[rest].gather(1, c[rest].abs().nan_to_num(nan=0.0).topk(k - k // 2, sorted=False).indices)
-        candidates = torch.cat([kept, slopes[rest].scatter_(1, kept, -1.0).topk(k // 2, sorted=False).indices], 1)
-    everything = torch.arange(n_others, device=target.device)
-    for part in torch.arange(len(token), device=token.device).split(max(1, len(inside) * k // n_others)):
-        mine = None if own is None else own[part]
-        candidates = everything.expand(len(part), -1) if mine is None else everything + (everything >= mine[:, None])
-        c, x, n_iter = _optimum_over(atoms, target[part], candidates, min(CENTRED, tol / 4))
-        primal, gap, _, _ = certificate(atoms, candidates, c, x, target[part], mine)
-        yield Found(token[part], candidates, c, primal, gap, before + n_iter)
+        candidates, c, slopes = candidates[rest], c[rest], slopes[rest]
+        if n_rounds < ROUNDS:  # later on nothing is left out: the set grows until it is enough
+            heaviest = c.abs().nan_to_num(nan=0.0).topk(k - k // 2, sorted=False).indices
+            candidates = candidates.gather(1, heaviest)
+        room = min(k // 2, n_others - candidates.shape[1])
+        candidates = torch.cat([candidates, largest(slopes.scatter_(1, candidates, -1.0), room)], 1)
 
 
 def _nearest(atoms: Atoms, target: Tensor, own: Tensor | None, k: int) -> Tensor:

@@ -49,7 +49,7 @@ def test_scores_and_labels_are_the_authors(seed: int) -> None:
 def test_reproduce_keeps_what_was_given_and_switches_the_rest() -> None:
     config = VideoAnchorConfig.preset("internvl2-8b", n_clusters=7, pca_rank=9).reproduce()
     assert (config.alpha_q, config.alpha_k, config.alpha_v, config.n_clusters, config.pca_rank) == (4.0, 9.5, 2.5, 7, 9)
-    assert (config.arithmetic, config.algorithm, config.decode) == ("authors", "authors", "prefill")
+    assert (config.arithmetic, config.assign_labels, config.decode) == ("authors", "discretize", "prefill")
     assert (config.affine, config.assign_labels) == (True, "discretize")
     assert config.reproduce() == config
 
@@ -65,7 +65,7 @@ def test_fewer_tokens_than_clusters() -> None:
     ("settings", "message"),
     [
         ({"arithmetic": "authors"}, "reproduce"),
-        ({"arithmetic": "authors", "algorithm": "authors", "n_clusters": "auto"}, "number of clusters"),
+        ({"arithmetic": "authors", "assign_labels": "discretize", "n_clusters": "auto"}, "number of clusters"),
         ({"arithmetic": "bf16"}, "arithmetic must be one of 'exact', 'authors'"),
     ],
     ids=["another-algorithm", "auto-clusters", "unknown"],

@@ -1,5 +1,6 @@
 import argparse
 import json
+from dataclasses import asdict, fields
 from typing import get_args
 
 import numpy as np
@@ -50,26 +51,29 @@ def test_preset_invents_nothing():
         ({"random_state": -1}, ValueError, "random_state must be >= 0"),
         ({"random_state": 2**32}, ValueError, "random_state must be >= 0 and <= 4294967295"),
         ({"decode": "always"}, ValueError, "decode must be one of 'persist', 'prefill'"),
-        ({"scorer": "pca"}, ValueError, "scorer must be one of 'ssc', 'kmeans', 'uniform' or a function"),
-        ({"assign_labels": "qr"}, ValueError, "assign_labels must be one of 'discretize', 'cluster_qr', 'kmeans'"),
-        ({"algorithm": "fast"}, ValueError, "algorithm must be one of 'auto', 'dense', 'blocked'"),
+        ({"scorer": "pca"}, ValueError, "scorer must be one of 'ssc', 'knn', 'kmeans', 'uniform' or a function"),
+        ({"assign_labels": "qr"}, ValueError, "assign_labels must be one of 'cluster_qr', 'kmeans', 'discretize'"),
         ({"memory_budget": 0}, ValueError, "memory_budget must be >= 1"),
         ({"scorer": "kmeans", "n_clusters": "auto"}, ValueError, 'n_clusters="auto" needs the affinity'),
         (
             {"score": "both"},
             ValueError,
-            "score must be one of 'published', 'size', 'row_sum', 'cross_frame', got 'both'",
+            "score must be one of 'published', 'size', 'row_sum', 'projector', 'cross_frame', got 'both'",
         ),
-        ({"score": "size", "scorer": "kmeans"}, ValueError, "score='size' needs scorer=\"ssc\", got scorer='kmeans'"),
+        (
+            {"score": "size", "scorer": "kmeans"},
+            ValueError,
+            "score='size' needs scorer=\"ssc\" or \"knn\", got scorer='kmeans'",
+        ),
         ({"score": "cross_frame", "scorer": "uniform"}, ValueError, "got scorer='uniform': leave score out"),
         ({"score": "row_sum", "scorer": norm_scorer}, ValueError, "score='row_sum' needs scorer=\"ssc\""),
         (
-            {"score": "size", "algorithm": "authors", "arithmetic": "authors"},
+            {"score": "size", "assign_labels": "discretize", "arithmetic": "authors"},
             ValueError,
             'arithmetic="authors" needs score="published", got score=\'size\'',
         ),
-        ({"rho": 0.0}, ValueError, "rho must be finite and > 0"),
-        ({"max_iter": 0}, ValueError, "max_iter must be >= 1"),
+        ({"tol": 0.0}, ValueError, "tol must be finite and > 0"),
+        ({"arithmetic": "authors"}, ValueError, 'needs affine=True and assign_labels="discretize"'),
     ],
 )
 def test_settings_are_checked(settings, error, message):
@@ -83,22 +87,10 @@ def test_what_is_not_the_paper_is_not_reproduced():
         VideoAnchorConfig(alpha_k=1, alpha_v=1, score="cross_frame").reproduce()
 
 
-def test_solver_options_are_passed_on():
-    config = VideoAnchorConfig(
-        alpha_k=1,
-        alpha_v=1,
-        rho=300.0,
-        relaxation=1.0,
-        tol=2e-4,
-        max_iter=10_000,
-        affine=False,
-        alpha_e=7.0,
-        alpha_z=9.0,
-    )
-    assert config.solver_options() == SolverOptions(
-        rho=300.0, relaxation=1.0, tol=2e-4, max_iter=10_000, affine=False, alpha_e=7.0, alpha_z=9.0
-    )
-    assert VideoAnchorConfig(alpha_k=1, alpha_v=1).solver_options() == SolverOptions()
+def test_the_settings_of_the_solver_are_among_them():
+    config, defaults = VideoAnchorConfig(alpha_k=1, alpha_v=1), SolverOptions()
+    assert isinstance(config, SolverOptions)
+    assert {field.name: getattr(config, field.name) for field in fields(SolverOptions)} == asdict(defaults)
 
 
 def test_to_dict_is_ready_for_json():

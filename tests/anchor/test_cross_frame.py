@@ -205,7 +205,7 @@ def test_cross_frame_needs_frames(n_tokens):
 def test_anchor_scores_are_those_of_the_definition(device):
     tokens = vit_like(4, 15).to(device)
     frames = torch.arange(60) // 15  # on the CPU, wherever the tokens are
-    found = self_expression(token_features(tokens, 16), config().solver_options())
+    found = self_expression(token_features(tokens, 16), config())
     result = anchor_scores(tokens, config(score="cross_frame"), frames=frames)
     expected = by_definition(found, result.labels.cpu(), frames)
     np.testing.assert_allclose(result.scores.cpu().numpy(), expected, rtol=1e-5, atol=1e-7)

@@ -65,7 +65,7 @@ def test_score_arguments_are_checked(row_sums, labels, message):
 def test_scores_are_those_of_the_parts(device):
     tokens = vit_like().to(device)
     result = anchor_scores(tokens, config())
-    solution = self_expression(token_features(tokens, 16), config().solver_options())
+    solution = self_expression(token_features(tokens, 16), config())
     expected = shared_expression_score(solution.row_sums(), result.labels, 8)
     torch.testing.assert_close(result.scores, expected)
     assert result.scores.device == result.labels.device == tokens.device
@@ -80,7 +80,7 @@ def test_scores_are_those_of_the_parts(device):
 def test_each_factor_of_the_score_alone(score):
     tokens = vit_like(4, 15)
     result, published = anchor_scores(tokens, config(score=score)), anchor_scores(tokens, config())
-    row_sums = self_expression(token_features(tokens, 16), config().solver_options()).row_sums().numpy()
+    row_sums = self_expression(token_features(tokens, 16), config()).row_sums().numpy()
     unscaled = np.bincount(result.labels)[result.labels] if score == "size" else row_sums
     expected = (unscaled - unscaled.min()) / (unscaled.max() - unscaled.min())
     np.testing.assert_allclose(result.scores, expected, rtol=1e-5, atol=1e-7)
@@ -119,7 +119,8 @@ def test_another_seed_moves_nothing_on_clear_structure():
 def test_the_seed_is_used_where_structure_is_weak(scorer):
     tokens = torch.randn(60, 20, generator=torch.Generator().manual_seed(0))
     labels = {
-        tuple(anchor_scores(tokens, config(scorer=scorer, random_state=seed)).labels.tolist()) for seed in range(4)
+        tuple(anchor_scores(tokens, config(scorer=scorer, assign_labels="kmeans", random_state=seed)).labels.tolist())
+        for seed in range(4)
     }
     assert len(labels) > 1
 
@@ -131,7 +132,7 @@ def test_scores_follow_the_tokens(change):
     order = torch.randperm(len(tokens), generator=random) if change == "permuted" else torch.arange(len(tokens))
     rotation = torch.linalg.qr(torch.randn(40, 40, generator=random, dtype=torch.float64)).Q
     changed = tokens[order] if change == "permuted" else tokens @ rotation
-    settings = config(n_clusters=4, pca_rank=12, affine=False)
+    settings = config(n_clusters=4, pca_rank=12, affine=False, tol=1e-6)
     expected, found = anchor_scores(tokens, settings), anchor_scores(changed, settings)
     torch.testing.assert_close(found.scores, expected.scores[order], atol=1e-5, rtol=0)
     assert adjusted_rand_score(found.labels, expected.labels[order]) == 1.0
@@ -191,7 +192,7 @@ def test_duplicate_tokens_score_alike(rank):
     tokens = vit_like(2, 20).double()
     result = anchor_scores(torch.cat([tokens, tokens]), config(pca_rank=rank, n_clusters=4))
     assert result.converged
-    torch.testing.assert_close(result.scores[:40], result.scores[40:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(result.scores[:40], result.scores[40:], atol=2 * config().tol, rtol=0)
 
 
 def test_kmeans_prefers_the_centre_of_large_clusters():
@@ -248,20 +249,20 @@ def test_bad_tokens_are_refused():
 
 def test_unconverged_scores_say_so():
     with pytest.warns(ConvergenceWarning):
-        result = anchor_scores(vit_like(), config(max_iter=5))
-    assert (result.n_iter, result.converged) == (5, False)
-    assert result.residual > config().tol
+        result = anchor_scores(vit_like(), config(tol=1e-17))
+    assert not result.converged
+    assert result.residual > 1e-17
 
 
 def test_too_many_tokens_are_refused_before_any_work(monkeypatch):
     monkeypatch.setattr(memory, "available_memory_bytes", lambda _: 1000)
     monkeypatch.setattr(scores, "token_features", lambda *_: pytest.fail("the PCA was computed"))
-    with pytest.raises(MemoryError, match=r"256 tokens \(rank 16"):
+    with pytest.raises(MemoryError, match=r"256 tokens over 256 \(rank 16"):
         anchor_scores(vit_like(), config())
 
 
 def test_progress_is_reported_rarely(monkeypatch, capsys):
-    clock = iter(np.arange(0, 1000, 0.01))
+    clock = iter(np.arange(0, 1000, 0.1))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     times, calls = [], []
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from videoanchor_triton.anchor import interior_point, memory, problem
-from videoanchor_triton.anchor.memory import plan_block, solver_memory_bytes
+from videoanchor_triton.anchor.memory import Plan, plan_solver, solver_memory_bytes
 from videoanchor_triton.anchor.options import SolverOptions
 from videoanchor_triton.anchor.problem import Problem, token_features
 from videoanchor_triton.anchor.solver import SelfExpression, self_expression
@@ -118,7 +118,7 @@ def test_iterations_at_rank_64(n_tokens: int) -> None:
     """All starts counted; the smaller set is the first half of the frames of the larger."""
     Y = token_features(vit_like(32, 64)[:n_tokens], 64)
     weighted = Problem.of(Y, affine=True, alpha_e=800.0, alpha_z=800.0)
-    found = interior_point.solve(weighted, None, tol=1e-3, block=128)
+    found = interior_point.solve(weighted, None, tol=1e-3, plan=Plan(128, 1))
     assert found.gap.max() <= 1e-3
     assert 1 < found.n_iter.double().mean() <= 7
 
@@ -128,7 +128,7 @@ def test_iterations_of_two_starts_are_added() -> None:
     Y = token_features(vit_like(8, 64), 6)
     hull = self_expression(Y).to_dense().abs().sum(0) < 1 + 1e-6
     weighted = Problem.of(Y, affine=True, alpha_e=800.0, alpha_z=800.0)
-    n_iter = interior_point.solve(weighted, None, tol=1e-3, block=64).n_iter.double()
+    n_iter = interior_point.solve(weighted, None, tol=1e-3, plan=Plan(64, 1)).n_iter.double()
     assert 50 < int(hull.sum()) < 500
     assert n_iter[hull].mean() > n_iter[~hull].mean() + 4
 
@@ -221,8 +221,8 @@ def one_thread() -> Any:
 def test_memory_stays_within_what_is_announced(rank: int, tol: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problem, "CHUNK_ELEMENTS", 20_000)
     Y = token_features(vit_like(8, 60), rank)
-    block = plan_block(480, 480, rank, Y.device, None)
-    announced = solver_memory_bytes(480, 480, rank, Y.device, block)
+    plan = plan_solver(480, 480, rank, Y.device, None)
+    announced = solver_memory_bytes(480, 480, rank, plan.block)
     with PeakMemory() as used:
         self_expression(Y, SolverOptions(tol=tol))
     assert announced / 3 < used.peak <= announced
@@ -232,19 +232,19 @@ def test_memory_stays_within_what_is_announced(rank: int, tol: float, monkeypatc
 def test_a_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problem, "CHUNK_ELEMENTS", 5_000)
     Y = token_features(vit_like(8, 60), 32)
-    budget = solver_memory_bytes(480, 480, 32, Y.device, 60)
-    assert plan_block(480, 480, 32, Y.device, budget) == 60
+    budget = solver_memory_bytes(480, 480, 32, 60)
+    assert plan_solver(480, 480, 32, Y.device, budget) == Plan(60, 1)
     with PeakMemory() as used:
         found = self_expression(Y, SolverOptions(memory_budget=budget))
     assert found.converged
-    assert used.peak <= budget < solver_memory_bytes(480, 480, 32, Y.device, 480)
+    assert used.peak <= budget < solver_memory_bytes(480, 480, 32, 480)
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_memory_grows_with_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the tokens take about twice the memory: there is no array over all pairs."""
     monkeypatch.setattr(problem, "CHUNK_ELEMENTS", 20_000)
-    monkeypatch.setattr(memory, "LARGEST_CPU_BLOCK", 64)
+    monkeypatch.setattr(memory, "LARGEST_BLOCK", 64)
     peaks = []
     for n_tokens in (480, 960):
         Y = token_features(vit_like(8, n_tokens // 8), 6)

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from videoanchor_triton.anchor import interior_point, newton_kernel, slopes_kernel
+from videoanchor_triton.anchor import iterates as iterating
+from videoanchor_triton.anchor import newton_kernel, slopes_kernel
 from videoanchor_triton.anchor.admm_start import Start
-from videoanchor_triton.anchor.atoms import Atoms, all_slopes, objective
-from videoanchor_triton.anchor.interior_point import Iterates
+from videoanchor_triton.anchor.atoms import Atoms, all_slopes, objective, relative_gap
+from videoanchor_triton.anchor.iterates import Iterates, swap_candidates
 from videoanchor_triton.anchor.memory import candidate_atoms
 from videoanchor_triton.anchor.options import SolverOptions
 from videoanchor_triton.anchor.problem import Problem
@@ -23,12 +23,6 @@ from videoanchor_triton.anchor.solver import self_expression
 from videoanchor_triton.kernels.aot import TARGETS
 
 N_TOKENS = 3
-
-
-@pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(interior_point, "_runs_triton", lambda _: True)
-    return
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -67,7 +61,7 @@ def test_newton_step(
     exact = iterates(rank, n_atoms, affine=affine, dtype=torch.float64, alpha_e=alpha_e)
     start = {name: getattr(exact, name).clone() for name in ("x", "u", "v", "g", "candidates")}
     rounded = iterates(rank, n_atoms, affine=affine, dtype=dtype, alpha_e=alpha_e)
-    monkeypatch.setattr(interior_point, "_runs_triton", lambda _: True)
+    monkeypatch.setattr(iterating, "_runs_triton", lambda _: True)
     ours = iterates(rank, n_atoms, affine=affine, dtype=dtype, alpha_e=alpha_e)
     for it in (rounded, ours):
         for name, value in start.items():
@@ -85,7 +79,8 @@ def test_newton_step(
     )
     torch.testing.assert_close(primal, of_c, rtol=1e-12, atol=0)
     assert largest_difference(primal_ours, of_ours) <= 4 * largest_difference(primal_rounded, of_rounded) + 1e-11
-    assert ours.objectives is not None and ours.weights is not None
+    assert ours.objectives is not None
+    assert ours.weights is not None
     torch.testing.assert_close(ours.objectives[:, 1], ours.dual(), rtol=1e-12, atol=0)
     weights = torch.maximum(ours.u / (1 - ours.g), ours.v / (1 + ours.g))[:, : c.shape[1]]
     torch.testing.assert_close(ours.weights, weights, rtol=1e-12, atol=0)
@@ -96,9 +91,9 @@ def test_violators_take_the_place_of_the_lightest(
     rank: int, n_atoms: int, affine: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = iterates(rank, n_atoms, affine=affine, dtype=torch.float64)
-    monkeypatch.setattr(interior_point, "_runs_triton", lambda _: True)
+    monkeypatch.setattr(iterating, "_runs_triton", lambda _: True)
     monkeypatch.setattr("videoanchor_triton.anchor.slopes_kernel.GROUPS", 10**6)  # of 4 atoms, the smallest
-    monkeypatch.setattr(interior_point, "GROUPS", -(-n_atoms // 4))
+    monkeypatch.setattr(iterating, "GROUPS", -(-n_atoms // 4))
     ours = iterates(rank, n_atoms, affine=affine, dtype=torch.float64)
     # The torch form groups atoms that lie apart, the kernel those side by side: one violator a group makes them equal.
     violators = torch.arange(0, n_atoms, 8)
@@ -108,19 +103,19 @@ def test_violators_take_the_place_of_the_lightest(
         _, primal = it.advance()
         it.x = it.x * 1.3
         it.objectives = torch.stack([primal, it.dual()], 1) if it.scalars is not None else None
-        gap = interior_point.relative_gap(it.atoms, primal, it.dual())
+        gap = relative_gap(it.atoms, primal, it.dual())
         room = torch.empty(N_TOKENS, n_atoms, dtype=torch.float64)
-        interior_point._take_in_violators(it, gap, 1e-3, room)
+        swap_candidates(it, gap, 1e-3, room)
     assert (ours.candidates.sort(1).values.diff(dim=1) > 0).all()
     assert (ours.candidates != ours.own[:, None]).all()  # pyright: ignore[reportOptionalSubscript]
     torch.testing.assert_close(ours.x, expected.x, rtol=1e-9, atol=0)
     slopes, _ = all_slopes(ours.atoms, ours.x, ours.own)
-    inside = 1 - interior_point.MARGIN
+    inside = 1 - iterating.PART_OF_GAP * 1e-3 + 1e-6
     outside = slopes.scatter(1, ours.candidates, -1.0)
     assert (outside <= 1).all()
     swapped = (ours.candidates[:, :, None] != expected.candidates[:, None]).all(2).sum()
     assert swapped <= 0.2 * ours.candidates.numel()
-    assert (ours.g.abs()[:, : ours.candidates.shape[1]] <= 1).all() and (inside < 1)
+    assert (ours.g.abs()[:, : ours.candidates.shape[1]] <= inside).all()
     taken = torch.zeros(N_TOKENS, n_atoms, dtype=torch.uint8).scatter_(1, ours.candidates, 1)
     taken.scatter_(1, ours.own[:, None], 1)  # pyright: ignore[reportOptionalSubscript]
     torch.testing.assert_close(ours.taken, taken)
@@ -131,13 +126,13 @@ def test_violators_take_the_place_of_the_lightest(
     [(8, 200, 1e-3, True), (8, 200, 1e-5, True), (4, 120, 1e-3, False)],
     ids=["fp32", "fp64", "linear"],
 )
-def test_solves(rank: int, n_atoms: int, tol: float, affine: bool, fused: None) -> None:
+def test_solves(rank: int, n_atoms: int, tol: float, affine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     atoms, tokens = normal(rank, n_atoms), normal(rank, N_TOKENS, seed=1)
     options = SolverOptions(tol=tol, affine=affine)
+    expected = self_expression(tokens, options, atoms=atoms)
+    monkeypatch.setattr(iterating, "_runs_triton", lambda _: True)
     ours = self_expression(tokens, options, atoms=atoms)
     assert ours.converged
-    interior_point._runs_triton = lambda _: False
-    expected = self_expression(tokens, options, atoms=atoms)
     torch.testing.assert_close(ours.to_dense(), expected.to_dense(), rtol=0, atol=10 * tol)
 
 
@@ -158,25 +153,26 @@ class Launches:
     def __init__(self) -> None:
         self.count = 0
 
-    def __getitem__(self, grid: Any) -> Any:
+    def __getitem__(self, _: Any) -> Any:
         return self
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
+    def __call__(self, *_: Any, **__: Any) -> None:
         self.count += 1
 
 
-def test_launches_of_an_iteration(fused: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_of_an_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three kernels, two selections of the largest, and what the host decides by: below 20."""
+    monkeypatch.setattr(iterating, "_runs_triton", lambda _: True)
     launches = Launches()
     it = iterates(4, 120, affine=True, dtype=torch.float32)
     room = torch.empty(N_TOKENS, 120)
-    interior_point._take_in_violators(it, it.advance()[1], 1e-3, room)  # makes what is made once
+    swap_candidates(it, it.advance()[1], 1e-3, room)  # makes what is made once
     monkeypatch.setattr(newton_kernel, "newton_kernel", launches)
     monkeypatch.setattr(slopes_kernel, "slopes_kernel", launches)
     monkeypatch.setattr(slopes_kernel, "swap_kernel", launches)
     with Operators() as operators:
         _, primal = it.advance()
-        interior_point._take_in_violators(it, primal, 1e-3, room)
+        swap_candidates(it, primal, 1e-3, room)
     assert launches.count == 3
     assert operators.count + launches.count < 20, operators.count
 

@@ -37,7 +37,9 @@ class Result:
     n_visual_tokens: int = 1
     seconds: dict[str, float] = field(default_factory=dict)
     device: str = "GPU"
-    anchor: Any = field(default_factory=lambda: SimpleNamespace(algorithm=None, n_iter=0, residual=0.0, converged=True))
+    anchor: Any = field(
+        default_factory=lambda: SimpleNamespace(eigengap=None, in_gap=None, n_iter=0, residual=0.0, converged=True)
+    )
 
 
 class Answered(NamedTuple):

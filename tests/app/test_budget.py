@@ -24,8 +24,8 @@ from videoanchor_triton.integrations.errors import InputError
 
 GATE = VideoAnchorConfig(alpha_k=1, alpha_v=1, pca_rank=16)
 GIB = 2**30
-LIMIT = memory.solver_memory_bytes(60, 16, torch.float32, 60)  # 20 frames of 3 tokens
-TIGHT = VideoAnchorConfig(alpha_k=1, alpha_v=1, pca_rank=16, algorithm="dense", memory_budget=LIMIT)
+LIMIT = memory.solver_memory_bytes(60, 60, 16, memory.SMALLEST_BLOCK)  # 20 frames of 3 tokens
+TIGHT = VideoAnchorConfig(alpha_k=1, alpha_v=1, pca_rank=16, memory_budget=LIMIT)
 
 
 def made_clip(n: int, height: int = 56, width: int = 84) -> VideoClip:

@@ -118,12 +118,25 @@ def test_run_again_on_the_demo_checkpoint(demo: tuple[Path, str], tmp_path: Path
 def test_run_with_a_solver_of_ones_choice(demo: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = demo
     arguments = ("run", "--model", folder / "checkpoint", "--video", folder / "clip.mp4", "--question", "What is left?")
-    solver = ("--algorithm", "blocked", "--tol", "0.05", "--memory-budget", "0.5", "--n-clusters", "auto")
+    solver = (
+        "--assign-labels",
+        "kmeans",
+        "--score",
+        "projector",
+        "--tol",
+        "0.05",
+        "--memory-budget",
+        "0.5",
+        "--n-clusters",
+        "auto",
+    )
     options = (*GATE, "--max-frames", "4", "--max-new-tokens", "1", "--json")
     done = videoanchor(*arguments, *options, *solver, "--out", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["ssc"]["algorithm"] == "blocked"
+    assert (result["config"]["assign_labels"], result["config"]["score"]) == ("kmeans", "projector")
+    assert result["ssc"]["eigengap"] >= 0
+    assert result["ssc"]["in_gap"] in (True, False)
     assert 0.001 < result["ssc"]["residual"] <= 0.05
     assert (result["config"]["n_clusters"], result["config"]["memory_budget"]) == ("auto", 2**29)
     refused = videoanchor(*arguments, *options, "--memory-budget", "0.001", "--out", tmp_path / "none", cwd=tmp_path)

@@ -27,12 +27,8 @@ def assert_same(ours: AnchorResult, other: AnchorResult) -> None:
     assert torch.equal(ours.scores, other.scores)
     assert torch.equal(ours.labels, other.labels)
     assert ours.labels.dtype == torch.int64
-    assert (ours.n_iter, ours.residual, ours.converged, ours.algorithm) == (
-        other.n_iter,
-        other.residual,
-        other.converged,
-        other.algorithm,
-    )
+    for name in ("n_iter", "residual", "converged", "eigengap", "in_gap"):
+        assert getattr(ours, name) == getattr(other, name), name
     if other.duality_gap is None:
         assert ours.duality_gap is None
     else:

@@ -111,7 +111,7 @@ def test_table_against_the_tensors(run_folder: Path, gallery: Path) -> None:
 def test_affinity_against_a_dense_w(gallery: Path, by_hand: dict[str, Any]) -> None:
     config: VideoAnchorConfig = by_hand["config"]
     features = token_features(by_hand["tokens"].float(), config.pca_rank)
-    dense = self_expression(features, config.solver_options()).to_dense().abs().double().numpy()
+    dense = self_expression(features, config).to_dense().abs().double().numpy()
     t, per_step = 3, 12
     expected = np.array(
         [

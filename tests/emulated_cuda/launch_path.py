@@ -20,7 +20,9 @@ from emulated_cuda.attention_calls import CALLS, Inputs, Sizes
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from videoanchor_triton.anchor.fused import update_state
+from videoanchor_triton.anchor.atoms import Atoms
+from videoanchor_triton.anchor.newton_kernel import newton_step
+from videoanchor_triton.anchor.slopes_kernel import take_in_violators
 
 os.environ["VIDEOANCHOR_SELF_CHECK"] = "off"  # nothing is launched, so that there is nothing to compare
 DEVICE = torch.device("cuda", 1)
@@ -66,7 +68,7 @@ class Driver:
 
 
 def calls(sizes: Sizes) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Each form of the attention's kernels, and the scores' fused pass."""
+    """Each form of the attention's kernels."""
     inputs = Inputs(sizes, DEVICE)
     for name, call in CALLS.items():
         if not name.startswith("merge"):
@@ -78,13 +80,19 @@ def calls(sizes: Sizes) -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"hopper: {form}", lambda options=options: inputs.attend(**options)
 
 
-def fused_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+def solver_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """An iteration of the solver, of tokens of 64 features in both precisions."""
     for dtype in (torch.float32, torch.float64):
-        state, product, reflected = (torch.zeros(5, 300, dtype=dtype, device=DEVICE) for _ in range(3))
-        own = torch.zeros(5, 1, dtype=torch.int64, device=DEVICE)
-        settings = torch.ones(2, dtype=dtype, device=DEVICE)
-
-        yield f"scores: {dtype}", partial(update_state, state, product, reflected, own, settings)
+        exact, k = torch.ones(300, 65, dtype=torch.float64, device=DEVICE), 90
+        scale, limit = (torch.ones(n, dtype=torch.float64, device=DEVICE) for n in (65, 64))
+        atoms = Atoms(exact, exact.to(dtype), scale, limit, 1.0, True)
+        candidates = torch.zeros(5, k, dtype=torch.int64, device=DEVICE)
+        x, u, weights, pairs = (torch.ones(5, n, dtype=torch.float64, device=DEVICE) for n in (65, k + 64, k, 2))
+        taken = torch.zeros(5, 300, dtype=torch.uint8, device=DEVICE)
+        numbers = torch.ones(5, dtype=torch.float64, device=DEVICE)
+        yield f"newton: {dtype}", partial(newton_step, atoms, candidates, x, x, u, u, u, numbers)
+        swap = partial(take_in_violators, n_swaps=32, tf32=dtype == torch.float32)
+        yield f"swap: {dtype}", partial(swap, atoms, candidates, taken, x, u, u, u, weights, pairs, numbers)
 
 
 def main(target: str, *precisions: str) -> None:
@@ -96,7 +104,7 @@ def main(target: str, *precisions: str) -> None:
         for precision in precisions:
             dtype, head_dim = precision.split(":")
             sizes = Sizes(300, 500, int(head_dim), getattr(torch, dtype), page=64)
-            for name, call in (*calls(sizes), *(fused_calls() if precision == precisions[0] else ())):
+            for name, call in (*calls(sizes), *(solver_calls() if precision == precisions[0] else ())):
                 card.reset()
                 triton_driver.launched.clear()
                 triton_driver.compiled.clear()

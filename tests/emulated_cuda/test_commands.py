@@ -10,12 +10,11 @@ import pytest
 import torch
 from emulated_cuda.budgets import of_the_package
 from emulated_cuda.device import EmulatedCuda
-from emulated_cuda.fused_pass import TorchPass
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import videoanchor_triton as va
-from videoanchor_triton.anchor import fused
+from videoanchor_triton.anchor import iterates
 from videoanchor_triton.app.cli import main
 from videoanchor_triton.kernels import dispatch
 
@@ -42,7 +41,7 @@ def quick() -> Iterator[None]:
     preset = va.VideoAnchorConfig.preset("internvl2-8b")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "triton_refusal", lambda *_: "the kernels are not the point of these tests")
-        patch.setattr(fused, "update_state_kernel", TorchPass())
+        patch.setattr(iterates, "_runs_triton", lambda _: False)
         patch.setattr(va.VideoAnchorConfig, "preset", lambda _name: replace(preset, scorer="kmeans"))
         yield
 

@@ -19,7 +19,8 @@ FORMS = {
     "backward": "prescale_kernel prefill_kernel d_queries_kernel d_keys_kernel",
     "packed backward": "prescale_kernel prefill_kernel d_queries_kernel d_keys_kernel",
     "hopper": "prescale_kernel hopper_kernel",
-    "scores": "update_state_kernel",
+    "newton": "newton_kernel",
+    "swap": "slopes_kernel swap_kernel",
 }
 
 

@@ -1,0 +1,70 @@
+"""Tokens expressed by their nearest ones: scorer="knn"."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import kneighbors_graph
+
+import videoanchor_triton as va
+from videoanchor_triton.anchor.affinity import affinity_matrix
+from videoanchor_triton.anchor.neighbors import N_NEIGHBORS, neighbor_expression
+
+from .tokens import vit_like
+
+
+def config(**settings: object) -> va.VideoAnchorConfig:
+    return va.VideoAnchorConfig(alpha_k=1.0, alpha_v=1.0, scorer="knn", **settings)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("n_tokens", [11, 12, 97])
+def test_the_graph_is_that_of_scikit_learn(n_tokens: int) -> None:
+    points = torch.randn(n_tokens, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    solution = neighbor_expression(points.T)
+    graph = kneighbors_graph(points.numpy(), N_NEIGHBORS).toarray()  # row j: the nearest of j
+    np.testing.assert_allclose(solution.to_dense().T.numpy(), graph / N_NEIGHBORS, rtol=1e-15)
+    np.testing.assert_allclose(solution.row_sums().numpy(), graph.sum(0) / N_NEIGHBORS, rtol=1e-12)
+    affinity = affinity_matrix(solution.indices, solution.values).to_dense().numpy()
+    np.testing.assert_allclose(affinity, (graph + graph.T) / N_NEIGHBORS, rtol=1e-12)
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 2, 3, 10])
+def test_few_tokens(n_tokens: int) -> None:
+    points = torch.randn(4, n_tokens, generator=torch.Generator().manual_seed(0))
+    solution = neighbor_expression(points)
+    dense = solution.to_dense()
+    assert dense.shape == (n_tokens, n_tokens)
+    assert not dense.diagonal().any()
+    if n_tokens > 1:
+        torch.testing.assert_close(dense.sum(0), torch.ones(n_tokens, dtype=torch.float64))
+    result = va.anchor_scores(points.T, config(n_clusters=2))
+    assert result.scores.shape == (n_tokens,)
+
+
+def test_duplicates_and_equal_tokens() -> None:
+    points = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).repeat(1, 20)
+    dense = neighbor_expression(points).to_dense()
+    same = torch.arange(120)[:, None] % 6 == torch.arange(120) % 6
+    assert not dense[~same].any(), "20 copies are nearer than anything else"
+    assert not neighbor_expression(torch.ones(4, 30)).values.any()
+
+
+@pytest.mark.parametrize("score", ["published", "size", "row_sum", "projector", "cross_frame"])
+def test_every_score(score: str) -> None:
+    frames = torch.arange(80) // 20
+    result = va.anchor_scores(vit_like(4, 20), config(n_clusters=4, score=score), frames=frames)
+    assert result.scores.isfinite().all()
+    assert result.scores.min() >= 0
+    assert result.scores.max() <= 1
+    assert result.converged
+    assert result.duality_gap is None
+
+
+def test_auto_counts_clusters() -> None:
+    centres = 50 * torch.eye(3, 8).repeat_interleave(30, 0)
+    tokens = centres + torch.randn(90, 8, generator=torch.Generator().manual_seed(0))
+    assert va.anchor_scores(tokens, config(n_clusters="auto")).labels.amax() == 2
+
+
+def test_a_stream_takes_the_papers_method_alone() -> None:
+    with pytest.raises(ValueError, match='scorer must be "ssc" for a stream'):
+        va.AnchorStream(config())
