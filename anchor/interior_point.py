@@ -53,7 +53,8 @@ class Found(NamedTuple):
     n_iter: int
 
     def of(self, kept: Tensor) -> "Found":
-        """Some of these."""
+        """Some of these (m,), a mask."""
+        kept = kept.nonzero()[:, 0]  # the host asks the device once, not for each field
         return Found(*(field[kept] for field in self[:-1]), self.n_iter)  # pyright: ignore[reportIndexIssue]
 
 
@@ -110,7 +111,7 @@ def over_settled_atoms(
         if atoms.affine:
             good |= primal <= 1 + min(CONTAINED, tol)
         good = (good & (gap <= tol)) | torch.full_like(good, candidates.shape[1] == n_others)
-        yield Found(token[good], candidates[good], c[good], primal[good], gap[good], before)
+        yield Found(token, candidates, c, primal, gap, before).of(good)
         rest = (~good).nonzero()[:, 0]
         if len(rest) == 0:
             return

@@ -60,7 +60,8 @@ class Iterates:
             )
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with some of the tokens only."""
+        """Go on with some of the tokens only, a mask (b,)."""
+        rows = rows.nonzero()[:, 0]  # the host asks the device once, not for each array
         for name in ("token", "own", "target", "candidates", "matrix", "x", "u", "v", "g", "taken"):
             if (of_all := getattr(self, name)) is not None:
                 setattr(self, name, of_all[rows])
