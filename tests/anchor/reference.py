@@ -138,7 +138,7 @@ def optimum(
             part = min(1.0, 0.99 / max((-ds / s).max(), (-dz / z).max(), 1e-300))
             then = (s + part * ds) @ (z + part * dz) / len(s)
             centred = max(0.0, then / mean) ** 3 * mean - ds * dz
-        x, s, z = x + part * dx, s + part * ds, z + part * dz
+        x, s, z = x + part * dx, s + part * ds, z + part * dz  # pyright: ignore[reportPossiblyUnboundVariable, reportOperatorIssue]
     return Optimum(lower, upper)
 
 

@@ -26,7 +26,7 @@ def config(**settings) -> VideoAnchorConfig:
 def solution(indices, values, device="cpu") -> SelfExpression:
     values = torch.as_tensor(values, dtype=torch.float32, device=device)
     gap = torch.zeros(len(values), dtype=torch.float64, device=device)
-    return SelfExpression(torch.as_tensor(indices, device=device), values, gap, 1, 1e-3, "dense")
+    return SelfExpression(torch.as_tensor(indices, device=device), values, gap, 1, 1e-3, len(values))
 
 
 def random_case(n_tokens: int = 37, k: int = 5, n_frames: int = 5, n_clusters: int = 6, seed: int = 0):

@@ -92,7 +92,7 @@ def hypercube() -> Tensor:
 
 
 def digits() -> Tensor:
-    return torch.from_numpy(load_digits().data[:200])
+    return torch.from_numpy(load_digits(return_X_y=True)[0][:200])
 
 
 @dataclass(frozen=True)

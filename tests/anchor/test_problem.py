@@ -104,6 +104,7 @@ def test_other_tokens_are_transformed_as_the_fitted_ones(shape, rank, monkeypatc
     features = fit_features(tokens, rank)
     torch.testing.assert_close(features.transform(tokens), features.values, atol=1e-12, rtol=0)
     if rank is not None:
+        assert features.axes is not None
         identity = torch.eye(rank, dtype=torch.float64)
         torch.testing.assert_close(features.axes.T @ features.axes, identity, atol=1e-12, rtol=0)
         centred = tokens.double() / features.scale - features.mean
@@ -137,6 +138,7 @@ def test_equal_tokens_have_no_axes(tokens, iterative, monkeypatch):
     monkeypatch.setattr(eigenvectors, "DENSE_SIZE", 0 if iterative else 512)
     monkeypatch.setattr(eigenvectors, "DENSE_RATIO", 0 if iterative else 8)
     features = fit_features(tokens, 8)
+    assert features.axes is not None
     assert (features.values.shape, features.axes.shape) == ((0, 30), (40, 0))
     assert features.transform(tokens[:3]).shape == (0, 3)
 
