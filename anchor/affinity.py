@@ -59,7 +59,7 @@ def majority_labels(weights: scipy.sparse.csr_array, labels: np.ndarray, n_clust
     """
     voters = np.flatnonzero(labels >= 0)
     members = scipy.sparse.csr_array((np.ones(len(voters)), (voters, labels[voters])), shape=(len(labels), n_clusters))
-    votes = (weights @ members).toarray()
+    votes = (weights @ members).toarray()  # pyright: ignore[reportAttributeAccessIssue]
     return np.where(votes.any(1), votes.argmax(1), -1)
 
 

@@ -56,6 +56,7 @@ def authors_self_expression(Y: Tensor, options: SolverOptions) -> SelfExpression
     inverse = torch.linalg.inv(gram + RHO * torch.eye(len(gram), dtype=gram.dtype, device=device))
     offset, state = torch.zeros_like(factor), torch.zeros(n_tokens, n_tokens, dtype=gram.dtype, device=device)
     coefficients, multiplier = torch.zeros_like(state), torch.zeros_like(state)
+    n_iter = 0
     for n_iter in range(1, MAX_ITER + 1):  # noqa: B007
         expressed = factor @ (2 * coefficients - state)
         step = inverse @ (factor - offset - expressed)

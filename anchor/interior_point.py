@@ -55,7 +55,7 @@ class Found(NamedTuple):
     def of(self, kept: Tensor) -> "Found":
         """Some of these (m,), a mask."""
         kept = kept.nonzero()[:, 0]  # the host asks the device once, not for each field
-        return Found(*(field[kept] for field in self[:-1]), self.n_iter)  # pyright: ignore[reportIndexIssue]
+        return self._replace(**{name: getattr(self, name)[kept] for name in self._fields[:-1]})
 
 
 def over_changing_atoms(atoms: Atoms, start: Start, target: Tensor, own: Tensor | None, tol: float) -> Iterator[Found]:

@@ -44,7 +44,9 @@ class Iterates:
         self.atoms, self.target, self.own, self.candidates, self.x = atoms, target, own, candidates, x
         self.token = torch.arange(len(target), device=x.device)
         self.matrix = atoms.rows[candidates]
-        self.taken = self.weights = self.objectives = None
+        self.taken: Tensor | None = None  # (b, N) uint8: what may not join the candidates, for the kernels
+        self.weights: Tensor | None = None
+        self.objectives: Tensor | None = None
         self.g = self._slopes(x)
         c = torch.nn.functional.pad(coefficients, (0, len(atoms.limit)))
         level = self.dual()[:, None].abs()
@@ -77,9 +79,9 @@ class Iterates:
         """
         atoms, u, v, g = self.atoms, self.u, self.v, self.g
         if self.scalars is not None:
-            c, self.weights, self.objectives = newton_step(
+            c, self.weights, self.objectives = newton_step(  # pyright: ignore[reportPossiblyUnboundVariable]
                 atoms, self.candidates, self.target, self.x, u, v, g, self.scalars, together=together
-            )  # pyright: ignore[reportPossiblyUnboundVariable]
+            )
             return c, self.objectives[:, 0]
         dtype, rank, k = self.matrix.dtype, len(atoms.limit), self.candidates.shape[1]
         above, below = 1 - g, 1 + g
@@ -146,14 +148,15 @@ def swap_candidates(it: Iterates, gap: Tensor, tol: float, slopes: Tensor) -> No
     if k >= n_atoms - (it.own is not None):
         return
     if it.scalars is not None:
-        if it.taken is None:
-            it.taken = torch.zeros(len(it.x), n_atoms, dtype=torch.uint8, device=it.x.device)
-            it.taken.scatter_(1, it.candidates, 1)
-            if it.own is not None:
-                it.taken.scatter_(1, it.own[:, None], 1)
+        taken = it.taken
+        if taken is None:
+            taken = torch.zeros(len(it.x), n_atoms, dtype=torch.uint8, device=it.x.device).scatter_(1, it.candidates, 1)
+            it.taken = taken if it.own is None else taken.scatter_(1, it.own[:, None], 1)
+        assert it.weights is not None  # of the step before
+        assert it.objectives is not None
         scalars = _filled(it.x, MARGIN, PART_OF_GAP * tol, PART_OF_GAP, SMALLEST, float(atoms.affine))
         take_in_violators(  # pyright: ignore[reportPossiblyUnboundVariable]
-            *(atoms, it.candidates, it.taken, it.x, it.u, it.v, it.g, it.weights, it.objectives, scalars),
+            *(atoms, it.candidates, taken, it.x, it.u, it.v, it.g, it.weights, it.objectives, scalars),
             n_swaps=n_unknowns // 2 or 1,
             tf32=tol >= TF32,
         )

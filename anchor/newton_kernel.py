@@ -311,6 +311,6 @@ def newton_step(
             TOGETHER=together,  # pyright: ignore[reportArgumentType]
             RANK=max(16, triton.next_power_of_2(rank)),  # pyright: ignore[reportArgumentType]
             BLOCK=BLOCK,  # pyright: ignore[reportArgumentType]
-            num_warps=4 if rank <= 16 else 8 if rank <= 64 else 16,
+            num_warps=4 if rank <= 16 else 8 if rank <= 64 else 16,  # pyright: ignore[reportCallIssue]
         )
     return coefficients, weights, objectives

@@ -46,14 +46,14 @@ def slopes_kernel(
     # [RANK, ATOMS]
     p_rows = rows + o_atoms[None, :] * n_unknowns + o_axes[:, None]
     b_rows = tl.load(p_rows, mask=m_atoms[None, :] & m_axes[:, None], other=0.0)
-    b_slopes = tl.dot(b_x, b_rows, input_precision=PRECISION, out_dtype=dtype)
+    b_slopes = tl.dot(b_x, b_rows, input_precision=PRECISION, out_dtype=dtype)  # pyright: ignore[reportArgumentType]
     if AFFINE:
         b_slopes += tl.load(x + o_tokens * n_unknowns + rank, mask=m_tokens, other=0.0).to(dtype)[:, None]
     m_pairs = m_tokens[:, None] & m_atoms[None, :]
     b_taken = tl.load(taken + o_tokens[:, None] * n_atoms + o_atoms[None, :], mask=m_pairs, other=1)
     b_slopes = tl.where(b_taken != 0, -1.0, tl.abs(b_slopes))
     b_groups = tl.reshape(b_slopes, [TOKENS, ATOMS // GROUP, GROUP])
-    b_value, b_place = tl.max(b_groups, 2, return_indices=True)
+    b_value, b_place = tl.max(b_groups, 2, return_indices=True)  # pyright: ignore[reportGeneralTypeIssues]
     o_groups = i_atoms * (ATOMS // GROUP) + tl.arange(0, ATOMS // GROUP)
     n_groups = tl.cdiv(n_atoms, GROUP)
     p_groups = o_tokens[:, None] * n_groups + o_groups[None, :]
@@ -179,8 +179,8 @@ def take_in_violators(
     """
     (n_tokens, n_candidates), n_atoms = candidates.shape, len(atoms.rows)
     rank = len(atoms.limit)
-    group = min(ATOMS, max(4, triton.next_power_of_2(triton.cdiv(n_atoms, GROUPS))))
-    n_groups = triton.cdiv(n_atoms, group)
+    group: int = min(ATOMS, max(4, triton.next_power_of_2(-(-n_atoms // GROUPS))))
+    n_groups = -(-n_atoms // group)
     n_swaps = min(n_swaps, n_groups, n_candidates)
     value = torch.empty(n_tokens, n_groups, dtype=atoms.rows.dtype, device=x.device)
     atom = torch.empty(n_tokens, n_groups, dtype=torch.int64, device=x.device)
