@@ -40,9 +40,7 @@ def authors_self_expression(Y: Tensor, options: SolverOptions) -> SelfExpression
         ConvergenceWarning: their rule was not met in 10,000 iterations.
     """
     n_tokens, device = Y.shape[1], Y.device
-    check_fits(
-        STATES * 8 * n_tokens**2, f"the authors' self-expression of {n_tokens} tokens", device, options.memory_budget
-    )
+    check_authors_memory(n_tokens, device, options.memory_budget)
     everything = torch.arange(n_tokens, device=device).expand(n_tokens, -1)
     gap = torch.zeros(n_tokens, dtype=torch.float64, device=device)
     if n_tokens < 2 or bool((Y[:, :1] == Y).all()):
@@ -55,8 +53,7 @@ def authors_self_expression(Y: Tensor, options: SolverOptions) -> SelfExpression
     gram = factor @ factor.T
     inverse = torch.linalg.inv(gram + RHO * torch.eye(len(gram), dtype=gram.dtype, device=device))
     offset, state = torch.zeros_like(factor), torch.zeros(n_tokens, n_tokens, dtype=gram.dtype, device=device)
-    coefficients, multiplier = torch.zeros_like(state), torch.zeros_like(state)
-    n_iter = 0
+    coefficients, multiplier, n_iter = torch.zeros_like(state), torch.zeros_like(state), 0
     for n_iter in range(1, MAX_ITER + 1):  # noqa: B007
         expressed = factor @ (2 * coefficients - state)
         step = inverse @ (factor - offset - expressed)
@@ -76,6 +73,16 @@ def authors_self_expression(Y: Tensor, options: SolverOptions) -> SelfExpression
         )
         warnings.warn(message, ConvergenceWarning, stacklevel=2)
     return SelfExpression(everything, coefficients.T.contiguous(), gap, n_iter, torch.inf, n_tokens)
+
+
+def authors_memory_bytes(n_tokens: int) -> int:
+    """Memory in bytes of `authors_self_expression` and of what follows it."""
+    return STATES * 8 * n_tokens**2
+
+
+def check_authors_memory(n_tokens: int, device: torch.device, budget: int | None) -> None:
+    """Raises a MemoryError where they are more than `budget`, or than half of what is free."""
+    check_fits(authors_memory_bytes(n_tokens), f"the authors' self-expression of {n_tokens} tokens", device, budget)
 
 
 def authors_labels(coefficients: Tensor, n_clusters: int, random_state: int) -> Tensor:

@@ -96,7 +96,9 @@ class VideoAnchorConfig(SolverOptions):
         if not callable(self.scorer):
             check_choice("scorer", self.scorer, get_args(Scorer), " or a function from tokens (N, D) to scores (N,)")
         if self.scorer == "kmeans" and self.n_clusters == "auto":
-            raise ValueError('n_clusters="auto" needs the affinity of scorer="ssc"; give scorer="kmeans" a number')
+            raise ValueError(
+                'n_clusters="auto" needs the affinity of scorer="ssc" or "knn"; give scorer="kmeans" a number'
+            )
         if self.score != "published" and self.scorer not in ("ssc", "knn"):
             raise ValueError(
                 f'score={self.score!r} needs scorer="ssc" or "knn", got scorer={self.scorer!r}: leave score out'

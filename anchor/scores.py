@@ -1,6 +1,7 @@
 """Scores of visual tokens: how much each is shared, from 0 to 1."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -241,12 +242,7 @@ def _subspace_scores(
         features = token_features(tokens, config.pca_rank)
     with watch.stage("solve"):
         report("solve", 0, n_tokens)
-        if config.scorer == "knn":
-            solution = neighbor_expression(features)
-        elif authors:
-            solution = authors_self_expression(features, config)
-        else:
-            solution = self_expression(features, config, progress=report)
+        solution = token_expression(features, config, "knn" if config.scorer == "knn" else "ssc", report)
     eigengap, in_gap = None, None
     with watch.stage("spectral"):
         report("spectral", 0, 1)
@@ -273,11 +269,22 @@ def _subspace_scores(
         n_iter=solution.n_iter,
         residual=solution.residual,
         converged=solution.converged,
-        duality_gap=solution.gap if config.scorer == "ssc" else None,
+        duality_gap=solution.gap if config.scorer == "ssc" and not authors else None,
         eigengap=eigengap,
         in_gap=in_gap,
         seconds=watch.seconds(),
     )
+
+
+def token_expression(
+    features: Tensor, config: VideoAnchorConfig, scorer: Literal["ssc", "knn"], progress: Progress | None = None
+) -> SelfExpression:
+    """What `scorer` is of `token_features`, by the settings of `config` except for its own scorer."""
+    if scorer == "knn":
+        return neighbor_expression(features)
+    if config.arithmetic == "authors":
+        return authors_self_expression(features, config)
+    return self_expression(features, config, progress=progress)
 
 
 def _kmeans_scores(tokens: Tensor, config: VideoAnchorConfig, report: Progress) -> AnchorResult:

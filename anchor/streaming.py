@@ -13,7 +13,7 @@ from .config import VideoAnchorConfig
 from .problem import DLPackArray, as_tokens, computing_precision, token_features
 from .scores import ROUNDOFF, AnchorResult
 from .solver import SelfExpression, self_expression
-from .spectral import MAX_AUTO_CLUSTERS, spectral_labels
+from .spectral import MAX_AUTO_CLUSTERS, Subspaces, spectral_subspaces
 from .timing import Progress, Stopwatch
 from .validation import check_integer
 
@@ -123,8 +123,8 @@ class AnchorStream:
                 once at the end.
 
         Returns:
-            Scores, labels and duality gaps of these n tokens; n_iter, residual, converged and algorithm are
-            those of the window.
+            Scores, labels and duality gaps of these n tokens; n_iter, residual and converged are those of the window,
+            eigengap and in_gap those of the first chunk, None of later ones.
 
         Raises:
             TypeError: X is no floating-point tensor or array, or its precision is not that of the first chunk (half
@@ -151,7 +151,11 @@ class AnchorStream:
             solution = self_expression(features, config, progress=progress)
         weights = abs(coefficient_matrix(solution.indices, solution.values))
         with watch.stage("spectral" if old is None else "cluster"):
-            labels = self._first_labels(solution) if old is None else self._joined_labels(weights, old.labels)
+            if old is None:
+                found = self._first_subspaces(solution)
+                labels, eigengap, in_gap = found.labels, found.eigengap, found.in_gap
+            else:
+                labels, eigengap, in_gap = self._joined_labels(weights, old.labels), None, None
             n_clusters = len(self.cluster_sizes) or int(labels.amax()) + 2
             sizes = torch.bincount(labels[n_old:].cpu(), minlength=n_clusters)
             sizes[: len(self.cluster_sizes)] += self.cluster_sizes
@@ -175,6 +179,8 @@ class AnchorStream:
             residual=solution.residual,
             converged=solution.converged,
             duality_gap=solution.gap[n_old:].clone(),
+            eigengap=eigengap,
+            in_gap=in_gap,
             seconds=watch.seconds(),
         )
 
@@ -193,8 +199,8 @@ class AnchorStream:
         if tokens.dtype != known.dtype:
             raise TypeError(f"X must be {known.dtype} as the first chunk, got {tokens.dtype}; convert it")
 
-    def _first_labels(self, solution: SelfExpression) -> Tensor:
-        return spectral_labels(
+    def _first_subspaces(self, solution: SelfExpression) -> Subspaces:
+        return spectral_subspaces(
             affinity_matrix(solution.indices, solution.values),
             self.config.n_clusters,
             assign_labels=self.config.assign_labels,

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..anchor import memory
+from ..anchor.authors import authors_memory_bytes, check_authors_memory
 from ..anchor.config import VideoAnchorConfig
 from ..anchor.problem import features_memory_bytes
 from ..integrations.errors import InputError
@@ -278,12 +279,17 @@ def _plan_scores(
     if settings.scorer != "ssc":
         return tokens + pca, None
     rank = min(width if settings.pca_rank is None else settings.pca_rank, width, n_tokens)
+    authors, n_iterated, problem = settings.arithmetic == "authors", memory.SMALLEST_BLOCK, None
     try:
-        plan, problem = memory.plan_solver(n_tokens, n_tokens, rank, device, limit), None
+        if authors:
+            check_authors_memory(n_tokens, device, limit)
+        else:
+            plan = memory.plan_solver(n_tokens, n_tokens, rank, device, limit)
+            n_iterated = plan.block * plan.threads
     except MemoryError as error:
-        plan, problem = memory.Plan(memory.SMALLEST_BLOCK, 1), str(error)
-    solver = memory.solver_memory_bytes(n_tokens, n_tokens, rank, plan.block * plan.threads)
-    return tokens + max(pca, solver), problem
+        problem = str(error)
+    solver = memory.solver_memory_bytes(n_tokens, n_tokens, rank, n_iterated)
+    return tokens + max(pca, authors_memory_bytes(n_tokens) if authors else solver), problem
 
 
 def _problem(budget: Budget) -> str | None:

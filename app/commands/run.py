@@ -149,6 +149,8 @@ def report(result: Any, record: dict[str, Any], out: Path) -> None:
         f"{int((sizes > 0).sum())} subspaces of {int(sizes[sizes > 0].min())} to {int(sizes.max())} tokens; "
         f"{result.anchor.n_iter} iterations"
     )
+    if result.anchor.in_gap is False:
+        print("          the tokens do not say that there are so many subspaces: labels are one choice of several")
     stages = (
         "import",
         "checkpoint",

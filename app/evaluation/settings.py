@@ -85,9 +85,9 @@ def _varied(setting: Setting, name: str, value: str) -> Setting:
     changes: dict[str, Any]
     match name:
         case "scorer":
-            changes = {"scorer": value, "score": setting.config.score if value == "ssc" else "published"}
+            changes = {"scorer": value, "score": setting.config.score if value in ("ssc", "knn") else "published"}
         case "score":
-            changes = {"scorer": "ssc", "score": value}
+            changes = {"scorer": "knn" if setting.config.scorer == "knn" else "ssc", "score": value}
         case "clusters":
             changes = {"n_clusters": value if value == "auto" else int(value)}
         case "terms":

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from ...anchor.config import VideoAnchorConfig
 from ...anchor.problem import as_tokens, token_features
-from ...anchor.scores import shared_expression_score
-from ...anchor.solver import SelfExpression, self_expression
+from ...anchor.scores import shared_expression_score, token_expression
+from ...anchor.solver import SelfExpression
 from ...anchor.timing import Progress
 from ...integrations.errors import InputError
 from ...integrations.transformers.backbones import visual_token_ids
@@ -65,10 +65,12 @@ def prefill(
 
     try:
         settings = {**run.record["config"], "scorer": recorded}
-        settings.pop("score", None)  # of scorer ssc
+        settings.pop("score", None)  # of scorer ssc or knn
         config = VideoAnchorConfig(**settings)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{run.folder / 'result.json'}: config cannot be read: {error}") from error
+        raise InputError(
+            f"{run.folder / 'result.json'}: config cannot be read ({error}): run `videoanchor run` again"
+        ) from error
     inputs, _ = pipeline.prepare(model, processor, clip, run.record["question"])
     base = find_multimodal_model(model)
     ids = torch.tensor(list(visual_token_ids(base.config).values()), device=inputs["input_ids"].device)
@@ -89,8 +91,8 @@ def prefill(
     return Prefilled(tokens[0], config, shares)
 
 
-def coefficients(prefilled: Prefilled, progress: Progress | None = None) -> SelfExpression:
-    """The self-expression W of the tokens by the run's settings.
+def coefficients(prefilled: Prefilled, run: FinishedRun, progress: Progress | None = None) -> SelfExpression:
+    """The self-expression W of the tokens by the run's settings; of a run without one, that of scorer "ssc".
 
     Raises:
         InputError: when the memory does not hold what the solver needs.
@@ -98,7 +100,8 @@ def coefficients(prefilled: Prefilled, progress: Progress | None = None) -> Self
     tokens, config = as_tokens(prefilled.tokens), prefilled.config
     try:
         features = token_features(tokens, config.pca_rank)
-        return self_expression(features, config, progress=progress)
+        scorer = "knn" if run.record["config"].get("scorer") == "knn" else "ssc"
+        return token_expression(features, config, scorer, progress)
     except MemoryError as error:
         raise InputError(f"the self-expression does not fit: {error}") from error
 
@@ -106,8 +109,9 @@ def coefficients(prefilled: Prefilled, progress: Progress | None = None) -> Self
 def difference_to_recorded(solution: SelfExpression, run: FinishedRun) -> float | None:
     """The largest |published score computed from W again - recorded score|: 0 but for rounding where model, video and
     dtype are the run's. None where the run had other scores."""
-    published = {"scorer": "ssc", "arithmetic": "exact", "score": "published"}
-    if not published.items() <= {"score": "published", **run.record["config"]}.items():
+    config = {"score": "published", **run.record["config"]}
+    kind = config.get("scorer") in ("ssc", "knn"), config.get("arithmetic"), config["score"]
+    if kind != (True, "exact", "published"):
         return None
     labels = torch.from_numpy(run.labels)
     scores = shared_expression_score(solution.row_sums().cpu(), labels, int(labels.amax()) + 1)

@@ -118,7 +118,7 @@ class Gallery:
             self._write("attention.csv", table.write, attention_share.rows(found.shares))
             self.report["attention"] = attention_share.summary(found.shares)
         if affinity:
-            solution = prefill.coefficients(found, self._progress)
+            solution = prefill.coefficients(found, run, self._progress)
             result = step_affinity.frame_affinity(solution.indices, solution.values, run.grid)
             seconds = run.timestamps[run.first_frames]
             self._write(f"affinity.{self._suffix}", step_affinity.draw, result, seconds, run.video_name)

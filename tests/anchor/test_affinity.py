@@ -3,7 +3,7 @@ import pytest
 import scipy.sparse
 import torch
 
-from videoanchor_triton.anchor.affinity import affinity_matrix, coefficient_matrix, scipy_matrix
+from videoanchor_triton.anchor.affinity import affinity_matrix, coefficient_matrix, majority_labels, scipy_matrix
 
 from .tokens import DEVICES
 
@@ -44,6 +44,13 @@ def test_matrices_hold_the_rows(n_tokens, k, index_dtype, dtype, device):
     assert isinstance(copy, scipy.sparse.csr_array)
     assert copy.has_canonical_format
     np.testing.assert_array_equal(copy.toarray(), affinity.to_dense().cpu().numpy())
+
+
+def test_majority_labels():
+    weights = scipy.sparse.csr_array([[0.2, 0.3, 0.4, 0], [0.5, 0.25, 0.25, 9], [0, 0, 0, 9], [0, 0, 0, 0]])
+    labels = np.array([0, 0, 1, -1])
+    assert majority_labels(weights, labels, 3).tolist() == [0, 0, -1, -1], "0.2 + 0.3 > 0.4; without label no vote"
+    assert majority_labels(weights, np.array([2, 1, 1, -1]), 3).tolist() == [1, 1, -1, -1], "equal: the lowest"
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 3), (4, 0)], ids=str)

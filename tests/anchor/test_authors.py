@@ -6,10 +6,15 @@ import torch
 from reference import textbook_iterates, textbook_weights
 from sklearn.cluster import SpectralClustering
 from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
 from tokens import vit_like
 from torch import Tensor
 
+from videoanchor_triton.anchor import authors
+from videoanchor_triton.anchor.authors import authors_self_expression
 from videoanchor_triton.anchor.config import VideoAnchorConfig
+from videoanchor_triton.anchor.options import SolverOptions
+from videoanchor_triton.anchor.problem import token_features
 from videoanchor_triton.anchor.scores import anchor_scores
 
 RHO, THRESHOLD = 300.0, 2e-4
@@ -42,8 +47,36 @@ def test_scores_and_labels_are_the_authors(seed: int) -> None:
     # a coefficient at the border between two bfloat16 values moves a score by one unit in the last place
     assert ((result.scores - expected.float()).abs() <= 2**-8 * expected.float()).all()
     assert (result.scores == expected.float()).float().mean() > 0.95
+    assert result.converged
+    assert result.duality_gap is None, "theirs is not known"
     exact = anchor_scores(tokens.double(), VideoAnchorConfig(alpha_k=1.0, alpha_v=1.0, n_clusters=5, pca_rank=12))
     assert not torch.equal(exact.scores, result.scores), "the arithmetic shows, so the comparison can fail"
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "linear"])
+@pytest.mark.parametrize("alpha_e", [800.0, 3.0], ids=["error-zero", "error-active"])
+def test_iterates_and_stopping_rule_are_theirs(affine: bool, alpha_e: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.randn(40, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    Y, options = token_features(tokens, 8), SolverOptions(affine=affine, alpha_e=alpha_e)
+    found = authors_self_expression(Y, options)
+    weights = textbook_weights(Y.numpy(), alpha_e, 800.0)
+    iterates = list(textbook_iterates(Y.numpy(), *weights, RHO, affine, found.n_iter, 1.0))
+    np.testing.assert_allclose(found.to_dense().numpy(), iterates[-1][1], atol=1e-9, rtol=0)
+    np.testing.assert_allclose(found.row_sums().numpy(), iterates[-1][1].sum(1), atol=1e-8, rtol=0)
+    differences = np.array([np.abs(A - C).sum(1).max() for A, C in iterates])
+    assert differences[-1] < THRESHOLD
+    assert (differences[:-1] >= THRESHOLD).all()
+    assert found.converged
+    monkeypatch.setattr(authors, "MAX_ITER", 5)
+    with pytest.warns(ConvergenceWarning, match="stopping rule was not met within 5 iterations"):
+        missed = authors_self_expression(Y, options)
+    assert not missed.converged
+    assert missed.n_iter == 5
+
+
+def test_memory_of_theirs_is_refused_before_anything_is_computed() -> None:
+    with pytest.raises(MemoryError, match="the authors' self-expression of 1000 tokens"):
+        authors_self_expression(torch.zeros(3, 1000), SolverOptions(memory_budget=10 * 8 * 1000**2 - 1))
 
 
 def test_reproduce_keeps_what_was_given_and_switches_the_rest() -> None:

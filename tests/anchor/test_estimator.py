@@ -311,7 +311,37 @@ def test_a_sample_of_fit_is_expressed_by_itself():
 def test_what_no_sample_expresses_has_no_label():
     tokens = planted_subspaces(2, 20)[0]
     model = SparseSubspaceClustering(2, None, affine=False).fit(tokens)
-    assert model.predict(torch.zeros(1, tokens.shape[1], dtype=torch.float64)).tolist() in ([-1], [0], [1])
+    nothing = torch.zeros(1, tokens.shape[1], dtype=torch.float64)
+    assert model.transform(nothing).nnz == 0
+    assert model.predict(torch.cat([nothing, tokens[:1]])).tolist() == [-1, model.labels_[0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_precisions_of_new_samples(dtype):
+    tokens, truth = planted_subspaces(3, 24)
+    model = SparseSubspaceClustering(3, None, affine=False).fit(tokens.to(dtype))
+    mixed = model.predict(tokens.to(torch.float32 if dtype == torch.float64 else torch.float64))
+    assert mixed.dtype == np.int64
+    np.testing.assert_array_equal(mixed, model.predict(tokens.to(dtype)))
+    np.testing.assert_array_equal(mixed, model.labels_)
+    assert model.transform(tokens[:2].to(dtype)).dtype == np.float64
+    assert adjusted_rand_score(truth, mixed) == 1.0
+
+
+def test_no_new_samples():
+    tokens = planted_subspaces(2, 20)[0]
+    model = SparseSubspaceClustering(2).fit(tokens)
+    assert model.transform(tokens[:0]).shape == (0, len(tokens))
+    assert model.predict(tokens[:0]).shape == (0,)
+
+
+def test_eigengap_is_that_of_the_affinity():
+    tokens, _ = planted_subspaces(3, 24)
+    model = SparseSubspaceClustering(3, None, affine=False).fit(tokens)
+    affinity = model.affinity_matrix_.toarray()
+    root = 1 / np.sqrt(affinity.sum(0))
+    eigenvalues = np.linalg.eigvalsh(affinity * root * root[:, None])[::-1]
+    assert model.eigengap_ == pytest.approx(eigenvalues[2] - eigenvalues[3], abs=1e-9)
 
 
 def test_predict_checks_what_it_is_given():

@@ -113,6 +113,28 @@ def test_other_settings_are_other_rows(job: Path, tmp_path: Path, capsys: pytest
         assert [row["alpha_k"] for row in csv.DictReader(file)] == ["8.0", "8.0", "2.0", "2.0"]
 
 
+def test_eigengaps_are_columns(job: Path, tmp_path: Path) -> None:
+    """Of scores from the disk, too."""
+    rows = [{"video": "clips/a.mp4", "question": question} for question in ("word5", "word6")]
+    (job / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ("--scorer", "knn", "--score", "projector", "--assign-labels", "kmeans")
+    for out in (tmp_path / "out", tmp_path / "again"):
+        if out.name == "again":
+            shutil.copytree(tmp_path / "out" / "scores", out / "scores")
+        command = ["batch", str(job / "two.jsonl"), *arguments(job, out, *settings)[2:]]
+        assert cli.main(command) == 0
+    first, again = results(tmp_path / "out"), results(tmp_path / "again")
+    assert [record["ssc"]["cached"] for record in again] == [True, True]
+    found = {(record["ssc"]["eigengap"], record["ssc"]["in_gap"]) for record in first + again}
+    assert len(found) == 1, "one video"
+    ((eigengap, in_gap),) = found
+    assert eigengap > 0
+    assert in_gap in (True, False)
+    row = table(tmp_path / "again")[0]
+    assert (float(row["ssc_eigengap"]), row["ssc_in_gap"]) == (eigengap, str(in_gap))
+    assert (row["scorer"], row["score"], row["assign_labels"]) == ("knn", "projector", "kmeans")
+
+
 def test_fit(job: Path, tmp_path: Path) -> None:
     """A question that leaves no room for all frames fails alone; with --fit its video gets fewer frames."""
     rows = [{"video": "clips/a.mp4", "question": question} for question in ("word5", "word5 " * 1005)]

@@ -173,8 +173,16 @@ def line(key: str, **more: Any) -> dict[str, Any]:
     return {"key": key, "status": "done", "video": "/a.mp4", "question": "?", "settings": "h", "line": 1, **more}
 
 
+REPORT = {"eigengap": 0.25, "in_gap": False, "n_iter": 7, "residual": 1e-4, "converged": True, "cached": False}
 ROWS = [
-    line("a", answer="left, or\nright", seconds={"vision": 1.5}, input={"answer": "=1+1", "n": 1}, notes=["x"]),
+    line(
+        "a",
+        answer="left, or\nright",
+        seconds={"vision": 1.5},
+        input={"answer": "=1+1", "n": 1},
+        ssc=REPORT,
+        notes=["x"],
+    ),
     line("b", answer="-3", seconds={"vision": 2}, input={"answer": 7, "n": None, "big": 2**70}, n_clusters=24),
     {**line("c", status="failed", reason="é\u2028", failure="input"), "input": {"answer": None}},
     line("d", status="unasked", input={"list": [1, "@"], "answer": "\t=2"}, n_clusters="auto"),
@@ -193,6 +201,8 @@ def test_tables_hold_the_same(tmp_path: Path) -> None:
     assert [row["input_n"] for row in rows] == ["1", None, None, None]
     assert [row["input_big"] for row in rows] == [None, str(2**70), None, None]
     assert [row["n_clusters"] for row in rows] == [None, "24", None, "auto"]
+    assert {name: rows[0][f"ssc_{name}"] for name in REPORT} == REPORT
+    assert (rows[1]["ssc_eigengap"], rows[1]["ssc_in_gap"]) == (None, None)
     assert json.loads(rows[3]["input"]) == ROWS[3]["input"]
     assert rows[0]["notes"] == '["x"]'
     assert rows[2]["reason"] == "é\u2028"

@@ -131,7 +131,7 @@ def test_scores_past_their_own_budget(checkpoint: str, free: Any) -> None:
     assert Planner(checkpoint, uniform_scores, max_new_tokens=10, device="cpu").budget(clip, "Why?").problem is None
 
 
-@pytest.mark.parametrize("scorer", ["ssc", "kmeans", "uniform"])
+@pytest.mark.parametrize("scorer", ["ssc", "knn", "kmeans", "uniform"])
 def test_scores_count_the_tokens_and_their_pca(scorer: Any) -> None:
     """The PCA of few wide tokens takes more than their self-expression; bf16 tokens half of what fp32 ones do."""
     settings = VideoAnchorConfig(alpha_k=1, alpha_v=1, scorer=scorer, pca_rank=8)
@@ -141,6 +141,17 @@ def test_scores_count_the_tokens_and_their_pca(scorer: Any) -> None:
     assert full - half == 300 * 2048 * 2
     pca = 0 if scorer == "uniform" else features_memory_bytes(300, 2048, 8)
     assert half >= 300 * 2048 * 2 + pca
+
+
+def test_the_authors_arithmetic_grows_with_the_square() -> None:
+    settings = VideoAnchorConfig(alpha_k=1, alpha_v=1, pca_rank=8).reproduce()
+
+    def plan(n_tokens: int, limit: int | None = None) -> tuple[int, str | None]:
+        return budget._plan_scores(n_tokens, 64, 4, settings, torch.device("cpu"), limit)
+
+    assert plan(2000)[0] - plan(1000)[0] == 10 * 8 * (2000**2 - 1000**2) + 1000 * 64 * 4
+    assert "authors' self-expression of 2000 tokens" in str(plan(2000, 10 * 8 * 2000**2 - 1)[1])
+    assert plan(2000, 10 * 8 * 2000**2)[1] is None
 
 
 def test_weights_that_do_not_fit(checkpoint: str, free: Any) -> None:

@@ -6,18 +6,24 @@ import os
 import signal
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cli_runs import GATE, SMALL, run_arguments, videoanchor
 from safetensors.numpy import load_file
 
 from videoanchor_triton.anchor import memory
+from videoanchor_triton.anchor.scores import AnchorResult
 from videoanchor_triton.app import cli
 from videoanchor_triton.app import demo as demo_of_the_package
+from videoanchor_triton.app.commands import run as run_command
 from videoanchor_triton.app.commands import shared
+from videoanchor_triton.app.token_grid import TokenGrid
 from videoanchor_triton.app.video.reader import write_video
 from videoanchor_triton.app.viz import contact_sheet
 
@@ -145,6 +151,53 @@ def test_run_with_a_solver_of_ones_choice(demo: tuple[Path, str], tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("settings", "recorded"),
+    [
+        (("--scorer", "knn"), {"scorer": "knn", "score": "published", "assign_labels": "cluster_qr"}),
+        (("--scorer", "knn", "--score", "projector"), {"scorer": "knn", "score": "projector"}),
+        (("--scorer", "ssc", "--score", "projector"), {"scorer": "ssc", "score": "projector"}),
+        (("--scorer", "ssc", "--assign-labels", "discretize"), {"assign_labels": "discretize"}),
+        (("--scorer", "kmeans"), {"scorer": "kmeans"}),
+    ],
+    ids=" ".join,
+)
+def test_scores_of_ones_choice(
+    demo: tuple[Path, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    settings: tuple[str, ...],
+    recorded: dict[str, str],
+) -> None:
+    assert cli.main(run_arguments(demo[0], tmp_path / "out", *settings)) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert recorded.items() <= result["config"].items()
+    shown = capsys.readouterr().out
+    eigengap, in_gap = result["ssc"]["eigengap"], result["ssc"]["in_gap"]
+    if recorded.get("scorer") == "kmeans":
+        assert eigengap is in_gap is None
+    else:
+        assert eigengap >= 0
+        assert in_gap in (True, False)
+    assert ("labels are one choice of several" in shown) == (in_gap is False)
+
+
+@pytest.mark.parametrize("in_gap", [False, True, None])
+def test_the_report_says_where_the_tokens_do_not_choose_the_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], in_gap: bool | None
+) -> None:
+    anchor = AnchorResult(torch.tensor([0.0, 1.0]), torch.tensor([0, 1]), in_gap=in_gap)
+    counts = {"n_prompt_tokens": 3, "n_visual_tokens": 2, "n_generated_tokens": 1}
+    result: Any = SimpleNamespace(text="left", anchor=anchor, grid=TokenGrid(1, 1, 2), **counts)
+    run_command.report(result, {"seconds": defaultdict(float)}, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    (number,) = (number for number, line in enumerate(lines) if line.startswith("scores "))
+    assert "2 subspaces" in lines[number]
+    expected = "the tokens do not say that there are so many subspaces: labels are one choice of several"
+    assert (lines[number + 1].strip() == expected) == (in_gap is False)
+    assert sum(expected in line for line in lines) == (in_gap is False)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         pytest.param(("--video", "missing.mp4", *GATE), "no video file at missing.mp4", id="missing-video"),
@@ -173,6 +226,14 @@ def test_run_with_a_solver_of_ones_choice(demo: tuple[Path, str], tmp_path: Path
             id="context",
         ),
         pytest.param(("--video", "clip.mp4", *GATE, "--n-clusters", "0"), "n_clusters", id="clusters"),
+        pytest.param(
+            ("--video", "clip.mp4", *GATE, "--scorer", "kmeans", "--n-clusters", "auto"), 'or "knn"; give', id="auto"
+        ),
+        pytest.param(
+            ("--video", "clip.mp4", *GATE, "--scorer", "kmeans", "--score", "projector"),
+            'score=\'projector\' needs scorer="ssc" or "knn"',
+            id="projector",
+        ),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(

@@ -136,6 +136,15 @@ def test_ablations_change_one_thing_at_a_time() -> None:
     assert (baseline.alpha_q, baseline.alpha_k, baseline.alpha_v) == (0, 0, 0)
 
 
+def test_ablations_of_nearest_neighbours() -> None:
+    """They have the same scores as self-expression, and keep the one that was asked for."""
+    setting = Setting("gate", replace(GATE, scorer="knn", score="projector"), 16)
+    found = {one.name: one.config for one in ablations(setting, ["scorer=ssc,kmeans", "score=size"])}
+    assert [(one.scorer, one.score) for one in found.values()] == [
+        *(("knn", "projector"), ("ssc", "projector"), ("kmeans", "published"), ("knn", "size")),
+    ]
+
+
 @pytest.mark.parametrize(
     "wanted", ["colour", "scorer=best", "score=median", "clusters=0", "clusters=x", "terms=KX", "terms=", "frames=0"]
 )

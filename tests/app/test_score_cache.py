@@ -49,10 +49,11 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("scorer", ["ssc", "kmeans", "uniform"])
+@pytest.mark.parametrize("scorer", ["ssc", "knn", "kmeans", "uniform"])
 def test_the_same_numbers_again(tmp_path: Path, computed: list[int], scorer: Any) -> None:
     config = replace(CONFIG, scorer=scorer)
     expected = anchor_scores(tokens(), config)
+    assert (expected.eigengap is None) == (expected.in_gap is None) == (scorer in ("kmeans", "uniform"))
     for folder in (tmp_path, tmp_path, tmp_path / "new"):
         assert_same(ScoreCache(folder, PLENTY).anchor_scores(tokens(), config), expected)
     assert computed == [33, 33]
@@ -72,6 +73,9 @@ def test_found_by_content_settings_and_version(monkeypatch: pytest.MonkeyPatch) 
         cache_key(x, replace(CONFIG, n_clusters=4)),
         cache_key(x, replace(CONFIG, random_state=1)),
         cache_key(x, replace(CONFIG, tol=0.01)),
+        cache_key(x, replace(CONFIG, assign_labels="kmeans")),
+        cache_key(x, replace(CONFIG, scorer="knn")),
+        cache_key(x, replace(CONFIG, scorer="knn", score="projector")),
     ]
     assert cache_key(x.clone(), replace(CONFIG, alpha_k=9, alpha_v=0, alpha_q=1, decode="prefill")) == keys[0]
     assert cache_key(x.T.contiguous().T, CONFIG) == keys[0], "strides are no content"

@@ -124,6 +124,15 @@ def test_settings_are_taken_out_of_the_model_arguments() -> None:
     assert rest == arguments
 
 
+def test_each_setting_of_the_scores_may_be_given() -> None:
+    """Those that it has from the solver's settings, too."""
+    scores: dict[str, Any] = {"scorer": "knn", "score": "projector", "assign_labels": "kmeans", "random_state": 3}
+    solver: dict[str, Any] = {"affine": False, "alpha_e": 1.0, "alpha_z": 2.0, "tol": 0.1, "memory_budget": 2**20}
+    gate = {"alpha_k": 2, "alpha_v": 0.5}
+    config, rest = split_settings(gate | scores | solver)
+    assert (config, rest) == (VideoAnchorConfig(**gate, **scores, **solver), {})
+
+
 def test_preset_and_reproduce() -> None:
     config, rest = split_settings({"preset": "internvl2-8b", "alpha_v": 1, "reproduce": True})
     assert config == VideoAnchorConfig.preset("internvl2-8b", alpha_v=1).reproduce()
