@@ -59,7 +59,7 @@ def absolute(links: list[list[tuple[int, float]]]) -> csc_array:
         {"n_clusters": "auto"},
         {"score": "published", "assign_labels": "kmeans"},
     ],
-    ids=["default", "linear-no-pca", "auto", "working-set"],
+    ids=["default", "linear-no-pca", "auto", "kmeans"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
@@ -76,6 +76,10 @@ def test_the_first_chunk_is_scored_as_ever(settings, dtype, device):
     assert (found.n_iter, found.residual, found.converged) == (expected.n_iter, expected.residual, expected.converged)
     assert set(found.seconds) == set(expected.seconds)
     assert stream.n_tokens == 87
+    assert found.eigengap is not None
+    assert (found.eigengap, found.in_gap) == (expected.eigengap, expected.in_gap)
+    later = stream.update(X[:5])
+    assert later.eigengap is later.in_gap is None, "labels come from the first chunk's"
 
 
 def test_nothing_is_lost_while_the_dictionary_holds_all_tokens():

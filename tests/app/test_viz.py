@@ -278,6 +278,37 @@ def test_default_needs_no_model(run_folder: Path, tmp_path: Path) -> None:
     assert {path.name for path in (moved / "viz").iterdir()} == {"anchors.png", "tokens.csv"} | OVERLAYS
 
 
+def test_nearest_neighbours_are_the_affinity_of_their_run(
+    run_folder: Path, gallery: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = json.loads((run_folder / "result.json").read_text())
+    files = ("run", "--model", run["model"], "--video", run["video"], "--question", QUESTION, "--out", tmp_path / "run")
+    gate = ("--alpha-k", "9.5", "--alpha-v", "2.5", "--n-clusters", "4", "--scorer", "knn")
+    assert cli.main([*map(str, files), *gate, "--max-frames", str(N_SAMPLED), "--max-new-tokens", "1"]) == 0
+    capsys.readouterr()
+    assert cli.main(["viz", str(tmp_path / "run"), "--what", "affinity", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["affinity"]["largest_difference_to_recorded_scores"] < 1e-6
+    assert not np.allclose(
+        [float(row["share"]) for row in rows_of(tmp_path / "run" / "viz" / "affinity.csv")],
+        [float(row["share"]) for row in rows_of(gallery / "affinity.csv")],
+        atol=1e-3,
+    ), "self-expression would be another picture"
+
+
+def test_a_run_of_other_settings_says_what_to_do(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    record = json.loads((moved / "result.json").read_text())
+    record["config"]["algorithm"] = "dense"
+    (moved / "result.json").write_text(json.dumps(record))
+    assert cli.main(["viz", str(moved), "--what", "affinity"]) == 2
+    (*_, line) = capsys.readouterr().err.splitlines()
+    assert "config cannot be read" in line
+    assert "'algorithm'" in line
+    assert line.endswith("run `videoanchor run` again")
+
+
 def test_another_model_is_told(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = Path(shutil.copytree(run_folder.parent / "checkpoint", tmp_path / "other")) / "model.safetensors"
     weights = load_tensors(other)
