@@ -8,7 +8,7 @@ from torch import Tensor
 from .atoms import SMALLEST, TINY, Atoms, dual_value, objective
 
 if find_spec("triton"):  # not there on every platform
-    from .newton_kernel import newton_step
+    from .newton_kernel import fits, newton_step
     from .slopes_kernel import take_in_violators
 
 STEP, NEAREST_BOUNDARY = 0.97, 1e-12  # part of the way to the boundary, and where a slope ends by rounding
@@ -54,7 +54,8 @@ class Iterates:
         mu = room / c.shape[1]
         self.u, self.v = c.clamp_min(0) + mu / (1 - self.g), (-c).clamp_min(0) + mu / (1 + self.g)
         self.scalars = None
-        if _runs_triton(x):  # the kernels gather the candidates' rows themselves, and write into x
+        if _runs_triton(x) and fits(atoms):  # pyright: ignore[reportPossiblyUnboundVariable]
+            # the kernels gather the candidates' rows themselves, and write into x
             self.x = x.clone()
             self.matrix, self.scalars = (
                 self.matrix[:, :0],

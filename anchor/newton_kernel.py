@@ -8,6 +8,7 @@ from torch import Tensor
 from .atoms import Atoms
 
 BLOCK = 32  # candidates in a tile
+MATRIX_BYTES = 1 << 16  # of a normal matrix at most: the shared memory of the smallest target
 
 
 @triton.jit
@@ -226,6 +227,7 @@ def newton_kernel(
         b_g, b_dg = tl.load(g + o, mask=m, other=0.0), tl.load(p_first + o, mask=m, other=0.0)
         b_to_u, b_to_v = _centred(b_u, b_v, 1 - b_g, 1 + b_g, b_dg, mu)
         b_dg = tl.load(p_second + o, mask=m, other=0.0)
+        tl.debug_barrier()  # every warp loads all of a tile, and one stores it
         b_u += primal * (b_to_u - b_u + b_u * b_dg / (1 - b_g))
         b_v += primal * (b_to_v - b_v - b_v * b_dg / (1 + b_g))
         b_u, b_v = tl.maximum(b_u, 1e-300), tl.maximum(b_v, 1e-300)
@@ -246,6 +248,7 @@ def newton_kernel(
         b_atoms = _atoms(rows, candidates, o, n_candidates, o_axes, rank, n_unknowns)
         b_c = tl.load(coefficients + o, mask=m, other=0.0)
         if AFFINE:
+            tl.debug_barrier()
             b_c = b_c / total
             tl.store(coefficients + o, b_c, mask=m)
         b_expressed += tl.sum(b_atoms * b_c.to(dtype)[:, None], 0)
@@ -256,6 +259,16 @@ def newton_kernel(
     tl.store(objectives + i_token * 2, value)
     b_dual = tl.where(m_axes, b_target * b_x - b_quadratic * b_x * b_x / 2, 0.0)
     tl.store(objectives + i_token * 2 + 1, tl.sum(b_dual) + mu_target * mu_x)
+
+
+def fits(atoms: Atoms) -> bool:
+    """Whether a program holds the normal matrix: up to rank 128 in float32, 64 in float64; torch's operators serve
+    above."""
+    return _rank_tile(atoms) ** 2 * atoms.rows.element_size() <= MATRIX_BYTES
+
+
+def _rank_tile(atoms: Atoms) -> int:
+    return max(16, triton.next_power_of_2(len(atoms.limit)))
 
 
 def newton_step(
@@ -309,7 +322,7 @@ def newton_step(
             rank,
             AFFINE=atoms.affine,  # pyright: ignore[reportArgumentType]
             TOGETHER=together,  # pyright: ignore[reportArgumentType]
-            RANK=max(16, triton.next_power_of_2(rank)),  # pyright: ignore[reportArgumentType]
+            RANK=_rank_tile(atoms),  # pyright: ignore[reportArgumentType]
             BLOCK=BLOCK,  # pyright: ignore[reportArgumentType]
             num_warps=4 if rank <= 16 else 8 if rank <= 64 else 16,  # pyright: ignore[reportCallIssue]
         )

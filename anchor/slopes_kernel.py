@@ -8,6 +8,7 @@ from torch import Tensor
 from .atoms import Atoms
 
 TOKENS, ATOMS, BLOCK = 32, 128, 16  # of a tile of slopes, and candidates in a tile
+TILE_BYTES = 1 << 15  # of its atoms at most: with the tokens, within the shared memory of every target
 GROUPS = 512  # at most about so many groups of atoms
 
 
@@ -110,18 +111,21 @@ def swap_kernel(
     o_axes, o_tile = tl.arange(0, RANK), tl.arange(0, BLOCK)
     m_axes = o_axes < rank
     b_x = tl.load(x + o_axes, mask=m_axes, other=0.0) * shrink
-    tl.store(x + o_axes, b_x, mask=m_axes)
     mu_x = shrink * 0
     if AFFINE:
         mu_x = tl.load(x + rank) * shrink
+    tl.debug_barrier()  # what is changed in place: every warp loads it, and one stores it
+    tl.store(x + o_axes, b_x, mask=m_axes)
+    if AFFINE:
         tl.store(x + rank, mu_x)
     total = tl.sum(tl.zeros([BLOCK], dtype=tl.float64))
     for start in range(0, width, BLOCK):
         o = start + o_tile
         m = o < width
         b_g = tl.load(g + o, mask=m, other=0.0) * shrink
-        tl.store(g + o, b_g, mask=m)
         b_u, b_v = tl.load(u + o, mask=m, other=0.0), tl.load(v + o, mask=m, other=0.0)
+        tl.debug_barrier()
+        tl.store(g + o, b_g, mask=m)
         total += tl.sum(b_u * (1 - b_g) + b_v * (1 + b_g))
     mu = total / (2 * width)
     tl.debug_barrier()
@@ -139,7 +143,9 @@ def swap_kernel(
         )
         b_new = (tl.sum(b_rows * b_x.to(dtype)[None, :], 1) + mu_x.to(dtype)).to(tl.float64)
         b_new = tl.minimum(tl.maximum(b_new, -inside), inside)
-        tl.store(taken + i_token * n_atoms + tl.load(candidates + b_place, mask=m, other=0), 0, mask=m)
+        b_candidate = tl.load(candidates + b_place, mask=m, other=0)
+        tl.debug_barrier()
+        tl.store(taken + i_token * n_atoms + b_candidate, 0, mask=m)
         tl.store(taken + i_token * n_atoms + b_atom, 1, mask=m)
         tl.store(candidates + b_place, b_atom, mask=m)
         tl.store(u + b_place, mu / (1 - b_new), mask=m)
@@ -179,14 +185,15 @@ def take_in_violators(
     """
     (n_tokens, n_candidates), n_atoms = candidates.shape, len(atoms.rows)
     rank = len(atoms.limit)
-    group: int = min(ATOMS, max(4, triton.next_power_of_2(-(-n_atoms // GROUPS))))
+    rank_tile = max(16, triton.next_power_of_2(rank))
+    atoms_tile = min(ATOMS, TILE_BYTES // (rank_tile * atoms.rows.element_size()))
+    group: int = min(atoms_tile, max(4, triton.next_power_of_2(-(-n_atoms // GROUPS))))
     n_groups = -(-n_atoms // group)
     n_swaps = min(n_swaps, n_groups, n_candidates)
     value = torch.empty(n_tokens, n_groups, dtype=atoms.rows.dtype, device=x.device)
     atom = torch.empty(n_tokens, n_groups, dtype=torch.int64, device=x.device)
-    rank_tile = max(16, triton.next_power_of_2(rank))
     with torch.cuda.device_of(x):  # Triton launches on the current card
-        slopes_kernel[(triton.cdiv(n_tokens, TOKENS), triton.cdiv(n_atoms, ATOMS))](
+        slopes_kernel[(triton.cdiv(n_tokens, TOKENS), triton.cdiv(n_atoms, atoms_tile))](
             atoms.rows,
             x,
             taken,
@@ -199,7 +206,7 @@ def take_in_violators(
             PRECISION="tf32" if tf32 else "ieee",  # pyright: ignore[reportArgumentType]
             RANK=rank_tile,  # pyright: ignore[reportArgumentType]
             TOKENS=TOKENS,  # pyright: ignore[reportArgumentType]
-            ATOMS=ATOMS,  # pyright: ignore[reportArgumentType]
+            ATOMS=atoms_tile,  # pyright: ignore[reportArgumentType]
             GROUP=group,  # pyright: ignore[reportArgumentType]
         )
         value, groups = value.topk(n_swaps)
