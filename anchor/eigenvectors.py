@@ -133,6 +133,8 @@ def leading_eigenvectors(
     elif is_small:
         last = (size - count, size - 1)
         values, vectors = scipy.linalg.eigh(dense().numpy(), subset_by_index=last, overwrite_a=True)
+        if len(values) < count:  # which LAPACK does where many eigenvalues are equal
+            values, vectors = scipy.linalg.eigh(dense().numpy(), driver="evd")
     else:
         operator = scipy.sparse.linalg.LinearOperator(
             (size, size),

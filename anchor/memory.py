@@ -30,7 +30,7 @@ def token_bytes(n_atoms: int, rank: int) -> int:
     """Memory in bytes of a token while it is iterated: its candidates' rows twice, normal matrix and factor, slopes of
     all atoms, multipliers; in float64."""
     row, k = rank + 1, candidate_atoms(rank + 1, n_atoms)
-    return 8 * (2 * k * row + 3 * row**2 + 3 * n_atoms + 20 * (k + row))
+    return 8 * (2 * k * row + 3 * row**2 + 3 * n_atoms + 24 * (k + row))
 
 
 def solver_memory_bytes(n_tokens: int, n_atoms: int, rank: int, iterated: int) -> int:

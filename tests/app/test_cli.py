@@ -391,20 +391,3 @@ def test_missing_extras_are_named_before_any_work(
     assert cli.main([*map(str, run), *GATE]) == 2
     line = capsys.readouterr().err
     assert line == "videoanchor run: missing matplotlib: pip install 'videoanchor-triton[video,viz]'\n"
-
-
-def test_info(tmp_path: Path) -> None:
-    done = videoanchor("info", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for word in ("torch", "transformers", "triton", "sdpa", "reference"):
-        assert word in done.stdout
-    report = json.loads(videoanchor("info", "--json", cwd=tmp_path).stdout)
-    assert {"triton", "sdpa", "reference"} <= report["devices"][0]["backends"].keys()
-    assert report["versions"]["torch"] in done.stdout
-
-
-@pytest.mark.parametrize("command", [(), ("demo",), ("run",), ("info",)])
-def test_help(command: tuple[str, ...], tmp_path: Path) -> None:
-    done = videoanchor(*command, "--help", cwd=tmp_path)
-    assert done.returncode == 0
-    assert "usage: videoanchor" in done.stdout

@@ -405,12 +405,3 @@ def test_what_was_finished_stays(run_folder: Path, tmp_path: Path, monkeypatch: 
     assert cli.main(["viz", str(run_folder), "--what", "sheet,overlay", "--out", str(tmp_path)]) == 130
     assert {path.name for path in tmp_path.iterdir()} == {"anchors.png", "overlay_scores.mp4"}
     assert (tmp_path / "overlay_scores.mp4").read_text() == "from before"
-
-
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["viz", "--help"])
-    assert stopped.value.code == 0
-    shown = capsys.readouterr().out
-    for name in ("RUN_DIR", "sheet", "overlay", "csv", "frames", "affinity", "attention", "example: videoanchor viz"):
-        assert name in shown
