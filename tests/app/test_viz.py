@@ -390,15 +390,9 @@ def test_other_visual_tokens_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_figure_alone(run_folder: Path, tmp_path: Path) -> None:
-    assert cli.main(["viz", str(run_folder), "--what", "attention", "--out", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"attention.png", "attention.csv"}
-
-
 def test_what_was_finished_stays(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(path: Path, *_args: Any, **_options: Any) -> None:
-        path.write_text("half of it")
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(path.write_text("half of it"))
 
     monkeypatch.setattr("videoanchor_triton.app.viz.overlay.write_video", stopped)
     (tmp_path / "overlay_scores.mp4").write_text("from before")
