@@ -38,8 +38,9 @@ class VideoAnchorConfig(SolverOptions):
             64 is this package's choice.
         decode: "persist" gates decoding steps as well (the paper); "prefill" gates the prompt only (the authors'
             code).
-        scorer: "ssc" (the paper), "knn" (not the paper: each token is expressed by its 10 nearest), "kmeans" and
-            "uniform" (ablations), see `anchor_scores`, or a function from tokens (N, D) to scores (N,) in [0, 1].
+        scorer: "ssc" (the paper), "knn" (not the paper: each token is expressed by its 10 nearest; docs/performance.md
+            has clusters of both beside the truth), "kmeans" and "uniform" (ablations), see `anchor_scores`, or a
+            function from tokens (N, D) to scores (N,) in [0, 1].
         score: what scorer="ssc" or "knn" makes of self-expression and clusters, see `anchor_scores`. "published" (the
             paper); "size" and "row_sum", its two factors alone (the paper's ablations); "projector" (this package's
             own), whose sizes do not depend on how eigenvectors become labels; "cross_frame" (this package's own), which

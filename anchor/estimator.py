@@ -167,8 +167,9 @@ class SparseSubspaceClustering(TransformerMixin, ClusterMixin, BaseEstimator):
         """Express new samples by those of `fit`, with the weights of `fit`.
 
         Args:
-            X: (n, n_features) as `fit` takes it, on any device. A sample of `fit` is expressed by itself: its
-                coefficients are those of `coef_` in `fit` only.
+            X: (n, n_features) as `fit` takes it, on any device. A sample of `fit` is here itself among those that
+                express it, which in `coef_` it is not: it is expressed nearly by itself alone, unless it lies in the
+                hull of others (in few dimensions) or, not affine, others go further in its direction.
 
         Returns:
             (n, n_samples_fit) float64 on the CPU; row i expresses sample i.
@@ -187,7 +188,7 @@ class SparseSubspaceClustering(TransformerMixin, ClusterMixin, BaseEstimator):
         """The cluster of each new sample: that with most |coefficients| of `transform`, the lowest of equal ones.
 
         Args:
-            X: (n, n_features) as `transform` takes it.
+            X: (n, n_features) as `transform` takes it. Samples of `fit` mostly get their `labels_`, not always.
 
         Returns:
             (n,) int64; -1 for a sample that no sample of `fit` expresses.

@@ -12,8 +12,9 @@ N_NEIGHBORS = 10
 def neighbor_expression(Y: Tensor) -> SelfExpression:
     """Every token as the mean of its N_NEIGHBORS nearest others, of equally near ones those that come first.
 
-    Its affinity is the graph of scikit-learn's SpectralClustering(affinity="nearest_neighbors"), and its row sums are
-    how many tokens have token i among their nearest, over N_NEIGHBORS. Memory grows with N.
+    Its affinity is, but for a factor, that of scikit-learn's SpectralClustering(affinity="nearest_neighbors") with
+    n_neighbors=11, which counts the token itself. Its row sums are how many tokens have token i among their nearest,
+    over N_NEIGHBORS. Memory grows with N.
 
     Args:
         Y: (r, N) floating-point tensor, one token a column. If all tokens are equal nothing can be told apart: all
@@ -23,6 +24,7 @@ def neighbor_expression(Y: Tensor) -> SelfExpression:
         Coefficients 1 / k of the k = min(N_NEIGHBORS, N - 1) nearest, without any gap.
     """
     points = Y.double().T
+    points = points - points.mean(0)  # far from 0, distances would be lost in the roundoff of squares
     n_tokens = len(points)
     k = min(N_NEIGHBORS, max(n_tokens - 1, 0))
     indices = torch.zeros(n_tokens, max(k, min(n_tokens, 1)), dtype=torch.int64, device=Y.device)

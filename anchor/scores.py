@@ -9,7 +9,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from .affinity import affinity_matrix
-from .authors import authors_labels, authors_score, authors_self_expression
+from .authors import authors_labels, authors_score, authors_self_expression, check_authors_memory
 from .config import Score, ScoreFunction, VideoAnchorConfig
 from .cross_frame import check_frames, cross_frame_score
 from .host_reads import read
@@ -234,9 +234,11 @@ def _subspace_scores(
 ) -> AnchorResult:
     watch = Stopwatch(tokens.device)
     (n_tokens, n_features), authors = tokens.shape, config.arithmetic == "authors"
-    if config.scorer == "ssc" and not authors:
+    if authors:  # what does not fit is refused before anything is computed
+        check_authors_memory(n_tokens, tokens.device, config.memory_budget)
+    elif config.scorer == "ssc":
         rank = min(config.pca_rank or n_features, n_features)
-        plan_solver(n_tokens, n_tokens, rank, tokens.device, config.memory_budget)  # raises before anything is computed
+        plan_solver(n_tokens, n_tokens, rank, tokens.device, config.memory_budget)
     with watch.stage("pca"):
         report("pca", 0, 1)
         features = token_features(tokens, config.pca_rank)

@@ -68,8 +68,9 @@ class AnchorStream:
     threads. An update that fails leaves the stream as it was.
 
     Args:
-        config: settings; the scorer must be "ssc" and the score "published". The others would need their own rule for
-            keeping early scores valid: the cross-frame score of a token changes with every frame that follows.
+        config: settings; the scorer must be "ssc", the score "published" and the arithmetic "exact". Other scores would
+            need their own rule for keeping early ones valid: the cross-frame score of a token changes with every frame
+            that follows.
         max_atoms: bound on the dictionary, above the number of clusters.
 
     Attributes:
@@ -81,8 +82,8 @@ class AnchorStream:
             chunk.
 
     Raises:
-        TypeError, ValueError: the scorer is not "ssc", the score not "published", or max_atoms is no integer or too
-            small.
+        TypeError, ValueError: the scorer is not "ssc", the score not "published", the arithmetic not "exact", or
+            max_atoms is no integer or too small.
 
     See Also:
         anchor_scores: for a video that is all there.
@@ -103,6 +104,10 @@ class AnchorStream:
             raise ValueError(f'config.scorer must be "ssc" for a stream, got {config.scorer!r}; use anchor_scores')
         if config.score != "published":
             raise ValueError(f'config.score must be "published" for a stream, got {config.score!r}; use anchor_scores')
+        if config.arithmetic != "exact":
+            raise ValueError(
+                f'config.arithmetic must be "exact" for a stream, got {config.arithmetic!r}; leave reproduce() out'
+            )
         # Under "auto", tokens without affinity are one more.
         n_clusters = MAX_AUTO_CLUSTERS + 1 if config.n_clusters == "auto" else config.n_clusters
         check_integer("max_atoms", max_atoms, low=n_clusters + 1)

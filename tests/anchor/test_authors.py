@@ -10,9 +10,9 @@ from sklearn.exceptions import ConvergenceWarning
 from tokens import vit_like
 from torch import Tensor
 
-from videoanchor_triton.anchor import authors
+from videoanchor_triton.anchor import authors, scores
 from videoanchor_triton.anchor.authors import authors_self_expression
-from videoanchor_triton.anchor.config import VideoAnchorConfig
+from videoanchor_triton.anchor.config import Scorer, VideoAnchorConfig
 from videoanchor_triton.anchor.options import SolverOptions
 from videoanchor_triton.anchor.problem import token_features
 from videoanchor_triton.anchor.scores import anchor_scores
@@ -77,6 +77,14 @@ def test_iterates_and_stopping_rule_are_theirs(affine: bool, alpha_e: float, mon
 def test_memory_of_theirs_is_refused_before_anything_is_computed() -> None:
     with pytest.raises(MemoryError, match="the authors' self-expression of 1000 tokens"):
         authors_self_expression(torch.zeros(3, 1000), SolverOptions(memory_budget=10 * 8 * 1000**2 - 1))
+
+
+@pytest.mark.parametrize("scorer", ["ssc", "knn"])
+def test_tokens_that_do_not_fit_are_refused_before_the_pca(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "token_features", lambda *_: pytest.fail("the PCA was computed"))
+    settings = VideoAnchorConfig(alpha_k=1.0, alpha_v=1.0, scorer=scorer, memory_budget=10 * 8 * 100**2 - 1)
+    with pytest.raises(MemoryError, match="the authors' self-expression of 100 tokens"):
+        anchor_scores(torch.randn(100, 3), settings.reproduce())
 
 
 def test_reproduce_keeps_what_was_given_and_switches_the_rest() -> None:

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
+from sklearn.cluster import SpectralClustering
 from sklearn.neighbors import kneighbors_graph
 
 import videoanchor_triton as va
@@ -25,6 +27,28 @@ def test_the_graph_is_that_of_scikit_learn(n_tokens: int) -> None:
     np.testing.assert_allclose(solution.row_sums().numpy(), graph.sum(0) / N_NEIGHBORS, rtol=1e-12)
     affinity = affinity_matrix(solution.indices, solution.values).to_dense().numpy()
     np.testing.assert_allclose(affinity, (graph + graph.T) / N_NEIGHBORS, rtol=1e-12)
+
+
+def test_the_affinity_is_that_of_spectral_clustering() -> None:
+    points = torch.randn(60, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    solution = neighbor_expression(points.T)
+    theirs = SpectralClustering(3, affinity="nearest_neighbors", n_neighbors=11).fit(points.numpy()).affinity_matrix_
+    expected = 2 / N_NEIGHBORS * (theirs - scipy.sparse.diags(theirs.diagonal())).toarray()
+    found = affinity_matrix(solution.indices, solution.values).to_dense().numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e7])
+def test_of_equally_near_tokens_the_first_are_taken(offset: float) -> None:
+    points = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0], dtype=torch.float64).repeat_interleave(7) + offset
+    found = neighbor_expression(torch.stack([points, -points])).indices[16].sort().values  # a token at 2
+    assert found.tolist() == [7, 8, 9, 10, 14, 15, 17, 18, 19, 20], "six at 2; the first four of seven at 1, seven at 3"
+
+
+def test_a_common_offset_changes_nothing() -> None:
+    points = torch.randn(5, 80, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    offset, plain = (neighbor_expression(x).indices.sort(1).values for x in (points + 1e7, points))
+    assert torch.equal(offset, plain)
 
 
 @pytest.mark.parametrize("n_tokens", [0, 1, 2, 3, 10])

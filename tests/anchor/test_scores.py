@@ -8,7 +8,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
 
 from videoanchor_triton.anchor import memory, scores
+from videoanchor_triton.anchor.affinity import affinity_matrix
 from videoanchor_triton.anchor.config import VideoAnchorConfig
+from videoanchor_triton.anchor.neighbors import neighbor_expression
 from videoanchor_triton.anchor.problem import token_features
 from videoanchor_triton.anchor.scores import anchor_scores, shared_expression_score
 from videoanchor_triton.anchor.solver import self_expression
@@ -87,6 +89,38 @@ def test_each_factor_of_the_score_alone(score):
     assert torch.equal(result.labels, published.labels)
 
 
+@pytest.mark.parametrize("scorer", ["ssc", "knn"])
+def test_projector_score_and_eigengap_are_of_the_subspaces(scorer):
+    tokens = vit_like(4, 15)
+    result = anchor_scores(tokens, config(scorer=scorer, score="projector"))
+    features = token_features(tokens, 16)
+    solution = neighbor_expression(features) if scorer == "knn" else self_expression(features, config())
+    affinity = affinity_matrix(solution.indices, solution.values).to_dense().numpy()
+    degree = affinity.sum(0)
+    values, vectors = np.linalg.eigh(affinity / np.sqrt(np.outer(degree, degree)))
+    basis = np.linalg.qr(vectors[:, -8:] / np.sqrt(degree)[:, None])[0]
+    unscaled = solution.row_sums().numpy() / np.square(basis).sum(1)
+    expected = (unscaled - unscaled.min()) / (unscaled.max() - unscaled.min())
+    np.testing.assert_allclose(result.scores, expected, rtol=1e-5, atol=1e-6)
+    assert result.eigengap == pytest.approx(values[-8] - values[-9], abs=1e-9)
+    published = anchor_scores(tokens, config(scorer=scorer))
+    assert (published.eigengap, published.in_gap) == (result.eigengap, result.in_gap)
+    assert not torch.allclose(result.scores, published.scores, atol=0.01)
+
+
+@pytest.mark.parametrize("scorer", ["ssc", "knn"])
+def test_whether_there_are_as_many_subspaces(scorer):
+    tokens, _ = planted_subspaces(4, 24)
+    settings = {"pca_rank": None, "affine": False, "scorer": scorer}
+    if scorer == "knn":  # which sees distances
+        tokens = torch.eye(4, 40).repeat_interleave(24, 0) + 0.01 * tokens
+    found = {k: anchor_scores(tokens, config(n_clusters=k, **settings)) for k in (4, "auto", 7, 96)}
+    assert [found[k].in_gap for k in (4, "auto", 7, 96)] == [True, True, False, None]
+    assert found["auto"].labels.amax() == 3
+    assert found[96].eigengap is None, "as many clusters as tokens"
+    assert anchor_scores(tokens, config(scorer="uniform")).in_gap is None
+
+
 @pytest.mark.parametrize("assign_labels", ["discretize", "cluster_qr"])
 def test_finds_planted_subspaces(assign_labels):
     tokens, truth = planted_subspaces(noise=0.02)
@@ -95,7 +129,7 @@ def test_finds_planted_subspaces(assign_labels):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("scorer", ["ssc", "kmeans"])
+@pytest.mark.parametrize("scorer", ["ssc", "knn", "kmeans"])
 def test_is_bitwise_reproducible(scorer, device):
     tokens = vit_like().to(device)
     first = anchor_scores(tokens, config(scorer=scorer))

@@ -318,11 +318,17 @@ def test_bad_later_chunks(chunk, error, message, monkeypatch):
     [
         ({"scorer": "kmeans"}, 50, ValueError, "config.scorer must be \"ssc\" for a stream, got 'kmeans'"),
         ({"scorer": lambda tokens: tokens[:, 0]}, 50, ValueError, "config.scorer must be"),
+        (
+            {"arithmetic": "authors", "assign_labels": "discretize"},
+            50,
+            ValueError,
+            "config.arithmetic must be \"exact\" for a stream, got 'authors'; leave reproduce",
+        ),
         ({}, 6, ValueError, "max_atoms must be >= 7, got 6"),
         ({"n_clusters": "auto"}, 51, ValueError, "max_atoms must be >= 52, got 51"),
         ({}, 50.0, TypeError, "max_atoms must be an integer, got 50.0"),
     ],
-    ids=["kmeans", "function", "too-few", "too-few-for-auto", "no-integer"],
+    ids=["kmeans", "function", "authors", "too-few", "too-few-for-auto", "no-integer"],
 )
 def test_bad_settings(settings, max_atoms, error, message):
     with pytest.raises(error, match=message):
