@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("kernels", "anchor", "integrations", "app")
-HOSTS = ("transformers", "lmms_eval")
+HOSTS = ("transformers", "lmms_eval", "vllm")
 MODULES = {
     path.relative_to(ROOT).with_suffix("").parts: path for area in FLOORS for path in (ROOT / area).rglob("*.py")
 }
