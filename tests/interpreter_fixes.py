@@ -3,7 +3,8 @@
 Its dot multiplies bfloat16 operands as the raw 16-bit words that numpy holds them in, and its fp32 -> bf16 conversion
 truncates where a GPU rounds to nearest even. Its fp32 -> float8_e4m3fn conversion loses carries into the exponent. It
 takes integers from 2**31 to 2**32 for 64-bit ones, as a GPU does, but holds them in 32. In 3.6 a loop's bounds are
-arrays of one element, which numpy 2.4 no longer takes for numbers.
+arrays of one element, which numpy 2.4 no longer takes for numbers. In 3.9 a block of booleans and a single one make a
+block of integers, which is refused as a mask.
 """
 
 from typing import Any
@@ -30,6 +31,18 @@ def _round_to_float8(data: np.ndarray) -> np.ndarray:
     return torch.from_numpy(np.ascontiguousarray(data)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
+def _with_bool_masks(method: Any, place: int) -> Any:
+    """`method` of the builder, whose argument at `place` is a mask."""
+
+    def masked(self: Any, *arguments: Any) -> Any:
+        mask = arguments[place]
+        if mask.data.dtype != np.bool_:
+            mask = interpreter.TensorHandle(mask.data.astype(np.bool_), mask.dtype)
+        return method(self, *arguments[:place], mask, *arguments[place + 1 :])
+
+    return masked
+
+
 def apply() -> None:
     """Patch the interpreter; call it once."""
     builder: Any = interpreter.InterpreterBuilder
@@ -48,6 +61,8 @@ def apply() -> None:
             return interpreter.TensorHandle(_round_to_float8(source.data), tl.float8e4nv)
         return create_fp_to_fp(self, source, dtype, *arguments)
 
+    for name in ("create_masked_load", "create_masked_store"):
+        setattr(builder, name, _with_bool_masks(getattr(builder, name), 1 if name.endswith("load") else 2))
     builder.create_dot = dot
     builder.create_fp_to_fp = fp_to_fp
     builder.create_fp_trunc = fp_trunc

@@ -56,6 +56,9 @@ def of_model(model: Any) -> dict[str, Any]:
 
 def main() -> None:
     case = json.loads(Path(sys.argv[1]).read_text())
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.path.insert(0, str(Path(__file__).parents[2]))
+        importlib.import_module("interpreter_fixes").apply()
     from vllm import LLM, SamplingParams
 
     requests = getattr(importlib.import_module(case["requests"][0]), case["requests"][1])
@@ -70,8 +73,8 @@ def main() -> None:
     runner = None if core is None else core.model_executor.driver_worker.worker.model_runner
     result = {
         "rounds": [dict(zip(requests, some, strict=True)) for some in rounds],
-        "models": llm.apply_model(of_model),
-        "runner": type(runner).__module__,
+        "models": llm.apply_model(importlib.import_module("engine_program").of_model),  # by a name that workers find
+        "runner": [one.__module__ for one in type(runner).__mro__],
         "metrics": {one.name: one.value for one in llm.get_metrics() if hasattr(one, "value")},
         "config_hash": llm.llm_engine.vllm_config.compute_hash(),
     }

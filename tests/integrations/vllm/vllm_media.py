@@ -77,3 +77,12 @@ QWEN = {
         (PICTURE,),
     ),
 }
+FEW = {name: QWEN[name] for name in ("video A", "text", "videos A and C")}
+TEXT = {"text": QWEN["text"]}
+TAGGED = {
+    "video A": Request(f"{START}<video>Which roof is nearer?{END}", (A,)),
+    "text": QWEN["text"],
+    "video B": Request(f"{START}user user <video>Where is the left one?{END}", (B,)),
+}
+INTERNVL = {**TAGGED, "image": Request(f"{START}<IMG_CONTEXT>What is near?{END}", (), (PICTURE,))}
+LLAVA = {**TAGGED, "image": Request(f"{START}<image>What is near?{END}", (), (PICTURE,))}

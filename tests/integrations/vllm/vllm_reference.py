@@ -51,8 +51,8 @@ class Reference:
         self.processor = AutoProcessor.from_pretrained(folder)
         self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         config = self.model.config
-        ids = [getattr(config, name, None) for name in ("image_token_id", "video_token_id", "image_token_index")]
-        self.visual = torch.tensor([one for one in ids if one is not None])
+        names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+        self.visual = torch.tensor([getattr(config, name) for name in names if hasattr(config, name)])
 
     @torch.no_grad()
     def answer(self, request: Request, ids: Sequence[int], n: int, how: str) -> Greedy:
@@ -94,12 +94,16 @@ class Reference:
                 "videos": [torch.from_numpy(clip).permute(0, 3, 1, 2) for clip in request.videos],
                 "video_metadata": [metadata(clip) for clip in request.videos],
                 "do_sample_frames": False,
-                "fps": 2.0,
             }
+            if self.model.config.model_type.startswith("qwen"):
+                given["fps"] = 2.0
         if request.images:
             given["images"] = list(request.images)
         inputs = dict(self.processor(text=[request.prompt], return_tensors="pt", **given))
         inputs["input_ids"] = torch.tensor([list(ids)])
+        if self.model.config.model_type == "internvl":  # vLLM has tokens for videos there
+            video = self.processor.tokenizer.convert_tokens_to_ids("<video>")
+            inputs["input_ids"][inputs["input_ids"] == video] = self.model.config.image_token_id
         return inputs
 
     def _items(self, inputs: dict[str, Any]) -> list[Tensor]:
