@@ -57,8 +57,8 @@ class BatchProgress:
         self.n_failed += record["status"] == "failed"
         if record["status"] == "done":
             self.n_tokens += record["tokens"]["generated"]
-            self.seconds.update({stage: record["seconds"][stage] for stage in STAGES})
-            memory = record["peak_memory_bytes"] or record["peak_host_memory_bytes"]
+            self.seconds.update({stage: record["seconds"][stage] or 0.0 for stage in STAGES})
+            memory = record["peak_memory_bytes"] or record["peak_host_memory_bytes"] or 0
             self.peak_memory_bytes = max(self.peak_memory_bytes, memory)
         self._show(1)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...integrations.errors import InputError
 from ..libraries import prepare_libraries
@@ -45,6 +45,7 @@ class BatchJob:
         score_folder, score_bytes: see `ScoreCache`.
         share_prefill: see `SharedPrefill`.
         tensor_parallel: processes among which the model is split.
+        engine: what computes the answers.
     """
 
     model: str
@@ -58,6 +59,7 @@ class BatchJob:
     score_bytes: int
     share_prefill: bool = True
     tensor_parallel: int = 1
+    engine: Literal["transformers", "vllm"] = "transformers"
 
     def settings(self) -> dict[str, Any]:
         """What an answer depends on, ready for JSON."""
@@ -73,6 +75,9 @@ class BatchJob:
             },
             "fit": self.fit,
             "max_new_tokens": self.max_new_tokens,
+            **(
+                {} if self.engine == "transformers" else {"engine": self.engine}
+            ),  # settings of before stay what they were
         }
 
     def settings_hash(self) -> str:
@@ -94,6 +99,7 @@ def setting_columns(settings: dict[str, Any]) -> Record:
         **{name: video.get(name) for name in VIDEO_COLUMNS},
         "fit": settings["fit"],
         "max_new_tokens": settings["max_new_tokens"],
+        "engine": settings.get("engine", "transformers"),
     }
 
 
@@ -163,7 +169,7 @@ class BatchWorker:
         result, cached, host_memory = answered
         anchor = result.anchor
         return {
-            **_about(row, self._settings_hash),
+            **about(row, self._settings_hash),
             "status": "done",
             "answer": result.text,
             "failure": None,
@@ -195,7 +201,7 @@ def failed(row: BatchRow, settings_hash: str, error: BaseException | str) -> Rec
     """The result of a row that could not be answered."""
     failure: Failure = "other" if isinstance(error, str) else failure_of(error)
     reason = error if isinstance(error, str) else reason_of(error)
-    return {**_about(row, settings_hash), "status": "failed", "answer": None, "failure": failure, "reason": reason}
+    return {**about(row, settings_hash), "status": "failed", "answer": None, "failure": failure, "reason": reason}
 
 
 def reason_of(error: BaseException) -> str:
@@ -206,10 +212,11 @@ def reason_of(error: BaseException) -> str:
 
 def unasked(row: BatchRow, settings_hash: str) -> Record:
     """The place of a row in the tables until it has a result."""
-    return {**_about(row, settings_hash), "status": "unasked"}
+    return {**about(row, settings_hash), "status": "unasked"}
 
 
-def _about(row: BatchRow, settings_hash: str) -> Record:
+def about(row: BatchRow, settings_hash: str) -> Record:
+    """What a result says of its row."""
     return {
         "key": row.key(settings_hash),
         "video": str(row.video),

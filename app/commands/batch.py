@@ -87,10 +87,18 @@ def add(commands: Commands) -> None:
     engine = batch.add_argument_group("engine")
     engine.add_argument(
         "--engine",
-        choices=("local", "ray"),
+        choices=("local", "ray", "vllm"),
         default="local",
         help="local: one model in this process (default). ray: Ray Data, an actor a GPU, on this machine or the "
-        "cluster that RAY_ADDRESS names; INPUT's videos, the checkpoint and OUT must be reachable from all of it",
+        "cluster that RAY_ADDRESS names; INPUT's videos, the checkpoint and OUT must be reachable from all of it. "
+        "vllm: vLLM with this package's plug-in, rows of many videos at once",
+    )
+    engine.add_argument(
+        "--engine-options",
+        type=_options,
+        default={},
+        metavar="JSON",
+        help='with vllm: its engine arguments, as \'{"max_model_len": 32768, "gpu_memory_utilization": 0.8}\'',
     )
     add_tensor_parallel_option(engine)
     engine.add_argument("--actors", type=int, metavar="N", help="with ray; default: as many as there are GPUs for")
@@ -102,6 +110,16 @@ def add(commands: Commands) -> None:
     )
     add_config_options(batch)
     batch.set_defaults(command=_batch)
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected JSON, got {text!r}: {error}") from None
+    if not isinstance(options, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return options
 
 
 def _batch(args: argparse.Namespace) -> int:
@@ -225,6 +243,7 @@ def _check(args: argparse.Namespace) -> None:
     for name, where, extra in (
         ("pyarrow", "parquet" in args.tables, "batch"),
         ("ray", args.engine == "ray", "ray"),
+        ("vllm", args.engine == "vllm", "vllm"),
     ):
         if where and find_spec(name) is None:
             otherwise = ", or leave Parquet out: --tables csv" if name == "pyarrow" else ""
@@ -233,14 +252,30 @@ def _check(args: argparse.Namespace) -> None:
         given = getattr(args, name)
         if given is not None and not given >= least:
             raise InputError(f"--{name.replace('_', '-')}: expected {least} or more, got {given}")
-    if args.engine == "local" and (args.actors is not None or args.gpus_per_actor is not None):
+    if args.engine != "ray" and (args.actors is not None or args.gpus_per_actor is not None):
         raise InputError("--actors and --gpus-per-actor: only with --engine ray")
+    if args.engine_options and args.engine != "vllm":
+        raise InputError("--engine-options: only with --engine vllm")
+    if args.engine == "vllm":
+        _check_vllm(args)
     if args.tensor_parallel > 1 and args.gpus_per_actor not in (None, 0, args.tensor_parallel):
         raise InputError(
             f"--gpus-per-actor {args.gpus_per_actor:g} and --tensor-parallel {args.tensor_parallel}: each process "
             "of an actor takes a GPU; leave --gpus-per-actor out"
         )
     check_tensor_parallel(args, here=args.engine == "local")
+
+
+def _check_vllm(args: argparse.Namespace) -> None:
+    for option, given, instead in (
+        ("--device", args.device != "auto", "CUDA_VISIBLE_DEVICES names the devices"),
+        ("--fit", args.fit, "give --max-frames"),
+        ("--cache", args.cache is not None, "a video is scored once, as its embeddings are made"),
+        ("--whole-prompts", args.whole_prompts, "vLLM shares prompts by itself"),
+        ("--decode prefill", args.decode == "prefill", "generated tokens are gated there"),
+    ):
+        if given:
+            raise InputError(f"{option}: not with --engine vllm, leave it out: {instead}")
 
 
 def _job(args: argparse.Namespace) -> "BatchJob":
@@ -256,6 +291,7 @@ def _job(args: argparse.Namespace) -> "BatchJob":
         score_folder=(args.cache or args.out / "scores").absolute(),
         score_bytes=int(args.cache_size * 2**30),
         share_prefill=not args.whole_prompts,
+        engine="vllm" if args.engine == "vllm" else "transformers",
     )
 
 
@@ -266,6 +302,10 @@ def _engine(args: argparse.Namespace, progress: Any) -> Any:
         from ..batch.ray_engine import ray_engine
 
         return partial(ray_engine, n_actors=args.actors, gpus_per_actor=args.gpus_per_actor)
+    if args.engine == "vllm":
+        from ..batch.vllm_engine import vllm_engine
+
+        return partial(vllm_engine, options=args.engine_options)
     return partial(local_engine, progress=progress.stage)
 
 

@@ -17,6 +17,11 @@ TAGS = {
     "image_token": "<image>",
     "video_token": "<video>",
 }
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] in ('image', 'video') %}<{{ part['type'] }}>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
 SIDE = 28  # of a frame that goes into the towers of InternVL and LLaVA
 CLIP_VISION = {
     "hidden_size": 64,
@@ -166,6 +171,7 @@ def llava_onevision(folder: Path) -> None:
         video_processor=hf.LlavaOnevisionVideoProcessor(size=size),
         num_image_tokens=16,
         vision_feature_select_strategy="full",
+        chat_template=TEMPLATE,
     ).save_pretrained(folder)
 
 
