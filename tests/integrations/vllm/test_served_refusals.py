@@ -40,11 +40,12 @@ cases = json.loads(sys.stdin.read())
 for name, options in cases.items():
     gate = options.pop("gate", {gated})
     try:
-        EngineArgs(max_model_len=512, additional_config={{"videoanchor": gate}}, **options).create_engine_config()
+        given = {{"videoanchor": gate}} if gate is not None else {{}}
+        config = EngineArgs(max_model_len=512, additional_config=given, **options).create_engine_config()
     except Exception as error:
         print("SAID", json.dumps([name, f"{{type(error).__name__}}: {{error}}"]))
     else:
-        print("SAID", json.dumps([name, "nothing"]))
+        print("SAID", json.dumps([name, "nothing " + config.compute_hash()]))
 """
 
 
@@ -56,6 +57,9 @@ def said(qwen: Path) -> dict[str, str]:
     }
     cases["all is well"] = {"model": str(qwen), "attention_backend": "CUSTOM"}
     cases["preset"] = {**cases["all is well"], "gate": {"preset": "internvl2-8b", "alpha_v": 1.0}}
+    cases["other alphas"] = {**cases["all is well"], "gate": {**GATED, "alpha_k": 9.0}}
+    cases["no gate"] = {**cases["all is well"], "gate": None}
+    cases["no gate, other attention"] = {"model": str(qwen), "gate": None, "pipeline_parallel_size": 2}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(gated=GATED)],
         input=json.dumps(cases),
@@ -76,7 +80,13 @@ def test_refused_by_name(said: dict[str, str], name: str) -> None:
 
 
 def test_what_fits_is_taken(said: dict[str, str]) -> None:
-    assert said["all is well"] == said["preset"] == "nothing"
+    taken = [said[name] for name in ("all is well", "preset", "other alphas", "no gate", "no gate, other attention")]
+    assert all(one.startswith("nothing ") for one in taken), taken
+
+
+def test_other_alphas_are_another_configuration(said: dict[str, str]) -> None:
+    """What vLLM keys caches by."""
+    assert len({said[name] for name in ("all is well", "preset", "other alphas", "no gate")}) == 4
 
 
 def test_no_gated_class(tmp_path: Path) -> None:
