@@ -8,6 +8,7 @@ import numpy as np
 N_RESAMPLES = 10_000
 LEAST_CHANGED = 6
 """If m videos changed and all to the better, a two-sided sign test gives p = 2^(1 - m): below 0.05 from 6 on."""
+ALL, MEAN_OF_TYPES = "all questions", "mean of types"
 _DRAWS_AT_ONCE = 1000
 """Bounds the memory: 40 MB for 5,000 videos that all differ."""
 
@@ -110,3 +111,21 @@ def compare(
         n_videos_changed=n_videos_changed,
         verdict=("gain" if low > 0 else "loss") if shown else "no gain shown",
     )
+
+
+def groups_of(types: np.ndarray, known: np.ndarray) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """The rows of a table of questions: all of them, the mean of the types (VSI-Bench's overall score), each type; one
+    row where there is one type.
+
+    Args:
+        types: (n,) of each question.
+        known: (n,) bool, questions with two scores; a type without any has no row.
+
+    Returns:
+        for each row its name, the (n,) bool mask of its questions, and the (n,) groups within which means are taken.
+    """
+    everything = np.ones(len(types), dtype=bool)
+    rows = [(ALL, everything, everything)]
+    if len(kinds := np.unique(types[known])) > 1:
+        rows += [(MEAN_OF_TYPES, everything, types), *((str(kind), types == kind, everything) for kind in kinds)]
+    return rows

@@ -1,0 +1,224 @@
+"""Two results of the same questions, question by question."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from ...integrations.errors import InputError
+from .paired import LEAST_CHANGED, compare, groups_of
+from .protocol import compare_protocols
+from .questions import answer_key
+from .readers.result import Answered, Result
+from .significance import detectable, mcnemar
+
+VERDICTS = {"gain": "B higher", "loss": "A higher", "no gain shown": "no difference shown"}
+NOTE = (
+    "Difference: B - A, over the questions that have a score in both. Interval: 95%, bootstrap over videos with all "
+    "their questions, each paired with the same question of the other result; of few videos it is too narrow. A "
+    f"difference is shown where the interval leaves out 0 and {LEAST_CHANGED} or more videos changed, the questions of "
+    "one taken together; of many rows, one in twenty intervals leaves out 0 by chance. Could show: the true difference "
+    "that as many videos, with differences that spread as much, would show with a chance of 80%. McNemar: exact and "
+    "two-sided, where all scores are 0 or 1; it takes questions as independent, so that its p is too small where "
+    "several are about one video."
+)
+_NO_VIDEOS = (
+    "neither result names the videos of the questions: each question counts as a video of its own, and where several "
+    "are about one video the intervals are too narrow; --videos names them"
+)
+_OTHER_VIDEOS = "the results put the questions together into videos differently: those of A are taken"
+_SCALES = "the scores of one result go above 1 and those of the other do not: are they on the same scale?"
+
+
+def head_to_head(a: Result, b: Result) -> dict[str, Any]:
+    """Compares b with a.
+
+    Returns:
+        for JSON: the two sides with their cards, what of their protocols differs ("flags", "others") or could not be
+        compared ("unchecked"), "warnings", a "table" over all questions and types, "videos", the questions whose score
+        differs ("flipped"), failures, unreadable replies, and a "conclusion" in a sentence.
+
+    Raises:
+        InputError: they are of different questions, or no question has a score in both.
+    """
+    _check_questions(a, b)
+    pairs = [(row, b.rows[name]) for name, row in a.rows.items()]
+    videos, warnings = _videos(pairs)
+    protocol = compare_protocols(a, b)
+    scores = np.array([[np.nan if row.score is None else row.score for row in pair] for pair in pairs]).T
+    known = np.isfinite(scores).all(0)
+    if not known.any():
+        raise InputError(f"no question has a score in both {a.source} and {b.source}: see their failures")
+    percent = bool(((scores[:, known] >= 0) & (scores[:, known] <= 1)).all())
+    if len({bool((one[known] > 1).any()) for one in scores}) > 1:
+        warnings.append(_SCALES)
+    types = np.array([before.type if before.type != "all" else after.type for before, after in pairs])
+    table = [
+        {"type": name, **_row(*scores[:, known & group], videos[known & group], within[known & group])}
+        for name, group, within in groups_of(types, known)
+    ]
+    record = {
+        "conclusion": _conclusion(table[0], percent, [one["what"] for one in protocol.flags]),
+        "a": _side(a, [before for before, _ in pairs]),
+        "b": _side(b, [after for _, after in pairs]),
+        **asdict(protocol),
+        "warnings": warnings,
+        "n_questions": len(pairs),
+        "n_compared": int(known.sum()),
+        "percent": percent,
+        "table": table,
+        "videos": _by_video(scores[:, known], videos[known]),
+        "flipped": [
+            _flip(before, after, kind, video)
+            for (before, after), kind, video, two, both in zip(pairs, types, videos, scores.T, known, strict=True)
+            if both and two[0] != two[1]
+        ],
+        "failures": [
+            {"id": row.id, "side": side, "error": row.error or "no score"}
+            for pair in pairs
+            for side, row in zip("AB", pair, strict=True)
+            if row.score is None
+        ],
+        "unreadable": [
+            {"id": row.id, "side": side, "reply": row.reply}
+            for pair in pairs
+            for side, row in zip("AB", pair, strict=True)
+            if row.read == ""
+        ],
+        "note": NOTE,
+    }
+    return record
+
+
+def _check_questions(a: Result, b: Result) -> None:
+    """
+    Raises:
+        InputError: the questions differ: by id, or in their text or answer where both results have it.
+    """
+    only_a, only_b = ([name for name in one.rows if name not in other.rows] for one, other in ((a, b), (b, a)))
+    if only_a or only_b:
+        raise InputError(
+            f"the question sets differ: A has {len(only_a)} that B lacks and B has {len(only_b)} that A lacks, such as "
+            f"the id {(only_a or only_b)[0]!r}: compare results of the same questions"
+        )
+    for name, row in a.rows.items():
+        other = b.rows[name]
+        one, two = _words(row.question), _words(other.question)
+        differ = "" if one is None or two is None or one in two or two in one else "question"
+        if not differ and (answers := _answers(row, other)) is not None:
+            one, two = answers
+            differ = "" if one == two else "answer"
+        if differ:
+            raise InputError(
+                f"the question sets differ: the {differ} of the id {name!r} is {one!r} in A and {two!r} in B: compare "
+                "results of the same questions"
+            )
+
+
+def _words(text: str | None) -> str | None:
+    return None if text is None else " ".join(text.casefold().split())
+
+
+def _answers(row: Answered, other: Answered) -> tuple[Any, Any] | None:
+    """The right answer according to both; None where one lacks it, or has the letter and the other a text."""
+    (kind, answer), (another, right) = _answer(row), _answer(other)
+    return None if "none" in (kind, another) or {kind, another} == {"letter", "text"} else (answer, right)
+
+
+def _answer(row: Answered) -> tuple[str, str | float | None]:
+    if row.answer is None:
+        return "none", None
+    try:
+        metric, answer = answer_key(row.answer, row.options, row.metric)
+    except ValueError:
+        metric, answer = "exact", row.answer
+    if metric == "mra":
+        return "number", float(answer)
+    bare = str(answer).strip().strip("().:")
+    return ("letter", bare.upper()) if len(bare) == 1 and bare.isalpha() else ("text", _words(str(answer)))
+
+
+def _videos(pairs: Iterable[tuple[Answered, Answered]]) -> tuple[np.ndarray, list[str]]:
+    """(n,) what names the video of each question, and what is to be said about that."""
+    sides = [[row.video for row in side] for side in zip(*pairs, strict=True)]
+    named = [side for side in sides if all(video is not None for video in side)]
+    if not named:
+        return np.array([f"question {n}" for n in range(1, len(sides[0]) + 1)]), [_NO_VIDEOS]
+    together = [defaultdict(set) for _ in named]
+    for groups, side in zip(together, named, strict=True):
+        for n, video in enumerate(side):
+            groups[video].add(n)
+    parts = [{frozenset(group) for group in groups.values()} for groups in together]
+    if len(parts) == 2 and parts[0] != parts[1]:
+        return np.array(named[0]), [_OTHER_VIDEOS]
+    return np.array(named[0]), []
+
+
+def _row(before: np.ndarray, after: np.ndarray, videos: np.ndarray, within: np.ndarray) -> dict[str, Any]:
+    found = compare(after, before, videos, within)
+    exact = mcnemar(before, after)
+    return {
+        "n": found.n,
+        "n_videos": found.n_videos,
+        "a": found.baseline,
+        "b": found.mean,
+        "difference": found.difference,
+        "low": found.low,
+        "high": found.high,
+        "n_changed": found.n_changed,
+        "n_videos_changed": found.n_videos_changed,
+        "detectable": detectable(after - before, videos, within),
+        "mcnemar": None if exact is None else exact._asdict(),
+        "verdict": VERDICTS[found.verdict],
+    }
+
+
+def _side(result: Result, rows: list[Answered]) -> dict[str, Any]:
+    return {
+        "source": result.source,
+        "harness": result.harness,
+        "setting": result.setting,
+        "scoring": result.scoring,
+        "n_failed": sum(row.score is None for row in rows),
+        "n_unreadable": sum(row.read == "" for row in rows),
+        "card": dict(result.card),
+    }
+
+
+def _by_video(scores: np.ndarray, videos: np.ndarray) -> list[dict[str, Any]]:
+    """Those that changed most first."""
+    names, video = np.unique(videos, return_inverse=True)
+    n = np.bincount(video)
+    before, after = (np.bincount(video, one) / n for one in scores)
+    rows = [
+        {"video": str(name), "n": int(n[v]), "a": float(before[v]), "b": float(after[v])}
+        for v, name in enumerate(names)
+    ]
+    rows = [{**row, "difference": row["b"] - row["a"]} for row in rows]
+    return sorted(rows, key=lambda row: -abs(row["difference"]))
+
+
+def _flip(before: Answered, after: Answered, kind: str, video: str) -> dict[str, Any]:
+    return {
+        "id": before.id,
+        "video": str(video),
+        "type": str(kind),
+        "question": before.question or after.question or before.prompt or after.prompt,
+        "options": list(before.options or after.options),
+        "answer": before.answer if before.answer is not None else after.answer,
+        "a": {"score": before.score, "reply": before.reply, "read": before.read},
+        "b": {"score": after.score, "reply": after.reply, "read": after.read},
+    }
+
+
+def _conclusion(row: dict[str, Any], percent: bool, flags: list[str]) -> str:
+    scale, unit = (100, " points") if percent else (1, "")
+    numbers = (
+        f"B - A = {scale * row['difference']:+.4g}{unit}, 95% interval {scale * row['low']:+.4g} to "
+        f"{scale * row['high']:+.4g}, on {row['n']} questions about {row['n_videos']} videos, "
+        f"{row['n_videos_changed']} of which changed"
+    )
+    found = f"{row['verdict'].capitalize() if row['verdict'].startswith('no') else row['verdict']}: {numbers}."
+    return f"{found} The protocols differ ({', '.join(flags)}): the difference may be due to that." if flags else found

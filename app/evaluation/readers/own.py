@@ -1,0 +1,61 @@
+"""What `videoanchor eval` has left."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ....integrations.errors import InputError
+from .result import OURS, Answered, Result, by_id, number_of, text_of
+
+HARNESS = "videoanchor eval"
+
+
+def is_own(record: Any) -> bool:
+    """Whether `eval` may have written it."""
+    return isinstance(record, dict) and {"settings", "results", "questions"} <= record.keys()
+
+
+def read_own(path: Path, setting: str | None = None) -> Result:
+    """
+    Args:
+        path: an eval.json.
+        setting: whose replies; None for "gate".
+
+    Raises:
+        InputError: it is no such file, or of a version that left replies out of it; it has no such setting.
+    """
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(record.get("questions"), list) or "card" not in record:
+        raise InputError(f"{path} is of a version that kept no replies in it: run the same `videoanchor eval` again")
+    setting = "gate" if setting is None else setting
+    if setting not in record["settings"]:
+        raise InputError(f"{path} has no setting {setting!r}: give one of {', '.join(map(repr, record['settings']))}")
+    rows = by_id((_answered(one, setting) for one in record["questions"]), path)
+    return Result(str(path), HARNESS, OURS, rows, _card(record["card"], setting), setting)
+
+
+def _answered(question: dict[str, Any], setting: str) -> Answered:
+    reply = question["replies"].get(setting, {"error": "not asked: the run stopped before"})
+    return Answered(
+        id=question["id"],
+        score=number_of(reply.get("score")),
+        video=question["video"],
+        type=question["type"],
+        question=question["question"],
+        options=tuple(question["options"]),
+        metric=question["metric"],
+        answer=text_of(question["answer"]),
+        prompt=question["prompt"],
+        reply=reply.get("reply"),
+        read=reply.get("read"),
+        error=reply.get("error"),
+    )
+
+
+def _card(card: dict[str, Any], setting: str) -> dict[str, Any]:
+    """Of one setting: its frames and its gate are in places of their own."""
+    chosen = dict(card["settings"][setting])
+    common = {name: value for name, value in card.items() if name != "settings"}
+    frames = {**common.get("frames", {}), "max_frames": chosen.pop("max_frames")}
+    seeds = {**common.get("seeds", {}), "scores": chosen.pop("random_state")}
+    return {**common, "frames": frames, "seeds": seeds, "gate": chosen}
