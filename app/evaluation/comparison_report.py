@@ -14,7 +14,7 @@ def cells(record: dict[str, Any]) -> list[list[str]]:
     scale, digits = (100, 1) if record["percent"] else (1, 4)
 
     def number(value: float | None, sign: str = "") -> str:
-        return "?" if value is None else f"{scale * value:{sign}.{digits}f}"
+        return "?" if value is None else f"{round(scale * value, digits) + 0.0:{sign}.{digits}f}"
 
     return [
         [

@@ -158,7 +158,7 @@ def _videos(pairs: Iterable[tuple[Answered, Answered]]) -> tuple[np.ndarray, lis
 
 def _row(before: np.ndarray, after: np.ndarray, videos: np.ndarray, within: np.ndarray) -> dict[str, Any]:
     found = compare(after, before, videos, within)
-    exact = mcnemar(before, after)
+    exact = mcnemar(before, after) if len(np.unique(within)) == 1 else None  # of questions, not of means of types
     return {
         "n": found.n,
         "n_videos": found.n_videos,

@@ -1,6 +1,8 @@
 """A result of an evaluation, whoever made it: a score for each question, and how it came about."""
 
+import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from string import ascii_uppercase
@@ -113,19 +115,23 @@ def number_of(value: Any) -> float | None:
 
 
 def scored(row: Answered) -> Answered:
-    """`row` with the score that `metrics.score` gives to its reply. Without options an answer of one capital letter is
-    that of a multiple choice from A to D, or as far as the letter.
+    """`row` with the score that `metrics.score` gives to its reply. An answer of one capital letter is that of a
+    multiple choice, with or without options (then from A to D, or as far as the letter); a number that is not above 0,
+    of which there is no relative accuracy, is scored by exact match.
 
     Raises:
         ValueError: it has no answer, or one that does not go with its metric.
     """
     if row.reply is None:
         return replace(row, score=None)
-    options = row.options
-    if not options and row.metric in (None, "choice") and row.answer is not None and row.answer in ascii_uppercase:
-        last = max(ascii_uppercase.index(row.answer) + 1, 4)
-        options = tuple(f"\0{letter}" for letter in ascii_uppercase[:last])  # texts that no reply has
-    metric, answer = answer_key(row.answer, options, row.metric)
+    number = number_of(row.answer)
+    if row.metric in (None, "choice") and row.answer is not None and re.fullmatch("[A-Z]", row.answer):
+        n = max(ascii_uppercase.index(row.answer) + 1, len(row.options) or 4)
+        unknown = tuple(f"\0{letter}" for letter in ascii_uppercase[len(row.options) : n])  # texts that no reply has
+        metric, answer, options = "choice", row.answer, row.options + unknown
+    else:
+        exact = row.metric is None and not row.options and number is not None and number <= 0
+        (metric, answer), options = answer_key(row.answer, row.options, "exact" if exact else row.metric), row.options
     found = score(row.reply, answer, metric, options)
     return replace(row, score=found or 0.0, read=read_answer(row.reply, answer, metric, options))
 
@@ -148,14 +154,12 @@ def rescored(result: Result) -> Result:
 
 
 def options_of(columns: Mapping[str, Any]) -> tuple[str, ...]:
-    """Of the column `options`, or of columns A, B, C, ...; none where they cannot be read."""
+    """Of the column `options`, or of columns A, B, C, ... up to the first that is empty; none where they cannot be
+    read."""
     given = columns.get("options")
     if is_missing(given):
-        given = []
-        for letter in ascii_uppercase:
-            if is_missing(columns.get(letter)):
-                break
-            given.append(text_of(columns[letter]))
+        letters = itertools.takewhile(lambda letter: not is_missing(columns.get(letter)), ascii_uppercase)
+        given = [text_of(columns[letter]) for letter in letters]
     try:
         return parse_options(given)
     except ValueError:

@@ -13,30 +13,32 @@ from .table_file import SUFFIXES, read_table
 
 HARNESS = "VLMEvalKit"
 _FAILED = "Failed to obtain answer"
-_SCORED = re.compile(r"_(score|extract_matching|llm_[^/]*)$")
 
 
 def find_table(folder: Path) -> Path | None:
-    """The one table of results in a folder, with scores if one has them.
+    """The one table of results in a folder: those with scores come before predictions alone.
 
     Raises:
         InputError: there are several.
     """
-    files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES and path.is_file()]
-    scored_files = [path for path in files if _SCORED.search(path.stem)]
-    found = scored_files or [path for path in files if _is_result(path)]
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found[:5])
-        raise InputError(f"{folder} holds {len(found)} tables of results ({names}): give the file of one")
-    return found[0] if found else None
+    found: dict[bool, list[Path]] = {True: [], False: []}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            try:
+                table = read_table(path)
+            except InputError:
+                continue
+            if table and table[0].keys() >= {"index", "prediction"}:
+                found[_has_scores(table)].append(path)
+    best = found[True] or found[False]
+    if len(best) > 1:
+        names = ", ".join(path.name for path in best[:5])
+        raise InputError(f"{folder} holds {len(best)} tables of results ({names}): give the file of one")
+    return best[0] if best else None
 
 
-def _is_result(path: Path) -> bool:
-    try:
-        rows = read_table(path)
-    except InputError:
-        return False
-    return bool(rows) and {"index", "prediction"} <= rows[0].keys()
+def _has_scores(table: list[dict[str, Any]]) -> bool:
+    return any(first_of(row, SCORES) is not None for row in table)
 
 
 def read_vlmevalkit(path: Path) -> Result:
@@ -50,7 +52,7 @@ def read_vlmevalkit(path: Path) -> Result:
     table = read_table(path)
     if not table or not {"index", "prediction"} <= table[0].keys():
         raise InputError(f"{path}: no result of VLMEvalKit: expected the columns index and prediction")
-    has_scores = any(first_of(row, SCORES) is not None for row in table)
+    has_scores = _has_scores(table)
     rows = by_id((_answered(row, path, has_scores) for row in table), path)
     return Result(str(path), HARNESS, f"{HARNESS}'s" if has_scores else OURS, rows, _card(path))
 
@@ -84,7 +86,7 @@ def _literal(text: Any) -> Any:
 
 def _card(path: Path) -> dict[str, Any]:
     """What the name of the file tells: the data set's settings end in _32frame or _1fps."""
-    name = _SCORED.sub("", path.stem)
+    name = path.stem
     frames = {}
     if found := re.search(r"_(\d+)frame", name):
         frames = {"max_frames": int(found[1])}
