@@ -1,9 +1,10 @@
 """A comparison of two results, for people: on a terminal and as Markdown."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .report import markdown_line, shown
+from .report import markdown_line, markdown_text, shown
 
 _COLUMNS = ("questions", "n", "videos", "A", "B", "B - A", "95% interval", "could show", "McNemar p", "")
 _FLIPS_IN_MARKDOWN, _FLIPS_ON_TERMINAL = 200, 5
@@ -76,22 +77,22 @@ def comparison_text(record: dict[str, Any]) -> str:
             lines.append(f"  {flip['id']}  {flip['video']}: A {a[0]:g} {a[1]} | B {b[0]:g} {b[1]}")
         if more := len(flips) - _FLIPS_ON_TERMINAL:
             lines += [f"  and {more} more: see --out"] if more > 0 else []
-    return "\n".join([*lines, "", record["conclusion"]])
+    return "\n".join(re.sub(r"[\r\n\t]", " ", line) for line in [*lines, "", record["conclusion"]])
 
 
 def comparison_markdown(record: dict[str, Any]) -> str:
     """For a file: the same with the note, both cards and the first of the questions that flipped."""
-    lines = [f"**{_escaped(record['conclusion'])}**", "", "| | |", "|:--|:--|"]
+    lines = [f"**{markdown_text(record['conclusion'])}**", "", "| | |", "|:--|:--|"]
     lines += [markdown_line([side.upper(), side_line(record[side])]) for side in "ab"]
     lines += ["", *_table(_COLUMNS, ":--", cells(record)), ""]
-    lines += [f"- {_escaped(line)}" for line in counts_lines(record)]
+    lines += [f"- {markdown_text(line)}" for line in counts_lines(record)]
     for title, entries in (
         ("The protocols differ, and the difference may be due to it", differing(record["flags"])),
         ("Warnings", record["warnings"]),
         ("Also different", differing(record["others"])),
         ("Not checked", record["unchecked"]),
     ):
-        lines += ["", f"**{title}**", "", *(f"- {_escaped(entry)}" for entry in entries)] if entries else []
+        lines += ["", f"**{title}**", "", *(f"- {markdown_text(entry)}" for entry in entries)] if entries else []
     if flips := record["flipped"]:
         some = flips[:_FLIPS_IN_MARKDOWN]
         said = "" if len(some) == len(flips) else f", the first {len(some)} of them here and all in compare.json"
@@ -119,10 +120,6 @@ def card_rows(card: dict[str, Any]) -> list[list[str]]:
 
 def _table(header: Sequence[str], alignment: str, rows: Iterable[Sequence[str]]) -> list[str]:
     return [markdown_line(header), f"|{'|'.join(alignment for _ in header)}|", *map(markdown_line, rows)]
-
-
-def _escaped(text: str) -> str:
-    return " ".join(text.split()).replace("|", r"\|")
 
 
 def _first_line(text: str | None) -> str:

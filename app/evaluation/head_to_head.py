@@ -47,19 +47,22 @@ def head_to_head(a: Result, b: Result) -> dict[str, Any]:
     pairs = [(row, b.rows[name]) for name, row in a.rows.items()]
     videos, warnings = _videos(pairs)
     protocol = compare_protocols(a, b)
-    scores = np.array([[np.nan if row.score is None else row.score for row in pair] for pair in pairs]).T
-    known = np.isfinite(scores).all(0)
+    before, after = (
+        np.array([np.nan if one.score is None else one.score for one in side]) for side in zip(*pairs, strict=True)
+    )
+    known = np.isfinite(before) & np.isfinite(after)
     if not known.any():
         raise InputError(f"no question has a score in both {a.source} and {b.source}: see their failures")
-    percent = bool(((scores[:, known] >= 0) & (scores[:, known] <= 1)).all())
-    if len({bool((one[known] > 1).any()) for one in scores}) > 1:
+    both = np.concatenate([before[known], after[known]])
+    if (before[known] > 1).any() != (after[known] > 1).any():
         warnings.append(_SCALES)
-    types = np.array([before.type if before.type != "all" else after.type for before, after in pairs])
-    table = [
-        {"type": name, **_row(*scores[:, known & group], videos[known & group], within[known & group])}
-        for name, group, within in groups_of(types, known)
-    ]
-    record = {
+    percent = bool(((both >= 0) & (both <= 1)).all())
+    types = np.array([one.type if one.type != "all" else other.type for one, other in pairs])
+    table = []
+    for name, group, within in groups_of(types, known):
+        chosen = known & group
+        table.append({"type": name, **_row(before[chosen], after[chosen], videos[chosen], within[chosen])})
+    return {
         "conclusion": _conclusion(table[0], percent, [one["what"] for one in protocol.flags]),
         "a": _side(a, [before for before, _ in pairs]),
         "b": _side(b, [after for _, after in pairs]),
@@ -69,12 +72,8 @@ def head_to_head(a: Result, b: Result) -> dict[str, Any]:
         "n_compared": int(known.sum()),
         "percent": percent,
         "table": table,
-        "videos": _by_video(scores[:, known], videos[known]),
-        "flipped": [
-            _flip(before, after, kind, video)
-            for (before, after), kind, video, two, both in zip(pairs, types, videos, scores.T, known, strict=True)
-            if both and two[0] != two[1]
-        ],
+        "videos": _by_video(before[known], after[known], videos[known]),
+        "flipped": [_flip(*pairs[n], str(types[n]), str(videos[n])) for n in np.flatnonzero(known & (before != after))],
         "failures": [
             {"id": row.id, "side": side, "error": row.error or "no score"}
             for pair in pairs
@@ -89,7 +88,6 @@ def head_to_head(a: Result, b: Result) -> dict[str, Any]:
         ],
         "note": NOTE,
     }
-    return record
 
 
 def _check_questions(a: Result, b: Result) -> None:
@@ -187,15 +185,12 @@ def _side(result: Result, rows: list[Answered]) -> dict[str, Any]:
     }
 
 
-def _by_video(scores: np.ndarray, videos: np.ndarray) -> list[dict[str, Any]]:
+def _by_video(before: np.ndarray, after: np.ndarray, videos: np.ndarray) -> list[dict[str, Any]]:
     """Those that changed most first."""
     names, video = np.unique(videos, return_inverse=True)
     n = np.bincount(video)
-    before, after = (np.bincount(video, one) / n for one in scores)
-    rows = [
-        {"video": str(name), "n": int(n[v]), "a": float(before[v]), "b": float(after[v])}
-        for v, name in enumerate(names)
-    ]
+    a, b = (np.bincount(video, one) / n for one in (before, after))
+    rows = [{"video": str(name), "n": int(n[v]), "a": float(a[v]), "b": float(b[v])} for v, name in enumerate(names)]
     rows = [{**row, "difference": row["b"] - row["a"]} for row in rows]
     return sorted(rows, key=lambda row: -abs(row["difference"]))
 
@@ -203,8 +198,8 @@ def _by_video(scores: np.ndarray, videos: np.ndarray) -> list[dict[str, Any]]:
 def _flip(before: Answered, after: Answered, kind: str, video: str) -> dict[str, Any]:
     return {
         "id": before.id,
-        "video": str(video),
-        "type": str(kind),
+        "video": video,
+        "type": kind,
         "question": before.question or after.question or before.prompt or after.prompt,
         "options": list(before.options or after.options),
         "answer": before.answer if before.answer is not None else after.answer,

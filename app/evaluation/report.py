@@ -132,5 +132,9 @@ def shown(value: Any) -> str:
 
 def markdown_line(cells: Iterable[str]) -> str:
     """A row of a table, each cell in one line."""
-    escaped = (" ".join(cell.split()).replace("|", r"\|") for cell in cells)
-    return f"| {' | '.join(escaped)} |"
+    return f"| {' | '.join(map(markdown_text, cells))} |"
+
+
+def markdown_text(text: str) -> str:
+    """`text` in one line, without the start of a cell or of HTML."""
+    return " ".join(text.split()).replace("|", r"\|").replace("<", "&lt;")
