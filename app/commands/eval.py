@@ -84,7 +84,9 @@ def add_questions_options(parser: argparse.ArgumentParser) -> None:
 def _eval(args: argparse.Namespace) -> int:
     session = Session(args)
     from ..evaluation import pictures, report
+    from ..evaluation.card import answered, card_facts, protocol_card
     from ..evaluation.evaluate import judge
+    from ..evaluation.questions import videos_of
     from ..evaluation.settings import ablations
 
     setting, questions = session.setting, session.questions
@@ -101,6 +103,7 @@ def _eval(args: argparse.Namespace) -> int:
     asked = {one.key(question): (one.name, question.id) for one in settings for question in questions}
     errors = {key: reply["error"] for key in asked if "error" in (reply := log.records.get(key, {}))}
     table = report.compared(questions, settings, judged)
+    card = protocol_card(session.facts, session.checkpoint, settings)
     results = {
         "n_failed": len(errors),
         "n_unasked": len(asked.keys() - log.records.keys()),
@@ -110,9 +113,15 @@ def _eval(args: argparse.Namespace) -> int:
         "failures": [{"id": asked[key][1], "setting": asked[key][0], "error": error} for key, error in errors.items()],
         "note": report.NOTE,
         "stopped": None if stopped is None else str(stopped),
+        "card": card,
+        "answered": answered(questions, videos_of(questions).tolist(), settings, log.records),
     }
     counts = ("n_failed", "n_unasked", "n_unreadable")
-    about = {**session.facts, "run": setting.columns(), **{name: results[name] for name in counts}}
+    about = {
+        **session.facts,
+        **{"run": setting.columns(), **card_facts(card)},
+        **{name: results[name] for name in counts},
+    }
     session.leave(results, report.eval_markdown(about, table), table, pictures.draw_eval(table))
     if stopped is not None:
         raise stopped
@@ -125,7 +134,8 @@ class Session:
     Attributes:
         setting: the gate that is asked for, and what else replies depend on.
         questions: of the file.
-        evaluate, facts: once it is opened, `evaluate` of questions and settings, and where the numbers come from.
+        evaluate, facts, checkpoint: once it is opened, `evaluate` of questions and settings, where the numbers come
+            from, and what the checkpoint adds to their card.
 
     Raises:
         InputError: an option or a question is wrong.
@@ -161,6 +171,7 @@ class Session:
         from ..batch.results import ResultsLog
         from ..checkpoint import revision_of
         from ..evaluation import evaluate as ev
+        from ..evaluation.card import checkpoint_card
         from ..evaluation.questions import digest, videos_of
         from ..machine import versions
         from ..score_cache import ScoreCache
@@ -192,6 +203,7 @@ class Session:
                 "tag": digest(settings, run, sha256, version("videoanchor-triton"))[:8],
             }
 
+            self.checkpoint = checkpoint_card(model, processor, args.max_pixels, args.max_new_tokens)
             answer = partial(pipeline.answer, model, processor, max_new_tokens=args.max_new_tokens, progress=progress)
 
             def ask(question: "Question", setting: "Setting") -> str:
@@ -231,10 +243,13 @@ class Session:
             text: Markdown.
             rows: of the CSV; what they lack is the same in all of them.
         """
+        from ..evaluation.card import card_columns
         from ..evaluation.report import COLUMNS
 
         args, tag, record = self.args, self.facts["tag"], {**results, **self.facts}
         same = {"n_unasked": 0, **record, **record["run"], "version": version("videoanchor-triton")}
+        if "card" in record:
+            same |= card_columns(record["card"])
         table, as_json = csv_text(COLUMNS[args.name], [{**same, **row} for row in rows]), json_text(record)
         contents = {"md": text.encode(), "csv": table.encode(), "json": f"{as_json}\n".encode(), "png": picture}
         for stem in (f"{args.name}-{tag}", args.name):

@@ -6,6 +6,8 @@ from typing import Literal
 import numpy as np
 
 N_RESAMPLES = 10_000
+SEED = 0
+"""Of the bootstrap; no report uses another."""
 LEAST_CHANGED = 6
 """If m videos changed and all to the better, a two-sided sign test gives p = 2^(1 - m): below 0.05 from 6 on."""
 ALL, MEAN_OF_TYPES = "all questions", "mean of types"
@@ -39,7 +41,7 @@ class Difference:
     verdict: Literal["gain", "loss", "no gain shown"]
 
 
-def interval(sums: np.ndarray, counts: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
+def interval(sums: np.ndarray, counts: np.ndarray, *, seed: int = SEED) -> tuple[float, float]:
     """The 95% percentile interval of a mean over groups of the mean within each, by the cluster bootstrap.
 
     Questions about one video stand or fall together: whole videos are drawn, with replacement, as many as there are,
@@ -66,7 +68,7 @@ def interval(sums: np.ndarray, counts: np.ndarray, *, seed: int = 0) -> tuple[fl
 
 
 def compare(
-    scores: np.ndarray, baseline: np.ndarray, videos: np.ndarray, groups: np.ndarray | None = None, *, seed: int = 0
+    scores: np.ndarray, baseline: np.ndarray, videos: np.ndarray, groups: np.ndarray | None = None, *, seed: int = SEED
 ) -> Difference:
     """Compares two runs question by question.
 

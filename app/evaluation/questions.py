@@ -17,10 +17,12 @@ from ..batch.matching import with_fingerprints
 from ..batch.rows import BatchRow, read_rows
 from ..video.reader import refuse_url
 
-# The prompts of VSI-Bench (arXiv 2412.14171).
-_OPENING = "These are frames of a video."
-_CHOICE = "Answer with the option's letter from the given choices directly."
-_SHORT = "Please answer the question using a single word or phrase."
+PROMPTS = {
+    "choice": "These are frames of a video.\n{question}\nOptions:\n{options}\n"
+    "Answer with the option's letter from the given choices directly.",
+    "short": "These are frames of a video.\n{question}\nPlease answer the question using a single word or phrase.",
+}
+"""Those of VSI-Bench (arXiv 2412.14171), with options and without."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,9 @@ class Question:
 
     def prompt(self) -> str:
         """The question as VSI-Bench asks it."""
-        if self.metric != "choice":
-            return "\n".join([_OPENING, self.text, _SHORT])
         options = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, self.options, strict=False)]
-        return "\n".join([_OPENING, self.text, "Options:", *options, _CHOICE])
+        template = PROMPTS["choice" if self.metric == "choice" else "short"]
+        return template.format(question=self.text, options="\n".join(options))
 
     def score(self, reply: str) -> float | None:
         """See `metrics.score`."""

@@ -30,7 +30,8 @@ COLUMNS = {
     "eval": (
         *("setting", "baseline_setting", "type", *(field.name for field in fields(Difference)), "n_failed"),
         *("unreadable", "baseline_unreadable", "model", "dtype", *CONFIG_COLUMNS, *VIDEO_COLUMNS, "fit"),
-        *("max_new_tokens", *RUN_COLUMNS),
+        *("max_new_tokens", *RUN_COLUMNS, "class", "frames", "resolution", "prompt", "prompt_sha256"),
+        *("chat_template_sha256", "generation", "seeds", "versions"),
     ),
     "tune": (*(field.name for field in fields(Trial)), "model", *RUN_COLUMNS),
 }

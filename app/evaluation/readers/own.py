@@ -12,7 +12,7 @@ HARNESS = "videoanchor eval"
 
 def is_own(record: Any) -> bool:
     """Whether `eval` may have written it."""
-    return isinstance(record, dict) and {"settings", "results", "questions"} <= record.keys()
+    return isinstance(record, dict) and {"settings", "results"} <= record.keys()
 
 
 def read_own(path: Path, setting: str | None = None) -> Result:
@@ -25,12 +25,12 @@ def read_own(path: Path, setting: str | None = None) -> Result:
         InputError: it is no such file, or of a version that left replies out of it; it has no such setting.
     """
     record = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(record.get("questions"), list) or "card" not in record:
+    if not {"card", "answered"} <= record.keys():
         raise InputError(f"{path} is of a version that kept no replies in it: run the same `videoanchor eval` again")
     setting = "gate" if setting is None else setting
     if setting not in record["settings"]:
         raise InputError(f"{path} has no setting {setting!r}: give one of {', '.join(map(repr, record['settings']))}")
-    rows = by_id((_answered(one, setting) for one in record["questions"]), path)
+    rows = by_id((_answered(one, setting) for one in record["answered"]), path)
     return Result(str(path), HARNESS, OURS, rows, _card(record["card"], setting), setting)
 
 
