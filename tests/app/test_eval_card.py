@@ -37,7 +37,7 @@ def test_the_card_says_what_the_numbers_depend_on(clips: Path, evaluated: Path) 
     assert (card["model"], card["revision"], card["device"]) == (str(clips / "checkpoint"), None, "cpu")
     assert card["questions"] == {"file": str(clips / "questions.jsonl"), "sha256": sha256, "n": 4, "n_videos": 2}
     assert card["prompt"] == {**PROMPTS, "sha256": digest(PROMPTS)}
-    assert card["frames"] == {"fps": "None", "sampling": "uniform", "fit": "False", "strict": "False"}
+    assert card["frames"] == {"fps": None, "sampling": "uniform", "fit": False, "strict": False}
     assert card["resolution"]["max_frame_pixels"] == 2**24
     assert card["resolution"]["processor_size"]["longest_edge"] > 0
     assert card["generation"]["max_new_tokens"] == 1
@@ -98,9 +98,6 @@ def test_eval_holds_each_reply(evaluated: Path) -> None:
         for name, reply in question["replies"].items()
     }
     assert found == said
-    assert all(
-        reply["read"] == "" or reply["score"] >= 0 for q in record["answered"] for reply in q["replies"].values()
-    )
 
 
 def compared(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
