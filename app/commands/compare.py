@@ -53,6 +53,7 @@ def add(commands: Commands) -> None:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    from ..evaluation.comparison_page import comparison_page
     from ..evaluation.comparison_report import comparison_markdown, comparison_text
     from ..evaluation.head_to_head import head_to_head
     from ..evaluation.readers.reading import read_result, with_videos
@@ -77,6 +78,7 @@ def _compare(args: argparse.Namespace) -> int:
         contents = {
             "json": f"{as_json}\n",
             "md": comparison_markdown(record),
+            "html": comparison_page(record),
         }
         for suffix, content in contents.items():
             path = args.out / f"compare.{suffix}"

@@ -54,7 +54,7 @@ def add(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Asks every question of a JSONL file with the gate on and with alpha = 0 through the same code,\n"
         "and compares the two, with intervals by a paired bootstrap over videos. Writes replies.jsonl (each reply as\n"
-        "it comes: a rerun goes on where it stopped), eval.md, eval.csv, eval.json and eval.png to --out, and the\n"
+        "it comes: a rerun goes on where it stopped), eval.md, .csv, .json, .png and .html to --out, and the\n"
         "same with a tag of settings and questions in their names, which no other run replaces. A question that fails\n"
         "(its video is missing, for one) is left out of both sides: exit code 1, and a rerun asks it again.",
         epilog=f"{QUESTIONS_HELP}\n"
@@ -85,6 +85,7 @@ def _eval(args: argparse.Namespace) -> int:
     session = Session(args)
     from ..evaluation import pictures, report
     from ..evaluation.card import answered, card_facts, protocol_card
+    from ..evaluation.eval_page import eval_page
     from ..evaluation.evaluate import judge
     from ..evaluation.questions import videos_of
     from ..evaluation.settings import ablations
@@ -122,7 +123,8 @@ def _eval(args: argparse.Namespace) -> int:
         **{"run": setting.columns(), **card_facts(card)},
         **{name: results[name] for name in counts},
     }
-    session.leave(results, report.eval_markdown(about, table), table, pictures.draw_eval(table))
+    page = eval_page({**results, **session.facts}).encode()
+    session.leave(results, report.eval_markdown(about, table), table, {"png": pictures.draw_eval(table), "html": page})
     if stopped is not None:
         raise stopped
     return int(bool(errors))
@@ -234,7 +236,9 @@ class Session:
 
         return read
 
-    def leave(self, results: dict[str, Any], text: str, rows: Sequence[dict[str, Any]], picture: bytes) -> None:
+    def leave(
+        self, results: dict[str, Any], text: str, rows: Sequence[dict[str, Any]], others: dict[str, bytes]
+    ) -> None:
         """Writes a report, prints it, and says what is missing. Its files are written with their tag in their names as
         well: those stay when another run writes the others.
 
@@ -242,6 +246,7 @@ class Session:
             results: for the JSON, beside `facts`.
             text: Markdown.
             rows: of the CSV; what they lack is the same in all of them.
+            others: further files by suffix.
         """
         from ..evaluation.card import card_columns
         from ..evaluation.report import COLUMNS
@@ -251,7 +256,7 @@ class Session:
         if "card" in record:
             same |= card_columns(record["card"])
         table, as_json = csv_text(COLUMNS[args.name], [{**same, **row} for row in rows]), json_text(record)
-        contents = {"md": text.encode(), "csv": table.encode(), "json": f"{as_json}\n".encode(), "png": picture}
+        contents = {"md": text.encode(), "csv": table.encode(), "json": f"{as_json}\n".encode(), **others}
         for stem in (f"{args.name}-{tag}", args.name):
             for suffix, content in contents.items():
                 write_whole(args.out / f"{stem}.{suffix}", content)

@@ -6,12 +6,12 @@ from typing import Any
 
 from .report import markdown_line, markdown_text, shown
 
-_COLUMNS = ("questions", "n", "videos", "A", "B", "B - A", "95% interval", "could show", "McNemar p", "")
+COLUMNS = ("questions", "n", "videos", "A", "B", "B - A", "95% interval", "could show", "McNemar p", "")
 _FLIPS_IN_MARKDOWN, _FLIPS_ON_TERMINAL = 200, 5
 
 
 def cells(record: dict[str, Any]) -> list[list[str]]:
-    """The rows of the table, as text under `_COLUMNS`; scores in percent where they are shares."""
+    """The rows of the table, as text under `COLUMNS`; scores in percent where they are shares."""
     scale, digits = (100, 1) if record["percent"] else (1, 4)
 
     def number(value: float | None, sign: str = "") -> str:
@@ -49,7 +49,7 @@ def counts_lines(record: dict[str, Any]) -> list[str]:
         lines.append(f"replies from which no answer could be read, which count as wrong: {read}")
     first = record["table"][0]["mcnemar"]
     if first is not None:
-        lines.append(f"{first['only_first']} questions are right in A only, {first['only_second']} in B only")
+        lines.append(f"questions that are right in A only: {first['only_first']}, in B only: {first['only_second']}")
     return lines
 
 
@@ -61,7 +61,7 @@ def differing(entries: Iterable[dict[str, Any]]) -> list[str]:
 def comparison_text(record: dict[str, Any]) -> str:
     """For a terminal."""
     lines = [f"A  {side_line(record['a'])}", f"B  {side_line(record['b'])}", ""]
-    lines += _aligned([list(_COLUMNS), *cells(record)])
+    lines += _aligned([list(COLUMNS), *cells(record)])
     lines += ["", *counts_lines(record)]
     for title, entries in (
         ("THE PROTOCOLS DIFFER, and the difference may be due to it:", differing(record["flags"])),
@@ -71,7 +71,7 @@ def comparison_text(record: dict[str, Any]) -> str:
     ):
         lines += ["", title, *(f"  {entry}" for entry in entries)] if entries else []
     if flips := record["flipped"]:
-        lines += ["", f"{len(flips)} questions have another score:"]
+        lines += ["", f"questions with another score: {len(flips)}"]
         for flip in flips[:_FLIPS_ON_TERMINAL]:
             a, b = ((flip[side]["score"], _first_line(flip[side]["reply"])) for side in "ab")
             lines.append(f"  {flip['id']}  {flip['video']}: A {a[0]:g} {a[1]} | B {b[0]:g} {b[1]}")
@@ -84,7 +84,7 @@ def comparison_markdown(record: dict[str, Any]) -> str:
     """For a file: the same with the note, both cards and the first of the questions that flipped."""
     lines = [f"**{markdown_text(record['conclusion'])}**", "", "| | |", "|:--|:--|"]
     lines += [markdown_line([side.upper(), side_line(record[side])]) for side in "ab"]
-    lines += ["", *_table(_COLUMNS, ":--", cells(record)), ""]
+    lines += ["", *_table(COLUMNS, ":--", cells(record)), ""]
     lines += [f"- {markdown_text(line)}" for line in counts_lines(record)]
     for title, entries in (
         ("The protocols differ, and the difference may be due to it", differing(record["flags"])),
@@ -96,7 +96,7 @@ def comparison_markdown(record: dict[str, Any]) -> str:
     if flips := record["flipped"]:
         some = flips[:_FLIPS_IN_MARKDOWN]
         said = "" if len(some) == len(flips) else f", the first {len(some)} of them here and all in compare.json"
-        lines += ["", f"**{len(flips)} questions have another score{said}**", ""]
+        lines += ["", f"**Questions with another score: {len(flips)}{said}**", ""]
         header = ("id", "video", "question", "answer", "A", "reply of A", "B", "reply of B")
         rows = [
             [

@@ -20,7 +20,7 @@ def test_compare_as_a_user_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture
         "THE PROTOCOLS DIFFER",
         "frames.max_frames: 32 in A, 8 in B",
         "resolution: neither card says it",
-        "0 questions are right in A only, 1 in B only",
+        "questions that are right in A only: 0, in B only: 1",
         "0  0.mp4: A 0",
         "No difference shown: B - A = +3.333 points",
     ):

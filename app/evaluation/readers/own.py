@@ -30,8 +30,17 @@ def read_own(path: Path, setting: str | None = None) -> Result:
     setting = "gate" if setting is None else setting
     if setting not in record["settings"]:
         raise InputError(f"{path} has no setting {setting!r}: give one of {', '.join(map(repr, record['settings']))}")
-    rows = by_id((_answered(one, setting) for one in record["answered"]), path)
-    return Result(str(path), HARNESS, OURS, rows, _card(record["card"], setting), setting)
+    return result_of(record, setting, str(path))
+
+
+def result_of(record: dict[str, Any], setting: str, source: str = "eval.json") -> Result:
+    """One setting of what eval.json holds.
+
+    Raises:
+        InputError: it has no question.
+    """
+    rows = by_id((_answered(one, setting) for one in record["answered"]), source)
+    return Result(source, HARNESS, OURS, rows, _card(record["card"], setting), setting)
 
 
 def _answered(question: dict[str, Any], setting: str) -> Answered:
