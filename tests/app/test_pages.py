@@ -215,7 +215,8 @@ def test_an_evaluation_without_a_reply_has_a_page(clips: Path, tmp_path: Path, m
 
 def test_hostile_names_are_text_in_an_evaluation(clips: Path, tmp_path: Path) -> None:
     assert run("eval", clips, tmp_path, *STRENGTHS) == 0
-    record = json.loads((tmp_path / "eval.json").read_text())
+    text = (tmp_path / "eval.json").read_text().replace('"gate"', json.dumps(HOSTILE[2]))  # the name of the setting
+    record = json.loads(text)
     question = record["answered"][0]
     question |= {
         "id": HOSTILE[0],
@@ -225,7 +226,7 @@ def test_hostile_names_are_text_in_an_evaluation(clips: Path, tmp_path: Path) ->
         "options": [HOSTILE[4]],
     }
     question |= {"answer": HOSTILE[5], "prompt": HOSTILE[6]}
-    for n, (name, score) in enumerate((("gate", 1.0), ("baseline, 2 frames", 0.0))):
+    for n, (name, score) in enumerate(((HOSTILE[2], 1.0), ("baseline, 2 frames", 0.0))):
         question["replies"][name] = {"reply": HOSTILE[7 + n], "read": HOSTILE[0], "score": score}
     record["card"]["model"] = record["stopped"] = HOSTILE[0]
     record["results"][0]["type"] = HOSTILE[1]
