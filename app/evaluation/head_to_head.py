@@ -17,7 +17,7 @@ from .significance import detectable, mcnemar
 VERDICTS = {"gain": "B higher", "loss": "A higher", "no gain shown": "no difference shown"}
 NOTE = (
     "Difference: B - A, over the questions that have a score in both. Interval: 95%, bootstrap over videos with all "
-    "their questions, each paired with the same question of the other result; of few videos it is too narrow. A "
+    "their questions, each paired with the same question of the other result. A "
     f"difference is shown where the interval leaves out 0 and {LEAST_CHANGED} or more videos changed, the questions of "
     "one taken together; of many rows, one in twenty intervals leaves out 0 by chance. Could show: the true difference "
     "that as many videos, with differences that spread as much, would show with a chance of 80%. McNemar: exact and "

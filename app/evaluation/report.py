@@ -18,8 +18,8 @@ Row = dict[str, Any]
 NO_REPLY = "nothing could be judged"
 NOTE = (
     "Score: accuracy of multiple choice, mean relative accuracy of numbers (VSI-Bench), exact match of text. Interval: "
-    "95%, bootstrap over videos with all their questions, each paired with the same question without the gate; of few "
-    "videos it is too narrow. Replies from which no letter or number can be read count as wrong, questions without a "
+    "95%, bootstrap over videos with all their questions, each paired with the same question without the gate. "
+    "Replies from which no letter or number can be read count as wrong, questions without a "
     "reply are left out. A gain is one whose interval leaves out 0 with 6 or more videos changed, the questions "
     "of one taken together; with many rows, one in twenty intervals leaves out 0 by chance."
 )
