@@ -197,7 +197,7 @@ def test_workbooks_that_are_none(tmp_path: Path) -> None:
 def test_what_is_no_result(tmp_path: Path) -> None:
     for name, content, message in (
         ("gone.jsonl", None, "no result at"),
-        ("a.json", "{}", "no result of `videoanchor eval`"),
+        ("a.json", "{}", "no result of videoanchor eval"),
         ("b.json", "{", "cannot be read"),
         ("c.json", "[1]", "cannot be read as a table"),
         ("d.json", "[]", "expected the columns index and prediction"),

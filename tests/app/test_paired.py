@@ -92,18 +92,18 @@ def test_few_videos_have_wider_intervals() -> None:
         assert low == pytest.approx(1 - high)
 
 
-@pytest.mark.parametrize(("n_videos", "least"), [(8, 0.91), (20, 0.92)])
+@pytest.mark.parametrize(("n_videos", "least"), [(6, 0.91), (20, 0.92)])
 def test_the_interval_of_few_videos_covers_the_truth(n_videos: int, least: float) -> None:
-    """Of 300 seeded studies with 10 questions a video, each video with an effect of its own; plain percentiles cover
+    """Of 500 seeded studies with 10 questions a video, each video with an effect of its own; plain percentiles cover
     less."""
     covered, videos = 0, np.repeat(np.arange(n_videos), 10)
-    for seed in range(300):
+    for seed in range(500):
         rng = np.random.default_rng(seed)
         effect = np.clip(0.2 * rng.standard_normal(n_videos), -0.5, 0.5)[videos]
         baseline, scores = rng.random((2, len(videos))) < np.stack([np.full(len(videos), 0.5), 0.5 + effect])
         found = compare(scores, baseline, videos, seed=seed)
         covered += found.low <= 0 <= found.high
-    assert least <= covered / 300 <= 0.98
+    assert least <= covered / 500 <= 0.98
 
 
 def test_a_type_that_a_draw_leaves_out() -> None:

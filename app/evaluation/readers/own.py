@@ -26,7 +26,7 @@ def read_own(path: Path, setting: str | None = None) -> Result:
     """
     record = json.loads(path.read_text(encoding="utf-8"))
     if not {"card", "answered"} <= record.keys():
-        raise InputError(f"{path} is of a version that kept no replies in it: run the same `videoanchor eval` again")
+        raise InputError(f"{path} is of a version that kept no replies in it: run the same videoanchor eval again")
     setting = "gate" if setting is None else setting
     if setting not in record["settings"]:
         raise InputError(f"{path} has no setting {setting!r}: give one of {', '.join(map(repr, record['settings']))}")

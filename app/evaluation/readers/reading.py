@@ -56,7 +56,7 @@ def _read(path: Path, setting: str | None, metric: str | None) -> Result:
             return read_own(path, setting)
         if isinstance(record, dict):
             raise InputError(
-                f"{path}: no result of `videoanchor eval`: for lmms-eval give the folder or *_samples_*.jsonl"
+                f"{path}: no result of videoanchor eval; for lmms-eval give the folder, or *_samples_*.jsonl of it"
             )
     if path.suffix.lower() in SUFFIXES:
         return read_vlmevalkit(path)
