@@ -44,7 +44,7 @@ class Difference:
 def tails(n: int) -> tuple[float, float]:
     """The shares of the bootstrap distribution of `n` draws at which a 95% interval ends: 0.025 and 0.975 for many
     draws, further out for few, by as much as Student's t with its unbiased variance is wider than the normal
-    distribution (Hesterberg, "What Teachers Should Know About the Bootstrap", Am. Stat. 69, 2015, section 5.3).
+    distribution (Hesterberg, "What Teachers Should Know About the Bootstrap", Am. Stat. 69, 2015).
 
     Example:
         >>> tuple(round(tail, 4) for tail in tails(20))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 POWER = 0.8
-"""The chance at which `detectable` is stated, as in Miller, "Adding Error Bars to Evals" (arXiv 2411.00640)."""
+"""The chance at which `detectable` is stated, the customary one."""
 
 
 class McNemar(NamedTuple):
@@ -50,7 +50,8 @@ def detectable(changes: np.ndarray, videos: np.ndarray, groups: np.ndarray) -> f
     """The true difference that as many videos, with differences that spread as much, would show with a chance of 80%.
 
     (t_0.975 + t_0.8) standard errors by video, with one degree of freedom less than there are videos; the standard
-    error is that of the mean over groups of the mean within each, linearised (Miller, arXiv 2411.00640, section 5).
+    error is that of the mean over groups of the mean within each, linearised (on power by clusters see Miller, arXiv
+    2411.00640).
 
     Args:
         changes: (n,) differences of the scores.
