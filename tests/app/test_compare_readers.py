@@ -232,3 +232,20 @@ def test_scoring_again(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="'1' cannot be scored"):
         rescored(read_result(write_lines(tmp_path / "c.jsonl", {"id": 1, "score": 1, "prediction": "A"})))
     assert scored(Answered("1", answer="A")).score is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("eval.json", {"settings": {"gate": {}}, "results": [], "card": {}, "answered": [{"id": 1}]}),
+        ("eval.json", {"settings": {"gate": {}}, "results": [], "card": [], "answered": [3]}),
+        ("m_d.json", [{"index": 1, "prediction": "A", "answer": "A"}, {"prediction": "A"}]),
+        ("20260101_120000_results.json", {"config": 3}),
+    ],
+)
+def test_files_of_another_form(name: str, content: Any, tmp_path: Path) -> None:
+    if "results" in name:
+        write_lmms(tmp_path, "one", [{"doc_id": 1, "target": "A", "accuracy": 1.0}])
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(InputError, match="is not as its harness writes it"):
+        read_result(tmp_path if name != "m_d.json" else tmp_path / name)

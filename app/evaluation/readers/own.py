@@ -46,18 +46,18 @@ def result_of(record: dict[str, Any], setting: str, source: str = "eval.json") -
 def _answered(question: dict[str, Any], setting: str) -> Answered:
     reply = question["replies"].get(setting, {"error": "not asked: the run stopped before"})
     return Answered(
-        id=question["id"],
+        id=str(question["id"]),
         score=number_of(reply.get("score")),
-        video=question["video"],
-        type=question["type"],
-        question=question["question"],
-        options=tuple(question["options"]),
-        metric=question["metric"],
+        video=text_of(question["video"]),
+        type=str(question["type"]),
+        question=text_of(question["question"]),
+        options=tuple(map(str, question["options"])),
+        metric=text_of(question["metric"]),
         answer=text_of(question["answer"]),
-        prompt=question["prompt"],
-        reply=reply.get("reply"),
-        read=reply.get("read"),
-        error=reply.get("error"),
+        prompt=text_of(question["prompt"]),
+        reply=None if reply.get("reply") is None else str(reply["reply"]),
+        read=None if reply.get("read") is None else str(reply["read"]),
+        error=text_of(reply.get("error")),
     )
 
 

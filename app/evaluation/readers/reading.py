@@ -26,7 +26,15 @@ def read_result(path: Path, setting: str | None = None, metric: str | None = Non
     """
     if not path.exists():
         raise InputError(f"no result at {path}: give a folder or a file of one")
-    found = _read(path, setting, metric)
+    try:
+        found = _read(path, setting, metric)
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"{path} is not as its harness writes it ({why}): give the files as they were written"
+        ) from error
     if setting is not None and found.setting is None:
         raise InputError(f"{path} is of {found.harness}, which has no settings: leave {setting!r} out")
     return found
