@@ -209,11 +209,13 @@ def _flip(before: Answered, after: Answered, kind: str, video: str) -> dict[str,
 
 
 def _conclusion(row: dict[str, Any], percent: bool, flags: list[str]) -> str:
-    scale, unit = (100, " points") if percent else (1, "")
+    def number(value: float) -> str:
+        return f"{round(100 * value, 2) + 0.0:+.2f}" if percent else f"{value:+.4g}"
+
     numbers = (
-        f"B - A = {scale * row['difference']:+.4g}{unit}, 95% interval {scale * row['low']:+.4g} to "
-        f"{scale * row['high']:+.4g}, on {row['n']} questions about {row['n_videos']} videos, "
-        f"{row['n_videos_changed']} of which changed"
+        f"B - A = {number(row['difference'])}{' points' if percent else ''}, 95% interval {number(row['low'])} to "
+        f"{number(row['high'])}, on {row['n']} questions about {row['n_videos']} videos, {row['n_videos_changed']} of "
+        "which changed"
     )
     found = f"{row['verdict'].capitalize() if row['verdict'].startswith('no') else row['verdict']}: {numbers}."
     return f"{found} The protocols differ ({', '.join(flags)}): the difference may be due to that." if flags else found

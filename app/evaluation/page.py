@@ -58,11 +58,14 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], ma
         rows: cells as `text_cell`, `number_cell` or other HTML make them; the first of a row is its heading, as text.
         marked: rows to be set off.
     """
-    set_off, lines = {*marked}, []
+    set_off, lines, titles = {*marked}, [], "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
     for n, (first, *cells) in enumerate(rows):
+        if not lines:  # headings of numbers stand above them
+            kinds = ["", *(' class="number"' if cell.startswith('<td class="number') else "" for cell in cells)]
+            named = zip(kinds, header, strict=True)
+            titles = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in named)
         kind = ' class="differs"' if n in set_off else ""
         lines.append(f'<tr{kind}><th scope="row">{escape(first)}</th>{"".join(cells)}</tr>')
-    titles = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
         f"<caption>{escape(caption)}</caption><thead><tr>{titles}</tr></thead>\n<tbody>" + "\n".join(lines) + "</tbody>"
@@ -128,7 +131,7 @@ def flips(entries: Sequence[Mapping[str, Any]], first: str, second: str) -> str:
         right = "not known" if entry["answer"] is None else entry["answer"]
         pieces.append(
             f'<details><summary><span class="{"up" if up else "down"}">{escape(scores)}</span> {escape(entry["id"])} '
-            f'<span class="quiet">{escape(where)}</span></summary><p class="question">{escape(question)}</p>'
+            f'<span class="quiet">{escape(where)}</span> {escape(_beginning(entry["question"]))}</summary><p class="question">{escape(question)}</p>'
             f"<p>Right answer: {escape(right)}</p>"
             f'<div class="replies">{_reply(first, entry["a"])}{_reply(second, entry["b"])}</div></details>'
         )
@@ -137,6 +140,11 @@ def flips(entries: Sequence[Mapping[str, Any]], first: str, second: str) -> str:
     n_up = sum(entry["b"]["score"] > entry["a"]["score"] for entry in entries)
     said = f"{second} higher in {n_up}, {first} in {len(entries) - n_up}{_cut(len(entries))}"
     return paragraph(said, "quiet") + "\n".join(pieces)
+
+
+def _beginning(text: str | None) -> str:
+    line = " ".join((text or "").split())
+    return line if len(line) <= 100 else f"{line[:100]}..."
 
 
 def _reply(name: str, side: Mapping[str, Any]) -> str:

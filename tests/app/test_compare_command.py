@@ -22,7 +22,7 @@ def test_compare_as_a_user_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture
         "resolution: neither card says it",
         "questions that are right in A only: 0, in B only: 1",
         "0  0.mp4: A 0",
-        "No difference shown: B - A = +3.333 points",
+        "No difference shown: B - A = +3.33 points, 95% interval +0.00 to +10.00",
     ):
         assert line in shown
     for name in ("json", "md"):
