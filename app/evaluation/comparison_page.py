@@ -65,7 +65,7 @@ def _table(record: dict[str, Any]) -> str:
     for row, (first, *others) in zip(record["table"], cells(record), strict=True):
         numbers = [number_cell(text) for text in others[:-1]]
         picture = interval_cell(row, reach, row["verdict"] in ("A higher", "B higher"))
-        rows.append([first, *numbers[:5], picture, *numbers[5:], text_cell(others[-1])])
+        rows.append([first, *numbers[:5], picture, *numbers[5:], text_cell(others[-1], "short")])
     header = (*COLUMNS[:6], "", *COLUMNS[6:])
     unit = "scores in percent" if record["percent"] else "scores as they are"
     return table(f"All questions and each type; {unit}", header, rows)

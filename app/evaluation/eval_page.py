@@ -92,7 +92,7 @@ def _table(record: Mapping[str, Any], setting: str, baseline: str) -> str:
                 *(number_cell(text) for text in (*numbers, f"{100 * row['difference']:+.1f}")),
                 interval_cell(row, reach, row["verdict"] in ("gain", "loss")),
                 *(number_cell(text) for text in after),
-                text_cell(row["verdict"]),
+                text_cell(row["verdict"], "short"),
             ]
         )
     return table(f"{setting}, against {baseline}; scores in percent", _HEADER, rows)

@@ -77,8 +77,8 @@ def number_cell(text: str, kind: str = "") -> str:
     return f'<td class="number {escape(kind)}">{escape(text)}</td>'
 
 
-def text_cell(value: Any) -> str:
-    return f'<td class="text">{escape(value)}</td>'
+def text_cell(value: Any, kind: str = "text") -> str:
+    return f'<td class="{escape(kind)}">{escape(value)}</td>'
 
 
 def interval_cell(row: Mapping[str, Any], reach: float, is_shown: bool) -> str:
@@ -129,9 +129,11 @@ def flips(entries: Sequence[Mapping[str, Any]], first: str, second: str) -> str:
         question = "\n".join([shown(entry["question"] or "(its text is not known)"), *options])
         where = f"{names[entry['video']]}, {entry['type']}"
         right = "not known" if entry["answer"] is None else entry["answer"]
+        beginning = _beginning(entry["question"])
         pieces.append(
             f'<details><summary><span class="{"up" if up else "down"}">{escape(scores)}</span> {escape(entry["id"])} '
-            f'<span class="quiet">{escape(where)}</span> {escape(_beginning(entry["question"]))}</summary><p class="question">{escape(question)}</p>'
+            f'<span class="quiet">{escape(where)}</span> {escape(beginning)}</summary>'
+            f'<p class="question">{escape(question)}</p>'
             f"<p>Right answer: {escape(right)}</p>"
             f'<div class="replies">{_reply(first, entry["a"])}{_reply(second, entry["b"])}</div></details>'
         )
