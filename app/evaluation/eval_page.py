@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...integrations.errors import InputError
-from .head_to_head import head_to_head
+from .head_to_head import changes
 from .page import (
     flips,
     folded,
@@ -101,14 +101,14 @@ def _table(record: Mapping[str, Any], setting: str, baseline: str) -> str:
 def _details(record: dict[str, Any], number: int, setting: str, baseline: str) -> str:
     """Of one setting: questions that flipped, and means by video."""
     try:
-        found = head_to_head(result_of(record, baseline), result_of(record, setting))
+        flipped, videos = changes(result_of(record, baseline), result_of(record, setting))
     except InputError:  # no question has two replies
         return ""
     return section(
         f"setting-{number}",
         f"{setting}, against {baseline}",
-        flips(found["flipped"], "without", "with gate") or paragraph("No question has another score."),
-        videos_table(found["videos"], "without", "with gate", 100),
+        flips(flipped, "without", "with gate") or paragraph("No question has another score."),
+        videos_table(videos, "without", "with gate", 100),
     )
 
 

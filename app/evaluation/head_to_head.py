@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,36 @@ _OTHER_VIDEOS = "the results put the questions together into videos differently:
 _SCALES = "the scores of one result go above 1 and those of the other do not: are they on the same scale?"
 
 
+class _Pair(NamedTuple):
+    """Two results, question by question: n of them in the order of the first.
+
+    Attributes:
+        rows: of both.
+        before, after: (n,) float64 scores; NaN where there is none.
+        known: (n,) bool, those with both.
+        videos, types: (n,) text.
+        warnings: about the videos.
+    """
+
+    rows: list[tuple[Answered, Answered]]
+    before: np.ndarray
+    after: np.ndarray
+    known: np.ndarray
+    videos: np.ndarray
+    types: np.ndarray
+    warnings: list[str]
+
+
+def changes(a: Result, b: Result) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What `head_to_head` has under "flipped" and "videos".
+
+    Raises:
+        InputError: see `head_to_head`.
+    """
+    found = _pair(a, b)
+    return _flipped(found), _by_video(found)
+
+
 def head_to_head(a: Result, b: Result) -> dict[str, Any]:
     """Compares b with a.
 
@@ -43,51 +73,60 @@ def head_to_head(a: Result, b: Result) -> dict[str, Any]:
     Raises:
         InputError: they are of different questions, or no question has a score in both.
     """
-    _check_questions(a, b)
-    pairs = [(row, b.rows[name]) for name, row in a.rows.items()]
-    videos, warnings = _videos(pairs)
-    protocol = compare_protocols(a, b)
-    before, after = (
-        np.array([np.nan if one.score is None else one.score for one in side]) for side in zip(*pairs, strict=True)
-    )
-    known = np.isfinite(before) & np.isfinite(after)
-    if not known.any():
-        raise InputError(f"no question has a score in both {a.source} and {b.source}: see their failures")
-    both = np.concatenate([before[known], after[known]])
-    if (before[known] > 1).any() != (after[known] > 1).any():
-        warnings.append(_SCALES)
+    found = _pair(a, b)
+    protocol, known = compare_protocols(a, b), found.known
+    both = np.concatenate([found.before[known], found.after[known]])
     percent = bool(((both >= 0) & (both <= 1)).all())
-    types = np.array([one.type if one.type != "all" else other.type for one, other in pairs])
+    scales = [_SCALES] if (found.before[known] > 1).any() != (found.after[known] > 1).any() else []
     table = []
-    for name, group, within in groups_of(types, known):
+    for name, group, within in groups_of(found.types, known):
         chosen = known & group
-        table.append({"type": name, **_row(before[chosen], after[chosen], videos[chosen], within[chosen])})
+        columns = (found.before, found.after, found.videos, within)
+        table.append({"type": name, **_row(*(column[chosen] for column in columns))})
     return {
         "conclusion": _conclusion(table[0], percent, [one["what"] for one in protocol.flags]),
-        "a": _side(a, [before for before, _ in pairs]),
-        "b": _side(b, [after for _, after in pairs]),
+        "a": _side(a, [before for before, _ in found.rows]),
+        "b": _side(b, [after for _, after in found.rows]),
         **asdict(protocol),
-        "warnings": warnings,
-        "n_questions": len(pairs),
+        "warnings": found.warnings + scales,
+        "n_questions": len(found.rows),
         "n_compared": int(known.sum()),
         "percent": percent,
         "table": table,
-        "videos": _by_video(before[known], after[known], videos[known]),
-        "flipped": [_flip(*pairs[n], str(types[n]), str(videos[n])) for n in np.flatnonzero(known & (before != after))],
+        "videos": _by_video(found),
+        "flipped": _flipped(found),
         "failures": [
             {"id": row.id, "side": side, "error": row.error or "no score"}
-            for pair in pairs
+            for pair in found.rows
             for side, row in zip("AB", pair, strict=True)
             if row.score is None
         ],
         "unreadable": [
             {"id": row.id, "side": side, "reply": row.reply}
-            for pair in pairs
+            for pair in found.rows
             for side, row in zip("AB", pair, strict=True)
             if row.read == ""
         ],
         "note": NOTE,
     }
+
+
+def _pair(a: Result, b: Result) -> _Pair:
+    """
+    Raises:
+        InputError: see `head_to_head`.
+    """
+    _check_questions(a, b)
+    rows = [(row, b.rows[name]) for name, row in a.rows.items()]
+    videos, warnings = _videos(rows)
+    before, after = (
+        np.array([np.nan if one.score is None else one.score for one in side]) for side in zip(*rows, strict=True)
+    )
+    known = np.isfinite(before) & np.isfinite(after)
+    if not known.any():
+        raise InputError(f"no question has a score in both {a.source} and {b.source}: see their failures")
+    types = np.array([one.type if one.type != "all" else other.type for one, other in rows])
+    return _Pair(rows, before, after, known, videos, types, warnings)
 
 
 def _check_questions(a: Result, b: Result) -> None:
@@ -185,14 +224,19 @@ def _side(result: Result, rows: list[Answered]) -> dict[str, Any]:
     }
 
 
-def _by_video(before: np.ndarray, after: np.ndarray, videos: np.ndarray) -> list[dict[str, Any]]:
+def _by_video(found: _Pair) -> list[dict[str, Any]]:
     """Those that changed most first."""
-    names, video = np.unique(videos, return_inverse=True)
+    names, video = np.unique(found.videos[found.known], return_inverse=True)
     n = np.bincount(video)
-    a, b = (np.bincount(video, one) / n for one in (before, after))
+    a, b = (np.bincount(video, one) / n for one in (found.before[found.known], found.after[found.known]))
     rows = [{"video": str(name), "n": int(n[v]), "a": float(a[v]), "b": float(b[v])} for v, name in enumerate(names)]
     rows = [{**row, "difference": row["b"] - row["a"]} for row in rows]
     return sorted(rows, key=lambda row: -abs(row["difference"]))
+
+
+def _flipped(found: _Pair) -> list[dict[str, Any]]:
+    places = np.flatnonzero(found.known & (found.before != found.after))
+    return [_flip(*found.rows[n], str(found.types[n]), str(found.videos[n])) for n in places]
 
 
 def _flip(before: Answered, after: Answered, kind: str, video: str) -> dict[str, Any]:

@@ -8,8 +8,6 @@ from .readers.result import Result, text_of
 
 SECTIONS = ("frames", "resolution", "prompt", "generation", "seeds")
 """Of a card, what changes scores without being the model: compared entry by entry."""
-_ELSEWHERE = ("questions", "date", "device")
-"""Facts that say nothing about how alike two results are, or that are compared in another way."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def _prompts(a: Result, b: Result) -> list[dict[str, Any]] | None:
 
 def _others(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for name in dict.fromkeys([*ours, *theirs]):
-        if name in (*SECTIONS, *_ELSEWHERE):
+        if name in (*SECTIONS, "date"):
             continue
         one, other = ours.get(name), theirs.get(name)
         if isinstance(one, Mapping) and isinstance(other, Mapping):
