@@ -1,11 +1,12 @@
 """The protocol card of an evaluation: what its numbers depend on, in sections that `protocol` compares."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .paired import SEED
-from .questions import PROMPTS, Question, digest
+from .questions import PROMPTS, Question
 from .settings import Setting
 
 RESOLUTION = (
@@ -44,7 +45,7 @@ def checkpoint_card(model: Any, processor: Any, max_pixels: int, max_new_tokens:
     return {
         "class": type(model).__name__,
         "resolution": {"max_frame_pixels": max_pixels, **json.loads(json.dumps(seen, default=str))},
-        "chat_template_sha256": None if template is None else digest(template),
+        "chat_template_sha256": None if template is None else _sha256(template),
         "generation": {
             **{"max_new_tokens": max_new_tokens, "do_sample": False},
             **{name: own[name] for name in GENERATION if own.get(name) is not None},
@@ -80,12 +81,18 @@ def protocol_card(
         },
         "frames": {name: _value(run[name]) for name in ("fps", "sampling", "fit", "strict")},
         "resolution": checkpoint["resolution"],
-        "prompt": {**PROMPTS, "sha256": digest(PROMPTS)},
+        "prompt": {**PROMPTS, "sha256": _sha256(PROMPTS)},
         "chat_template_sha256": checkpoint["chat_template_sha256"],
         "generation": checkpoint["generation"],
         "seeds": {"bootstrap": SEED},
         "settings": {setting.name: _setting(setting) for setting in settings},
     }
+
+
+def _sha256(value: Any) -> str:
+    """Of a text in UTF-8, or of other values as JSON with sorted keys."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _value(text: str) -> Any:

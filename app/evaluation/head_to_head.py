@@ -88,7 +88,7 @@ def head_to_head(a: Result, b: Result) -> dict[str, Any]:
         "a": _side(a, [before for before, _ in found.rows]),
         "b": _side(b, [after for _, after in found.rows]),
         **asdict(protocol),
-        "warnings": found.warnings + scales,
+        "warnings": found.warnings + scales + _unread(found),
         "n_questions": len(found.rows),
         "n_compared": int(known.sum()),
         "percent": percent,
@@ -191,6 +191,16 @@ def _videos(pairs: Iterable[tuple[Answered, Answered]]) -> tuple[np.ndarray, lis
     if len(parts) == 2 and parts[0] != parts[1]:
         return np.array(named[0]), [_OTHER_VIDEOS]
     return np.array(named[0]), []
+
+
+def _unread(found: _Pair) -> list[str]:
+    """Sides of which no reply could be read: their scores say nothing about the model."""
+    sides = zip("AB", zip(*found.rows, strict=True), strict=True)
+    return [
+        f"no answer could be read from any reply of {name}: its scores say nothing"
+        for name, rows in sides
+        if all(row.read == "" for row in rows if row.score is not None)
+    ]
 
 
 def _row(before: np.ndarray, after: np.ndarray, videos: np.ndarray, within: np.ndarray) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def text_cell(value: Any, kind: str = "text") -> str:
 
 def interval_cell(row: Mapping[str, Any], reach: float, is_shown: bool) -> str:
     """A picture of a difference with its interval, on a scale from -`reach` to `reach`."""
-    width, height = 180, 18
+    width, height = 140, 18
 
     def x(value: float) -> str:
         return f"{width / 2 * (1 + value / reach * 0.95):.1f}"

@@ -11,7 +11,7 @@ from eval_runs import STRENGTHS, run
 
 from videoanchor_triton.app import cli
 from videoanchor_triton.app.evaluation.card import checkpoint_card
-from videoanchor_triton.app.evaluation.questions import PROMPTS, digest
+from videoanchor_triton.app.evaluation.questions import PROMPTS
 from videoanchor_triton.app.evaluation.readers.reading import read_result
 from videoanchor_triton.integrations.errors import InputError
 
@@ -36,7 +36,12 @@ def test_the_card_says_what_the_numbers_depend_on(clips: Path, evaluated: Path) 
     sha256 = hashlib.sha256((clips / "questions.jsonl").read_bytes()).hexdigest()
     assert (card["model"], card["revision"], card["device"]) == (str(clips / "checkpoint"), None, "cpu")
     assert card["questions"] == {"file": str(clips / "questions.jsonl"), "sha256": sha256, "n": 4, "n_videos": 2}
-    assert card["prompt"] == {**PROMPTS, "sha256": digest(PROMPTS)}
+    prompts = hashlib.sha256(json.dumps(PROMPTS, sort_keys=True).encode()).hexdigest()
+    assert card["prompt"] == {**PROMPTS, "sha256": prompts}
+    template = json.loads((clips / "checkpoint" / "tokenizer_config.json").read_text()).get("chat_template")
+    if template is None:
+        template = (clips / "checkpoint" / "chat_template.jinja").read_text()
+    assert card["chat_template_sha256"] == hashlib.sha256(template.encode()).hexdigest()
     assert card["frames"] == {"fps": None, "sampling": "uniform", "fit": False, "strict": False}
     assert card["resolution"]["max_frame_pixels"] == 2**24
     assert card["resolution"]["processor_size"]["longest_edge"] > 0
@@ -110,7 +115,7 @@ def test_compare_says_what_eval_says(evaluated: Path, capsys: pytest.CaptureFixt
     """The baseline and the gate of one evaluation: the rows of its own table, and no protocol that differs."""
     two = evaluated / "two"
     record = compared(capsys, two, two / "eval.json", "--setting-a", "baseline, 2 frames")
-    assert (record["flags"], record["unchecked"], record["warnings"]) == ([], [], [])
+    assert (record["flags"], record["unchecked"]) == ([], [])
     assert {"what": "gate.alpha_k", "a": 0.0, "b": 400.0} in record["others"]
     own = json.loads((two / "eval.json").read_text())["results"]
     for mine, theirs in zip(record["table"], own, strict=True):

@@ -190,6 +190,12 @@ def test_videos_come_from_whoever_names_them() -> None:
     assert "neither result names the videos" in comparison_text(nobody)
 
 
+def test_replies_that_nobody_can_read_are_no_comparison() -> None:
+    a, b = result([0, 0, None], "vwx", read=["", "", None]), result([0, 1, 1], "vwx", read=["", "B", "B"])
+    assert head_to_head(a, b)["warnings"] == ["no answer could be read from any reply of A: its scores say nothing"]
+    assert head_to_head(b, b)["warnings"] == []
+
+
 def test_scores_that_are_no_shares() -> None:
     record = head_to_head(result([3, 1], "vw"), result([2, 5], "vw"))
     assert (record["percent"], record["table"][0]["mcnemar"], record["warnings"]) == (False, None, [])

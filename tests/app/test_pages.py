@@ -247,7 +247,7 @@ def test_pictures_of_intervals() -> None:
     row = {"low": -0.1, "difference": 0.0, "high": 0.05}
     cell = page.interval_cell(row, page.reach_of([row]), False)
     x1, x2, cx = (float(found) for found in re.findall(r'(?:class="interval" x1|x2|cx)="([\d.]+)"', cell)[1:])
-    assert (x1, x2, cx) == (4.5, 132.8, 90.0)
+    assert (x1, x2, cx) == (3.5, 103.2, 70.0)
     assert page.reach_of([]) == 0.05
 
 
