@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 from ..integrations.errors import InputError, Terminated
 from .batch.stopping import StoppedError, failure_of
-from .commands import batch, check, convert, demo, eval, info, run, tune, viz
+from .commands import batch, check, compare, convert, demo, eval, info, run, tune, viz
 from .termination import terminated_cleanly
 from .text import printable
 from .threads import settle_threads
 
-COMMANDS = (demo, run, batch, eval, tune, viz, convert, info, check)
+COMMANDS = (demo, run, batch, eval, tune, compare, viz, convert, info, check)
 _MISFIT = re.compile(r"operator torchvision::\w+ does not exist|PyTorch and torchvision were compiled with different")
 
 

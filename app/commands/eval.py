@@ -54,7 +54,7 @@ def add(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Asks every question of a JSONL file with the gate on and with alpha = 0 through the same code,\n"
         "and compares the two, with intervals by a paired bootstrap over videos. Writes replies.jsonl (each reply as\n"
-        "it comes: a rerun goes on where it stopped), eval.md, eval.csv, eval.json and eval.png to --out, and the\n"
+        "it comes: a rerun goes on where it stopped), eval.md, .csv, .json, .png and .html to --out, and the\n"
         "same with a tag of settings and questions in their names, which no other run replaces. A question that fails\n"
         "(its video is missing, for one) is left out of both sides: exit code 1, and a rerun asks it again.",
         epilog=f"{QUESTIONS_HELP}\n"
@@ -84,7 +84,10 @@ def add_questions_options(parser: argparse.ArgumentParser) -> None:
 def _eval(args: argparse.Namespace) -> int:
     session = Session(args)
     from ..evaluation import pictures, report
+    from ..evaluation.card import answered, card_facts, protocol_card
+    from ..evaluation.eval_page import eval_page
     from ..evaluation.evaluate import judge
+    from ..evaluation.questions import videos_of
     from ..evaluation.settings import ablations
 
     setting, questions = session.setting, session.questions
@@ -101,6 +104,7 @@ def _eval(args: argparse.Namespace) -> int:
     asked = {one.key(question): (one.name, question.id) for one in settings for question in questions}
     errors = {key: reply["error"] for key in asked if "error" in (reply := log.records.get(key, {}))}
     table = report.compared(questions, settings, judged)
+    card = protocol_card(session.facts, session.checkpoint, settings)
     results = {
         "n_failed": len(errors),
         "n_unasked": len(asked.keys() - log.records.keys()),
@@ -110,10 +114,17 @@ def _eval(args: argparse.Namespace) -> int:
         "failures": [{"id": asked[key][1], "setting": asked[key][0], "error": error} for key, error in errors.items()],
         "note": report.NOTE,
         "stopped": None if stopped is None else str(stopped),
+        "card": card,
+        "answered": answered(questions, videos_of(questions).tolist(), settings, log.records),
     }
     counts = ("n_failed", "n_unasked", "n_unreadable")
-    about = {**session.facts, "run": setting.columns(), **{name: results[name] for name in counts}}
-    session.leave(results, report.eval_markdown(about, table), table, pictures.draw_eval(table))
+    about = {
+        **session.facts,
+        **{"run": setting.columns(), **card_facts(card)},
+        **{name: results[name] for name in counts},
+    }
+    page = eval_page({**results, **session.facts}).encode()
+    session.leave(results, report.eval_markdown(about, table), table, {"png": pictures.draw_eval(table), "html": page})
     if stopped is not None:
         raise stopped
     return int(bool(errors))
@@ -125,7 +136,8 @@ class Session:
     Attributes:
         setting: the gate that is asked for, and what else replies depend on.
         questions: of the file.
-        evaluate, facts: once it is opened, `evaluate` of questions and settings, and where the numbers come from.
+        evaluate, facts, checkpoint: once it is opened, `evaluate` of questions and settings, where the numbers come
+            from, and what the checkpoint adds to their card.
 
     Raises:
         InputError: an option or a question is wrong.
@@ -161,6 +173,7 @@ class Session:
         from ..batch.results import ResultsLog
         from ..checkpoint import revision_of
         from ..evaluation import evaluate as ev
+        from ..evaluation.card import checkpoint_card
         from ..evaluation.questions import digest, videos_of
         from ..machine import versions
         from ..score_cache import ScoreCache
@@ -192,6 +205,7 @@ class Session:
                 "tag": digest(settings, run, sha256, version("videoanchor-triton"))[:8],
             }
 
+            self.checkpoint = checkpoint_card(model, processor, args.max_pixels, args.max_new_tokens)
             answer = partial(pipeline.answer, model, processor, max_new_tokens=args.max_new_tokens, progress=progress)
 
             def ask(question: "Question", setting: "Setting") -> str:
@@ -222,7 +236,9 @@ class Session:
 
         return read
 
-    def leave(self, results: dict[str, Any], text: str, rows: Sequence[dict[str, Any]], picture: bytes) -> None:
+    def leave(
+        self, results: dict[str, Any], text: str, rows: Sequence[dict[str, Any]], others: dict[str, bytes]
+    ) -> None:
         """Writes a report, prints it, and says what is missing. Its files are written with their tag in their names as
         well: those stay when another run writes the others.
 
@@ -230,13 +246,17 @@ class Session:
             results: for the JSON, beside `facts`.
             text: Markdown.
             rows: of the CSV; what they lack is the same in all of them.
+            others: further files by suffix.
         """
+        from ..evaluation.card import card_columns
         from ..evaluation.report import COLUMNS
 
         args, tag, record = self.args, self.facts["tag"], {**results, **self.facts}
         same = {"n_unasked": 0, **record, **record["run"], "version": version("videoanchor-triton")}
+        if "card" in record:
+            same |= card_columns(record["card"])
         table, as_json = csv_text(COLUMNS[args.name], [{**same, **row} for row in rows]), json_text(record)
-        contents = {"md": text.encode(), "csv": table.encode(), "json": f"{as_json}\n".encode(), "png": picture}
+        contents = {"md": text.encode(), "csv": table.encode(), "json": f"{as_json}\n".encode(), **others}
         for stem in (f"{args.name}-{tag}", args.name):
             for suffix, content in contents.items():
                 write_whole(args.out / f"{stem}.{suffix}", content)

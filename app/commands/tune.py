@@ -101,7 +101,7 @@ def _tune(args: argparse.Namespace) -> int:
         "search": rows,
     }
     text = report.tune_markdown({**session.facts, "run": found.columns(), "search": search, **counts}, said, trials)
-    session.leave(results, text, rows, pictures.draw_search(trials, difference, said))
+    session.leave(results, text, rows, {"png": pictures.draw_search(trials, difference, said)})
     return int(bool(failed))
 
 

@@ -6,8 +6,11 @@ from typing import Literal
 import numpy as np
 
 N_RESAMPLES = 10_000
+SEED = 0
+"""Of the bootstrap; no report uses another."""
 LEAST_CHANGED = 6
 """If m videos changed and all to the better, a two-sided sign test gives p = 2^(1 - m): below 0.05 from 6 on."""
+ALL, MEAN_OF_TYPES = "all questions", "mean of types"
 _DRAWS_AT_ONCE = 1000
 """Bounds the memory: 40 MB for 5,000 videos that all differ."""
 
@@ -38,15 +41,31 @@ class Difference:
     verdict: Literal["gain", "loss", "no gain shown"]
 
 
-def interval(sums: np.ndarray, counts: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
-    """The 95% percentile interval of a mean over groups of the mean within each, by the cluster bootstrap.
+def tails(n: int) -> tuple[float, float]:
+    """The shares of the bootstrap distribution of `n` draws at which a 95% interval ends: 0.025 and 0.975 for many
+    draws, further out for few, by as much as Student's t with its unbiased variance is wider than the normal
+    distribution (Hesterberg, "What Teachers Should Know About the Bootstrap", Am. Stat. 69, 2015).
+
+    Example:
+        >>> tuple(round(tail, 4) for tail in tails(20))
+        (0.0159, 0.9841)
+    """
+    from scipy.stats import norm, t
+
+    low = float(norm.cdf(np.sqrt(n / (n - 1)) * t.ppf(0.025, n - 1))) if n > 1 else 0.025
+    return low, 1 - low
+
+
+def interval(sums: np.ndarray, counts: np.ndarray, *, seed: int = SEED) -> tuple[float, float]:
+    """The 95% expanded percentile interval of a mean over groups of the mean within each, by the cluster bootstrap.
 
     Questions about one video stand or fall together: whole videos are drawn, with replacement, as many as there are,
     with all questions of all groups (Field and Welsh, "Bootstrapping clustered data", J. R. Statist. Soc. B 69, 2007;
     on clusters in evaluations see Miller, "Adding Error Bars to Evals", arXiv 2411.00640). A group of which a draw has
-    no question is left out of the mean of that draw.
+    no question is left out of the mean of that draw. Of few videos the plain percentiles would lie too close together,
+    see `tails`.
 
-    It is too narrow for few videos, and has no width for one.
+    It has no width for one video.
 
     Args:
         sums, counts: (videos, groups) sum of the values of each video in each group, and how many there are.
@@ -60,12 +79,12 @@ def interval(sums: np.ndarray, counts: np.ndarray, *, seed: int = 0) -> tuple[fl
     totals = np.concatenate([times @ distinct for times in draws])  # how often each distinct video is drawn
     with np.errstate(invalid="ignore"):
         means = np.nanmean(totals[:, :n_groups] / totals[:, n_groups:], axis=1)
-    low, high = np.quantile(means.round(12), (0.025, 0.975))  # a sum that cancels is 0
+    low, high = np.quantile(means.round(12), tails(n_videos))  # a sum that cancels is 0
     return float(low), float(high)
 
 
 def compare(
-    scores: np.ndarray, baseline: np.ndarray, videos: np.ndarray, groups: np.ndarray | None = None, *, seed: int = 0
+    scores: np.ndarray, baseline: np.ndarray, videos: np.ndarray, groups: np.ndarray | None = None, *, seed: int = SEED
 ) -> Difference:
     """Compares two runs question by question.
 
@@ -110,3 +129,21 @@ def compare(
         n_videos_changed=n_videos_changed,
         verdict=("gain" if low > 0 else "loss") if shown else "no gain shown",
     )
+
+
+def groups_of(types: np.ndarray, known: np.ndarray) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """The rows of a table of questions: all of them, the mean of the types (VSI-Bench's overall score), each type; one
+    row where there is one type.
+
+    Args:
+        types: (n,) of each question.
+        known: (n,) bool, questions with two scores; a type without any has no row.
+
+    Returns:
+        for each row its name, the (n,) bool mask of its questions, and the (n,) groups within which means are taken.
+    """
+    everything = np.ones(len(types), dtype=bool)
+    rows = [(ALL, everything, everything)]
+    if len(kinds := np.unique(types[known])) > 1:
+        rows += [(MEAN_OF_TYPES, everything, types), *((str(kind), types == kind, everything) for kind in kinds)]
+    return rows

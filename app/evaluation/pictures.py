@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..viz.plain_text import plain_text
-from .paired import Difference
-from .report import ALL, Row
+from .paired import ALL, Difference
+from .report import Row
 from .tune import Trial
 
 BLUE, ORANGE, GREY, DARK = "#0072B2", "#D55E00", "#BBBBBB", "#333333"

@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 
 from ...integrations.errors import InputError
-from ...integrations.lmms_eval.metrics import Metric, exact_match, score
+from ...integrations.lmms_eval.metrics import Metric, choice_letter, exact_match, number_in, score
 from ..batch.matching import with_fingerprints
 from ..batch.rows import BatchRow, read_rows
 from ..video.reader import refuse_url
 
-# The prompts of VSI-Bench (arXiv 2412.14171).
-_OPENING = "These are frames of a video."
-_CHOICE = "Answer with the option's letter from the given choices directly."
-_SHORT = "Please answer the question using a single word or phrase."
+PROMPTS = {
+    "choice": "These are frames of a video.\n{question}\nOptions:\n{options}\n"
+    "Answer with the option's letter from the given choices directly.",
+    "short": "These are frames of a video.\n{question}\nPlease answer the question using a single word or phrase.",
+}
+"""Those of VSI-Bench (arXiv 2412.14171), with options and without."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,17 @@ class Question:
 
     def prompt(self) -> str:
         """The question as VSI-Bench asks it."""
-        if self.metric != "choice":
-            return "\n".join([_OPENING, self.text, _SHORT])
         options = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, self.options, strict=False)]
-        return "\n".join([_OPENING, self.text, "Options:", *options, _CHOICE])
+        template = PROMPTS["choice" if self.metric == "choice" else "short"]
+        return template.format(question=self.text, options="\n".join(options))
 
     def score(self, reply: str) -> float | None:
         """See `metrics.score`."""
         return score(reply, self.answer, self.metric, self.options)
+
+    def read(self, reply: str) -> str:
+        """See `read_answer`."""
+        return read_answer(reply, self.answer, self.metric, self.options)
 
 
 def read_questions(source: Path) -> list[Question]:
@@ -88,24 +93,8 @@ def read_questions(source: Path) -> list[Question]:
 
 def _question(row: BatchRow) -> Question:
     columns = row.columns
-    options, answer, metric = _options(columns.get("options")), columns.get("answer"), columns.get("metric")
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
-        raise ValueError(f"answer: expected a letter, a number or text, got {answer!r}")
-    number, allowed = _number(answer), ("choice",) if options else ("mra", "exact")
-    if metric not in (None, *allowed):
-        which = f"{' or '.join(map(json.dumps, allowed))} for a question {'with' if options else 'without'} options"
-        raise ValueError(f"metric: expected {which}, got {metric!r}")
-    if options:
-        metric, answer = "choice", _letter(str(answer).strip(), options)
-    elif metric == "exact" or (metric is None and not math.isfinite(number)):
-        metric, answer = "exact", str(answer).strip()
-    elif not 0 < number < math.inf:
-        raise ValueError(
-            f"answer: expected a number above 0, as relative accuracy divides by it, got {answer!r}: give the row "
-            '"metric": "exact"'
-        )
-    else:
-        metric, answer = "mra", number
+    options = parse_options(columns.get("options"))
+    metric, answer = answer_key(columns.get("answer"), options, columns.get("metric"))
     kind = columns.get("type", columns.get("question_type", "all"))
     if not isinstance(kind, str) or not kind.strip():
         raise ValueError(f"type: expected text, got {kind!r}")
@@ -113,7 +102,53 @@ def _question(row: BatchRow) -> Question:
     return Question(name, row.video, row.question.strip(), answer, metric, options, kind.strip(), row.fingerprint)
 
 
-def _options(given: Any) -> tuple[str, ...]:
+def answer_key(answer: Any, options: Sequence[str], metric: Any = None) -> tuple[Metric, str | float]:
+    """How replies to a question are scored, and the right answer in that form.
+
+    Args:
+        answer: a letter or the text of an option, a number, or text.
+        options: see `parse_options`; none for a question without.
+        metric: "exact" for exact match of a number; None for what goes with the answer.
+
+    Raises:
+        ValueError: the answer is no such thing, or the metric does not go with it.
+    """
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+        raise ValueError(f"answer: expected a letter, a number or text, got {answer!r}")
+    number, allowed = _number(answer), ("choice",) if options else ("mra", "exact")
+    if metric not in (None, *allowed):
+        which = f"{' or '.join(map(json.dumps, allowed))} for a question {'with' if options else 'without'} options"
+        raise ValueError(f"metric: expected {which}, got {metric!r}")
+    if options:
+        return "choice", _letter(str(answer).strip(), options)
+    if metric == "exact" or (metric is None and not math.isfinite(number)):
+        return "exact", str(answer).strip()
+    if not 0 < number < math.inf:
+        raise ValueError(
+            f"answer: expected a number above 0, as relative accuracy divides by it, got {answer!r}: give the row "
+            '"metric": "exact"'
+        )
+    return "mra", number
+
+
+def read_answer(reply: str, answer: str | float, metric: Metric, options: Sequence[str]) -> str:
+    """The letter, number or text that a reply is scored by; "" where none can be read from it."""
+    match metric:
+        case "choice":
+            return choice_letter(reply, options) or ""
+        case "mra":
+            number = number_in(reply)
+            return "" if number is None else f"{number:g}"
+        case _:
+            return "" if score(reply, answer, metric) is None else " ".join(reply.split())
+
+
+def parse_options(given: Any) -> tuple[str, ...]:
+    """The texts of a list of options, without their letters ("A. sofa", "(A) sofa"); none for None.
+
+    Raises:
+        ValueError: it is no list of 2 to 26 different texts.
+    """
     if given is None or given == []:
         return ()
     if not isinstance(given, list) or not all(isinstance(option, str | int | float) for option in given):

@@ -8,19 +8,18 @@ import numpy as np
 
 from ..batch.worker import CONFIG_COLUMNS, VIDEO_COLUMNS
 from .evaluate import Judged
-from .paired import Difference, compare
+from .paired import Difference, compare, groups_of
 from .questions import Question, videos_of
 from .settings import Setting
 from .tune import Trial
 
 Row = dict[str, Any]
 
-ALL, MEAN_OF_TYPES = "all questions", "mean of types"
 NO_REPLY = "nothing could be judged"
 NOTE = (
     "Score: accuracy of multiple choice, mean relative accuracy of numbers (VSI-Bench), exact match of text. Interval: "
-    "95%, bootstrap over videos with all their questions, each paired with the same question without the gate; of few "
-    "videos it is too narrow. Replies from which no letter or number can be read count as wrong, questions without a "
+    "95%, bootstrap over videos with all their questions, each paired with the same question without the gate. "
+    "Replies from which no letter or number can be read count as wrong, questions without a "
     "reply are left out. A gain is one whose interval leaves out 0 with 6 or more videos changed, the questions "
     "of one taken together; with many rows, one in twenty intervals leaves out 0 by chance."
 )
@@ -31,7 +30,8 @@ COLUMNS = {
     "eval": (
         *("setting", "baseline_setting", "type", *(field.name for field in fields(Difference)), "n_failed"),
         *("unreadable", "baseline_unreadable", "model", "dtype", *CONFIG_COLUMNS, *VIDEO_COLUMNS, "fit"),
-        *("max_new_tokens", *RUN_COLUMNS),
+        *("max_new_tokens", *RUN_COLUMNS, "class", "frames", "resolution", "prompt", "prompt_sha256"),
+        *("chat_template_sha256", "generation", "seeds", "versions"),
     ),
     "tune": (*(field.name for field in fields(Trial)), "model", *RUN_COLUMNS),
 }
@@ -79,7 +79,6 @@ def compared(questions: Sequence[Question], settings: Sequence[Setting], judged:
     """
     table: list[Row] = []
     videos, types = videos_of(questions), np.array([question.type for question in questions])
-    everything = np.ones(len(questions), dtype=bool)
     for setting in settings:
         baseline = setting.baseline()
         pair = [settings.index(setting), settings.index(baseline)]
@@ -87,10 +86,7 @@ def compared(questions: Sequence[Question], settings: Sequence[Setting], judged:
         known = ~np.isnan(after) & ~np.isnan(before)
         if setting == baseline or not known.any():
             continue
-        groups = [(ALL, everything, everything)]
-        if len(kinds := np.unique(types[known])) > 1:
-            groups += [(MEAN_OF_TYPES, everything, types), *((kind, types == kind, everything) for kind in kinds)]
-        for name, group, within in groups:
+        for name, group, within in groups_of(types, known):
             chosen = known & group
             difference = asdict(compare(after[chosen], before[chosen], videos[chosen], within[chosen]))
             row = {"setting": setting.name, "baseline_setting": baseline.name, "type": name, **difference}
@@ -120,21 +116,26 @@ def tune_markdown(about: Mapping[str, Any], conclusion: str, trials: Sequence[Tr
 
 def _markdown(about: Mapping[str, Any], columns: Mapping[str, tuple[str, str]], rows: Iterable[Row]) -> str:
     """Two tables; scores in percent."""
-    lines = ["| | |", "|:--|:--|"]
-    for name, value in about.items():
-        listed = "; ".join(f"{key} {_shown(one)}" for key, one in value.items()) if isinstance(value, dict) else value
-        lines.append(_line([name, _shown(listed)]))
-    lines += ["", _line(columns), f"|{'|'.join(alignment for alignment, _ in columns.values())}|"]
+    lines = ["| | |", "|:--|:--|", *(markdown_line([name, shown(value)]) for name, value in about.items())]
+    lines += ["", markdown_line(columns), f"|{'|'.join(alignment for alignment, _ in columns.values())}|"]
     for row in rows:
-        shown = row | {name: 100 * row[name] for name in _SHARES if name in row}
-        lines.append(_line(content.format_map(shown) for _, content in columns.values()))
+        percent = row | {name: 100 * row[name] for name in _SHARES if name in row}
+        lines.append(markdown_line(content.format_map(percent) for _, content in columns.values()))
     return "\n".join(lines) + "\n"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for people: entries of a mapping after one another."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name} {shown(one)}" for name, one in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _line(cells: Iterable[str]) -> str:
-    escaped = (" ".join(cell.split()).replace("|", r"\|") for cell in cells)
-    return f"| {' | '.join(escaped)} |"
+def markdown_line(cells: Iterable[str]) -> str:
+    """A row of a table, each cell in one line."""
+    return f"| {' | '.join(map(markdown_text, cells))} |"
+
+
+def markdown_text(text: str) -> str:
+    """`text` in one line, without the start of a cell or of HTML."""
+    return " ".join(text.split()).replace("|", r"\|").replace("<", "&lt;")

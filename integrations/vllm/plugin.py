@@ -3,8 +3,13 @@
 imported with this module, since vLLM only logs an exception of the import."""
 
 import os
+import signal
+import threading
+import time
 from typing import Any
 
+ENDS_WITH = "VIDEOANCHOR_ENDS_WITH"
+"""Environment variable: the process without which vLLM's processes have nothing to do."""
 _FOLDER = __name__.rpartition(".")[0]
 
 
@@ -20,6 +25,7 @@ def register() -> None:
 
     from .architectures import ARCHITECTURES
 
+    _end_with(int(os.environ.get(ENDS_WITH, "0")))
     register_backend(AttentionBackendEnum.CUSTOM, f"{_FOLDER}.attention.GatedTritonBackend")
     if current_platform.is_cpu():  # its platform takes no other backend than this one
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{_FOLDER}.{_cpu_backend()}")
@@ -27,6 +33,22 @@ def register() -> None:
         # the version in the name: vLLM caches what it finds in a class by this name
         ModelRegistry.register_model(architecture, f"{_FOLDER}.models:{architecture}@{vllm.__version__}")
     _check_at_start(type(current_platform))
+
+
+def _end_with(pid: int) -> None:
+    """vLLM's processes outlive a command that is killed by `kill -9`, and keep the GPU."""
+    if pid in (0, os.getpid()):
+        return
+
+    def watch() -> None:
+        while True:
+            try:
+                os.kill(pid, 0)
+            except OSError:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(1)
+
+    threading.Thread(target=watch, name="videoanchor-ends-with", daemon=True).start()
 
 
 def _cpu_backend() -> str:

@@ -11,9 +11,10 @@ from eval_runs import NUMBER, OPTIONS, STRENGTHS, lose_the_device_after, run, wr
 
 from videoanchor_triton.app import cli, pipeline
 from videoanchor_triton.app.batch.results import ResultsLog
+from videoanchor_triton.app.evaluation.paired import ALL, MEAN_OF_TYPES
 from videoanchor_triton.app.evaluation.pictures import draw_eval
 from videoanchor_triton.app.evaluation.questions import read_questions
-from videoanchor_triton.app.evaluation.report import ALL, COLUMNS, MEAN_OF_TYPES
+from videoanchor_triton.app.evaluation.report import COLUMNS
 from videoanchor_triton.app.video.reader import read_video
 from videoanchor_triton.integrations.errors import InputError
 

@@ -12,9 +12,9 @@ from videoanchor_triton.anchor.config import VideoAnchorConfig
 from videoanchor_triton.app.batch.results import ResultsLog
 from videoanchor_triton.app.batch.stopping import StoppedError
 from videoanchor_triton.app.evaluation.evaluate import Judged, evaluate, judge, refresh
-from videoanchor_triton.app.evaluation.paired import compare
+from videoanchor_triton.app.evaluation.paired import ALL, MEAN_OF_TYPES, compare
 from videoanchor_triton.app.evaluation.questions import Question, read_questions
-from videoanchor_triton.app.evaluation.report import ALL, MEAN_OF_TYPES, NO_REPLY, compared, eval_markdown
+from videoanchor_triton.app.evaluation.report import NO_REPLY, compared, eval_markdown
 from videoanchor_triton.app.evaluation.settings import Setting, ablations
 from videoanchor_triton.integrations.errors import InputError
 

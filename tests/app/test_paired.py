@@ -1,12 +1,13 @@
 """What the bootstrap over videos promises."""
 
 from itertools import product
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import pytest
 
-from videoanchor_triton.app.evaluation.paired import Difference, compare
+from videoanchor_triton.app.evaluation.paired import Difference, compare, tails
 
 
 def alone(scores: np.ndarray, baseline: np.ndarray, **options: Any) -> Difference:
@@ -18,12 +19,13 @@ def bounds(found: Difference) -> tuple[float, float]:
     return found.low, found.high
 
 
-def exact_interval(draws: list[float]) -> tuple[float, float]:
-    """The 2.5% and 97.5% quantiles over all draws that there can be."""
+def exact_interval(draws: list[float], n_videos: int) -> tuple[float, float]:
+    """The ends over all draws that there can be."""
     values, counts = np.unique(np.round(draws, 12), return_counts=True)
     chances = np.cumsum(counts) / len(draws)
-    assert not any(abs(chances - tail).min() < 0.005 for tail in (0.025, 0.975)), "too close for 10,000 draws to tell"
-    low, high = values[np.searchsorted(chances, [0.025, 0.975])]
+    ends = tails(n_videos)
+    assert not any(abs(chances[:-1] - tail).min() < 0.002 for tail in ends), "too close for 10,000 draws to tell"
+    low, high = values[np.searchsorted(chances, ends)]
     return float(low), float(high)
 
 
@@ -31,7 +33,7 @@ def test_interval_of_a_known_distribution() -> None:
     """Means of 100 draws of +1, 0, -1: the normal interval by the central limit theorem."""
     values = np.repeat([1.0, 0.0, -1.0], [40, 40, 20])
     found = alone(values, np.zeros(100))
-    half = 1.96 * values.std() / 10
+    half = 1.984 * values.std(ddof=1) / 10  # Student's t of 99 degrees of freedom
     assert bounds(found) == pytest.approx((0.2 - half, 0.2 + half), abs=0.012)
     assert alone(values, np.zeros(100)) == found
     assert bounds(alone(np.full(7, 0.25), np.zeros(7))) == (0.25, 0.25)
@@ -43,7 +45,7 @@ def test_videos_of_one_question_are_drawn_like_questions() -> None:
     scores, baseline = rng.integers(0, 11, (2, 150)) / 10
     values, counts = np.unique((scores - baseline).round(12), return_counts=True)
     means = np.random.default_rng(7).multinomial(150, counts / 150, 10_000) @ values / 150
-    low, high = np.quantile(means.round(12), (0.025, 0.975))
+    low, high = np.quantile(means.round(12), tails(150))
     shuffled = rng.permutation(150)
     assert bounds(compare(scores, baseline, shuffled, seed=7)) == (low, high)
 
@@ -67,7 +69,7 @@ def test_questions_of_one_video_are_drawn_together() -> None:
     """Four videos that gain or lose all of their 25 questions: the distribution of 4 draws of +1, +1, +1, -1."""
     effect = np.array([1.0, 1.0, 1.0, -1.0])
     found = compare(np.repeat(effect, 25), np.zeros(100), np.repeat(np.arange(4), 25))
-    assert bounds(found) == exact_interval([float(np.mean(draw)) for draw in product(effect, repeat=4)]) == (-0.5, 1.0)
+    assert bounds(found) == exact_interval([float(np.mean(draw)) for draw in product(effect, repeat=4)], 4) == (-1, 1)
     assert bounds(alone(np.repeat(effect, 25), np.zeros(100))) == pytest.approx((0.33, 0.66), abs=0.02)
 
 
@@ -82,6 +84,28 @@ def test_types_share_the_draw_of_videos() -> None:
     assert alone(changes, np.zeros(16), groups=types).high > 0.1
 
 
+def test_few_videos_have_wider_intervals() -> None:
+    """As wide as Student's t makes them: the ends are as far out in the normal distribution."""
+    for n, student in ((6, 2.5706), (20, 2.0930), (288, 1.9683)):
+        low, high = tails(n)
+        assert NormalDist().inv_cdf(high) == pytest.approx(student * (n / (n - 1)) ** 0.5, abs=1e-3)
+        assert low == pytest.approx(1 - high)
+
+
+@pytest.mark.parametrize(("n_videos", "least"), [(6, 0.91), (20, 0.92)])
+def test_the_interval_of_few_videos_covers_the_truth(n_videos: int, least: float) -> None:
+    """Of 500 seeded studies with 10 questions a video, each video with an effect of its own; plain percentiles cover
+    less."""
+    covered, videos = 0, np.repeat(np.arange(n_videos), 10)
+    for seed in range(500):
+        rng = np.random.default_rng(seed)
+        effect = np.clip(0.2 * rng.standard_normal(n_videos), -0.5, 0.5)[videos]
+        baseline, scores = rng.random((2, len(videos))) < np.stack([np.full(len(videos), 0.5), 0.5 + effect])
+        found = compare(scores, baseline, videos, seed=seed)
+        covered += found.low <= 0 <= found.high
+    assert least <= covered / 500 <= 0.98
+
+
 def test_a_type_that_a_draw_leaves_out() -> None:
     """Its mean is left out of the mean of that draw. Type a: two videos, one with two questions; type b: the third
     video, and one question of the first. All 27 draws by hand."""
@@ -94,7 +118,7 @@ def test_a_type_that_a_draw_leaves_out() -> None:
         ]
         means.append(float(np.mean([np.mean(group) for group in groups if group])))
     found = compare(changes, np.zeros(5), videos, types)
-    assert bounds(found) == pytest.approx(exact_interval(means), abs=1e-9)
+    assert bounds(found) == pytest.approx(exact_interval(means, 3), abs=1e-9)
     assert found.difference == pytest.approx((0.0 + 0.375) / 2)
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from videoanchor_triton import VideoAnchorConfig
 from videoanchor_triton.app import demo
+from videoanchor_triton.app.evaluation.readers.reading import read_result
 from videoanchor_triton.app.video.reader import write_video
 from videoanchor_triton.integrations.lmms_eval.frames import sample_evenly, set_frame_sampling
 from videoanchor_triton.integrations.lmms_eval.settings import split_settings
@@ -201,6 +202,9 @@ def test_command_line_to_results_file(checkpoint: Path, tasks: Path, tmp_path: P
     assert results["config"]["model_args"] == arguments
     (samples,) = (tmp_path / "out").rglob("*_samples_three_clips.jsonl")
     assert len(samples.read_text().splitlines()) == 3
+    read = read_result(tmp_path / "out")  # as `videoanchor compare` does
+    assert [row.score for row in read.rows.values()].count(None) == 0
+    assert (len(read.rows), read.harness, read.card["frames"]) == (3, "lmms-eval", {"max_frames": 4})
 
 
 @needs_lmms_eval

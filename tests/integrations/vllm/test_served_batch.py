@@ -135,6 +135,7 @@ def test_kill_9(job: Path, local: dict[str, Any], tmp_path: Path, whole: bool) -
     said = process.communicate(timeout=400)[0]
     if whole:
         assert len(lines(tmp_path)) < 49
+        assert not [pid for pid in engine if Path(f"/proc/{pid}").exists()]
         process = run(job, tmp_path, *options)
         said = process.communicate(timeout=400)[0]
     assert process.returncode == 1, said[-3000:]

@@ -1,0 +1,186 @@
+"""Pieces of the pages of `eval` and `compare`: HTML without a script and without a request, every text escaped."""
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from string import Template, ascii_uppercase
+from typing import Any
+
+from ..text import printable
+from .report import shown
+
+MOST_ENTRIES = 1000
+"""Questions listed in one section: more make a page that no browser scrolls well."""
+_TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def page(title: str, body: Iterable[str]) -> str:
+    """A whole page.
+
+    Args:
+        title: text.
+        body: HTML.
+    """
+    template = Template(_TEMPLATE.read_text(encoding="utf-8"))
+    return template.substitute(title=escape(title), body="\n".join(piece for piece in body if piece))
+
+
+def escape(value: Any) -> str:
+    """`value` as HTML: text between tags, or in quotes. What could steer or turn the text shows as an escape."""
+    return html.escape(printable(shown(value), lines=True), quote=True)
+
+
+def section(name: str, title: str, *content: str) -> str:
+    """HTML under a heading that `#name` leads to; nothing where there is no content."""
+    inner = "\n".join(piece for piece in content if piece)
+    return f'<section id="{escape(name)}"><h2>{escape(title)}</h2>\n{inner}</section>' if inner else ""
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    return f'<p class="{escape(kind)}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+
+
+def warning(title: str, lines: Sequence[str]) -> str:
+    """A box; nothing where there are no lines."""
+    return f'<div class="warn" role="note"><strong>{escape(title)}</strong>{bullets(lines)}</div>' if lines else ""
+
+
+def bullets(lines: Iterable[str]) -> str:
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<ul>{items}</ul>" if items else ""
+
+
+def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], marked: Iterable[int] = ()) -> str:
+    """A table that scrolls by itself where it is too wide.
+
+    Args:
+        caption, header: text.
+        rows: cells as `text_cell`, `number_cell` or other HTML make them; the first of a row is its heading, as text.
+        marked: rows to be set off.
+    """
+    set_off, lines, titles = {*marked}, [], "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
+    for n, (first, *cells) in enumerate(rows):
+        if not lines:  # headings of numbers stand above them
+            kinds = ["", *(' class="number"' if cell.startswith('<td class="number') else "" for cell in cells)]
+            named = zip(kinds, header, strict=True)
+            titles = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in named)
+        kind = ' class="differs"' if n in set_off else ""
+        lines.append(f'<tr{kind}><th scope="row">{escape(first)}</th>{"".join(cells)}</tr>')
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
+        f"<caption>{escape(caption)}</caption><thead><tr>{titles}</tr></thead>\n<tbody>" + "\n".join(lines) + "</tbody>"
+        "</table></div>"
+    )
+
+
+def number_cell(text: str, kind: str = "") -> str:
+    return f'<td class="number {escape(kind)}">{escape(text)}</td>'
+
+
+def text_cell(value: Any, kind: str = "text") -> str:
+    return f'<td class="{escape(kind)}">{escape(value)}</td>'
+
+
+def interval_cell(row: Mapping[str, Any], reach: float, is_shown: bool) -> str:
+    """A picture of a difference with its interval, on a scale from -`reach` to `reach`."""
+    width, height = 140, 18
+
+    def x(value: float) -> str:
+        return f"{width / 2 * (1 + value / reach * 0.95):.1f}"
+
+    low, middle, high = (x(row[name]) for name in ("low", "difference", "high"))
+    label = f"difference {row['difference']:+.4g}, from {row['low']:+.4g} to {row['high']:+.4g}"
+    kind = "shown" if is_shown else "notshown"
+    return (
+        f'<td><svg width="{width}" height="{height}" role="img" aria-label="{escape(label)}">'
+        f'<line class="zero" x1="{width / 2}" x2="{width / 2}" y1="0" y2="{height}"/>'
+        f'<line class="interval" x1="{low}" x2="{high}" y1="{height / 2}" y2="{height / 2}"/>'
+        f'<circle class="{kind}" cx="{middle}" cy="{height / 2}" r="4"/></svg></td>'
+    )
+
+
+def reach_of(rows: Iterable[Mapping[str, Any]]) -> float:
+    """How far the scale of `interval_cell` goes; no less than 5 points, so that nothing looks large."""
+    return max([0.05, *(abs(row[name]) for row in rows for name in ("low", "high", "difference"))])
+
+
+def videos_table(videos: Sequence[Mapping[str, Any]], first: str, second: str, scale: float) -> str:
+    """Mean scores by video, behind a line to open; those that changed most first."""
+    names = short_names([video["video"] for video in videos])
+    rows = []
+    for video in videos[:MOST_ENTRIES]:
+        kind = "up" if video["difference"] > 0 else "down" if video["difference"] < 0 else ""
+        means = (f"{scale * video[side]:.3g}" for side in "ab")
+        difference = number_cell(f"{scale * video['difference']:+.3g}", kind)
+        rows.append([names[video["video"]], *(number_cell(text) for text in (str(video["n"]), *means)), difference])
+    title = f"Videos: {len(videos)}, those that changed most first{_cut(len(videos))}"
+    header = ("video", "questions", first, second, "difference")
+    return folded(title, table("Mean scores by video", header, rows), len(videos) <= 20)
+
+
+def flips(entries: Sequence[Mapping[str, Any]], first: str, second: str) -> str:
+    """Questions whose score differs: question, right answer, both replies, and what was read from them."""
+    names = short_names([entry["video"] for entry in entries])
+    pieces = []
+    for entry in entries[:MOST_ENTRIES]:
+        up = entry["b"]["score"] > entry["a"]["score"]
+        scores = f"{entry['a']['score']:g} → {entry['b']['score']:g}"
+        options = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, entry["options"], strict=False)]
+        question = "\n".join([shown(entry["question"] or "(its text is not known)"), *options])
+        where = f"{names[entry['video']]}, {entry['type']}"
+        right = "not known" if entry["answer"] is None else entry["answer"]
+        beginning = _beginning(entry["question"])
+        pieces.append(
+            f'<details><summary><span class="{"up" if up else "down"}">{escape(scores)}</span> {escape(entry["id"])} '
+            f'<span class="quiet">{escape(where)}</span> {escape(beginning)}</summary>'
+            f'<p class="question">{escape(question)}</p>'
+            f"<p>Right answer: {escape(right)}</p>"
+            f'<div class="replies">{_reply(first, entry["a"])}{_reply(second, entry["b"])}</div></details>'
+        )
+    if not pieces:
+        return ""
+    n_up = sum(entry["b"]["score"] > entry["a"]["score"] for entry in entries)
+    said = f"{second} higher in {n_up}, {first} in {len(entries) - n_up}{_cut(len(entries))}"
+    return paragraph(said, "quiet") + "\n".join(pieces)
+
+
+def _beginning(text: str | None) -> str:
+    line = " ".join((text or "").split())
+    return line if len(line) <= 100 else f"{line[:100]}..."
+
+
+def _reply(name: str, side: Mapping[str, Any]) -> str:
+    read = side["read"]
+    why = "" if read is None else "no answer could be read from it" if read == "" else f"read as {read}"
+    score = f"score {side['score']:g}" + (f", {why}" if why else "")
+    text = "(its text is not known)" if side["reply"] is None else side["reply"] or "(empty)"
+    return f'<div class="reply"><strong>{escape(name)}</strong>: {escape(score)}<pre>{escape(text)}</pre></div>'
+
+
+def listed(entries: Sequence[Sequence[Any]], header: Sequence[str], what: str) -> str:
+    """Questions by id with texts beside them, behind a line to open."""
+    if not entries:
+        return ""
+    rows = [[str(entry[0]), *(text_cell("" if cell is None else cell) for cell in entry[1:])] for entry in entries]
+    title = f"{what}: {len(entries)}{_cut(len(entries))}"
+    return folded(title, table("By question", header, rows[:MOST_ENTRIES]), len(entries) <= 20)
+
+
+def folded(title: str, content: str, is_open: bool) -> str:
+    return f"<details{' open' if is_open else ''}><summary>{escape(title)}</summary>{content}</details>"
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Paths without the folders that all of them share."""
+    unique = [*dict.fromkeys(names)]
+    parts = [name.split("/") for name in unique]
+    shared = 0
+    while len(unique) > 1 and all(len(one) > shared + 1 and one[shared] == parts[0][shared] for one in parts):
+        shared += 1
+    if len(unique) == 1:
+        shared = len(parts[0]) - 1
+    return {name: "/".join(one[shared:]) for name, one in zip(unique, parts, strict=True)}
+
+
+def _cut(n: int) -> str:
+    return f"; the first {MOST_ENTRIES} are here, all in the JSON" if n > MOST_ENTRIES else ""

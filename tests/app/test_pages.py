@@ -1,0 +1,274 @@
+"""eval.html and compare.html: what is on them, and what a hostile name cannot do there."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from compare_files import write_lines
+from eval_runs import STRENGTHS, run
+
+from videoanchor_triton.app import cli, pipeline
+from videoanchor_triton.app.evaluation import page
+from videoanchor_triton.app.evaluation.comparison_page import comparison_page
+from videoanchor_triton.app.evaluation.eval_page import eval_page
+from videoanchor_triton.app.evaluation.head_to_head import head_to_head
+from videoanchor_triton.app.evaluation.readers.result import Answered, Result
+from videoanchor_triton.integrations.errors import InputError
+
+HOSTILE = (
+    "<script>document.title='owned'</script>",
+    "<img src=x onerror=\"document.title='owned'\">",
+    "\"><svg onload=document.title='owned'>",
+    "' onmouseover='document.title=1",
+    "</title></style></pre><h1>faked",
+    "&lt;script&gt; &amp; &#60;b&#62;",
+    "$title ${body} {question} %s",
+    "javascript:document.title='owned'",
+    "\x1b[31m\x00\u202egnp.exe\ud800",
+    "http://example.org/a.png<!-- --><![CDATA[",
+)
+TAGS = {
+    *("html", "head", "meta", "title", "style", "body", "header", "section", "h1", "h2", "p", "br", "div", "strong"),
+    *("ul", "li", "table", "caption", "thead", "tbody", "tr", "th", "td", "details", "summary", "span", "pre"),
+    *("svg", "line", "circle"),
+}
+ATTRIBUTES = {
+    *("lang", "charset", "name", "content", "http-equiv", "class", "id", "role", "tabindex", "aria-label", "scope"),
+    *("open", "width", "height", "x1", "x2", "y1", "y2", "cx", "cy", "r"),
+}
+VOID = {"meta", "br", "line", "circle"}
+
+
+class Parsed(HTMLParser):
+    """Tags, attributes and text of a page that a browser need not mend."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: set[str] = set()
+        self.text, self.ids = "", []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def checked(text: str) -> Parsed:
+    """No script, no request, nothing that was not meant to be there."""
+    found = Parsed(text)
+    assert set(found.tags) <= TAGS
+    assert found.attributes <= ATTRIBUTES
+    assert len(found.ids) == len({*found.ids})
+    assert (found.tags.count("title"), found.tags.count("style"), found.tags.count("h1")) == (1, 1, 1)
+    assert "default-src 'none'" in text
+    assert not re.search(r"url\(|@import", text)
+    text.encode()
+    return found
+
+
+def hostile_result(seed: int) -> Result:
+    """Each of the hostile texts as id, video, type, question, option, answer, reply, error, and in the card."""
+    rng, rows = np.random.default_rng(seed), {}
+    for n in range(4 * len(HOSTILE)):
+        text = HOSTILE[n % len(HOSTILE)]
+        fails = rng.random() < 0.2
+        rows[f"{text}{n}"] = Answered(
+            id=f"{text}{n}",
+            score=None if fails else float(rng.integers(0, 2)),
+            **{"video": text, "type": text, "question": text, "options": (text, "other"), "answer": text},
+            **{
+                "prompt": f"{text}{seed}",
+                "reply": text,
+                "read": "" if n % 3 else text,
+                "error": text if fails else None,
+            },
+        )
+    card = {"model": HOSTILE[0], HOSTILE[1]: HOSTILE[2], "frames": {HOSTILE[3]: seed}, "seeds": {HOSTILE[4]: HOSTILE}}
+    return Result(HOSTILE[5], HOSTILE[seed], f"{HOSTILE[6]}{seed}", rows, card, HOSTILE[7])
+
+
+def hostile_page() -> str:
+    record = head_to_head(hostile_result(0), hostile_result(1))
+    return comparison_page({**record, "date": HOSTILE[0], "version": HOSTILE[1]})
+
+
+def test_hostile_names_are_text_in_a_comparison() -> None:
+    found = checked(hostile_page())
+    for text in HOSTILE[:8]:
+        assert text in found.text
+    for text in ("\x1b", "\x00", "\u202e", "\ud800"):
+        assert text not in found.text
+    assert r"\x1b[31m\x00\u202egnp.exe" in found.text
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_hostile_names_run_nothing_in_a_browser(tmp_path: Path) -> None:
+    """Nor do they without the page's policy, which would stop them by itself."""
+    text = hostile_page()
+    title = re.search("<title>.*?</title>", text, re.DOTALL)
+    assert title is not None
+    (tmp_path / "compare.html").write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text))
+    (tmp_path / "owned.html").write_text(f"<title>before</title>{HOSTILE[0]}")
+    for name, expected in (("compare.html", title[0]), ("owned.html", "<title>owned</title>")):
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path / name}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert expected in done.stdout, "the check can fail"
+
+
+def test_the_page_of_a_comparison(tmp_path: Path) -> None:
+    rows = [
+        {"id": n, "video": f"/data/set/{n // 2}.mp4", "type": "ab"[n % 2], "question": f"Where is {n}?", "answer": "A"}
+        for n in range(8)
+    ]
+    a = [{**row, "prediction": "AB"[n % 2], "prompt": "?"} for n, row in enumerate(rows)]
+    b = [{**row, "prediction": "BA"[n % 2] if n < 7 else "zzz word", "prompt": "!"} for n, row in enumerate(rows)]
+    write_lines(tmp_path / "a.jsonl", {"card": {"frames": {"max_frames": 8}}}, *a)
+    write_lines(tmp_path / "b.jsonl", {"card": {"frames": {"max_frames": 9}, "model": "m"}}, *b)
+    arguments = ["compare", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 0
+    found = checked((tmp_path / "out" / "compare.html").read_text(encoding="utf-8"))
+    for text in (
+        "The protocols differ",
+        "frames.max_frames: 8 in A, 9 in B",
+        "prompt of 8 of 8 questions: ? in A, ! in B",
+        "B higher in 3, A in 4",
+        "Right answer: A",
+        "score 0, read as B",
+        "Videos: 4,",
+        "Replies: 1",
+        "resolution: neither card says it",
+        "not said",
+    ):
+        assert text in found.text
+    assert "/data/set/" not in found.text.replace(str(tmp_path), ""), "the folder that all share"
+    assert found.tags.count("svg") == 4
+    assert found.ids == ["table", "flipped", "videos", "unreadable", "cards"]
+
+
+def test_the_page_of_an_evaluation(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A gate that answers otherwise than its baseline, a reply that nobody can read, and one that failed."""
+
+    def answer(*arguments: Any, **_: Any) -> Any:
+        prompt, config = arguments[3], arguments[4]
+        if "How many" in prompt and not config.alpha_k:
+            raise InputError("no <such> frame")
+        return type("Answer", (), {"text": "A" if config.alpha_k else "neither <b> of them"})
+
+    monkeypatch.setattr(pipeline, "answer", answer)
+    assert run("eval", clips, tmp_path, *STRENGTHS, "--ablate", "terms=K") == 1
+    assert f"wrote     {tmp_path / 'eval.html'}" in capsys.readouterr().out
+    text = (tmp_path / "eval.html").read_text(encoding="utf-8")
+    record = json.loads((tmp_path / "eval.json").read_text())
+    assert (tmp_path / f"eval-{record['tag']}.html").read_text(encoding="utf-8") == text
+    found = checked(text)
+    for shown in (
+        "gate, against baseline, 2 frames",
+        "terms K, against baseline, 2 frames",
+        "2 replies failed and are left out",
+        "no <such> frame",
+        "with gate higher in 1, without in 0",
+        "score 0, no answer could be read from it",
+        "neither <b> of them",
+        "Videos: 2,",
+        record["card"]["prompt"]["sha256"],
+        record["card"]["questions"]["sha256"],
+        "processor_size",
+    ):
+        assert shown in found.text
+    assert "frames of a video.\nLeft?" not in found.text
+
+
+def test_an_evaluation_without_a_reply_has_a_page(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise InputError(HOSTILE[0])
+
+    monkeypatch.setattr(pipeline, "answer", fail)
+    assert run("eval", clips, tmp_path, *STRENGTHS) == 1
+    found = checked((tmp_path / "eval.html").read_text(encoding="utf-8"))
+    assert "Nothing could be judged" in found.text
+    assert HOSTILE[0] in found.text
+
+
+def test_hostile_names_are_text_in_an_evaluation(clips: Path, tmp_path: Path) -> None:
+    assert run("eval", clips, tmp_path, *STRENGTHS) == 0
+    text = (tmp_path / "eval.json").read_text().replace('"gate"', json.dumps(HOSTILE[2]))  # the name of the setting
+    record = json.loads(text)
+    question = record["answered"][0]
+    question |= {
+        "id": HOSTILE[0],
+        "video": HOSTILE[1],
+        "type": HOSTILE[2],
+        "question": HOSTILE[3],
+        "options": [HOSTILE[4]],
+    }
+    question |= {"answer": HOSTILE[5], "prompt": HOSTILE[6]}
+    for n, (name, score) in enumerate(((HOSTILE[2], 1.0), ("baseline, 2 frames", 0.0))):
+        question["replies"][name] = {"reply": HOSTILE[7 + n], "read": HOSTILE[0], "score": score}
+    record["card"]["model"] = record["stopped"] = HOSTILE[0]
+    record["results"][0]["type"] = HOSTILE[1]
+    record["failures"] = [{"id": HOSTILE[0], "setting": HOSTILE[1], "error": HOSTILE[2]}]
+    found = checked(eval_page(record))
+    for text in HOSTILE[:6]:
+        assert text in found.text
+
+
+def test_long_lists_are_cut_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "MOST_ENTRIES", 3)
+    found = checked(hostile_page())
+    assert found.text.count("Right answer") == 3
+    assert "the first 3 are here, all in the JSON" in found.text
+
+
+def test_pictures_of_intervals() -> None:
+    row = {"low": -0.1, "difference": 0.0, "high": 0.05}
+    cell = page.interval_cell(row, page.reach_of([row]), False)
+    x1, x2, cx = (float(found) for found in re.findall(r'(?:class="interval" x1|x2|cx)="([\d.]+)"', cell)[1:])
+    assert (x1, x2, cx) == (3.5, 103.2, 70.0)
+    assert page.reach_of([]) == 0.05
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["/a/b/c.mp4", "/a/b/d.mp4"], ["c.mp4", "d.mp4"]),
+        (["/a/b/c.mp4", "/a/x/c.mp4"], ["b/c.mp4", "x/c.mp4"]),
+        (["/a/b/c.mp4"], ["c.mp4"]),
+        (["a", "a/b"], ["a", "a/b"]),
+        ([], []),
+    ],
+)
+def test_names_without_the_folders_that_all_share(names: list[str], short: list[str]) -> None:
+    assert list(page.short_names(names).values()) == short
+
+
+def test_the_page_of_a_result_that_says_little() -> None:
+    rows = {"1": Answered("1", 1.0), "2": Answered("2", 0.0)}
+    a = Result("a", "JSONL", "its own", rows)
+    b = Result("b", "JSONL", "its own", {**rows, "2": Answered("2", 1.0)})
+    found = checked(comparison_page({**head_to_head(a, b), "date": "", "version": ""}))
+    for text in ("Neither result carries a card", "neither result names the videos", "its text is not known"):
+        assert text in found.text
