@@ -16,7 +16,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from ...integrations.errors import InputError
-from ...integrations.vllm.plugin import ENDS_WITH
+from ...integrations.vllm.plugin import ENDS_WITH_PARENT
 from ..checkpoint import first_line, read_config, read_processor
 from .job import Groups
 from .results import Record
@@ -201,7 +201,7 @@ def _arguments(job: BatchJob, options: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"--engine-options: {', '.join(twice)}: given by the command's own options")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    os.environ[ENDS_WITH] = str(os.getpid())
+    os.environ[ENDS_WITH_PARENT] = "1"
     try:
         from vllm.plugins import load_general_plugins
         from vllm.v1.attention.backends.registry import AttentionBackendEnum

@@ -2,14 +2,14 @@
 """What vLLM loads in each of its processes, by the entry point of group `vllm.general_plugins`: nothing heavy is
 imported with this module, since vLLM only logs an exception of the import."""
 
+import multiprocessing
 import os
 import signal
 import threading
-import time
 from typing import Any
 
-ENDS_WITH = "VIDEOANCHOR_ENDS_WITH"
-"""Environment variable: the process without which vLLM's processes have nothing to do."""
+ENDS_WITH_PARENT = "VIDEOANCHOR_ENDS_WITH_PARENT"
+"""Environment variable: 1 has vLLM's processes end with the one that has started them, however that one ends."""
 _FOLDER = __name__.rpartition(".")[0]
 
 
@@ -25,7 +25,7 @@ def register() -> None:
 
     from .architectures import ARCHITECTURES
 
-    _end_with(int(os.environ.get(ENDS_WITH, "0")))
+    _end_with_parent()
     register_backend(AttentionBackendEnum.CUSTOM, f"{_FOLDER}.attention.GatedTritonBackend")
     if current_platform.is_cpu():  # its platform takes no other backend than this one
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{_FOLDER}.{_cpu_backend()}")
@@ -35,20 +35,17 @@ def register() -> None:
     _check_at_start(type(current_platform))
 
 
-def _end_with(pid: int) -> None:
+def _end_with_parent() -> None:
     """vLLM's processes outlive a command that is killed by `kill -9`, and keep the GPU."""
-    if pid in (0, os.getpid()):
+    parent = multiprocessing.parent_process()
+    if parent is None or os.environ.get(ENDS_WITH_PARENT) != "1":
         return
 
     def watch() -> None:
-        while True:
-            try:
-                os.kill(pid, 0)
-            except OSError:
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(1)
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=watch, name="videoanchor-ends-with", daemon=True).start()
+    threading.Thread(target=watch, name="videoanchor-ends-with-parent", daemon=True).start()
 
 
 def _cpu_backend() -> str:
