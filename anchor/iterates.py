@@ -120,7 +120,8 @@ class Iterates:
         self.x, self.g = self.x + dual * dx, (g + dual * dg).clamp_(-1 + NEAREST_BOUNDARY, 1 - NEAREST_BOUNDARY)
         c = (self.u - self.v)[:, :k]
         c = c / c.sum(1, keepdim=True) if atoms.affine else c
-        return c, objective(atoms, self.matrix, c, self.target)
+        expressed = torch.bmm(c[:, None].to(dtype), self.matrix)[:, 0].double()
+        return c, objective(atoms, expressed, c, self.target)
 
     def dual(self) -> Tensor:
         """(b,) the dual value of x."""
