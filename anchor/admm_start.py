@@ -77,7 +77,7 @@ class Admm:
         part = copy(self)
         for name in ("token", "target", "goal", "offset", "step", "state", "reflected", "own"):
             if (of_all := getattr(self, name)) is not None:
-                setattr(part, name, of_all[rows])
+                setattr(part, name, of_all.index_select(0, rows))
         part.rows, part.places = self.start.places(part.own)
         return part
 
