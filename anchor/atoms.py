@@ -59,11 +59,10 @@ def dual_value(atoms: Atoms, x: Tensor, target: Tensor) -> Tensor:
     return (target * x).sum(1) - (x.square() * atoms.quadratic).sum(1) / 2
 
 
-def objective(atoms: Atoms, rows: Tensor, c: Tensor, target: Tensor) -> Tensor:
-    """(b,) primal objective of c (b, K) over rows (b, K, p), in the precision of rows but for the last sums."""
+def objective(atoms: Atoms, expressed: Tensor, c: Tensor, target: Tensor) -> Tensor:
+    """(b,) primal objective of c (b, K), by which (b, p) is expressed."""
     rank = len(atoms.limit)
-    expressed = torch.bmm(c[:, None].to(rows.dtype), rows)[:, 0, :rank].double()
-    residual = (target[:, :rank] - expressed) * atoms.scale[:rank]
+    residual = (target[:, :rank] - expressed[:, :rank]) * atoms.scale[:rank]
     fit = residual.clamp(-atoms.bound, atoms.bound)
     return c.abs().sum(1) + atoms.bound * (residual - fit).abs().sum(1) + fit.square().sum(1) / 2
 
@@ -89,7 +88,8 @@ def certificate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(b,) objective and relative gap of c (b, K) over atoms `found`, with x scaled to be feasible, all in float64; and
     the slopes of `all_slopes`."""
-    primal = objective(atoms, atoms.exact[found], c, target)
+    expressed = torch.nn.functional.embedding_bag(found, atoms.exact, per_sample_weights=c, mode="sum")
+    primal = objective(atoms, expressed, c, target)
     slopes, largest = all_slopes(atoms, x, own)
     gap = relative_gap(atoms, primal, dual_value(atoms, x / largest.clamp_min(1), target))
     return primal, gap, slopes, largest[:, 0]

@@ -7,9 +7,10 @@ With t a token, F the weighted atoms (see `Problem`), p = r + 1 dual unknowns x 
 
 Affine coefficients have |c|_1 >= 1, so the dual value may be raised to 1: tokens in the hull of others end at once.
 
-1. `over_changing_atoms`: ADMM iterations give a start and K candidates for each token. Mehrotra's predictor-corrector
-   over the candidates; after each step one product gives the slopes of all atoms, x is scaled to be feasible, and the
-   atoms of largest slope take the place of the candidates of least weight. K never changes.
+1. `over_changing_atoms`: ADMM iterations give a start and K candidates for each token; where they are cheap beside a
+   step of the interior point (few atoms, high rank), they go on, and most tokens end there. Mehrotra's
+   predictor-corrector over the candidates; after each step one product gives the slopes of all atoms, x is scaled to be
+   feasible, and the atoms of largest slope take the place of the candidates of least weight. K never changes.
 2. `over_settled_atoms`, for a token that did not end there, and for one in the hull of others, whose optimum is not
    unique. The solution that is meant starts from the K nearest atoms: the optimum over K atoms, in its analytic centre,
    is found to CENTRED; then the heaviest half stays and the atoms of largest slope join it, until none is missed. It
@@ -28,7 +29,7 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from .admm_start import Start
+from .admm_start import HALVING, START_ITERATIONS, Admm, Start
 from .atoms import SMALLEST, Atoms, all_slopes, certificate, relative_gap
 from .iterates import Iterates, largest, swap_candidates
 from .memory import Plan, candidate_atoms
@@ -62,11 +63,28 @@ def over_changing_atoms(atoms: Atoms, start: Start, target: Tensor, own: Tensor 
     """See the top of the file, 1. Tokens as they end, the stalled ones at last with whatever gap they have."""
     n_atoms, n_unknowns = atoms.rows.shape
     k = candidate_atoms(n_unknowns, n_atoms - (own is not None))
-    x, slopes, coefficients = start.run(atoms, target, own)
-    candidates = slopes.topk(k, sorted=False).indices
-    x *= 0.98 / all_slopes(atoms, x, own)[1].clamp_min(0.98)
-    it = Iterates(atoms, target, own, candidates, x, coefficients.gather(1, candidates).double())
-    del coefficients
+    admm = Admm(start, atoms, target, own)
+    admm.advance(START_ITERATIONS)
+    for left in range(start.rounds(k), 0, -1):
+        if admm.gap().median() > tol * 2**left:
+            break
+        admm.advance(HALVING)
+        near = (admm.gap() <= tol).nonzero()[:, 0]
+        if len(near) == 0:
+            continue
+        part = admm.of(near)
+        x, candidates, c, _ = part.point(k)
+        c = c / c.sum(1, keepdim=True) if atoms.affine else c
+        primal, gap, _, _ = certificate(atoms, candidates, c, x, part.target, part.own)
+        found = Found(part.token, candidates, c, primal, gap, 1).of(gap <= tol)
+        yield found
+        admm = admm.of((~torch.isin(admm.token, found.token)).nonzero()[:, 0])
+        if len(admm.token) == 0:
+            return
+    x, candidates, c, slopes = admm.point(k)
+    x *= 0.98 / all_slopes(atoms, x, admm.own)[1].clamp_min(0.98)
+    it = Iterates(atoms, admm.target, admm.own, candidates, x, c)
+    it.token = admm.token
     every = CHECK_ON_CUDA if x.is_cuda else 1
     for n_iter in range(1, STALLED + 1):
         found = it.candidates

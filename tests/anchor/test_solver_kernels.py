@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from videoanchor_triton.anchor import iterates as iterating
 from videoanchor_triton.anchor import newton_kernel, slopes_kernel
-from videoanchor_triton.anchor.admm_start import Start
+from videoanchor_triton.anchor.admm_start import START_ITERATIONS, Admm, Start
 from videoanchor_triton.anchor.atoms import Atoms, all_slopes, objective, relative_gap
 from videoanchor_triton.anchor.iterates import Iterates, swap_candidates
 from videoanchor_triton.anchor.memory import candidate_atoms
@@ -34,10 +34,11 @@ def iterates(rank: int, n_atoms: int, *, affine: bool, dtype: torch.dtype, alpha
     problem = Problem.of(normal(rank, n_atoms), affine=affine, alpha_e=alpha_e, alpha_z=800.0)
     atoms = Atoms.of(problem, dtype)
     target, own = atoms.exact[:N_TOKENS], torch.arange(N_TOKENS)
-    x, slopes, coefficients = Start.of(atoms).run(atoms, target, own)
-    candidates = slopes.topk(candidate_atoms(rank + affine, n_atoms - 1), sorted=False).indices
+    admm = Admm(Start.of(atoms), atoms, target, own)
+    admm.advance(START_ITERATIONS)
+    x, candidates, coefficients, _ = admm.point(candidate_atoms(rank + affine, n_atoms - 1))
     x *= 0.98 / all_slopes(atoms, x, own)[1].clamp_min(0.98)
-    return Iterates(atoms, target, own, candidates, x, coefficients.gather(1, candidates).double())
+    return Iterates(atoms, target, own, candidates, x, coefficients)
 
 
 def largest_difference(found: Tensor, expected: Tensor) -> float:
@@ -75,7 +76,8 @@ def test_newton_step(
         assert largest_difference(getattr(ours, name), getattr(exact, name)) <= 4 * error + 1e-11, name
     assert largest_difference(c_ours, c) <= 4 * largest_difference(c_rounded, c) + 1e-11
     of_c, of_ours, of_rounded = (
-        objective(exact.atoms, exact.matrix, found, exact.target) for found in (c, c_ours, c_rounded)
+        objective(exact.atoms, torch.bmm(found[:, None], exact.matrix)[:, 0], found, exact.target)
+        for found in (c, c_ours, c_rounded)
     )
     torch.testing.assert_close(primal, of_c, rtol=1e-12, atol=0)
     assert largest_difference(primal_ours, of_ours) <= 4 * largest_difference(primal_rounded, of_rounded) + 1e-11
