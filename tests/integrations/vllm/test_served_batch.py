@@ -18,7 +18,7 @@ from vllm_runs import environment
 from videoanchor_triton.app import cli
 from videoanchor_triton.app.video.reader import write_video
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1500)
 GATE = ("--alpha-k", "9.5", "--alpha-v", "2.5", "--dtype", "float32", "--max-frames", "8", "--tables", "csv")
 SMALL = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "block_size": 32, "skip_mm_profiling": True}
 VLLM = ("--engine", "vllm", "--engine-options", json.dumps({**SMALL, "max_model_len": 1024}))
@@ -96,7 +96,7 @@ def runs(pid: int) -> bool:
 
 
 def wait_for(n: int, out: Path, process: "subprocess.Popen[str]") -> None:
-    end = time.monotonic() + 300
+    end = time.monotonic() + 500
     while len(lines(out)) < n:
         assert process.poll() is None, process.communicate()[0][-3000:]
         assert time.monotonic() < end
@@ -137,12 +137,12 @@ def test_kill_9(job: Path, local: dict[str, Any], tmp_path: Path, whole: bool) -
     assert engine
     for pid in [process.pid] if whole else engine:
         os.kill(pid, signal.SIGKILL)
-    said = process.communicate(timeout=150)[0]
+    said = process.communicate(timeout=500)[0]
     if whole:
         assert len(lines(tmp_path)) < 49
         assert not [pid for pid in engine if runs(pid)]
         process = run(job, tmp_path, *options)
-        said = process.communicate(timeout=150)[0]
+        said = process.communicate(timeout=500)[0]
     assert process.returncode == 1, said[-3000:]
     assert answered(tmp_path) == local
 
@@ -157,6 +157,7 @@ def test_refused(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (("--engine-options", '{"dtype": "float16"}'), "dtype: given by the command's own options"),
         (("--engine-options", '{"pipeline_parallel_size": 2}'), "videoanchor: the gate does not work with pipeline"),
         (("--engine-options", '{"no_such_option": 2}'), "vLLM cannot start"),
+        (("--engine-options", json.dumps({**SMALL, "kv_cache_memory_bytes": 1024})), "vLLM cannot start"),
     ):
         given = (*VLLM[:2], *options) if options[0] == "--engine-options" else (*VLLM, *options)
         assert cli.main(arguments(job, tmp_path, *given)) == 2
