@@ -235,6 +235,7 @@ def test_memory_of_the_features():
     theirs."""
     environment = {**os.environ, "PYTHONPATH": str(Path(problem.__file__).parents[2])}
     command = [sys.executable, "-c", PEAK, "65536", "512"]
+    used = announced = of_tokens = 0
     for _ in range(3):  # what else runs on the machine can only add, huge pages among it
         out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         used, announced, of_tokens = map(int, out.stdout.split())
