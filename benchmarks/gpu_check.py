@@ -4,8 +4,8 @@
 
 What matters most comes first: one call of each kernel, the models, mixed batches over pages (with each form of gates,
 quantised caches, page sizes, the plan and the writing by themselves), decode, scores, prefill, backward, each checked
-against an fp64 oracle just before it is timed, then what torch offers, and flash-attn and vLLM's Triton kernel where
-they are installed. Kernels are compiled many at a time before the first task that needs them. A row without a correct
+against an fp64 oracle just before it is timed, an engine of vLLM with the plug-in, then what torch offers, and
+flash-attn and vLLM's Triton kernel where they are installed. Kernels are compiled many at a time before the first task that needs them. A row without a correct
 result carries no time.
 
 All rows so far are in DIR/gpu_check.json, DIR/gpu_check.csv and DIR/summary.md at any moment, whatever ends the run.
@@ -39,7 +39,7 @@ from benchmarks.helpers.resume import RefusedError, difference, earlier
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = [sys.executable, str(ROOT / "benchmarks" / "helpers" / "worker.py")]
 PATHS = (ROOT, ROOT / "src", *(ROOT / "tests" / part for part in ("", "kernels", "integrations/transformers")))
-SECTIONS = ("ceiling", "sanity", "model", "correctness", "mixed", "decode", "scores", "prefill", "backward")
+SECTIONS = ("ceiling", "sanity", "model", "correctness", "mixed", "decode", "scores", "prefill", "backward", "serving")
 
 
 @dataclass

@@ -27,6 +27,7 @@ from benchmarks.helpers.measure import Task, ceiling_tasks
 from benchmarks.helpers.record import FAILED, Row
 from benchmarks.model.helpers.generation import model_tasks
 from benchmarks.scores.helpers.gpu_tasks import score_tasks
+from benchmarks.serving.gpu_tasks import serving_tasks
 from videoanchor_triton.kernels.dispatch import triton_target
 
 SECTIONS = {
@@ -38,10 +39,11 @@ SECTIONS = {
     "decode": lambda device: chain(attention_tasks("decode", device), candidate_tasks("decode", device)),
     "scores": score_tasks,
     "prefill": lambda device: chain(attention_tasks("prefill", device), candidate_tasks("prefill", device)),
+    "serving": serving_tasks,
     "backward": lambda device: chain(backward_tasks(device), candidate_tasks("backward", device)),
 }
 # What runs first. The checks of a section's kernels stand just before its times.
-GROUPS = ("ceiling", "sanity", "model", "mixed", "decode", "scores", "prefill", "backward")
+GROUPS = ("ceiling", "sanity", "model", "mixed", "decode", "scores", "prefill", "backward", "serving")
 CHECKED_BEFORE = {"paged": "mixed", "decode": "decode", "cache": "decode"}
 CHECKED_BEFORE |= {"backward": "backward", "varlen backward": "backward"}
 OURS, CANDIDATES = 0, 1  # the turns before torch's own: ours, and what ours could be

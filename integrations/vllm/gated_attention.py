@@ -90,9 +90,14 @@ class GatedAttention(_Base):
         if self.gates is None:
             scales = output_scale, output_block_scale
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        return self.attend(layer, query, kv_cache, attn_metadata, output, (output_scale, output_block_scale))
+
+    def attend(
+        self, layer: Any, query: Tensor, kv_cache: Tensor, attn_metadata: Any, output: Tensor, scales: tuple[Any, Any]
+    ) -> Tensor:
         if attn_metadata is None:  # vLLM measures memory
             return output.fill_(0)
-        if attn_metadata.causal is not True or output_scale is not None or output_block_scale is not None:
+        if attn_metadata.causal is not True or scales != (None, None):
             raise ValueError("videoanchor: the gate is for causal attention with outputs of full precision")
         n = attn_metadata.num_actual_tokens
         anchored_attention_paged(
