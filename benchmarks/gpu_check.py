@@ -5,8 +5,8 @@
 What matters most comes first: one call of each kernel, the models, mixed batches over pages (with each form of gates,
 quantised caches, page sizes, the plan and the writing by themselves), decode, scores, prefill, backward, each checked
 against an fp64 oracle just before it is timed, an engine of vLLM with the plug-in, then what torch offers, and
-flash-attn and vLLM's Triton kernel where they are installed. Kernels are compiled many at a time before the first task that needs them. A row without a correct
-result carries no time.
+flash-attn and vLLM's Triton kernel where they are installed. Kernels are compiled many at a time before the first task
+that needs them. A row without a correct result carries no time.
 
 All rows so far are in DIR/gpu_check.json, DIR/gpu_check.csv and DIR/summary.md at any moment, whatever ends the run.
 The same command goes on where it ended: what the minutes left out is run, what failed is not (--retry), and another
