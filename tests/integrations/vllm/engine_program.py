@@ -60,15 +60,18 @@ def main() -> None:
         sys.path.insert(0, str(Path(__file__).parents[2]))
         importlib.import_module("interpreter_fixes").apply()
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     requests = getattr(importlib.import_module(case["requests"][0]), case["requests"][1])
     if case.get("gate") is not None:
         case["engine"]["additional_config"] = {"videoanchor": case["gate"]}
     llm = LLM(**{**ENGINE, **case["engine"]})
     sampling = SamplingParams(temperature=0, max_tokens=case.get("n", 12), logprobs=1, ignore_eos=True)
+    adapter = {"lora_request": LoRARequest("adapter", 1, case["lora"])} if case.get("lora") else {}
     rounds = []
     for _ in range(case.get("rounds", 1)):
-        rounds.append(answers(llm.generate([one.for_vllm() for one in requests.values()], sampling, use_tqdm=False)))
+        asked = [one.for_vllm() for one in requests.values()]
+        rounds.append(answers(llm.generate(asked, sampling, use_tqdm=False, **adapter)))
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
     runner = None if core is None else core.model_executor.driver_worker.worker.model_runner
     result = {

@@ -1,10 +1,13 @@
 """An engine with the plug-in answers what a dense gate, and `va.enable`, answer in transformers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from interpreted_triton import install
+from safetensors.torch import save_file
 from vllm_media import GATED, QWEN
 from vllm_reference import Reference
 from vllm_runs import assert_answers, run_engine
@@ -69,6 +72,28 @@ def test_as_on_a_gpu(qwen: Path, reference: Reference, tmp_path: Path, options: 
     assert out["models"][0]["attention"] == ["InterpretedTritonImpl"]
     assert "vllm.v1.worker.gpu.model_runner" in out["runner"]
     assert (preemptions(out) > 0) == bool(options)
+    assert_answers(out, reference, "dense", "FEW")
+
+
+def test_adapter(qwen: Path, tmp_path: Path) -> None:
+    """LoRA on the decoder's projections of queries and values, against a reference whose weights have it added."""
+    reference, adapter, weights = Reference(qwen), tmp_path / "adapter", {}
+    rank, strength = 4, 8
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": strength, "target_modules": ["q_proj", "v_proj"]}
+    settings |= {"bias": "none", "task_type": "CAUSAL_LM"}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    generator = torch.Generator().manual_seed(3)
+    for n, layer in enumerate(reference.model.model.language_model.layers):
+        for name in settings["target_modules"]:
+            linear = getattr(layer.self_attn, name)
+            down = torch.randn(rank, linear.in_features, generator=generator) * 0.1
+            up = torch.randn(linear.out_features, rank, generator=generator) * 0.1
+            linear.weight.data += strength / rank * up @ down
+            key = f"base_model.model.model.language_model.layers.{n}.self_attn.{name}"
+            weights |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+    save_file(weights, adapter / "adapter_model.safetensors")
+    out = run_engine(tmp_path, qwen, "FEW", lora=adapter, enable_lora=True, max_lora_rank=8)
     assert_answers(out, reference, "dense", "FEW")
 
 

@@ -32,10 +32,12 @@ def run_engine(
     rounds: int = 1,
     env: dict[str, str] | None = None,
     check: bool = True,
+    lora: Path | None = None,
     **engine: Any,
 ) -> dict[str, Any]:
     """What `engine_program.py` says of an engine with these options; with check=False what it printed if it failed."""
-    case = {"requests": ["vllm_media", requests], "gate": gate, "n": n, "rounds": rounds}
+    case: dict[str, Any] = {"requests": ["vllm_media", requests], "gate": gate, "n": n, "rounds": rounds}
+    case["lora"] = str(lora) if lora else None
     (folder / "case.json").write_text(json.dumps(case | {"engine": {"model": str(checkpoint), **engine}}))
     command = [sys.executable, str(HERE / "engine_program.py"), str(folder / "case.json"), str(folder / "out.json")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(**(env or {})), timeout=500)
