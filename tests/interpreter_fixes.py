@@ -34,11 +34,11 @@ def _round_to_float8(data: np.ndarray) -> np.ndarray:
 def _with_bool_masks(method: Any, place: int) -> Any:
     """`method` of the builder, whose argument at `place` is a mask."""
 
-    def masked(self: Any, *arguments: Any) -> Any:
+    def masked(self: Any, *arguments: Any, **options: Any) -> Any:
         mask = arguments[place]
-        if mask.data.dtype != np.bool_:
+        if mask is not None and mask.data.dtype != np.bool_:
             mask = interpreter.TensorHandle(mask.data.astype(np.bool_), mask.dtype)
-        return method(self, *arguments[:place], mask, *arguments[place + 1 :])
+        return method(self, *arguments[:place], mask, *arguments[place + 1 :], **options)
 
     return masked
 
