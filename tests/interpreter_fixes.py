@@ -36,7 +36,7 @@ def _with_bool_masks(method: Any, place: int) -> Any:
 
     def masked(self: Any, *arguments: Any, **options: Any) -> Any:
         mask = arguments[place]
-        if mask is not None and mask.data.dtype != np.bool_:
+        if isinstance(mask, interpreter.TensorHandle) and mask.data.dtype != np.bool_:
             mask = interpreter.TensorHandle(mask.data.astype(np.bool_), mask.dtype)
         return method(self, *arguments[:place], mask, *arguments[place + 1 :], **options)
 
