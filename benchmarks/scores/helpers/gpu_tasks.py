@@ -144,6 +144,7 @@ class Scores:
         whole = self.checked or self.check(row)
         if whole.status != OK:
             return replace(whole, contender=row.contender)
+        alive(f"launches of {self.n_tokens} tokens", STAGE_SECONDS)  # which are slow while they are counted
         Y = token_features(self.tokens(), self.config.pca_rank)
         counted = Launches(self.device)
         with counted:
