@@ -16,6 +16,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from ...integrations.errors import InputError
+from ...integrations.transformers.backbones import visual_token_ids
 from ...integrations.vllm.plugin import ENDS_WITH_PARENT
 from ..checkpoint import first_line, read_config, read_processor
 from .job import Groups
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 MAX_DEATHS = 3
 VIDEOS_IN_FLIGHT = 32  # whose frames are held in memory
-_OURS = frozenset({"model", "tensor_parallel_size", "dtype", "attention_backend", "additional_config"})
 _NOT_IN_VLLM = {"no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "num_beams": 1}
 _NOT_IN_VLLM |= {"min_length": 0, "min_new_tokens": None, "begin_suppress_tokens": None, "sequence_bias": None}
 _NOT_IN_VLLM |= {"forced_bos_token_id": None, "forced_eos_token_id": None, "guidance_scale": None}
@@ -65,8 +65,6 @@ class _Answers:
         self._job, self._settings_hash = job, job.settings_hash()
         self._waiting = [list(rows) for rows in groups]
         self._arguments = _arguments(job, options)
-        from ...integrations.transformers.backbones import visual_token_ids
-
         self._processor = read_processor(job.model)
         of_videos = self._processor.tokenizer.convert_tokens_to_ids(getattr(self._processor, "video_token", "<video>"))
         self._visual = {*visual_token_ids(read_config(job.model)).values(), of_videos}
@@ -197,7 +195,15 @@ class _Answers:
 
 def _arguments(job: BatchJob, options: dict[str, Any]) -> dict[str, Any]:
     """Of `AsyncEngineArgs`."""
-    if twice := sorted(_OURS & options.keys()):
+    ours = {
+        "model": job.model,
+        "tensor_parallel_size": job.tensor_parallel,
+        "dtype": job.dtype,
+        "attention_backend": "CUSTOM",
+        "additional_config": {"videoanchor": job.config.to_dict()},
+        "disable_log_stats": False,  # times of requests
+    }
+    if twice := sorted(ours.keys() & options.keys()):
         raise InputError(f"--engine-options: {', '.join(twice)}: given by the command's own options")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
@@ -215,16 +221,7 @@ def _arguments(job: BatchJob, options: dict[str, Any]) -> dict[str, Any]:
     if not gated:
         raise InputError("vLLM has not loaded the plug-in videoanchor: name it in VLLM_PLUGINS, or unset that variable")
     defaults = {"limit_mm_per_prompt": {"video": 1, "image": 0}, "enable_log_requests": False}
-    return {
-        **defaults,
-        **options,
-        "model": job.model,
-        "tensor_parallel_size": job.tensor_parallel,
-        "dtype": job.dtype,
-        "attention_backend": "CUSTOM",
-        "additional_config": {"videoanchor": job.config.to_dict()},
-        "disable_log_stats": False,  # times of requests
-    }
+    return defaults | options | ours
 
 
 def _sampling(job: BatchJob, processor: Any) -> Any:

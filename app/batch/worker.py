@@ -75,9 +75,8 @@ class BatchJob:
             },
             "fit": self.fit,
             "max_new_tokens": self.max_new_tokens,
-            **(
-                {} if self.engine == "transformers" else {"engine": self.engine}
-            ),  # settings of before stay what they were
+            # as for video: settings of before there was a choice stay what they were
+            **({} if self.engine == "transformers" else {"engine": self.engine}),
         }
 
     def settings_hash(self) -> str:

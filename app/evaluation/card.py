@@ -11,15 +11,8 @@ from .settings import Setting
 
 RESOLUTION = (
     *("size", "crop_size", "min_pixels", "max_pixels", "max_video_tokens", "patch_size", "merge_size"),
-    *(
-        "temporal_patch_size",
-        "do_resize",
-        "do_center_crop",
-        "crop_to_patches",
-        "min_patches",
-        "max_patches",
-        "resample",
-    ),
+    *("temporal_patch_size", "do_resize", "do_center_crop", "crop_to_patches", "min_patches", "max_patches"),
+    "resample",
 )
 """Of a processor of videos, what says how large the model sees a frame."""
 GENERATION = ("repetition_penalty", "no_repeat_ngram_size", "num_beams")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .report import markdown_line, markdown_text, shown
+from .report import beginning, markdown_line, markdown_text, shown
 
 COLUMNS = ("questions", "n", "videos", "A", "B", "B - A", "95% interval", "could show", "McNemar p", "")
 _FLIPS_IN_MARKDOWN, _FLIPS_ON_TERMINAL = 200, 5
@@ -73,7 +73,7 @@ def comparison_text(record: dict[str, Any]) -> str:
     if flips := record["flipped"]:
         lines += ["", f"questions with another score: {len(flips)}"]
         for flip in flips[:_FLIPS_ON_TERMINAL]:
-            a, b = ((flip[side]["score"], _first_line(flip[side]["reply"])) for side in "ab")
+            a, b = ((flip[side]["score"], beginning(flip[side]["reply"] or "(no text)", 40)) for side in "ab")
             lines.append(f"  {flip['id']}  {flip['video']}: A {a[0]:g} {a[1]} | B {b[0]:g} {b[1]}")
         if more := len(flips) - _FLIPS_ON_TERMINAL:
             lines += [f"  and {more} more: see --out"] if more > 0 else []
@@ -120,11 +120,6 @@ def card_rows(card: dict[str, Any]) -> list[list[str]]:
 
 def _table(header: Sequence[str], alignment: str, rows: Iterable[Sequence[str]]) -> list[str]:
     return [markdown_line(header), f"|{'|'.join(alignment for _ in header)}|", *map(markdown_line, rows)]
-
-
-def _first_line(text: str | None) -> str:
-    line = " ".join((text or "(no text)").split())
-    return line if len(line) <= 40 else f"{line[:40]}..."
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

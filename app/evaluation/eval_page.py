@@ -56,9 +56,7 @@ def eval_page(record: dict[str, Any]) -> str:
         [
             f"<header><h1>Evaluation</h1>{paragraph(_about(record))}</header>",
             warning("Not all was answered", left_out + stopped),
-            ""
-            if pairs
-            else paragraph("Nothing could be judged: no question has a reply with the gate and without.", "conclusion"),
+            "" if pairs else paragraph(_NOTHING, "conclusion"),
             section("table", "Scores", *(_table(record, *pair) for pair in pairs), paragraph(record["note"], "quiet")),
             *(_details(record, n, *pair) for n, pair in enumerate(pairs)),
             section("failures", "Failures", listed(failures, ("id", "setting", "why"), "Replies that failed")),

@@ -7,7 +7,7 @@ from string import Template, ascii_uppercase
 from typing import Any
 
 from ..text import printable
-from .report import shown
+from .report import beginning, shown
 
 MOST_ENTRIES = 1000
 """Questions listed in one section: more make a page that no browser scrolls well."""
@@ -129,10 +129,10 @@ def flips(entries: Sequence[Mapping[str, Any]], first: str, second: str) -> str:
         question = "\n".join([shown(entry["question"] or "(its text is not known)"), *options])
         where = f"{names[entry['video']]}, {entry['type']}"
         right = "not known" if entry["answer"] is None else entry["answer"]
-        beginning = _beginning(entry["question"])
+        start = beginning(entry["question"], 100)
         pieces.append(
             f'<details><summary><span class="{"up" if up else "down"}">{escape(scores)}</span> {escape(entry["id"])} '
-            f'<span class="quiet">{escape(where)}</span> {escape(beginning)}</summary>'
+            f'<span class="quiet">{escape(where)}</span> {escape(start)}</summary>'
             f'<p class="question">{escape(question)}</p>'
             f"<p>Right answer: {escape(right)}</p>"
             f'<div class="replies">{_reply(first, entry["a"])}{_reply(second, entry["b"])}</div></details>'
@@ -142,11 +142,6 @@ def flips(entries: Sequence[Mapping[str, Any]], first: str, second: str) -> str:
     n_up = sum(entry["b"]["score"] > entry["a"]["score"] for entry in entries)
     said = f"{second} higher in {n_up}, {first} in {len(entries) - n_up}{_cut(len(entries))}"
     return paragraph(said, "quiet") + "\n".join(pieces)
-
-
-def _beginning(text: str | None) -> str:
-    line = " ".join((text or "").split())
-    return line if len(line) <= 100 else f"{line[:100]}..."
 
 
 def _reply(name: str, side: Mapping[str, Any]) -> str:

@@ -131,6 +131,12 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def beginning(text: str | None, most: int) -> str:
+    """The first characters of a text, in one line."""
+    line = " ".join((text or "").split())
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
 def markdown_line(cells: Iterable[str]) -> str:
     """A row of a table, each cell in one line."""
     return f"| {' | '.join(map(markdown_text, cells))} |"

@@ -16,6 +16,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,12 +65,13 @@ def expected(folder: Path, prompt: dict[str, Any], n: int, device: str) -> tuple
     return tokens, [float(row[token]) for row, token in zip(rows, tokens, strict=True)]
 
 
-def ungate(layers: list[Any]) -> None:
+@contextmanager
+def without_gates(layers: list[Any]) -> Iterator[None]:
     """The same calls of this package, over a cache without gates."""
     from videoanchor_triton.integrations.vllm.gated_attention import GatedAttention
 
-    for layer in layers:
-        kind = type(layer.impl)
+    before = [(layer.impl, type(layer.impl), layer.impl.gates) for layer in layers]
+    for impl, kind, _ in before:
 
         class Ungated(kind):
             def do_kv_cache_update(self, *arguments: Any) -> None:
@@ -78,14 +81,21 @@ def ungate(layers: list[Any]) -> None:
                 cache, metadata, output = (*rest, *more.values())[:3]
                 return GatedAttention.attend(self, layer, query, cache, metadata, output, (None, None))
 
-        layer.impl.gates_of_before, layer.impl.gates = layer.impl.gates, None
-        layer.impl.__class__, layer.impl.class_of_before = Ungated, kind
+        impl.gates, impl.__class__ = None, Ungated
+    try:
+        yield
+    finally:
+        for impl, kind, gates in before:
+            impl.gates, impl.__class__ = gates, kind
 
 
-def gate(layers: list[Any]) -> None:
-    """Takes `ungate` back."""
-    for layer in layers:
-        layer.impl.gates, layer.impl.__class__ = layer.impl.gates_of_before, layer.impl.class_of_before
+@contextmanager
+def strengths_of_0(gates: Any) -> Iterator[None]:
+    settings, gates.config = gates.config, replace(gates.config, alpha_k=0.0, alpha_v=0.0)
+    try:
+        yield
+    finally:
+        gates.config = settings
 
 
 def run(device: str, graphs: bool, turns: int, requests: int, length: int) -> dict[str, Any]:
@@ -127,24 +137,22 @@ def run(device: str, graphs: bool, turns: int, requests: int, length: int) -> di
         return result
     core: Any = llm.llm_engine.engine_core
     model = core.engine_core.model_executor.driver_worker.worker.model_runner.get_model()
-    seconds: dict[str, list[float]] = {"gated": [], "strengths of 0": [], "no gates": []}
+    kinds: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "gated": nullcontext,
+        "strengths of 0": lambda: strengths_of_0(model.step_gates),
+        "no gates": lambda: without_gates(model._layers),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
     sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
-    settings = model.step_gates.config
-    for turn in range(3 * turns + 3):
-        name = list(seconds)[turn % 3]
-        if name == "no gates":
-            ungate(model._layers)
-        elif name == "strengths of 0":
-            model.step_gates.config = replace(settings, alpha_k=0.0, alpha_v=0.0)
-        start = time.perf_counter()
-        llm.generate(asked, sampling, use_tqdm=False)
-        spent = time.perf_counter() - start
-        model.step_gates.config = settings
-        if name == "no gates":
-            gate(model._layers)
-        if turn >= 3:  # the first of each is for warming up
-            seconds[name].append(spent)
-        print(f"{name}: {spent:.3f} s", flush=True)
+    for turn in range(turns + 1):
+        for name, kind in kinds.items():
+            with kind():
+                start = time.perf_counter()
+                llm.generate(asked, sampling, use_tqdm=False)
+                spent = time.perf_counter() - start
+            if turn:  # the first of each is for warming up
+                seconds[name].append(spent)
+            print(f"{name}: {spent:.3f} s", flush=True)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     rates = {name: requests * length / one for name, one in medians.items()}
     ratios = {f"gated over {name}": medians["gated"] / one for name, one in medians.items() if name != "gated"}

@@ -62,7 +62,7 @@ class GatedAttention(_Base):
         write_pages(key[:n], value[:n], slot_mapping=slot_mapping, **cache, **gammas, backend=self.backend)
 
     def _cache(self, layer: Any, kv_cache: Tensor, dtype: torch.dtype) -> _Cache:
-        quantised = kv_cache.dtype == torch.uint8 or kv_cache.itemsize == 1
+        quantised = kv_cache.itemsize == 1
         if quantised and kv_cache.dtype != torch.float8_e4m3fn:
             kv_cache = kv_cache.view(torch.float8_e4m3fn)
         k_pages, v_pages = kv_cache.split(self.head_size, dim=-1)

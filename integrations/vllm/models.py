@@ -13,7 +13,7 @@ from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 
 from .architectures import ARCHITECTURES
-from .settings import KEY, check, settings_of
+from .settings import KEY, check
 from .step_gates import StepGates, attach, detach
 
 
@@ -23,10 +23,9 @@ class Gated:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # pyright: ignore[reportCallIssue]
         self.step_gates: StepGates | None = None
-        settings = settings_of(vllm_config.additional_config)
+        settings = check(vllm_config)
         if settings is None:
             return
-        check(vllm_config)
         decoder: Any = self.get_language_model()  # pyright: ignore[reportAttributeAccessIssue]
         self._layers = [module for module in decoder.modules() if isinstance(module, Attention)]
         n_tokens = vllm_config.scheduler_config.max_num_batched_tokens

@@ -40,16 +40,16 @@ def settings_of(additional_config: Any) -> VideoAnchorConfig | None:
     return config
 
 
-def check(vllm_config: Any) -> None:
-    """Refuse, before anything is loaded, what would run ungated or wrongly.
+def check(vllm_config: Any) -> VideoAnchorConfig | None:
+    """The settings of a configuration, whose model need not be known yet; None without a gate.
 
     Raises:
-        ValueError: by name, with what to do.
+        ValueError: what would run ungated or wrongly, by name, with what to do.
     """
     settings = settings_of(vllm_config.additional_config)
     model = vllm_config.model_config
     if settings is None or model is None:
-        return
+        return settings
     if model.architecture not in ARCHITECTURES:
         raise ValueError(
             f"videoanchor: {model.architecture} has no gated class; serve one of {', '.join(ARCHITECTURES)}, or remove "
@@ -83,3 +83,4 @@ def check(vllm_config: Any) -> None:
     found = [name for name, there in refused.items() if there]
     if found:
         raise ValueError(f"videoanchor: the gate does not work with {', '.join(found)}: start vLLM without")
+    return settings

@@ -66,10 +66,12 @@ class StepGates:
             visual: (n_tokens,) bool, where the scores go in their order; None if there are none.
             scores: parts (n,) fp32.
         """
-        for gamma, alpha in ((self.gamma_k, self.config.alpha_k), (self.gamma_v, self.config.alpha_v)):
-            step = gamma[:n_tokens].fill_(1.0)
-            if visual is not None and scores:
-                step.masked_scatter_(visual.to(step.device, non_blocking=True), torch.cat(list(scores)) * alpha + 1.0)
+        step_k, step_v = self.gamma_k[:n_tokens].fill_(1.0), self.gamma_v[:n_tokens].fill_(1.0)
+        if visual is None or not scores:
+            return
+        place, together = visual.to(step_k.device, non_blocking=True), torch.cat(list(scores))
+        step_k.masked_scatter_(place, together * self.config.alpha_k + 1.0)
+        step_v.masked_scatter_(place, together * self.config.alpha_v + 1.0)
 
     def pages(self, n_blocks: int, block_size: int, form: str) -> GatePages:
         """The gates of a cache of (n_blocks, block_size) slots, the same for all its layers and heads.
@@ -100,13 +102,10 @@ class StepGates:
             self.counts.unscored += 1
             logger.warning("videoanchor: an item of %d tokens is served ungated: %s", len(tokens), error)
             scores = tokens.new_zeros(len(tokens), dtype=torch.float32)
-        spent = time.perf_counter() - start
-        counts = self.counts
-        counts.items, counts.tokens, counts.seconds = (
-            counts.items + 1,
-            counts.tokens + len(tokens),
-            counts.seconds + spent,
-        )
+        spent, counts = time.perf_counter() - start, self.counts
+        counts.items += 1
+        counts.tokens += len(tokens)
+        counts.seconds += spent
         counts.slowest = max(counts.slowest, spent)
         self._report()
         return scores

@@ -155,6 +155,7 @@ def test_refused(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (("--whole-prompts",), "--whole-prompts: not with"),
         (("--decode", "prefill"), "--decode prefill: not with"),
         (("--engine-options", '{"dtype": "float16"}'), "dtype: given by the command's own options"),
+        (("--engine-options", '{"disable_log_stats": true}'), "disable_log_stats: given by the command's own options"),
         (("--engine-options", '{"pipeline_parallel_size": 2}'), "videoanchor: the gate does not work with pipeline"),
         (("--engine-options", '{"no_such_option": 2}'), "vLLM cannot start"),
         (("--engine-options", json.dumps({**SMALL, "kv_cache_memory_bytes": 1024})), "vLLM cannot start"),

@@ -68,7 +68,7 @@ def test_as_on_a_gpu(qwen: Path, reference: Reference, tmp_path: Path, options: 
     """vLLM's second model runner, its Triton metadata, and our kernels over pages, all in Triton's interpreter."""
     path = str(install(tmp_path / "path"))
     env = {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    out = run_engine(tmp_path, qwen, "FEW", n=8, env=env, max_num_batched_tokens=64, max_model_len=256, **options)
+    out = run_engine(tmp_path, qwen, "FEW", n=20, env=env, max_num_batched_tokens=64, max_model_len=256, **options)
     assert out["models"][0]["attention"] == ["InterpretedTritonImpl"]
     assert "vllm.v1.worker.gpu.model_runner" in out["runner"]
     assert (preemptions(out) > 0) == bool(options)
