@@ -15,7 +15,7 @@ Scorer = Literal["ssc", "knn", "kmeans", "uniform"]
 ScoreFunction = Callable[[Tensor], Tensor]
 Decode = Literal["persist", "prefill"]
 Arithmetic = Literal["exact", "authors"]
-Score = Literal["published", "size", "row_sum", "projector", "cross_frame"]
+Score = Literal["published", "size", "row_sum", "projector", "cross_frame", "permuted"]
 
 # VideoAnchor, arXiv 2509.25151: the only published values of alpha_q, alpha_k, alpha_v.
 PUBLISHED_ALPHAS = {"internvl2-8b": {"alpha_q": 4.0, "alpha_k": 9.5, "alpha_v": 2.5}}
@@ -44,7 +44,8 @@ class VideoAnchorConfig(SolverOptions):
         score: what scorer="ssc" or "knn" makes of self-expression and clusters, see `anchor_scores`. "published" (the
             paper); "size" and "row_sum", its two factors alone (the paper's ablations); "projector" (this package's
             own), whose sizes do not depend on how eigenvectors become labels; "cross_frame" (this package's own), which
-            needs to know the frame of each token.
+            needs to know the frame of each token; "permuted", the published scores given to other tokens, by
+            random_state: the control that tells what scores say from how strong a gate is.
         arithmetic: "exact" computes scores and factors in float32; "authors" solves, clusters and rounds as the
             authors' code does, see `reproduce`.
         assign_labels: how eigenvectors become labels: "cluster_qr", which has no seed, "kmeans", or "discretize" (the

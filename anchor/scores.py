@@ -114,6 +114,7 @@ def expression_score(
     *,
     frames: Tensor | None = None,
     sizes: Tensor | None = None,
+    random_state: int = 0,
 ) -> Tensor:
     """One of the scores of `VideoAnchorConfig.score`, see `anchor_scores`.
 
@@ -123,6 +124,7 @@ def expression_score(
         score: "size" and "row_sum" are `shared_expression_score` with constant r_i, or pi_i.
         frames: (N,) integers, the frame of each token, for "cross_frame".
         sizes: (N,) pi_i of each token, for "projector", see `Subspaces.projector_size`.
+        random_state: of the permutation, for "permuted".
 
     Returns:
         (N,) float32 scores in [0, 1], on the device of the solution.
@@ -145,7 +147,11 @@ def expression_score(
         row_sums = sizes * row_sums
     if score in ("row_sum", "projector"):
         labels = torch.zeros_like(labels)
-    return shared_expression_score(row_sums, labels, int(labels.amax()) + 1)
+    scores = shared_expression_score(row_sums, labels, int(labels.amax()) + 1)
+    if score == "permuted":
+        order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(random_state))
+        scores = scores[order.to(scores.device)]
+    return scores
 
 
 def anchor_scores(
@@ -161,7 +167,8 @@ def anchor_scores(
       "published": `shared_expression_score`, s_hat_i = pi_i r_i (the paper);
       "size": the same with s_hat_i = pi_i, and "row_sum": with s_hat_i = r_i (the paper's ablations);
       "projector": with s_hat_i = p_i r_i, p_i the `Subspaces.projector_size`, which is steadier than pi_i under noise;
-      "cross_frame": `cross_frame_score` (this package's own; benchmarks/results/cross-frame compares them).
+      "cross_frame": `cross_frame_score` (this package's own; benchmarks/results/cross-frame compares them);
+      "permuted": the published scores, each given to another token at random (a control: same values, no place).
     - "knn": the same with `neighbor_expression` in place of self-expression: each token is the mean of its 10 nearest
       (not the paper's method). r_i is how many tokens have token i among these, over 10.
     - "kmeans": k-means on the same PCA; in the score, the row sum r_i is replaced by the closeness to the cluster's
@@ -264,7 +271,9 @@ def _subspace_scores(
         if authors:
             scores = authors_score(solution.to_dense(), labels)
         else:
-            scores = expression_score(solution, labels, config.score, frames=frames, sizes=sizes)
+            scores = expression_score(
+                solution, labels, config.score, frames=frames, sizes=sizes, random_state=config.random_state
+            )
     return AnchorResult(
         scores,
         labels,

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,7 @@ def write_run(
     anchor = result.anchor
     record = {
         "answer": result.text,
+        "gate_effect": None if result.gate_effect is None else asdict(result.gate_effect),
         **about,
         "config": config.to_dict(),
         "tokens": {

@@ -32,6 +32,23 @@ from .token_grid import TokenGrid
 from .video.reader import Sampling, read_video
 
 
+@dataclass(frozen=True)
+class GateEffect:
+    """How far the gate moved an answer, by its first token.
+
+    Args:
+        token: the likeliest one with the gate: the first of the answer, but for beams.
+        probability: that the model gives it, with the gate.
+        probability_without: the same without a gate.
+        token_without: the likeliest one without a gate.
+    """
+
+    token: str
+    probability: float
+    probability_without: float
+    token_without: str
+
+
 @dataclass(frozen=True, eq=False)
 class Answer:
     """What `ask` returns.
@@ -45,6 +62,7 @@ class Answer:
             generate (all of the call).
         device: the name of the GPU that holds the model's first layers, or "cpu".
         peak_memory_bytes: of the allocators of all GPUs together; None on a CPU.
+        gate_effect: how far the gate moved it; None where nobody asked.
 
     Examples:
         >>> import torch
@@ -70,6 +88,7 @@ class Answer:
     seconds: dict[str, float]
     device: str
     peak_memory_bytes: int | None
+    gate_effect: GateEffect | None = None
 
     @property
     def grid(self) -> TokenGrid:
@@ -264,12 +283,14 @@ def answer(
     *,
     max_new_tokens: int = 128,
     scores: ScoreCache | None = None,
+    gate_effect: bool = False,
     progress: Progress | None = None,
 ) -> Answer:
     """`ask` of a loaded model.
 
     Args:
         scores: where scores are kept; None computes them anew.
+        gate_effect: find out how far the gate moved the answer, in two more prefills.
 
     Raises:
         InputError: when the prompt does not fit the model, its context or the memory.
@@ -277,7 +298,35 @@ def answer(
     inputs, grids = prepare(model, processor, media, messages)
     check_fits(model, inputs["input_ids"].shape[1], max_new_tokens, media, grids, config)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "scores": scores, "progress": progress}
-    return generate(model, processor, inputs, grids, config, **options)
+    result = generate(model, processor, inputs, grids, config, **options)
+    if gate_effect:
+        result = replace(result, gate_effect=_gate_effect(model, processor, inputs, config, result.anchor))
+    return result
+
+
+def _gate_effect(
+    model: PreTrainedModel, processor: Any, inputs: dict[str, Any], config: VideoAnchorConfig, anchor: AnchorResult
+) -> GateEffect:
+    """Two more prefills, with the scores that are known and without a gate."""
+    known = replace(config, scorer=lambda _: anchor.scores, score="published", arithmetic="exact")
+    without = VideoAnchorConfig(alpha_k=0.0, alpha_v=0.0, scorer="uniform", n_clusters=1)
+    first = []
+    for one in (known, without):
+        with gated(model, one):
+            output = model.generate(  # pyright: ignore[reportCallIssue]
+                **inputs,
+                max_new_tokens=1,
+                do_sample=False,
+                num_beams=1,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        first.append(output.logits[0][0].float().softmax(-1))
+    token, token_without = int(first[0].argmax()), int(first[1].argmax())
+    probability, probability_without = (float(one[token]) for one in first)
+    return GateEffect(
+        processor.decode([token]).strip(), probability, probability_without, processor.decode([token_without]).strip()
+    )
 
 
 @dataclass(frozen=True, eq=False)

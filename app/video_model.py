@@ -38,6 +38,7 @@ class VideoModel:
         tensor_parallel, model, device, dtype: see `pipeline.load`.
         config, max_new_tokens: see `pipeline.answer`.
         scores: the folder and the bytes of a `ScoreCache`; None computes scores anew.
+        gate_effect: see `pipeline.answer`; questions about one video then share nothing but scores.
 
     Raises:
         InputError: the checkpoint cannot be loaded.
@@ -54,6 +55,7 @@ class VideoModel:
         config: VideoAnchorConfig,
         max_new_tokens: int,
         scores: tuple[Path, int] | None = None,
+        gate_effect: bool = False,
     ) -> None:
         prepare_libraries()
         self._model, self._processor = pipeline.load(model, device, dtype, tensor_parallel)
@@ -63,7 +65,7 @@ class VideoModel:
             "scores": self._scores,
             "progress": progress,
         }
-        self._config = config
+        self._config, self._gate_effect = config, gate_effect
         self._clip: VideoClip | None = None
         self._shared: SharedPrefill | None = None
 
@@ -79,7 +81,7 @@ class VideoModel:
         """
         if clip is not self._clip:
             arguments = self._model, self._processor, clip, self._config
-            self._shared = SharedPrefill(*arguments, **self._options) if share else None
+            self._shared = SharedPrefill(*arguments, **self._options) if share and not self._gate_effect else None
             self._clip = clip
 
     def answer(self, question: str) -> Answered:
@@ -94,7 +96,7 @@ class VideoModel:
             result = self._shared.answer(question)
         else:
             arguments = self._model, self._processor, self._clip, question, self._config
-            result = pipeline.answer(*arguments, **self._options)
+            result = pipeline.answer(*arguments, gate_effect=self._gate_effect, **self._options)
         anchor = result.anchor
         found = {name: getattr(anchor, name) for name in ("scores", "labels", "duality_gap")}
         on_host = {name: tensor.cpu() for name, tensor in found.items() if tensor is not None}

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +46,7 @@ class BatchJob:
         share_prefill: see `SharedPrefill`.
         tensor_parallel: processes among which the model is split.
         engine: what computes the answers.
+        gate_effect: see `pipeline.answer`.
     """
 
     model: str
@@ -60,6 +61,7 @@ class BatchJob:
     share_prefill: bool = True
     tensor_parallel: int = 1
     engine: Literal["transformers", "vllm"] = "transformers"
+    gate_effect: bool = False
 
     def settings(self) -> dict[str, Any]:
         """What an answer depends on, ready for JSON."""
@@ -77,6 +79,7 @@ class BatchJob:
             "max_new_tokens": self.max_new_tokens,
             # as for video: settings of before there was a choice stay what they were
             **({} if self.engine == "transformers" else {"engine": self.engine}),
+            **({"gate_effect": True} if self.gate_effect else {}),
         }
 
     def settings_hash(self) -> str:
@@ -120,7 +123,8 @@ class BatchWorker:
         options: dict[str, Any] = {"device": job.device, "dtype": job.dtype, "max_new_tokens": job.max_new_tokens}
         self._planner = Planner(job.model, job.config, tensor_parallel=job.tensor_parallel, **options)
         scores = job.score_folder, job.score_bytes
-        make = partial(VideoModel, model=job.model, config=job.config, scores=scores, **options)
+        about = {"config": job.config, "scores": scores, "gate_effect": job.gate_effect}
+        make = partial(VideoModel, model=job.model, **about, **options)
         split = job.tensor_parallel > 1
         self._model = SplitModel(make, job.tensor_parallel, job.device, progress) if split else make(progress)
         self.close = self._model.close
@@ -171,6 +175,7 @@ class BatchWorker:
             **about(row, self._settings_hash),
             "status": "done",
             "answer": result.text,
+            "gate_effect": None if result.gate_effect is None else asdict(result.gate_effect),
             "failure": None,
             "reason": None,
             "tokens": {

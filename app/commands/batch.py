@@ -15,6 +15,7 @@ from ..text import json_text, printable
 from .shared import (
     Commands,
     add_config_options,
+    add_gate_effect_option,
     add_model_options,
     add_tensor_parallel_option,
     add_video_options,
@@ -108,6 +109,7 @@ def add(commands: Commands) -> None:
         metavar="N",
         help="with ray; default: those of --tensor-parallel, or 0 without a GPU",
     )
+    add_gate_effect_option(batch)
     add_config_options(batch)
     batch.set_defaults(command=_batch)
 
@@ -272,6 +274,7 @@ def _check_vllm(args: argparse.Namespace) -> None:
         ("--fit", args.fit, "give --max-frames"),
         ("--cache", args.cache is not None, "a video is scored once, as its embeddings are made"),
         ("--whole-prompts", args.whole_prompts, "vLLM shares prompts by itself"),
+        ("--gate-effect", args.gate_effect, "a server computes the gated answer alone"),
         ("--decode prefill", args.decode == "prefill", "generated tokens are gated there"),
     ):
         if given:
@@ -291,6 +294,7 @@ def _job(args: argparse.Namespace) -> "BatchJob":
         score_folder=(args.cache or args.out / "scores").absolute(),
         score_bytes=int(args.cache_size * 2**30),
         share_prefill=not args.whole_prompts,
+        gate_effect=args.gate_effect,
         engine="vllm" if args.engine == "vllm" else "transformers",
     )
 

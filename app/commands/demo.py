@@ -15,9 +15,11 @@ def add(commands: Commands) -> None:
     """Adds the command."""
     demo = commands.add_parser(
         "demo",
-        help="the whole pipeline on a clip and a tiny random model made on the spot; downloads nothing",
-        description="Makes a clip with known camera motion and a tiny random Qwen2.5-VL, runs `videoanchor run` on "
-        "them, and compares its attention calls with a dense fp64 reference.",
+        help="a small trained model answers about a made-up scan of a room, and the pipeline draws; downloads nothing",
+        description="Asks a small trained Qwen2.5-VL, which comes with the package, about a made-up scan of a room "
+        "whose answers are known, without a gate and with. Then makes a clip with known camera motion and a tiny "
+        "random Qwen2.5-VL, runs `videoanchor run` on them, and compares its attention calls with a dense fp64 "
+        "reference.",
     )
     demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: %(default)s")
     demo.add_argument("--json", action="store_true", help="print the report as JSON, and no progress")
@@ -35,11 +37,15 @@ def _demo(args: argparse.Namespace) -> int:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     prepare_libraries()
     from ...anchor.config import VideoAnchorConfig
-    from .. import demo
+    from .. import demo, room_scan_demo
     from ..video.limits import MAX_PIXELS
 
     progress = ProgressLine(not args.json)
     args.out.mkdir(parents=True, exist_ok=True)
+    scan = room_scan_demo.ask_about_a_scan(args.out / "scan", progress)
+    if not args.json:
+        progress.close()
+        print("\n".join(room_scan_demo.lines(scan)), end="\n\n")
     args.video, args.model = args.out / "clip.mp4", args.out / "checkpoint"
     cameras = demo.make_clip(args.video)
     demo.write_cameras(args.out / "cameras.json", cameras)
@@ -47,7 +53,7 @@ def _demo(args: argparse.Namespace) -> int:
     args.question, args.fps, args.max_frames = demo.QUESTION, None, 12
     args.sampling, args.timeout, args.fit = "uniform", 120.0, False
     args.max_pixels, args.strict = MAX_PIXELS, True
-    args.device, args.dtype, args.max_new_tokens = "auto", "auto", 12
+    args.device, args.dtype, args.max_new_tokens, args.gate_effect = "auto", "auto", 12, False
     with demo.record_attention() as calls:
         clip, result, record = answer(args, VideoAnchorConfig.preset("internvl2-8b"), progress)
     kernels: dict[str, dict[str, Any]] = {}
@@ -66,7 +72,7 @@ def _demo(args: argparse.Namespace) -> int:
     agree, chance, n_pairs = demo.agreement(result.anchor.labels.cpu().numpy(), cameras[clip.indices], result.grid)
     camera = {"agree": agree, "chance": chance, "pairs": n_pairs}
     if args.json:
-        print(json_text({**record, "kernels": kernels, "camera": camera}))
+        print(json_text({**record, "kernels": kernels, "camera": camera, "scan": scan}))
         return 0
     report(result, record, args.out)
     print("kernels   largest |output - dense fp64 reference| over attention calls of this run")
@@ -80,6 +86,9 @@ def _demo(args: argparse.Namespace) -> int:
         f"camera    {100 * agree:.0f}% of {n_pairs} token pairs that show the same place in neighbouring steps share a "
         f"subspace ({100 * chance:.0f}% would by chance)"
     )
-    print("The weights are random, so the answer is noise and the times are not a model's. On a checkpoint of yours:")
+    print(
+        "The weights of this clip's model are random, so its answer is noise and the times are not a model's; the "
+        "model of the scan above is trained. On a checkpoint of yours:"
+    )
     print("videoanchor run --model NAME_OR_PATH --video FILE --question '...' --alpha-k A --alpha-v A --out DIR")
     return 0

@@ -41,8 +41,8 @@ QUESTIONS_HELP = (
     '  {"video": "a.mp4", "question": "Which is nearer?", "options": ["sofa", "lamp"], "answer": "B"}\n'
     '  {"video": "a.mp4", "question": "How many chairs are there?", "answer": 4, "type": "counting"}\n'
     '  {"video": "b.mp4", "question": "Which room comes last?", "answer": "kitchen"}\n'
-    "options: multiple choice, by accuracy. A number: by VSI-Bench's mean relative accuracy. Text: by exact match\n"
-    '(also for numbers with "metric": "exact"). Results are given by "type".\n'
+    "options: multiple choice, by accuracy. A number: by VSI-Bench's mean relative accuracy. Text and 0: by exact\n"
+    'match (also other numbers with "metric": "exact"). Results are given by "type".\n'
 )
 
 
@@ -59,10 +59,12 @@ def add(commands: Commands) -> None:
         "(its video is missing, for one) is left out of both sides: exit code 1, and a rerun asks it again.",
         epilog=f"{QUESTIONS_HELP}\n"
         "ablations, one thing changed at a time (NAME alone takes the values shown):\n"
+        "  control=permuted,uniform    the same scores on tokens at random, and a score of 1 on all: a gate whose\n"
+        "                              scores say something is better than both\n"
         "  scorer=ssc,kmeans,uniform   score=published,size,row_sum   clusters=8,16,24,32   terms=K,V,KV\n"
         "  frames=8,16,32\n\n"
         "example:\n"
-        "  videoanchor eval questions.jsonl --model DIR --alpha-k 4 --alpha-v 1 --out out/eval --ablate scorer",
+        "  videoanchor eval questions.jsonl --model DIR --alpha-k 4 --alpha-v 1 --out out/eval --ablate control",
     )
     add_questions_options(parser)
     about = "see below; may be repeated"
@@ -77,6 +79,12 @@ def add_questions_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     add_video_options(parser)
+    about = (
+        "how questions are put: as they stand (plain), in VSI-Bench's words (vsi-bench), or by a text FILE with "
+        "{question} and, on a line of its own, {options}; default: %(default)s, VSI-Bench's words for its own types of "
+        "questions, plain for others"
+    )
+    parser.add_argument("--prompt", default="auto", metavar="plain|vsi-bench|FILE", help=about)
     parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of the table")
 
@@ -153,10 +161,10 @@ class Session:
         from ..output import check_folder
 
         check_folder(args.out)
-        names = ("model", "dtype", "max_new_tokens", "fps", "sampling", "max_pixels", "strict", "fit")
+        names = ("model", "dtype", "prompt", "max_new_tokens", "fps", "sampling", "max_pixels", "strict", "fit")
         run = tuple((name, str(getattr(args, name))) for name in names)
         self.args, self.setting = args, Setting("gate", config, args.max_frames, run)
-        self.questions = read_questions(args.questions)
+        self.questions = read_questions(args.questions, args.prompt)
         prepare_libraries()
 
     @contextmanager
@@ -197,6 +205,7 @@ class Session:
                 "revision": revision_of(args.model),
                 "questions": str(args.questions),
                 "n_questions": len(self.questions),
+                "templates": sorted({question.template for question in self.questions}),
                 "n_videos": len({*videos_of(self.questions)}),
                 "questions_sha256": sha256,
                 "device": f"{device}, {dtype}",

@@ -15,6 +15,7 @@ from .shared import (
     Commands,
     ProgressLine,
     add_config_options,
+    add_gate_effect_option,
     add_model_options,
     add_tensor_parallel_option,
     add_video_options,
@@ -45,6 +46,7 @@ def add(commands: Commands) -> None:
     add_video_options(run)
     run.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     run.add_argument("--json", action="store_true", help="print result.json instead of the report")
+    add_gate_effect_option(run)
     add_config_options(run)
     run.set_defaults(command=_run)
 
@@ -105,7 +107,7 @@ def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine, tenso
     stage("budget")
     clip, budget = fit_clip(args, args.video, clip, args.question, planner, progress)
     stage("load")
-    names = ("model", "device", "dtype", "max_new_tokens")
+    names = ("model", "device", "dtype", "max_new_tokens", "gate_effect")
     make = partial(VideoModel, **{name: getattr(args, name) for name in names}, config=config)
     model = make(progress) if tensor_parallel == 1 else SplitModel(make, tensor_parallel, args.device, progress)
     times.append(time.perf_counter())
@@ -140,6 +142,11 @@ def report(result: Any, record: dict[str, Any], out: Path) -> None:
     scores, sizes = result.anchor.scores, result.anchor.labels.bincount()
     grid = result.grid
     print(f"answer    {printable(result.text, lines=True)}")
+    if (effect := result.gate_effect) is not None:
+        print(
+            f"gate      first token {printable(effect.token)!r}: probability {effect.probability:.3f} with the gate, "
+            f"{effect.probability_without:.3f} without, where the likeliest is {printable(effect.token_without)!r}"
+        )
     print(
         f"tokens    {result.n_prompt_tokens} in the prompt, {result.n_visual_tokens} visual ({grid.t} x {grid.h} x "
         f"{grid.w}{f' + {grid.n_extra}' if grid.n_extra else ''}), {result.n_generated_tokens} generated"

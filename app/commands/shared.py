@@ -189,15 +189,25 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     add_score_options(parser)
 
 
+def add_gate_effect_option(parser: Any) -> None:
+    """Of a command or a group of its options."""
+    parser.add_argument(
+        "--gate-effect",
+        action="store_true",
+        help="say also how likely the answer's first token is with the gate and without, and the likeliest without: "
+        "two more prefills",
+    )
+
+
 def add_score_options(parser: argparse.ArgumentParser) -> None:
     """The settings of the scores alone."""
     scores = parser.add_argument_group("scores")
     scores.add_argument("--scorer", choices=("ssc", "knn", "kmeans", "uniform"), help="default: ssc (the paper's)")
     scores.add_argument(
         "--score",
-        choices=("published", "size", "row_sum", "projector", "cross_frame"),
+        choices=("published", "size", "row_sum", "projector", "cross_frame", "permuted"),
         help="of scorer ssc or knn: the paper's (default), its size of the subspace or row sum alone, with a size that "
-        "does not depend on labels, or the share of a token that other frames express",
+        "does not depend on labels, the share of a token that other frames express, or the paper's on tokens at random",
     )
     scores.add_argument(
         "--n-clusters", type=_count_or_auto, metavar="N", help='subspaces, or "auto"; default: 24 (published)'
@@ -208,7 +218,9 @@ def add_score_options(parser: argparse.ArgumentParser) -> None:
         choices=("cluster_qr", "kmeans", "discretize"),
         help="how eigenvectors become labels; default: cluster_qr, which has no seed",
     )
-    scores.add_argument("--random-state", type=int, metavar="SEED", help="of kmeans and discretize; default: 0")
+    scores.add_argument(
+        "--random-state", type=int, metavar="SEED", help="of kmeans, discretize and permuted; default: 0"
+    )
     scores.add_argument("--tol", type=float, metavar="T", help="relative duality gap of every token; default: 0.001")
     scores.add_argument(
         "--memory-budget", type=_bytes, metavar="GIB", help="of the self-expression; default: half of what is free"

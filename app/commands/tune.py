@@ -22,8 +22,9 @@ def add(commands: Commands) -> None:
         "tune",
         help="find alpha_k and alpha_v for a model from questions with known answers",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Searches the strengths of the gate on one part of the questions and judges what it finds,\n"
-        "against alpha = 0, on the videos held out: without an interval above 0 there it says that no gain is shown.\n"
+        description="Searches the strengths of the gate on one part of the questions and judges what it finds, or the\n"
+        "best gate where it finds that none is better, against alpha = 0 on the videos held out: without an interval\n"
+        "above 0 there it says that no gain is shown.\n"
         "Writes replies.jsonl (each reply as it comes: a rerun goes on where it stopped), tune.md, tune.csv,\n"
         "tune.json and tune.png to --out.",
         epilog=f"{QUESTIONS_HELP}\nexample:\n  videoanchor tune questions.jsonl --model DIR --out out/tune",
@@ -59,7 +60,7 @@ def _tune(args: argparse.Namespace) -> int:
     from ..evaluation import pictures, report
     from ..evaluation.paired import compare
     from ..evaluation.questions import videos_of
-    from ..evaluation.tune import conclusion, coordinate_search, split
+    from ..evaluation.tune import best_gate, conclusion, coordinate_search, split
 
     videos = videos_of(questions)
     order, held = split([question.type for question in questions], videos, args.held_out, args.seed)
@@ -75,9 +76,10 @@ def _tune(args: argparse.Namespace) -> int:
     what = f"{len(order)} questions to search on, {len(held)} held out"
     with session.opened(what, [setting.config.to_dict(), args.max_frames, search]) as log:
         point, trials = coordinate_search(scores, args.grid_k, args.grid_v, order)
-        difference, judged = None, held if any(point) else order
-        if any(point):
-            after, before = scores([point, (0.0, 0.0)], held)
+        gate = point if any(point) else best_gate(trials)
+        difference, judged = None, order if gate is None else held
+        if gate is not None:
+            after, before = scores([gate, (0.0, 0.0)], held)
             known = ~np.isnan(after) & ~np.isnan(before)
             if not known.any():
                 raise InputError(f"no question held out was answered: see {log.path}")
@@ -85,13 +87,14 @@ def _tune(args: argparse.Namespace) -> int:
     failed = {pair for pair, (score, _) in replies.items() if np.isnan(score)}
     unreadable = [garbage for pair, (_, garbage) in replies.items() if pair[1] in judged and pair not in failed]
     counts = {"n_failed": len(failed), "n_unreadable": int(sum(unreadable))}
-    said = conclusion(point, difference, counts["n_unreadable"], len(unreadable))
+    said = conclusion(point, gate, difference, counts["n_unreadable"], len(unreadable))
     found = replace(setting, config=replace(setting.config, alpha_k=point[0], alpha_v=point[1]))
     rows = [asdict(trial) for trial in trials]
     results = {
         "conclusion": said,
         "alpha_k": point[0],
         "alpha_v": point[1],
+        "held_out_gate": None if gate is None else dict(zip(("alpha_k", "alpha_v"), gate, strict=True)),
         "held_out": None if difference is None else asdict(difference),
         "held_out_ids": [questions[number].id for number in held],
         "config": found.config.to_dict(),

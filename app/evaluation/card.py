@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .paired import SEED
-from .questions import PROMPTS, Question
+from .questions import Question
 from .settings import Setting
 
 RESOLUTION = (
@@ -74,7 +74,7 @@ def protocol_card(
         },
         "frames": {name: _value(run[name]) for name in ("fps", "sampling", "fit", "strict")},
         "resolution": checkpoint["resolution"],
-        "prompt": {**PROMPTS, "sha256": _sha256(PROMPTS)},
+        "prompt": {"asked": run["prompt"], "templates": facts["templates"], "sha256": _sha256(facts["templates"])},
         "chat_template_sha256": checkpoint["chat_template_sha256"],
         "generation": checkpoint["generation"],
         "seeds": {"bootstrap": SEED},
@@ -101,7 +101,7 @@ def _setting(setting: Setting) -> dict[str, Any]:
 
 def card_facts(card: Mapping[str, Any]) -> dict[str, Any]:
     """What a card has beside the facts that reports give anyway; prompts in one line."""
-    prompt = {name: text.replace("\n", "\\n") for name, text in card["prompt"].items()}
+    prompt = {**card["prompt"], "templates": [text.replace("\n", "\\n") for text in card["prompt"]["templates"]]}
     names = ("class", "frames", "resolution", "chat_template_sha256", "generation", "seeds")
     return {"prompt": prompt, **{name: card[name] for name in names}}
 

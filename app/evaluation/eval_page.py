@@ -21,6 +21,7 @@ from .page import (
     warning,
 )
 from .readers.own import result_of
+from .report import warnings_of
 
 _HEADER = (
     *("questions", "n", "videos", "without", "with gate", "difference", "", "95% interval", "videos changed", "failed"),
@@ -56,6 +57,7 @@ def eval_page(record: dict[str, Any]) -> str:
         [
             f"<header><h1>Evaluation</h1>{paragraph(_about(record))}</header>",
             warning("Not all was answered", left_out + stopped),
+            warning("Most replies are no answers", warnings_of(record["results"])),
             "" if pairs else paragraph(_NOTHING, "conclusion"),
             section("table", "Scores", *(_table(record, *pair) for pair in pairs), paragraph(record["note"], "quiet")),
             *(_details(record, n, *pair) for n, pair in enumerate(pairs)),

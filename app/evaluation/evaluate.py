@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...anchor.timing import Progress
+from ...integrations.lmms_eval.metrics import score
 from ..batch.results import ResultsLog
 from ..batch.stopping import StopRule, failure_of
 from ..batch.worker import reason_of
@@ -22,10 +23,13 @@ class Judged(NamedTuple):
     Attributes:
         scores: (settings, questions) float64 in [0, 1]; NaN where there is no reply.
         unreadable: (settings, questions) bool: there is a reply, and no letter or number can be read from it.
+        foreign: (settings, questions) bool: the same, and replies in words that are the right answer of no question of
+            this type.
     """
 
     scores: np.ndarray
     unreadable: np.ndarray
+    foreign: np.ndarray
 
 
 def evaluate(
@@ -69,13 +73,19 @@ def evaluate(
 def judge(questions: Sequence[Question], settings: Sequence[Setting], log: ResultsLog) -> Judged:
     """The replies that are in `log`."""
     scores = np.full((len(settings), len(questions)), np.nan)
-    unreadable = np.zeros(scores.shape, dtype=bool)
+    unreadable, foreign = np.zeros((2, *scores.shape), dtype=bool)
+    words: dict[str, set[str]] = {}
+    for question in questions:
+        if question.metric == "exact":
+            words.setdefault(question.type, set()).add(str(question.answer))
     for s, q in np.ndindex(*scores.shape):
         reply = log.records.get(settings[s].key(questions[q]), {}).get("reply")
         if reply is not None:
-            found = questions[q].score(reply)
+            question, found = questions[q], questions[q].score(reply)
             scores[s, q], unreadable[s, q] = found or 0.0, found is None
-    return Judged(scores, unreadable)
+            known = question.metric != "exact" or any(score(reply, word, "exact") for word in words[question.type])
+            foreign[s, q] = found is None or not known
+    return Judged(scores, unreadable, foreign)
 
 
 def refresh(questions: Sequence[Question], log: ResultsLog) -> set[str]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -16,13 +16,7 @@ from ...integrations.lmms_eval.metrics import Metric, choice_letter, exact_match
 from ..batch.matching import with_fingerprints
 from ..batch.rows import BatchRow, read_rows
 from ..video.reader import refuse_url
-
-PROMPTS = {
-    "choice": "These are frames of a video.\n{question}\nOptions:\n{options}\n"
-    "Answer with the option's letter from the given choices directly.",
-    "short": "These are frames of a video.\n{question}\nPlease answer the question using a single word or phrase.",
-}
-"""Those of VSI-Bench (arXiv 2412.14171), with options and without."""
+from .wording import PLAIN, VSI_BENCH_TYPES, filled, templates_of
 
 
 @dataclass(frozen=True)
@@ -36,6 +30,7 @@ class Question:
         answer, metric, options: see `metrics.score`.
         type: the kind of question; results are given for each.
         fingerprint: of the video's content, see `batch.matching.fingerprint`.
+        template: how it is put to a model, see `wording.templates_of`.
     """
 
     id: str
@@ -46,12 +41,12 @@ class Question:
     options: tuple[str, ...]
     type: str
     fingerprint: str | None = None
+    template: str = PLAIN["short"]
 
     def prompt(self) -> str:
-        """The question as VSI-Bench asks it."""
+        """What a model is asked."""
         options = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, self.options, strict=False)]
-        template = PROMPTS["choice" if self.metric == "choice" else "short"]
-        return template.format(question=self.text, options="\n".join(options))
+        return filled(self.template, self.text, "\n".join(options))
 
     def score(self, reply: str) -> float | None:
         """See `metrics.score`."""
@@ -62,24 +57,29 @@ class Question:
         return read_answer(reply, self.answer, self.metric, self.options)
 
 
-def read_questions(source: Path) -> list[Question]:
+def read_questions(source: Path, prompt: str = "auto") -> list[Question]:
     """Reads a JSONL file of rows {video, question, answer} and, as wanted, options, type, id and metric.
 
     With `options` (a list, with or without leading letters) the question is multiple choice and `answer` is a letter or
-    the text of an option. Without, a number as `answer` is scored by mean relative accuracy, and text by exact match;
-    "metric": "exact" asks for the latter, also for numbers.
+    the text of an option. Without, a number as `answer` is scored by mean relative accuracy, text and 0 by exact match;
+    "metric": "exact" asks for the latter, also for other numbers.
 
     A video that is missing is no error here, unless all are.
 
+    Args:
+        source: the file.
+        prompt: see `wording.templates_of`.
+
     Raises:
-        InputError: a row cannot be read (its line is named) or repeats another; no video is there.
+        InputError: a row cannot be read (its line is named) or repeats another; no video is there; see `templates_of`.
     """
+    templates = templates_of(prompt)
     if source.suffix.lower() != ".jsonl":
         raise InputError(f"{source}: expected a .jsonl file of questions with answers")
     questions: dict[str, Question] = {}
     for row in with_fingerprints(read_rows(source)):
         try:
-            question = _question(row)
+            question = _question(row, templates)
         except ValueError as error:
             raise InputError(f"{source}, line {row.number}: {error}") from error
         if questions.setdefault(question.id, question) is not question:
@@ -91,7 +91,7 @@ def read_questions(source: Path) -> list[Question]:
     return list(questions.values())
 
 
-def _question(row: BatchRow) -> Question:
+def _question(row: BatchRow, templates: tuple[Mapping[str, str], Mapping[str, str]]) -> Question:
     columns = row.columns
     options = parse_options(columns.get("options"))
     metric, answer = answer_key(columns.get("answer"), options, columns.get("metric"))
@@ -99,7 +99,11 @@ def _question(row: BatchRow) -> Question:
     if not isinstance(kind, str) or not kind.strip():
         raise ValueError(f"type: expected text, got {kind!r}")
     name = str(columns.get("id", digest(str(row.video), row.question, options)[:12]))
-    return Question(name, row.video, row.question.strip(), answer, metric, options, kind.strip(), row.fingerprint)
+    kind, text = kind.strip(), row.question.strip()
+    template = templates[kind not in VSI_BENCH_TYPES].get("choice" if options else "short")
+    if template is None:
+        raise ValueError("the question has options, and the text of --prompt no line {options} for them")
+    return Question(name, row.video, text, answer, metric, options, kind, row.fingerprint, template)
 
 
 def answer_key(answer: Any, options: Sequence[str], metric: Any = None) -> tuple[Metric, str | float]:
@@ -108,7 +112,8 @@ def answer_key(answer: Any, options: Sequence[str], metric: Any = None) -> tuple
     Args:
         answer: a letter or the text of an option, a number, or text.
         options: see `parse_options`; none for a question without.
-        metric: "exact" for exact match of a number; None for what goes with the answer.
+        metric: "exact" for exact match of a number; None for what goes with the answer: exact match for 0, as relative
+            accuracy divides by it.
 
     Raises:
         ValueError: the answer is no such thing, or the metric does not go with it.
@@ -121,7 +126,7 @@ def answer_key(answer: Any, options: Sequence[str], metric: Any = None) -> tuple
         raise ValueError(f"metric: expected {which}, got {metric!r}")
     if options:
         return "choice", _letter(str(answer).strip(), options)
-    if metric == "exact" or (metric is None and not math.isfinite(number)):
+    if metric == "exact" or (metric is None and (number == 0 or not math.isfinite(number))):
         return "exact", str(answer).strip()
     if not 0 < number < math.inf:
         raise ValueError(

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..batch.worker import CONFIG_COLUMNS, VIDEO_COLUMNS
 from .evaluate import Judged
-from .paired import Difference, compare, groups_of
+from .paired import ALL, Difference, compare, groups_of
 from .questions import Question, videos_of
 from .settings import Setting
 from .tune import Trial
@@ -29,7 +29,17 @@ RUN_COLUMNS = ("revision", "device", "date", "questions", "questions_sha256", "n
 COLUMNS = {
     "eval": (
         *("setting", "baseline_setting", "type", *(field.name for field in fields(Difference)), "n_failed"),
-        *("unreadable", "baseline_unreadable", "model", "dtype", *CONFIG_COLUMNS, *VIDEO_COLUMNS, "fit"),
+        *(
+            "unreadable",
+            "baseline_unreadable",
+            "foreign",
+            "baseline_foreign",
+            "model",
+            "dtype",
+            *CONFIG_COLUMNS,
+            *VIDEO_COLUMNS,
+            "fit",
+        ),
         *("max_new_tokens", *RUN_COLUMNS, "class", "frames", "resolution", "prompt", "prompt_sha256"),
         *("chat_template_sha256", "generation", "seeds", "versions"),
     ),
@@ -82,7 +92,7 @@ def compared(questions: Sequence[Question], settings: Sequence[Setting], judged:
     for setting in settings:
         baseline = setting.baseline()
         pair = [settings.index(setting), settings.index(baseline)]
-        (after, before), unreadable = judged.scores[pair], judged.unreadable[pair]
+        (after, before), unreadable, foreign = judged.scores[pair], judged.unreadable[pair], judged.foreign[pair]
         known = ~np.isnan(after) & ~np.isnan(before)
         if setting == baseline or not known.any():
             continue
@@ -92,6 +102,7 @@ def compared(questions: Sequence[Question], settings: Sequence[Setting], judged:
             row = {"setting": setting.name, "baseline_setting": baseline.name, "type": name, **difference}
             row["n_failed"] = int((group & ~known).sum())
             row["unreadable"], row["baseline_unreadable"] = unreadable[:, chosen].sum(1).tolist()
+            row["foreign"], row["baseline_foreign"] = foreign[:, chosen].sum(1).tolist()
             if row["unreadable"] == row["baseline_unreadable"] == row["n"]:
                 row["verdict"] = NO_REPLY
             table.append(row | setting.columns())
@@ -105,7 +116,20 @@ def eval_markdown(about: Mapping[str, Any], table: Sequence[Row]) -> str:
         text += f"\n**{NO_REPLY.capitalize()}**: no question has a reply with the gate and without.\n"
     if any(row["verdict"] == NO_REPLY for row in table):
         text += f"\n**{NO_REPLY.capitalize()}** where no letter or number could be read from any reply.\n"
+    for said in warnings_of(table):
+        text += f"\n**{said}**\n"
     return f"{text}\n{NOTE}\n"
+
+
+def warnings_of(table: Sequence[Row]) -> list[str]:
+    """What is likely wrong with the whole of a setting: most of its replies are no answers."""
+    return [
+        f"Most replies are no answers: {row[name]} of {row['n']} in {row[setting]} are what no question of their type "
+        "has as its answer; the model may not know this wording, see --prompt."
+        for row in table
+        for name, setting in (("baseline_foreign", "baseline_setting"), ("foreign", "setting"))
+        if row["type"] == ALL and 2 * row[name] > row["n"]
+    ]
 
 
 def tune_markdown(about: Mapping[str, Any], conclusion: str, trials: Sequence[Trial]) -> str:

@@ -11,6 +11,7 @@ from ..batch.worker import CONFIG_COLUMNS
 from .questions import Question, digest
 
 ABLATIONS = {
+    "control": "permuted,uniform",
     "scorer": "ssc,kmeans,uniform",
     "score": "published,size,row_sum",
     "clusters": "8,16,24,32",
@@ -84,6 +85,10 @@ def ablations(setting: Setting, wanted: Iterable[str]) -> list[Setting]:
 def _varied(setting: Setting, name: str, value: str) -> Setting:
     changes: dict[str, Any]
     match name:
+        case "control":
+            if value not in ("permuted", "uniform"):
+                raise ValueError("expected permuted or uniform")
+            changes = {"scorer": "uniform", "score": "published"} if value == "uniform" else {"score": "permuted"}
         case "scorer":
             changes = {"scorer": value, "score": setting.config.score if value in ("ssc", "knn") else "published"}
         case "score":

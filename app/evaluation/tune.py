@@ -140,17 +140,38 @@ def coordinate_search(
     return best, trials
 
 
-def conclusion(point: Point, held_out: Difference | None, n_unreadable: int = 0, n_replies: int = 1) -> str:
-    """What the search shows, in one sentence, by the point against no gate on the questions held out (None if the point
-    is no gate), and by the replies that are judged: those of the questions held out, or of the search."""
+def best_gate(trials: Sequence[Trial]) -> Point | None:
+    """Of the points of a search with a gate, the one that did best on the most questions, of equals the weakest; None
+    where none was tried."""
+    gates = [trial for trial in trials if trial.alpha_k or trial.alpha_v]
+    if not gates:
+        return None
+    best = max(gates, key=lambda trial: (trial.n, trial.mean, -trial.alpha_k - trial.alpha_v))
+    return best.alpha_k, best.alpha_v
+
+
+def conclusion(
+    point: Point, gate: Point | None, held_out: Difference | None, n_unreadable: int = 0, n_replies: int = 1
+) -> str:
+    """What the search shows, in one sentence.
+
+    Args:
+        point: that the search prefers.
+        gate: the same, or `best_gate` where it prefers none.
+        held_out: the gate against none on the questions held out; None where there is no gate.
+        n_unreadable, n_replies: of the questions held out.
+    """
     if n_unreadable == n_replies:
         return f"Nothing could be judged: no letter or number could be read from any of {n_replies} replies."
-    if held_out is None:
-        return "No gain shown: the search itself prefers no gate (alpha_k = alpha_v = 0)."
+    none = "No gain shown: the search itself prefers no gate (alpha_k = alpha_v = 0)"
+    if gate is None or held_out is None:
+        return f"{none}."
     numbers = (
         f"{100 * held_out.difference:+.1f} points, 95% interval {100 * held_out.low:+.1f} to "
         f"{100 * held_out.high:+.1f}, on {held_out.n} questions about {held_out.n_videos} videos held out, "
         f"{held_out.n_videos_changed} of which changed"
     )
+    if not any(point):
+        return f"{none}; the best gate it tried, alpha_k = {gate[0]:g}, alpha_v = {gate[1]:g}: {numbers}."
     said = {"gain": "Gain shown", "loss": "Loss shown", "no gain shown": "No gain shown"}[held_out.verdict]
-    return f"{said} for alpha_k = {point[0]:g}, alpha_v = {point[1]:g}: {numbers}."
+    return f"{said} for alpha_k = {gate[0]:g}, alpha_v = {gate[1]:g}: {numbers}."

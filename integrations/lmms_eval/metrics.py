@@ -39,7 +39,8 @@ def score(reply: str, answer: str | float, metric: Metric, options: Sequence[str
 
     Args:
         reply: the generated text.
-        answer: a letter for "choice" (accuracy), a number above 0 for "mra", text for "exact".
+        answer: a letter for "choice" (accuracy), a number above 0 for "mra", text for "exact", where a number is equal
+            in whatever form a reply gives it.
         options: the texts of the choices, without letters.
     """
     if metric == "mra":
@@ -48,7 +49,10 @@ def score(reply: str, answer: str | float, metric: Metric, options: Sequence[str
     if metric == "choice":
         letter = choice_letter(reply, options)
         return None if letter is None else float(letter == answer)
-    return exact_match(reply, str(answer)) if _plain(_answer_part(reply)) else None
+    if not _plain(_answer_part(reply)):
+        return None
+    number = number_in(str(answer)) if _NUMBER.fullmatch(str(answer).strip()) else None
+    return max(exact_match(reply, str(answer)), float(number is not None and number_in(reply) == number))
 
 
 def mean_relative_accuracy(predicted: float, answer: float) -> float:

@@ -73,7 +73,7 @@ def test_duplicates_and_equal_tokens() -> None:
     assert not neighbor_expression(torch.ones(4, 30)).values.any()
 
 
-@pytest.mark.parametrize("score", ["published", "size", "row_sum", "projector", "cross_frame"])
+@pytest.mark.parametrize("score", ["published", "size", "row_sum", "projector", "cross_frame", "permuted"])
 def test_every_score(score: str) -> None:
     frames = torch.arange(80) // 20
     result = va.anchor_scores(vit_like(4, 20), config(n_clusters=4, score=score), frames=frames)
@@ -82,6 +82,19 @@ def test_every_score(score: str) -> None:
     assert result.scores.max() <= 1
     assert result.converged
     assert result.duality_gap is None
+
+
+def test_permuted_scores_are_the_published_ones_elsewhere() -> None:
+    tokens = vit_like(4, 20)
+
+    def scores(seed: int, score: str) -> torch.Tensor:
+        return va.anchor_scores(tokens, config(n_clusters=4, score=score, random_state=seed)).scores
+
+    published, permuted = scores(0, "published"), scores(0, "permuted")
+    torch.testing.assert_close(permuted.sort().values, published.sort().values, rtol=0, atol=0)
+    assert (permuted != published).float().mean() > 0.5
+    assert torch.equal(permuted, scores(0, "permuted"))
+    assert not torch.equal(permuted, scores(1, "permuted"))
 
 
 def test_auto_counts_clusters() -> None:

@@ -19,10 +19,11 @@ from safetensors.numpy import load_file
 
 from videoanchor_triton.anchor import memory
 from videoanchor_triton.anchor.scores import AnchorResult
-from videoanchor_triton.app import cli
+from videoanchor_triton.app import cli, room_scan_demo
 from videoanchor_triton.app import demo as demo_of_the_package
 from videoanchor_triton.app.commands import run as run_command
 from videoanchor_triton.app.commands import shared
+from videoanchor_triton.app.room_scans import RoomScan
 from videoanchor_triton.app.token_grid import TokenGrid
 from videoanchor_triton.app.video.reader import write_video
 from videoanchor_triton.app.viz import contact_sheet
@@ -37,10 +38,24 @@ def test_demo_shows_what_it_made(demo: tuple[Path, str]) -> None:
         "checkpoint",
         "clip.mp4",
         "result.json",
+        "scan",
     }
     assert str(folder / "anchors.png") in shown
     for word in ("answer", "scores", "seconds", "kernels", "camera"):
         assert word in shown
+
+
+def test_demo_answers_about_a_room_scan(demo: tuple[Path, str]) -> None:
+    """All ten questions right without a gate; the table has the truth that the scan gives."""
+    asked = RoomScan(room_scan_demo.SEED).questions()
+    table = demo[1].splitlines()
+    assert len(asked) == 10
+    for one in asked:
+        (row,) = [line for line in table if line.startswith(one.text)]
+        assert row.removeprefix(one.text).split()[:2] == [one.answer, one.answer], row
+    (right,) = [line for line in table if line.startswith("right ")]
+    assert right.split()[1:4] == ["10", "of", "10"]
+    assert len((demo[0] / "scan" / "questions.jsonl").read_text().splitlines()) == 10
 
 
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])
@@ -95,6 +110,7 @@ def test_demo_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert shown["kernels"]["triton"] == {"refused": "no GPU"}
     assert shown["kernels"]["sdpa"]["error"] == 1e-6
     assert 0 <= shown["camera"]["agree"] <= 1
+    assert shown["scan"]["right"].keys() == room_scan_demo.GATES.keys()
 
 
 def test_demo_picture(demo: tuple[Path, str]) -> None:

@@ -11,8 +11,8 @@ from eval_runs import STRENGTHS, run
 
 from videoanchor_triton.app import cli
 from videoanchor_triton.app.evaluation.card import checkpoint_card
-from videoanchor_triton.app.evaluation.questions import PROMPTS
 from videoanchor_triton.app.evaluation.readers.reading import read_result
+from videoanchor_triton.app.evaluation.wording import PLAIN
 from videoanchor_triton.integrations.errors import InputError
 
 OPTIONS = (*STRENGTHS, "--scorer", "kmeans", "--json")
@@ -36,8 +36,9 @@ def test_the_card_says_what_the_numbers_depend_on(clips: Path, evaluated: Path) 
     sha256 = hashlib.sha256((clips / "questions.jsonl").read_bytes()).hexdigest()
     assert (card["model"], card["revision"], card["device"]) == (str(clips / "checkpoint"), None, "cpu")
     assert card["questions"] == {"file": str(clips / "questions.jsonl"), "sha256": sha256, "n": 4, "n_videos": 2}
-    prompts = hashlib.sha256(json.dumps(PROMPTS, sort_keys=True).encode()).hexdigest()
-    assert card["prompt"] == {**PROMPTS, "sha256": prompts}
+    templates = sorted(PLAIN.values())
+    prompts = hashlib.sha256(json.dumps(templates).encode()).hexdigest()
+    assert card["prompt"] == {"asked": "auto", "templates": templates, "sha256": prompts}
     template = json.loads((clips / "checkpoint" / "tokenizer_config.json").read_text()).get("chat_template")
     if template is None:
         template = (clips / "checkpoint" / "chat_template.jinja").read_text()
@@ -61,7 +62,7 @@ def test_the_same_card_stands_in_each_file(evaluated: Path) -> None:
     for fact in (card["prompt"]["sha256"], card["chat_template_sha256"], card["class"]):
         assert fact in text
         assert fact in row.values()
-    assert PROMPTS["short"].replace("\n", "\\n") in text
+    assert PLAIN["choice"].replace("\n", "\\n") in text
     for name in ("resolution", "generation", "seeds", "frames", "versions"):
         assert json.loads(row[name]) == card[name]
     for number in ("max_frame_pixels 16777216", "max_new_tokens 1", "bootstrap 0"):

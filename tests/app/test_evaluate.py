@@ -23,7 +23,7 @@ GATE = VideoAnchorConfig(alpha_k=4.0, alpha_v=2.0, alpha_q=1.0)
 
 def compare_both(questions: list[Question], setting: Setting, after: Any, before: Any) -> list[dict[str, Any]]:
     scores = np.array([before, after], dtype=float)
-    return compared(questions, [setting.baseline(), setting], Judged(scores, np.zeros(scores.shape, dtype=bool)))
+    return compared(questions, [setting.baseline(), setting], Judged(scores, *np.zeros((2, *scores.shape), dtype=bool)))
 
 
 def question(number: int, kind: str = "all", answer: str = "A", video: str = "a.mp4") -> Question:
@@ -42,6 +42,8 @@ def question(number: int, kind: str = "all", answer: str = "A", video: str = "a.
         (NUMBER, 4.0, "mra", ()),
         ({**NUMBER, "answer": "3.5"}, 3.5, "mra", ()),
         ({**NUMBER, "answer": 0, "metric": "exact"}, "0", "exact", ()),
+        ({**NUMBER, "answer": 0}, "0", "exact", ()),
+        ({**NUMBER, "answer": "0.0"}, "0.0", "exact", ()),
         ({**NUMBER, "answer": "kitchen", "options": []}, "kitchen", "exact", ()),
         ({**NUMBER, "answer": "nan"}, "nan", "exact", ()),
         ({**NUMBER, "answer": 10**400}, str(10**400), "exact", ()),
@@ -56,7 +58,7 @@ def test_rows(row: dict[str, Any], answer: str | float, metric: str, options: tu
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({**NUMBER, "answer": 0}, "above 0"),
+        ({**NUMBER, "answer": 0, "metric": "mra"}, "above 0"),
         ({**NUMBER, "answer": -3}, "above 0"),
         ({**NUMBER, "answer": "kitchen", "metric": "mra"}, "above 0"),
         ({**NUMBER, "answer": None}, "answer: expected"),
@@ -89,15 +91,54 @@ def test_repeated_rows_are_refused(tmp_path: Path) -> None:
         read_questions(write_rows(tmp_path, {**ROW, "id": 1}, {**NUMBER, "id": 1}))
 
 
-def test_prompts_are_those_of_vsi_bench(tmp_path: Path) -> None:
-    choice, number = read_questions(write_rows(tmp_path, ROW, NUMBER))
-    assert choice.prompt() == (
-        "These are frames of a video.\nWhich is nearer?\nOptions:\nA. sofa\nB. lamp\nC. bed\n"
-        "Answer with the option's letter from the given choices directly."
+VSI_BENCH_PROMPTS = (
+    "These are frames of a video.\nWhich is nearer?\nOptions:\nA. sofa\nB. lamp\nC. bed\n"
+    "Answer with the option's letter from the given choices directly.",
+    "These are frames of a video.\nHow many?\nPlease answer the question using a single word or phrase.",
+)
+PLAIN_PROMPTS = ("Which is nearer?\nA. sofa\nB. lamp\nC. bed", "How many?")
+
+
+def prompts(path: Path, *prompt: str) -> tuple[str, ...]:
+    return tuple(question.prompt() for question in read_questions(path, *prompt))
+
+
+def test_prompts(tmp_path: Path) -> None:
+    """VSI-Bench's own types of questions in its words, others as they stand; or all as is asked."""
+    rows = write_rows(tmp_path, ROW, NUMBER)
+    assert prompts(rows) == prompts(rows, "auto") == prompts(rows, "plain") == PLAIN_PROMPTS
+    assert prompts(rows, "vsi-bench") == VSI_BENCH_PROMPTS
+    typed = write_rows(tmp_path, {**ROW, "type": "route_planning"}, {**NUMBER, "question_type": "object_counting"})
+    assert prompts(typed) == VSI_BENCH_PROMPTS
+    assert prompts(typed, "plain") == PLAIN_PROMPTS
+    half = write_rows(tmp_path, {**ROW, "type": "route_planning"}, NUMBER)
+    assert prompts(half) == (VSI_BENCH_PROMPTS[0], PLAIN_PROMPTS[1])
+
+
+def test_a_prompt_of_ones_own(tmp_path: Path) -> None:
+    rows, template = write_rows(tmp_path, ROW, {**NUMBER, "question": "{options} {0}?"}), tmp_path / "prompt.txt"
+    template.write_text("Look {closely}.\n{options}\n{question} Now:\n")
+    assert prompts(rows, str(template)) == (
+        "Look {closely}.\nA. sofa\nB. lamp\nC. bed\nWhich is nearer? Now:",
+        "Look {closely}.\n{options} {0}? Now:",
     )
-    assert number.prompt() == (
-        "These are frames of a video.\nHow many?\nPlease answer the question using a single word or phrase."
-    )
+    template.write_text("Q: {question}")
+    with pytest.raises(InputError, match="line 1: the question has options, and the text of --prompt no line"):
+        prompts(rows, str(template))
+    for text in ("nothing", "{question} {question}", "{question} {options}", "{question}\n{options}\n{options}"):
+        template.write_text(text)
+        with pytest.raises(InputError, match=r"expected \{question\} once"):
+            prompts(rows, str(template))
+    with pytest.raises(InputError, match=r"--prompt none.txt: expected auto, plain, vsi-bench or a text file"):
+        prompts(rows, "none.txt")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reply", "right"),
+    [("0", "zero", 1), ("0", "0 chairs", 1), ("0", "3", 0), ("4", "four.", 1), ("room 3", "3", 0), ("3", "room 3", 1)],
+)
+def test_exact_numbers_are_equal_in_any_form(answer: str, reply: str, right: float) -> None:
+    assert Question("1", Path("a.mp4"), "?", answer, "exact", (), "all").score(reply) == right
 
 
 def test_keys_change_with_what_replies_depend_on() -> None:
@@ -246,6 +287,43 @@ def test_replies_that_nobody_can_read_are_counted(tmp_path: Path, garbage: str, 
     text = eval_markdown({}, [row])
     assert f"| {counts[1]} / {counts[0]} | 0 | {verdict} |" in text
     assert ("no letter or number could be read from any reply" in text) == (garbage == "both")
+
+
+@pytest.mark.parametrize(("n_foreign", "warned"), [(0, False), (10, False), (11, True), (20, True)])
+def test_replies_that_are_the_answer_of_nothing_are_told(tmp_path: Path, n_foreign: int, warned: bool) -> None:
+    """A model that does not know the wording answers with words that answer no question; wrong answers are others."""
+    asked = [
+        Question(str(n), Path(f"{n}.mp4"), f"which {n}?", ("Red", "blue")[n % 2], "exact", (), "colour")
+        for n in range(20)
+    ]
+    counted = Question("count", Path("count.mp4"), "how many?", 4.0, "mra", (), "count")
+    setting = Setting("gate", GATE, 8)
+    settings = [setting, setting.baseline()]
+
+    def ask(one: Question, how: Setting) -> str:
+        if one is counted:
+            return "17"
+        return "of a video" if how == setting and int(one.id) < n_foreign else "red."
+
+    with ResultsLog(tmp_path / "replies.jsonl") as log:
+        table = compared([*asked, counted], settings, evaluate([*asked, counted], settings, ask, log))
+    row = table[0]
+    assert (row["foreign"], row["baseline_foreign"], row["unreadable"]) == (n_foreign, 0, 0)
+    text = eval_markdown({}, table)
+    said = f"Most replies are no answers: {n_foreign} of 21 in gate are what no question of their type has"
+    assert (said in text) == warned
+    assert ("Most replies" in text) == warned
+
+
+def test_the_control_is_the_same_gate_with_other_scores() -> None:
+    """Scores on tokens at random and a score of 1 on all, everything else as it is."""
+    gate = Setting("gate", GATE, 8)
+    assert [(one.name, one.config) for one in ablations(gate, ["control"])[1:]] == [
+        ("control permuted", replace(GATE, score="permuted")),
+        ("control uniform", replace(GATE, scorer="uniform")),
+    ]
+    with pytest.raises(InputError, match="expected permuted or uniform"):
+        ablations(gate, ["control=ssc"])
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models as tiny
+import torch
 from safetensors.numpy import load_file, save_file
 from tiny_models_checkpoint import save_checkpoint
 from transformers import AutoModelForImageTextToText
 
 import videoanchor_triton as va
 from videoanchor_triton.app import cli, pipeline, prompt
+from videoanchor_triton.app.room_scans import CHECKPOINT, RoomScan, write_scans
 from videoanchor_triton.app.token_grid import TokenGrid
 from videoanchor_triton.app.video.reader import read_video, write_video
 from videoanchor_triton.integrations.errors import InputError
@@ -34,6 +36,61 @@ def test_run_on_another_backbone(name: str, dtype: str, tmp_path: Path) -> None:
     assert result["tokens"]["visual"] == 24 + n_extra
     assert load_file(out / "anchors.safetensors")["scores"].shape == (24 + n_extra,)
     assert (out / "anchors.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("alpha", [0.0, 4.0])
+def test_how_far_the_gate_moves_an_answer(alpha: float) -> None:
+    """Against the model's own logits; a gate of 0 moves nothing."""
+    model, processor = pipeline.load(str(CHECKPOINT), "cpu", "float32")
+    prompt = RoomScan(0).clip(), "How many objects are there?"
+    config = va.VideoAnchorConfig(alpha_k=alpha, alpha_v=alpha / 4, n_clusters=12, pca_rank=32)
+    found = pipeline.answer(model, processor, *prompt, config, max_new_tokens=2, gate_effect=True)
+    effect = found.gate_effect
+    assert effect is not None
+    assert found.text == effect.token == pipeline.answer(model, processor, *prompt, config, max_new_tokens=2).text
+    inputs, _ = pipeline.prepare(model, processor, *prompt)
+    probabilities = []
+    for one in (config, va.VideoAnchorConfig(alpha_k=0, alpha_v=0)):
+        with va.enable(model, one), torch.no_grad():
+            probabilities.append(model(**inputs).logits[0, -1].softmax(-1))
+    token, without = (int(one.argmax()) for one in probabilities)
+    assert (effect.token, effect.token_without) == (processor.decode([token]), processor.decode([without]))
+    assert effect.probability == pytest.approx(float(probabilities[0][token]), rel=1e-5)
+    assert effect.probability_without == pytest.approx(float(probabilities[1][token]), rel=1e-5)
+    assert (effect.probability == effect.probability_without) == (alpha == 0)
+
+
+@pytest.mark.parametrize("command", ["run", "batch"])
+def test_the_gate_effect_is_in_results_on_request(command: str, tmp_path: Path) -> None:
+    write_scans(tmp_path, [RoomScan(0)], [RoomScan(0).questions()[:2]])
+    options = [
+        "--alpha-k",
+        "4",
+        "--alpha-v",
+        "1",
+        "--n-clusters",
+        "12",
+        "--pca-rank",
+        "32",
+        "--max-new-tokens",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    which = {
+        "run": ["run", "--video", str(tmp_path / "scan000.mp4"), "--question", "How many objects are there?"],
+        "batch": ["batch", str(tmp_path / "questions.jsonl"), "--tables", "csv"],
+    }[command]
+    arguments = [*which, "--model", str(CHECKPOINT), "--out", str(tmp_path / "out"), *options]
+    file = tmp_path / "out" / {"run": "result.json", "batch": "results.jsonl"}[command]
+    for asked in (False, True):
+        assert cli.main([*arguments, *(["--gate-effect"] if asked else [])]) == 0
+        effect = json.loads(file.read_text().splitlines()[-1] if command == "batch" else file.read_text())[
+            "gate_effect"
+        ]
+        assert (effect is not None) == asked
+    assert 0 < effect["probability"] <= 1
+    assert 0 < effect["probability_without"] < 1
 
 
 def test_the_processor_gets_the_frames_of_the_clip(tmp_path: Path) -> None:

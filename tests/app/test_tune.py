@@ -13,7 +13,7 @@ from videoanchor_triton.app import pipeline
 from videoanchor_triton.app.evaluation.paired import compare
 from videoanchor_triton.app.evaluation.pictures import draw_search
 from videoanchor_triton.app.evaluation.report import COLUMNS
-from videoanchor_triton.app.evaluation.tune import Point, Trial, conclusion, coordinate_search, split
+from videoanchor_triton.app.evaluation.tune import Point, Trial, best_gate, conclusion, coordinate_search, split
 from videoanchor_triton.integrations.errors import InputError
 
 GRID = (0, 0.5, 1, 2, 4, 8)
@@ -55,7 +55,9 @@ def test_a_planted_optimum_is_found(seed: int) -> None:
     assert planted(point) > 0.75
     assert held_out is not None
     assert held_out.verdict == "gain"
-    assert conclusion(point, held_out).startswith(f"Gain shown for alpha_k = {point[0]:g}, alpha_v = {point[1]:g}: +")
+    assert conclusion(point, point, held_out).startswith(
+        f"Gain shown for alpha_k = {point[0]:g}, alpha_v = {point[1]:g}: +"
+    )
 
 
 def test_noise_is_no_gain() -> None:
@@ -66,7 +68,7 @@ def test_noise_is_no_gain() -> None:
         point, _, held_out = tune(answers(lambda _: 0.5, seed), n_questions=80, seed=seed)
         verdicts.append("no gain shown" if held_out is None else held_out.verdict)
         if verdicts[-1] == "no gain shown":
-            assert conclusion(point, held_out).startswith("No gain shown")
+            assert conclusion(point, point if any(point) else None, held_out).startswith("No gain shown")
     assert verdicts.count("gain") <= 3
 
 
@@ -95,9 +97,32 @@ def test_halving_asks_less_than_the_grid() -> None:
 
 
 def test_ties_go_to_the_weaker_gate() -> None:
-    point, _ = coordinate_search(lambda points, numbers: np.ones((len(points), len(numbers))), GRID, GRID, range(20))
+    point, trials = coordinate_search(
+        lambda points, numbers: np.ones((len(points), len(numbers))), GRID, GRID, range(20)
+    )
     assert point == (0, 0)
-    assert "prefers no gate" in conclusion(point, None)
+    assert best_gate(trials) in [(0, 1), (1, 0), (0, 0.5), (0.5, 0)], "the weakest of them"
+    assert conclusion(point, None, None).endswith("prefers no gate (alpha_k = alpha_v = 0).")
+
+
+def test_where_no_gate_is_better_the_best_one_is_judged() -> None:
+    """Every gate costs 20 points, the stronger the more: the search says so, with what the weakest costs elsewhere."""
+    table = np.random.default_rng(0).random(400)
+
+    def evaluate(points: Sequence[Point], numbers: Sequence[int]) -> np.ndarray:
+        return np.array([(table[list(numbers)] < 0.9 - 0.2 * any(p) - 0.01 * sum(p)).astype(float) for p in points])
+
+    point, trials = coordinate_search(evaluate, GRID, GRID, range(200))
+    gate = best_gate(trials)
+    assert point == (0, 0)
+    assert gate is not None
+    assert sum(gate) == min(trial.alpha_k + trial.alpha_v for trial in trials if trial.alpha_k + trial.alpha_v)
+    after, before = evaluate([gate, point], range(200, 400))
+    held_out = compare(after, before, np.arange(200))
+    assert held_out.high < 0
+    said = conclusion(point, gate, held_out)
+    assert f"the best gate it tried, alpha_k = {gate[0]:g}, alpha_v = {gate[1]:g}: -" in said
+    assert f"{100 * held_out.low:+.1f} to {100 * held_out.high:+.1f}" in said
 
 
 def test_failures_are_left_out_of_all_points_of_a_rung() -> None:
@@ -110,7 +135,7 @@ def test_failures_are_left_out_of_all_points_of_a_rung() -> None:
     point, trials = coordinate_search(evaluate, (0, 2), (0,), range(20))
     assert point == (2, 0)
     assert trials[-1].n == 10
-    assert conclusion(point, None, 7, 7).startswith("Nothing could be judged: ")
+    assert conclusion(point, point, None, 7, 7).startswith("Nothing could be judged: ")
     with pytest.raises(InputError, match="no question was answered"):
         coordinate_search(lambda points, numbers: np.full((len(points), len(numbers)), np.nan), GRID, GRID, range(9))
 

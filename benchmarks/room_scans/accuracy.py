@@ -1,0 +1,336 @@
+"""Accuracy as the judge: the trained model that comes with the package, asked in every way that there is.
+
+    python benchmarks/room_scans/accuracy.py --out DIR [--scans 60] [--checkpoint DIR] [--only GROUP ...]
+
+Each way of answering is compared with transformers' own, without this package, on the same questions about held-out
+scans: accuracy by kind, and the paired difference with a 95% interval by bootstrap over scans. Groups:
+
+    paths    another way to the same answers: the drop-in at alpha 0, batches, chunks, caches, backends
+    rounded  weights and caches in fewer bits
+    gate     strengths, with the scores of subspaces, their controls (permuted, uniform) and the truth (1 on tokens that
+             show an object)
+    keep     fewer visual tokens
+
+Writes DIR/accuracy.json, .md and .png. The exit status is 1 if a path changes an answer.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import videoanchor_triton as va
+from benchmarks.helpers import report
+from benchmarks.helpers.environment import environment, processor
+from videoanchor_triton.app.evaluation.paired import ALL, Difference, compare, groups_of
+from videoanchor_triton.app.prompt import video_metadata
+from videoanchor_triton.app.room_scans import CHECKPOINT, TEST_SEED, RoomScan
+
+NAME = "accuracy"
+SCORES: dict[str, Any] = {"n_clusters": 12, "pca_rank": 32}
+"""For 96 visual tokens."""
+OFF = va.VideoAnchorConfig(alpha_k=0.0, alpha_v=0.0, scorer="uniform", n_clusters=1)
+PUBLISHED = va.VideoAnchorConfig.preset("internvl2-8b", **SCORES)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of answering.
+
+    Args:
+        group, name: see the top of this file.
+        config: of the gate; None leaves this package out.
+        n_rows: prompts in a batch.
+        options: of generate().
+        cache: makes what keys and values are kept in.
+        round_weights: what is done to each weight of the decoder's linear layers.
+        truth: scores are 1 on tokens that show an object, else 0.
+    """
+
+    group: str
+    name: str
+    config: va.VideoAnchorConfig | None = None
+    n_rows: int = 8
+    options: dict[str, Any] = field(default_factory=dict)
+    cache: Callable[[], Any] | None = None
+    round_weights: Callable[[Tensor], Tensor] | None = None
+    truth: bool = False
+
+
+class RoundedCache(DynamicCache):
+    """Keys and values as an 8-bit cache gives them back.
+
+    Args:
+        rounded: of (batch, heads, tokens, width).
+    """
+
+    def __init__(self, rounded: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._rounded = rounded
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """See transformers."""
+        return super().update(self._rounded(key_states), self._rounded(value_states), *args, **kwargs)
+
+
+def by_row(bits: int) -> Callable[[Tensor], Tensor]:
+    """Integers of so many bits with a scale for each row."""
+
+    def rounded(x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
+        return (x / scale).round() * scale
+
+    return rounded
+
+
+def e4m3(x: Tensor) -> Tensor:
+    """8-bit floating point, without a scale."""
+    return x.to(torch.float8_e4m3fn).to(x.dtype)
+
+
+def gate(**options: Any) -> va.VideoAnchorConfig:
+    """With the scores of this benchmark."""
+    return va.VideoAnchorConfig(**{"alpha_k": 0.0, "alpha_v": 0.0, **SCORES, **options})
+
+
+def ways() -> list[Way]:
+    """All of them, `transformers` first, which the others are compared with."""
+    strengths = [(0.5, 0.0), (2.0, 0.0), (9.5, 0.0), (0.0, 1.0), (2.0, 1.0)]
+    named = {f"alpha_k {k:g}, alpha_v {v:g}": {"alpha_k": k, "alpha_v": v} for k, v in strengths}
+    named["published (q 4, k 9.5, v 2.5)"] = {"alpha_q": 4.0, "alpha_k": 9.5, "alpha_v": 2.5}
+    controls: dict[str, dict[str, Any]] = {
+        "subspaces": {},
+        "permuted": {"score": "permuted"},
+        "uniform": {"scorer": "uniform"},
+        "cross-frame": {"score": "cross_frame"},
+    }
+    found = [
+        Way("paths", "transformers"),
+        Way("paths", "alpha 0", OFF),
+        Way("paths", "alpha 0, a prompt at a time", OFF, n_rows=1),
+        Way("paths", "alpha 0, chunks of 40", OFF, options={"prefill_chunk_size": 40}),
+        Way("paths", "alpha 0, static cache", OFF, options={"cache_implementation": "static"}),
+        Way("paths", "alpha 0, no cache", OFF, options={"use_cache": False}),
+        *(Way("rounded", f"weights in int{bits}", OFF, round_weights=by_row(bits)) for bits in (8, 4, 3)),
+        Way("rounded", "cache in int8", OFF, cache=lambda: RoundedCache(by_row(8))),
+        Way("rounded", "cache in fp8", OFF, cache=lambda: RoundedCache(e4m3)),
+    ]
+    for name, strength in named.items():
+        for control, options in controls.items():
+            found.append(Way("gate", f"{name}, {control}", gate(**strength, **options)))
+        found.append(Way("gate", f"{name}, truth", gate(**strength, scorer="uniform"), truth=True))
+    weak = {"alpha_k": 2.0, "alpha_v": 0.0}
+    found.append(Way("gate", "alpha_k 2, alpha_v 0, subspaces, prefill alone", gate(**weak, decode="prefill")))
+    return found
+
+
+class Asker:
+    """A checkpoint and questions about held-out scans.
+
+    Args:
+        checkpoint: a folder.
+        n_scans: of 8 frames.
+        n_frames, travel: see `RoomScan`.
+    """
+
+    def __init__(self, checkpoint: Path, n_scans: int, n_frames: int = 8, travel: int | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.processor = AutoProcessor.from_pretrained(checkpoint)
+        self.processor.tokenizer.padding_side = "left"
+        self.scans = [RoomScan(TEST_SEED + n, n_frames, travel) for n in range(n_scans)]
+        self.asked = [(n, one) for n, scan in enumerate(self.scans) for one in scan.questions()]
+        self.kinds = np.array([one.kind for _, one in self.asked])
+        self.videos = np.array([n for n, _ in self.asked])
+        self._known: dict[Any, va.AnchorResult] = {}
+        self._sums: Tensor | None = None
+
+    def model(self, way: Way) -> Any:
+        """Loaded anew where weights are rounded."""
+        model: Any = AutoModelForImageTextToText.from_pretrained(self.checkpoint, dtype=torch.float32).eval()
+        if way.round_weights is not None:
+            for name, module in model.model.language_model.named_modules():
+                if isinstance(module, torch.nn.Linear) and "layers" in name:
+                    module.weight.data = way.round_weights(module.weight.data)
+        return model
+
+    def inputs(self, numbers: Sequence[int]) -> Any:
+        """Of a batch of questions."""
+        texts, clips = [], [self.scans[self.asked[n][0]].clip() for n in numbers]
+        for n in numbers:
+            content = [{"type": "video"}, {"type": "text", "text": self.asked[n][1].text}]
+            message = [{"role": "user", "content": content}]
+            texts.append(self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
+        return self.processor(
+            text=texts,
+            videos=[torch.from_numpy(clip.frames).permute(0, 3, 1, 2) for clip in clips],
+            video_metadata=[video_metadata(clip) for clip in clips],
+            do_sample_frames=False,
+            padding=True,
+            return_tensors="pt",
+        )
+
+    @torch.inference_mode()
+    def right(self, way: Way, progress: Callable[[int, int], None] | None = None) -> tuple[np.ndarray, list[str]]:
+        """(N,) 1 where a reply is the answer, else 0; and the replies."""
+        model, replies = self.model(way), []
+        with self._gated(model, way):
+            for start in range(0, len(self.asked), way.n_rows):
+                numbers = range(start, min(start + way.n_rows, len(self.asked)))
+                inputs = self.inputs(numbers)
+                options = {"past_key_values": way.cache()} if way.cache is not None else {}
+                ids = model.generate(**inputs, **way.options, **options, max_new_tokens=2, do_sample=False)
+                generated = ids[:, inputs["input_ids"].shape[1] :]
+                replies += [text.strip() for text in self.processor.batch_decode(generated, skip_special_tokens=True)]
+                if progress is not None:
+                    progress(len(replies), len(self.asked))
+        truth = [one.answer for _, one in self.asked]
+        return np.array([reply == answer for reply, answer in zip(replies, truth, strict=True)], dtype=float), replies
+
+    @contextmanager
+    def _gated(self, model: Any, way: Way) -> Iterator[None]:
+        """`enable`, in which a scan is scored once."""
+        if way.config is None:
+            yield
+            return
+        if self._sums is None:
+            visual = [self.inputs([int((self.videos == n).argmax())]) for n in range(len(self.scans))]
+            names = "pixel_values_videos", "video_grid_thw"
+            found = [model.get_video_features(*(one[name] for name in names)) for one in visual]
+            self._sums = torch.stack([torch.cat(list(one.pooler_output)).sum(0) for one in found])
+        with va.enable(model, way.config) as handle:
+            handle.anchor_scores = lambda *args, **kwargs: self._scores(way, *args, **kwargs)
+            yield
+
+    def _scores(self, way: Way, tokens: Tensor, config: va.VideoAnchorConfig, **kwargs: Any) -> va.AnchorResult:
+        assert self._sums is not None
+        scan = int((self._sums - tokens.sum(0)).norm(dim=1).argmin())
+        key = (scan, way.truth, config.scorer, config.score)
+        if key not in self._known:
+            self._known[key] = va.anchor_scores(tokens, config, **kwargs)
+            if way.truth:
+                shown = torch.from_numpy(self.scans[scan].objects_of_tokens().ravel() > 0)
+                self._known[key].scores = shown.float()
+        return self._known[key]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way of answering against transformers' own; `kinds` are accuracies."""
+
+    group: str
+    name: str
+    seconds: float
+    difference: Difference
+    low: float
+    high: float
+    kinds: dict[str, float]
+    n_other_replies: int
+
+
+def accuracy_interval(right: np.ndarray, videos: np.ndarray) -> tuple[float, float]:
+    """95%, by bootstrap over scans."""
+    found = compare(right, np.zeros(len(right)), videos)
+    return found.low, found.high
+
+
+def measure(asker: Asker, wanted: Sequence[Way]) -> Iterator[Row]:
+    """Each way, the first of which the others are compared with."""
+    base: np.ndarray | None = None
+    replies: list[str] = []
+    for way in wanted:
+        start = time.perf_counter()
+        right, said = asker.right(way)
+        if base is None:
+            base, replies = right, said
+        known = np.ones(len(right), dtype=bool)
+        kinds = {name: float(right[group].mean()) for name, group, _ in groups_of(asker.kinds, known)}
+        different = sum(one != other for one, other in zip(said, replies, strict=True))
+        difference, seconds = compare(right, base, asker.videos), time.perf_counter() - start
+        yield Row(way.group, way.name, seconds, difference, *accuracy_interval(right, asker.videos), kinds, different)
+
+
+def summary(rows: Sequence[Row], asker: Asker) -> str:
+    """For people."""
+    kinds = [kind for kind in rows[0].kinds if kind in set(asker.kinds)]
+    columns: dict[str, Callable[[Row], object]] = {
+        "": lambda row: row.group,
+        "way": lambda row: row.name,
+        "right, %": lambda row: f"{100 * row.kinds[ALL]:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]",
+        "difference, points": lambda row: (
+            f"{100 * row.difference.difference:+.1f} [{100 * row.difference.low:+.1f}, {100 * row.difference.high:+.1f}]"
+        ),
+        "other replies": lambda row: row.n_other_replies,
+        **{kind: lambda row, kind=kind: f"{100 * row.kinds[kind]:.0f}" for kind in kinds},
+        "s": lambda row: f"{row.seconds:.0f}",
+    }
+    n_frames = len(asker.scans[0].frames)
+    return (
+        f"{len(asker.asked)} questions about {len(asker.scans)} held-out scans of {n_frames} frames, fp32; differences "
+        "from transformers' own, paired, with 95% intervals by bootstrap over scans; other replies: of how many "
+        f"questions the reply differs.\n\n{report.table(rows, columns)}"
+    )
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Differences with their intervals."""
+    figure, panel = plt.subplots(figsize=(8, 1 + 0.2 * len(rows)))
+    groups = list(dict.fromkeys(row.group for row in rows))
+    for place, row in enumerate(reversed(rows)):
+        one, colour = row.difference, report.COLOURS[groups.index(row.group) % len(report.COLOURS)]
+        panel.plot([100 * one.low, 100 * one.high], [place, place], color=colour, linewidth=1.6)
+        panel.plot(100 * one.difference, place, "o", color=colour, markersize=4)
+    panel.axvline(0, color="#555555", linewidth=0.8)
+    panel.set_yticks(range(len(rows)), [f"{row.name}" for row in reversed(rows)], fontsize=7)
+    panel.set_xlabel("points, against transformers' own; 95% intervals over scans")
+    panel.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> int:
+    """See the top of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scans", type=int, default=60)
+    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--travel", type=int)
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--only", nargs="+", choices=("paths", "rounded", "gate", "keep"))
+    args = parser.parse_args()
+    asker = Asker(args.checkpoint, args.scans, args.frames, args.travel)
+    first, *others = ways()
+    wanted = [first, *(way for way in others if args.only is None or way.group in args.only)]
+    rows = []
+    for row in measure(asker, wanted):
+        rows.append(row)
+        print(f"{row.seconds:5.1f} s  {100 * row.kinds[ALL]:5.1f}  {row.group} {row.name}", flush=True)
+    about = environment(torch.device("cpu"), processor())
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{NAME}.json").write_text(
+        json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+    )
+    measured_on = ", ".join(f"{key} {value}" for key, value in about.items())
+    (args.out / f"{NAME}.md").write_text(f"{summary(rows, asker)}\n\n{measured_on}\n")
+    draw(rows, args.out / f"{NAME}.png")
+    changed = [row.name for row in rows if row.group == "paths" and row.n_other_replies]
+    if changed:
+        print(f"other replies than transformers' own: {', '.join(changed)}", file=sys.stderr)
+    return int(bool(changed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
