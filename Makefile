@@ -10,10 +10,13 @@ TRITONS := 3.6.0 3.9.0
 
 VLLM := 0.32.0
 
-.PHONY: demo test test-all test-cuda test-lmms test-triton-3.6 test-vllm lint docs clean
+.PHONY: accuracy demo test test-all test-cuda test-lmms test-triton-3.6 test-vllm lint docs clean
 
-demo: $(INSTALLED)  ## the whole pipeline on a clip and a model made on the spot; pictures in $(OUT)
+demo: $(INSTALLED)  ## a small trained model answers about a made-up scan, and the pipeline draws; pictures in $(OUT)
 	$(BIN)/videoanchor demo --out $(OUT)
+
+accuracy: $(INSTALLED)  ## the trained model's answers in every way there is, each against transformers' own; in out/accuracy
+	$(BIN)/python benchmarks/room_scans/accuracy.py --out out/accuracy
 
 test: $(INSTALLED)  ## the suite, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -53,6 +53,14 @@ QUESTIONS = {
 _SIZE = 13
 
 
+ANSWERS = {
+    **dict.fromkeys(("colour", "first"), tuple(COLOURS)),
+    **{"exists": ("yes", "no"), "side": ("left", "right"), "turn": ("left", "right", "both")},
+    **dict.fromkeys(("objects", "of_colour", "of_shape", "of_both", "colours"), tuple("0123456")),
+}
+"""What may be right, by kind."""
+
+
 class Asked(NamedTuple):
     """A question about a scan: its kind, its text and the right answer, one word."""
 

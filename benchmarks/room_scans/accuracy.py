@@ -261,6 +261,11 @@ def measure(asker: Asker, wanted: Sequence[Way]) -> Iterator[Row]:
         yield Row(way.group, way.name, seconds, difference, *accuracy_interval(right, asker.videos), kinds, different)
 
 
+def points(one: Difference) -> str:
+    """With the interval."""
+    return f"{100 * one.difference:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
+
+
 def summary(rows: Sequence[Row], asker: Asker) -> str:
     """For people."""
     kinds = [kind for kind in rows[0].kinds if kind in set(asker.kinds)]
@@ -268,9 +273,7 @@ def summary(rows: Sequence[Row], asker: Asker) -> str:
         "": lambda row: row.group,
         "way": lambda row: row.name,
         "right, %": lambda row: f"{100 * row.kinds[ALL]:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]",
-        "difference, points": lambda row: (
-            f"{100 * row.difference.difference:+.1f} [{100 * row.difference.low:+.1f}, {100 * row.difference.high:+.1f}]"
-        ),
+        "difference, points": lambda row: points(row.difference),
         "other replies": lambda row: row.n_other_replies,
         **{kind: lambda row, kind=kind: f"{100 * row.kinds[kind]:.0f}" for kind in kinds},
         "s": lambda row: f"{row.seconds:.0f}",

@@ -75,7 +75,7 @@ class Layout:
         n_frames: 1 for a picture.
         kinds: of questions.
         worded: as VSI-Bench asks.
-        between: words between video and question.
+        n_more: words that a question may have over and above those of `QUESTIONS`.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class Layout:
         n_frames: int,
         kinds: Sequence[str] = tuple(QUESTIONS),
         worded: bool = False,
-        between: str = "",
+        n_more: int = 0,
     ) -> None:
         self.model, self.tokenizer, self.n_frames, self.kinds, self.worded = model, tokenizer, n_frames, kinds, worded
-        self.between, self._known = between, {}
+        self._known: dict[str, list[int]] = {}
         self.tail = self._ids("<|im_end|> <|im_start|> assistant")
         medium = "image" if n_frames == 1 else "video"
         pad = tokenizer.convert_tokens_to_ids(f"<|{medium}_pad|>")
@@ -96,7 +96,7 @@ class Layout:
         begin = self._ids("<|im_start|> user <|vision_start|>")
         prefix = torch.tensor([*begin, *[pad] * self.n_visual, *self._ids("<|vision_end|>")])
         self.first = len(begin)
-        slots = [len(self._ids(self._text(self._longest(kind)))) + len(self.tail) + 1 for kind in kinds]
+        slots = [len(self._ids(self._text(self._longest(kind)))) + n_more + len(self.tail) + 1 for kind in kinds]
         total = len(prefix) + sum(slots)
         position, _ = model.model.get_rope_index(
             prefix[None],
@@ -128,8 +128,7 @@ class Layout:
         return QUESTIONS[kind].format(a="red square", b="red square")
 
     def _text(self, question: str) -> str:
-        text = f"{self.between} {question}"
-        return filled(VSI_BENCH["short"], text) if self.worded else text
+        return filled(VSI_BENCH["short"], question) if self.worded else question
 
     def batch(self, scans: Sequence[RoomScan], asked: Sequence[Sequence[Asked]] | None = None) -> Batch:
         """The scans with their questions, of these kinds."""
@@ -150,19 +149,48 @@ class Layout:
         visual = self.model.model.visual
         return see(visual, patches(frames).to(visual.merger.ln_q.weight.dtype)).reshape(len(frames), self.n_visual, -1)
 
-    def hidden(self, seen: torch.Tensor, ids: torch.Tensor, later: bool = False) -> torch.Tensor:
-        """The decoder's output (B, L, D) for the visual tokens `seen` (B, 12 T, D) among `ids`; with `later`, text goes
-        on after the last frame's position, as in transformers 4.57 and vLLM; without, as here."""
+    def hidden(
+        self,
+        seen: torch.Tensor,
+        ids: torch.Tensor,
+        later: bool = False,
+        gamma_k: torch.Tensor | None = None,
+        gamma_v: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The decoder's output.
+
+        Args:
+            seen: (B, 12 T, D) the visual tokens.
+            ids: (B, L) of a `Batch`.
+            later: text goes on after the last frame's position, as in transformers 4.57 and vLLM; else as in 5.
+            gamma_k, gamma_v: (B, 12 T) gates of the visual tokens in every layer; needs eager attention.
+
+        Returns:
+            (B, L, D).
+        """
         embeds = self.model.get_input_embeddings()(ids)
         end = self.first + self.n_visual
         embeds = torch.cat([embeds[:, : self.first], seen.to(embeds.dtype), embeds[:, end:]], 1)
-        position = self.later if later else self.position
-        return self.model.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask={"full_attention": self.bias.to(embeds.dtype)},
-            position_ids=position.expand(3, len(ids), -1),
-            use_cache=False,
-        ).last_hidden_state
+        position, bias = self.later if later else self.position, self.bias
+        if gamma_k is not None:
+            bias = bias.repeat(len(ids), 1, 1, 1)
+            bias[..., self.first : end] += gamma_k.log()[:, None, None]
+        layers, hooks = self.model.model.language_model.layers, []
+        if gamma_v is not None:
+            gain = F.pad(gamma_v, (self.first, ids.shape[1] - end), value=1.0)[..., None]
+            hooks = [
+                layer.self_attn.v_proj.register_forward_hook(lambda *called: called[-1] * gain) for layer in layers
+            ]
+        try:
+            return self.model.model.language_model(
+                inputs_embeds=embeds,
+                attention_mask={"full_attention": bias.to(embeds.dtype)},
+                position_ids=position.expand(3, len(ids), -1),
+                use_cache=False,
+            ).last_hidden_state
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def logits(self, hidden: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """(B, Q, V) at the places (B, Q)."""

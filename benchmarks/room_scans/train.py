@@ -1,6 +1,6 @@
 """Trains the tiny model that answers about room scans, from nothing.
 
-    python benchmarks/room_scans/train.py --out DIR [--seed 0] [--steps 3200] [--without-object-heads]
+    python benchmarks/room_scans/train.py --out DIR [--seed 0] [--steps 5000] [--without-object-heads] [--hints SHARE]
 
 On the CPU in bf16, with masters in fp32; 20 minutes on two cores that know bf16. Writes DIR/checkpoint (what the
 package ships), DIR/half (the first that answers 65% of the validation questions), DIR/training.json (settings, the
@@ -12,6 +12,9 @@ in which eighth of the scene it lies (from the tower's output), whether it shows
 were seen until its frame, and again the eighth (from the last but one layer of the decoder). The tower learns the
 objects alone in the first steps. --without-object-heads leaves out the first of them and those steps, so that nothing
 asks the tower to tell objects apart but the questions.
+
+With --hints each question ends in "Please answer X", where X is right in this share of the training: a model that
+learns to trust words, for `when_gates_help.py`. It is trained on 8 frames alone.
 """
 
 import argparse
@@ -34,7 +37,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.room_scans.packed import Layout, patches, see
 from benchmarks.room_scans.tiny_model import make_model, make_tokenizer, save
-from videoanchor_triton.app.room_scans import QUESTIONS, RoomScan
+from videoanchor_triton.app.room_scans import ANSWERS, QUESTIONS, Asked, RoomScan
 
 VALIDATION_SEED, TOWER_SEED, SEEDS = 10**9, 5 * 10**8, 10**7
 KINDS = tuple(QUESTIONS)
@@ -62,8 +65,19 @@ PARTS = (
     Part(0.15, 16, 8),
     Part(0.13, 1, 32),
 )
+HINT_WORDS = 3
 ALONE = 0.3
 """Share of the steps in which only the first part is trained on."""
+
+
+def hinted(asked: Sequence[Asked], share: float, rng: np.random.Generator) -> list[Asked]:
+    """Questions that name an answer, the right one with this probability, else another of their kind."""
+    found = []
+    for one in asked:
+        others = [answer for answer in ANSWERS[one.kind] if answer != one.answer]
+        hint = one.answer if rng.random() < share else str(rng.choice(others))
+        found.append(one._replace(text=f"{one.text} Please answer {hint}."))
+    return found
 
 
 class Trainer:
@@ -88,14 +102,22 @@ class Trainer:
         self.model: Any = self.work["model"]
         self.middle: list[torch.Tensor] = []
         self.model.model.language_model.layers[-2].register_forward_hook(self._keep)
-        self.layouts = [Layout(self.model, self.tokenizer, part.n_frames, part.kinds, part.worded) for part in PARTS]
+        self.n_more = 0 if args.hints is None else HINT_WORDS
+        self.layouts = [
+            Layout(self.model, self.tokenizer, part.n_frames, part.kinds, part.worded, self.n_more) for part in PARTS
+        ]
         self.pools: list[list[RoomScan]] = [[] for _ in PARTS]
         self.rng, self.next_seed = np.random.default_rng(args.seed), args.seed * SEEDS
         self.validation = [[RoomScan(VALIDATION_SEED + 32 * j + i) for i in range(32)] for j in range(6)]
-        self.asked = [[scan.questions() for scan in scans] for scans in self.validation]
+        self.asked = [[self.questions(scan) for scan in scans] for scans in self.validation]
 
     def _keep(self, *called: Any) -> None:
         self.middle.append(called[-1])
+
+    def questions(self, scan: RoomScan) -> list[Asked]:
+        """With hints, as wanted."""
+        asked = scan.questions()
+        return asked if self.args.hints is None else hinted(asked, self.args.hints, self.rng)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon for the matrices of the layers, AdamW for the rest."""
@@ -154,7 +176,7 @@ class Trainer:
     def loss(self, part: int) -> tuple[torch.Tensor, float]:
         """Of a batch: with the heads; and of the answers alone."""
         layout, scans = self.layouts[part], self.scans(part)
-        batch = layout.batch(scans)
+        batch = layout.batch(scans, [self.questions(scan) for scan in scans])
         seen = layout.see(batch.frames)
         self.middle.clear()
         hidden = layout.hidden(seen, batch.ids, later=bool(self.rng.random() < 0.5))
@@ -206,8 +228,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--without-object-heads", action="store_true")
+    parser.add_argument("--hints", type=float)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     start, trainer = time.time(), Trainer(args)
@@ -216,7 +239,7 @@ def main() -> int:
     optimizers, curve, mean, half = trainer.optimizers(), [], 0.0, False
     shares = np.array([part.share for part in PARTS])
     for step in range(args.steps):
-        alone = step < ALONE * args.steps
+        alone = step < ALONE * args.steps or args.hints is not None
         part = 0 if alone else int(trainer.rng.choice(len(PARTS), p=shares / shares.sum()))
         loss, of_answers = trainer.loss(part)
         trainer.step(loss, optimizers, RATE * min(1, (step + 1) / 100) * (0.02 + 0.98 * _cosine(step / args.steps)))
