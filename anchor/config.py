@@ -7,9 +7,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torch import Tensor
 
+from .grouping import Group
 from .options import SolverOptions
 from .spectral import AssignLabels
-from .validation import check_choice, check_integer, check_number
+from .validation import check_choice, check_integer, check_keep, check_number
 
 Scorer = Literal["ssc", "knn", "kmeans", "uniform"]
 ScoreFunction = Callable[[Tensor], Tensor]
@@ -50,7 +51,11 @@ class VideoAnchorConfig(SolverOptions):
             authors' code does, see `reproduce`.
         assign_labels: how eigenvectors become labels: "cluster_qr", which has no seed, "kmeans", or "discretize" (the
             authors', whose labels depend on the seed).
-        random_state: seed of "kmeans" and "discretize", in [0, 2^32).
+        random_state: seed of "kmeans" and "discretize", and of group="random", in [0, 2^32).
+        keep: the visual tokens of a prompt that are left once they are merged (this package's own): a share of them in
+            (0, 1], or a number of them, at least 2. 1 merges nothing. A merged token has its group's mean embedding and
+            the sum of its members' gates, see docs/merging.md. It holds in `generate()`.
+        group: how they are grouped, see `group_tokens`: "ward", "farthest", "random" or "tome".
         affine, alpha_e, alpha_z, tol, memory_budget: see `SolverOptions`.
 
     Raises:
@@ -81,6 +86,8 @@ class VideoAnchorConfig(SolverOptions):
     arithmetic: Arithmetic = "exact"
     assign_labels: AssignLabels = "cluster_qr"
     random_state: int = 0
+    keep: float = 1.0
+    group: Group = "ward"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,6 +98,8 @@ class VideoAnchorConfig(SolverOptions):
         if self.pca_rank is not None:
             check_integer("pca_rank", self.pca_rank, low=1)
         check_integer("random_state", self.random_state, low=0, high=2**32 - 1)
+        check_keep(self.keep)
+        check_choice("group", self.group, get_args(Group))
         check_choice("decode", self.decode, get_args(Decode))
         check_choice("arithmetic", self.arithmetic, get_args(Arithmetic))
         check_choice("assign_labels", self.assign_labels, get_args(AssignLabels))
@@ -109,8 +118,15 @@ class VideoAnchorConfig(SolverOptions):
             raise ValueError(f'arithmetic="authors" needs score="published", got score={self.score!r}')
         if self.arithmetic == "authors" and not (self.affine and self.assign_labels == "discretize"):
             raise ValueError('arithmetic="authors" needs affine=True and assign_labels="discretize": use reproduce()')
+        if self.arithmetic == "authors" and self.merges:
+            raise ValueError("keep merges tokens, which the authors' code does not: give reproduce() keep=1")
         if self.arithmetic == "authors" and self.n_clusters == "auto":
             raise ValueError('n_clusters="auto" is not in the authors\' code: give reproduce() a number of clusters')
+
+    @property
+    def merges(self) -> bool:
+        """Whether visual tokens are merged at all."""
+        return self.keep != 1
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "VideoAnchorConfig":

@@ -41,6 +41,7 @@ class AnchorResult:
         converged: every token came within the tolerance.
         duality_gap: (N,) float64 relative duality gap of each token, see `SelfExpression`; None where no such solver
             ran.
+        groups: (N,) int64 the group of each token where `generate()` merged them, see `VideoAnchorConfig.keep`.
         seconds: wall time of each stage, by the device's own clock on CUDA: "pca", "solve", "spectral", "cluster",
             "score", those that ran.
 
@@ -63,6 +64,7 @@ class AnchorResult:
     duality_gap: Tensor | None = None
     eigengap: float | None = None
     in_gap: bool | None = None
+    groups: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 

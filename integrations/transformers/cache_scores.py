@@ -4,6 +4,8 @@ Every cache that an enabled model fills carries a mark. A cache with scores refu
 """
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,42 +35,108 @@ class GateSwitch:
         return GateSwitch, ()
 
 
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """What cache positions stand for where tokens were merged (`VideoAnchorConfig.keep`).
+
+    Attributes:
+        counts: (B, T) fp32 tokens at each position, 1 for text.
+        squares: (B, T) fp32 the mean of their squared scores; `CacheScores.scores` is their mean.
+        places: (B, T) int64 the position in the prompt as it was given; -1 for padding that it does not have.
+        removed: how many positions longer the prompt as it was given is.
+        most: no count is larger.
+    """
+
+    counts: Tensor
+    squares: Tensor
+    places: Tensor
+    removed: int
+    most: int
+
+
 class CacheScores:
     """The scores of a prompt, (B, T) fp32 by cache position; positions from T on are text and score 0.
 
     Args:
         scores: (B, T), T at least 1.
         given: the tensor of `use_scores` that they were taken from.
+        merged: where tokens were merged, else None.
     """
 
-    def __init__(self, scores: Tensor, given: Tensor | None = None) -> None:
-        self.scores, self.given = scores, given
-        self._gate: tuple[VideoAnchorConfig, int, LayerGate] | None = None
+    def __init__(self, scores: Tensor, given: Tensor | None = None, merged: Merged | None = None) -> None:
+        self.scores, self.given, self.merged = scores, given, merged
+        self._gate: tuple[VideoAnchorConfig, tuple[int, bool], LayerGate] | None = None
 
-    def __reduce__(self) -> tuple[type["CacheScores"], tuple[Tensor]]:
-        return CacheScores, (self.scores,)
+    def __reduce__(self) -> tuple[type["CacheScores"], tuple[Any, ...]]:
+        return CacheScores, (self.scores, None, self.merged)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "CacheScores":
+        """With every (B, T) tensor changed alike."""
+        merged = self.merged
+        if merged is not None:
+            parts = {name: change(getattr(merged, name)) for name in ("counts", "squares", "places")}
+            merged = replace(merged, **parts)
+        return CacheScores(change(self.scores), self.given, merged)
 
     def first(self, positions: int) -> "CacheScores | None":
-        """The scores of the first cache positions: less of them where a cache was cropped, None where it is empty."""
+        """The scores of the first cache positions: less of them where a cache was cropped, None where it is empty.
+
+        Raises:
+            RuntimeError: some of the merged tokens were cut off.
+        """
         if self.scores.shape[1] <= positions:
             return self
+        if positions and self.merged is not None:
+            raise RuntimeError(
+                f"the cache was cropped to {positions} positions, inside a prompt of {self.scores.shape[1]} with "
+                "merged tokens (keep), of which nobody knows the rest any more: start from a new cache"
+            )
         return CacheScores(self.scores[:, :positions]) if positions else None
 
-    def gate(self, config: VideoAnchorConfig, room: int = 0) -> LayerGate:
+    def followed_by(self, new: "CacheScores", past: int) -> "CacheScores":
+        """These, text up to cache position `past`, and then `new`."""
+        scores = torch.cat([F.pad(self.scores, (0, past - self.scores.shape[1])), new.scores], 1)
+        if self.merged is None and new.merged is None:
+            return CacheScores(scores)
+        before = self.merged or not_merged(self.scores, 0, 0)
+        text = not_merged(scores[:, self.scores.shape[1] : past], self.scores.shape[1], before.removed)
+        later = new.merged or not_merged(new.scores, past, before.removed)
+        parts = {
+            name: torch.cat([getattr(part, name) for part in (before, text, later)], 1)
+            for name in ("counts", "squares", "places")
+        }
+        return CacheScores(scores, None, Merged(**parts, removed=later.removed, most=max(before.most, later.most)))
+
+    def gate(self, config: VideoAnchorConfig, room: int = 0, counts_only: bool = False) -> LayerGate:
         """The factors 1 + alpha * score (arXiv 2509.25151) of at least `room` positions, computed once for each config;
         of those of keys the logarithm, once for all layers and steps.
 
         A static cache asks for as many positions as it has room for, so that decoding, which is compiled there, is not
         compiled again for a prompt of another length.
+
+        Args:
+            counts_only: as if all scores were 0; merged tokens stand for several all the same.
         """
-        if self._gate is not None and self._gate[0] is config and self._gate[1] == room:
+        if self._gate is not None and self._gate[0] is config and self._gate[1] == (room, counts_only):
             return self._gate[2]
         scores = F.pad(self.scores, (0, max(room - self.scores.shape[1], 0)))
-        gate = (_authors_gate if config.arithmetic == "authors" else _exact_gate)(scores, config)
+        if counts_only:
+            gate = LayerGate()
+        else:
+            gate = (_authors_gate if config.arithmetic == "authors" else _exact_gate)(scores, config)
+        if self.merged is not None:
+            gate = _merged_gate(gate, scores, self.merged, config)
         # what a compiled step makes, a CUDA graph overwrites in the next one
         if not torch.compiler.is_compiling():
-            self._gate = config, room, gate
+            self._gate = config, (room, counts_only), gate
         return gate
+
+
+def not_merged(scores: Tensor, first: int, removed: int) -> Merged:
+    """What `Merged` is of single tokens with these scores (B, T), from cache position `first` on, where a prompt was
+    shortened by `removed` before."""
+    places = torch.arange(first, first + scores.shape[1], device=scores.device) + removed
+    return Merged(torch.ones_like(scores), scores.square(), places.expand_as(scores), removed, 1)
 
 
 def _exact_gate(scores: Tensor, config: VideoAnchorConfig) -> LayerGate:
@@ -78,6 +146,28 @@ def _exact_gate(scores: Tensor, config: VideoAnchorConfig) -> LayerGate:
         # scores are within [0, 1], so that the bounds are known without a look at them
         gate_form="post-exp" if 1.0 + config.alpha_k <= POST_EXP_LIMIT else "log-bias",
         gamma_q=1.0 + config.alpha_q * scores if config.alpha_q else None,
+    )
+
+
+def _merged_gate(gate: LayerGate, scores: Tensor, merged: Merged, config: VideoAnchorConfig) -> LayerGate:
+    """A key of a group has the sum of its members' factors, n (1 + alpha_k m1), and its value their mean gain weighted
+    by these, 1 + alpha_v (m1 + alpha_k m2) / (1 + alpha_k m1), where m1 and m2 are the means of s and s^2.
+
+    Args:
+        gate: of the mean scores m1, (B, T).
+    """
+    room = (0, scores.shape[1] - merged.counts.shape[1])
+    counts, squares = F.pad(merged.counts, room, value=1.0), F.pad(merged.squares, room)
+    log_counts = counts.log()
+    gamma_v = gate.gamma_v
+    if gamma_v is not None:
+        gain = (scores + config.alpha_k * squares) / (1.0 + config.alpha_k * scores)
+        gamma_v = 1.0 + config.alpha_v * gain
+    return replace(
+        gate,
+        log_gamma_k=log_counts if gate.log_gamma_k is None else gate.log_gamma_k + log_counts,
+        gamma_v=gamma_v,
+        gate_form="post-exp" if merged.most * (1.0 + config.alpha_k) <= POST_EXP_LIMIT else "log-bias",
     )
 
 
@@ -127,12 +217,13 @@ def room_of(cache: Cache | None) -> int:
     return max(getattr(layer, "max_cache_len", 0) for layer in layers)
 
 
-def for_rows(scores: Tensor, batch: int, embeds: Tensor | None) -> Tensor:
+def for_rows(scores: CacheScores, batch: int, embeds: Tensor | None) -> CacheScores:
     """Scores of prompts for a batch in which each may stand several times, side by side (beams)."""
-    if batch % scores.shape[0]:
-        raise ValueError(f"got scores of {scores.shape[0]} rows for a batch of {batch}")
-    scores = scores.repeat_interleave(batch // scores.shape[0], 0)
-    return scores if embeds is None else scores.to(embeds.device)
+    n_rows = len(scores.scores)
+    if batch % n_rows:
+        raise ValueError(f"got scores of {n_rows} rows for a batch of {batch}")
+    device = scores.scores.device if embeds is None else embeds.device
+    return scores.each(lambda x: x.repeat_interleave(batch // n_rows, 0).to(device))
 
 
 def is_marked(cache: Cache | None) -> bool:
@@ -186,12 +277,12 @@ class _ScoredCache:
         super().batch_repeat_interleave(repeats)  # pyright: ignore[reportAttributeAccessIssue]
         held = cached_scores(self)
         if held is not None:
-            setattr(self, _SCORES, CacheScores(held.scores.repeat_interleave(repeats, 0), held.given))
+            setattr(self, _SCORES, held.each(lambda x: x.repeat_interleave(repeats, 0)))
 
     def _choose(self, rows: Tensor) -> None:
         held = cached_scores(self)
         if held is not None:
-            setattr(self, _SCORES, CacheScores(held.scores[rows.to(held.scores.device)], held.given))
+            setattr(self, _SCORES, held.each(lambda x: x[rows.to(x.device)]))
 
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
         return _empty_scored, (type(self).__mro__[2],), self.__dict__

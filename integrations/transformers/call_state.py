@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .cache_scores import CacheScores
@@ -104,7 +105,10 @@ class Prompt:
         chunk_size: the positions of a pass where the prompt is prefilled in chunks, else None.
         passes: forward passes that prefill still takes.
         encoded: what the encoder made of all its images and of all its videos, until the last chunk has got its part.
-        scores: (B, M) of a prompt that is prefilled in chunks, once they are made.
+        scores: (B, M) of a prompt that is prefilled in chunks, or whose tokens were merged, once they are made.
+        given_ids: (B, L) the prompt of generate() where its tokens were merged.
+        n_short: positions of the prompt that took its place.
+        handed_out: all of the scores are on the cache.
     """
 
     new_ids: Tensor | None
@@ -112,7 +116,44 @@ class Prompt:
     chunk_size: int | None
     passes: int
     encoded: dict[str, Any] = field(default_factory=dict)
-    scores: Tensor | None = None
+    scores: CacheScores | None = None
+    given_ids: Tensor | None = None
+    n_short: int = 0
+    handed_out: bool = False
+
+    @property
+    def merged(self) -> bool:
+        """Whether its tokens were merged."""
+        return self.given_ids is not None
+
+    @property
+    def planned(self) -> bool:
+        """Whether its scores are made of the whole of it, and handed out by position."""
+        return not self.handed_out and (bool(self.encoded) or self.merged)
+
+    def part(self, past: int, n_queries: int, *, cached: bool) -> CacheScores:
+        """The scores of at most `n_queries` positions from cache position `past` on; what follows the prompt is text.
+        Without a cache each pass asks for all of them again."""
+        assert self.scores is not None
+        first = past - self.start
+        new = self.scores.each(lambda x: x[:, first : first + n_queries])
+        self.handed_out = cached and first + n_queries >= self.scores.scores.shape[1]
+        if self.handed_out:
+            self.encoded = {}
+        return new
+
+    def whole(self, output: Any) -> Any:
+        """What generate() returns, with the prompt as it was given in front of what was generated."""
+        if self.given_ids is None:
+            return output
+        short: Tensor = output if isinstance(output, Tensor) else output.sequences
+        ids = self.given_ids.to(short.device)
+        ids = ids.repeat_interleave(len(short) // len(ids), 0)
+        whole = torch.cat([ids, short[:, self.n_short :]], 1)
+        if isinstance(output, Tensor):
+            return whole
+        output.sequences = whole
+        return output
 
 
 def prompt_of(call: Mapping[str, Any], chunk_size: int | None) -> Prompt:

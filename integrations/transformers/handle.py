@@ -17,7 +17,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
@@ -38,6 +37,7 @@ from .cache_scores import (
 )
 from .call_state import CallState, CallStates, GivenScores, Prompt, arguments, check_single_steps, options_of, prompt_of
 from .frames import frames_of_rows, frames_of_videos, images_of
+from .merging import Merging
 from .scoring import AnchorScores, Known, score_rows, tensor_parallel_group
 from .undoable import add_hook, replace_method, set_attention
 from .visual_tokens import VisualTokens, feature_rows
@@ -91,6 +91,12 @@ class Handle:
                 replace_method(
                     base, f"get_{modality}_features", functools.partial(self._around_features, modality), undo
                 )
+            self._merging = None
+            if config.merges:
+                score, last = self._score, lambda: self.last
+                parts = self._tokens, config, self._calls, self._given, score, last, self._group
+                self._merging = Merging(base, *parts)
+                self._merging.install(generating, undo)
             for hook in (
                 base.register_forward_pre_hook(self._before_merge, with_kwargs=True),
                 base.register_forward_hook(self._after_merge, always_call=True),
@@ -153,12 +159,14 @@ class Handle:
             check_chunked_prefill(model, self._base, chunk_size)
         if self.config.decode == "prefill":
             check_single_steps(options)
+        if self._merging is not None:
+            self._merging.check_options(options)
         outer = self._call.prompt, self._call.known
         self._call.prompt = prompt_of(call, chunk_size)
         self._call.known = [] if options.get("use_cache") is False else None  # each step sees the prompt again
         self.last = []
         try:
-            return generate(*args, **kwargs)
+            return self._call.prompt.whole(generate(*args, **kwargs))
         finally:
             self._call.clear()
             self._call.prompt, self._call.known = outer
@@ -175,7 +183,7 @@ class Handle:
             output = encode(*args, **kwargs)
         finally:
             call.encoding = False
-        if self.config.score == "cross_frame":
+        if self.config.score == "cross_frame" or self.config.merges:
             if modality == "video":
                 call.steps = frames_of_videos(given)
             else:
@@ -192,8 +200,8 @@ class Handle:
     def _see(self, modalities: frozenset[str]) -> None:
         """Finds where this pass merges features of these modalities."""
         call = self._call
-        if call.prompt is not None and call.prompt.encoded:
-            return  # a chunk: the whole prompt is scored at once
+        if call.prompt is not None and call.prompt.planned:
+            return  # a chunk, or merged: the whole prompt is scored at once
         call.modalities = modalities
         call.visual, call.columns = self._tokens.positions(modalities, call.input_ids, call.embeds)
         call.video = self._tokens.of_videos(call.input_ids, call.embeds)
@@ -212,6 +220,8 @@ class Handle:
             "video": inputs.get("pixel_values_videos"),
         }
         modalities = frozenset(name for name in pixels if pixels[name] is not None or name in encoded)
+        if self._merging is not None:
+            self._merging.check_forward(inputs, bool(modalities))
         if call.encoded_rows and any(
             len(feature_rows(encoded[name])) < call.encoded_rows.pop(name, 0) for name in encoded
         ):
@@ -239,10 +249,10 @@ class Handle:
         cache: Cache | None = inputs.get("past_key_values")
         embeds: Tensor | None = inputs.get("inputs_embeds")
         batch, n_queries = (inputs["input_ids"] if embeds is None else embeds).shape[:2]
-        self._check_pass(module, given)
-
         held = cached_scores(cache)
-        chunks = call.prompt if call.prompt is not None and call.prompt.encoded and given is None else None
+        self._check_pass(module, given, held)
+
+        chunks = call.prompt if call.prompt is not None and call.prompt.planned and given is None else None
         taken = given is None or (held is not None and held.given is given and held.scores.shape[1] == given.shape[1])
         asked = call.visual is not None or chunks is not None or not taken
         find_gate = self._find_gate_uncompiled if asked else self._find_gate  # pyright: ignore[reportAttributeAccessIssue]
@@ -269,12 +279,9 @@ class Handle:
             held = held.first(past)  # cropped behind the cache's back
         if given is not None:
             if past is not None and (past < given.shape[1] or not is_marked(cache)):
-                held = CacheScores(for_rows(given[:, : past + n_queries], batch, embeds), given)
-        elif (new := self._new_scores(chunks, embeds, batch, past, n_queries)) is not None:
-            before = new.new_zeros(batch, past or 0)
-            if held is not None:
-                before[:, : held.scores.shape[1]] = held.scores
-            held = CacheScores(torch.cat([before, new], 1))
+                held = for_rows(CacheScores(given[:, : past + n_queries], given), batch, embeds)
+        elif (new := self._new_scores(chunks, cache, embeds, past or 0, shape)) is not None:
+            held = (held or CacheScores(new.scores[:, :0])).followed_by(new, past or 0)
         gate = self._gate(held, cache, past, n_queries)
         call.visual = None
         if cache is None:
@@ -288,8 +295,13 @@ class Handle:
         """For tokens to score: nothing for a compiler, and what a cache keeps must not lie in a CUDA graph's memory."""
         return self._find_gate(*arguments)
 
-    def _check_pass(self, module: nn.Module, given: Tensor | None) -> None:
+    def _check_pass(self, module: nn.Module, given: Tensor | None, held: CacheScores | None) -> None:
         """Raise unless this pass of the language model can be gated."""
+        if held is not None and held.merged is not None and (self._merging is None or given is not None):
+            raise RuntimeError(
+                "this cache holds merged tokens (keep), whose counts are not in given scores, and whose places only "
+                "generate() with keep knows: continue it with the settings it was filled with, or start from a new one"
+            )
         if not self._call.merging and given is None:
             raise RuntimeError(
                 f"{type(module).__name__} was called by itself, and VideoAnchor cannot know which of its inputs are "
@@ -304,30 +316,31 @@ class Handle:
             )
 
     def _new_scores(
-        self, chunks: Prompt | None, embeds: Tensor | None, batch: int, past: int | None, n_queries: int
-    ) -> Tensor | None:
-        """(B, n_queries) scores of the positions of this pass, or None where it brings no visual token."""
+        self, chunks: Prompt | None, cache: Cache | None, embeds: Tensor | None, past: int, shape: tuple[int, int]
+    ) -> CacheScores | None:
+        """Scores of the positions of this pass, of `shape`, or None where it brings no visual token."""
         call = self._call
         if chunks is not None:
             if chunks.scores is None:
                 if chunks.new_ids is None:
                     raise ValueError("chunked prefill of embeddings: give the scores, by handle.use_scores(scores)")
+                self._tokens.check_cut(chunks.new_ids, chunks.encoded)
                 rows, visual, columns = self._tokens.merged(chunks.new_ids, chunks.encoded)
-                chunks.scores = self._score(rows, visual, columns, self._tokens.of_videos(chunks.new_ids, None))
-            first = (past or 0) - chunks.start
-            new = chunks.scores[:, first : first + n_queries]
-            if first + n_queries >= chunks.scores.shape[1]:
-                chunks.encoded = {}
-            return for_rows(F.pad(new, (0, n_queries - new.shape[1])), batch, embeds)
+                of_videos = self._tokens.of_videos(chunks.new_ids, None)
+                chunks.scores = CacheScores(self._score(rows, visual, columns, of_videos))
+            return for_rows(chunks.part(past, shape[1], cached=cache is not None), shape[0], embeds)
         if call.visual is None or embeds is None:
             return None
         visual, columns = call.visual.to(embeds.device), [places.to(embeds.device) for places in call.columns]
-        return self._score((embeds[row, places] for row, places in enumerate(columns)), visual, columns, call.video)
+        rows = (embeds[row, places] for row, places in enumerate(columns))
+        return CacheScores(self._score(rows, visual, columns, call.video))
 
     def _gate(self, held: CacheScores | None, cache: Cache | None, past: int | None, n_queries: int) -> LayerGate:
-        if (self.config.decode == "prefill" and self._decodes(n_queries)) or held is None:
+        off = self.config.decode == "prefill" and self._decodes(n_queries)
+        if held is None or (off and held.merged is None):
             return LayerGate()
-        return replace(held.gate(self.config, room_of(cache)), n_positions=None if past is None else past + n_queries)
+        gate = held.gate(self.config, room_of(cache), counts_only=off)
+        return replace(gate, n_positions=None if past is None else past + n_queries)
 
     def _decodes(self, n_queries: int) -> bool:
         """Whether this pass comes after the prompt; outside generate(), whether it looks like that."""

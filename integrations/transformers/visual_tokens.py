@@ -72,24 +72,27 @@ class VisualTokens:
         tokens = [token for name, token in visual_token_ids(self._base.config).items() if name != "image"]
         return self._placeholders(tokens, input_ids, embeds)
 
+    def check_cut(self, ids: Tensor, encoded: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            NotImplementedError: transformers does not hand all of these features out by chunk.
+        """
+        for modality, output in encoded.items():
+            token = getattr(self._base.config, f"{modality}_token_id")  # by which generate() cuts them
+            if int((ids == token).sum()) != len(feature_rows(output)):
+                raise NotImplementedError(
+                    f"{type(self._base).__name__} puts its {modality} features elsewhere than at token {token}, by "
+                    "which transformers cuts them into chunks, and would lose them: leave prefill_chunk_size out"
+                )
+
     def merged(self, ids: Tensor, encoded: Mapping[str, Any]) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """The visual tokens (n, D) of each row of a prompt, as the model will merge them, and their `positions`.
 
         Args:
             ids: (B, M) the token ids of the whole prompt.
             encoded: of each modality, what `get_image_features` or `get_video_features` returned.
-
-        Raises:
-            NotImplementedError: transformers does not hand all of these features out by chunk.
         """
         features = {modality: feature_rows(output) for modality, output in encoded.items()}
-        for modality, rows in features.items():
-            token = getattr(self._base.config, f"{modality}_token_id")  # by which generate() cuts them
-            if int((ids == token).sum()) != len(rows):
-                raise NotImplementedError(
-                    f"{type(self._base).__name__} puts its {modality} features elsewhere than at token {token}, by "
-                    "which transformers cuts them into chunks, and would lose them: leave prefill_chunk_size out"
-                )
         visual, columns = self.positions(features, ids, None)
         chosen = torch.cat([row[places] for row, places in zip(ids, columns, strict=True)])
         merged: Tensor = self._base.get_input_embeddings()(chosen).detach().clone()

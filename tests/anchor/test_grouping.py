@@ -1,0 +1,161 @@
+"""Groups of visual tokens: as many as asked for, the same each time, and what each rule promises."""
+
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from videoanchor_triton.anchor.grouping import Group, Groups, group_means, group_tokens
+
+RULES = get_args(Group)
+
+
+def clip(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Tokens of a few patches of colour that stand still, with noise, and their grid."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = torch.cartesian_prod(*map(torch.arange, (4, 5, 6)))
+    patches = torch.randn(4, 24, generator=generator)[2 * (grid[:, 1] // 3) + grid[:, 2] // 3]
+    return patches + 0.1 * torch.randn(len(grid), 24, generator=generator), grid
+
+
+def angles(grid: Tensor) -> Tensor:
+    phase = grid.sum(1, keepdim=True) * 10000.0 ** -torch.linspace(0, 1, 8)
+    return torch.cat([phase.cos(), phase.sin()], 1)
+
+
+def spread(x: Tensor, groups: Groups) -> float:
+    """The squared distances within groups, over those around the mean of all."""
+    return float((x - groups.means(x)[groups.member]).square().sum() / (x - x.mean(0)).square().sum())
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("k", [1, 2, 17, 60, 119, 120])
+@pytest.mark.parametrize("kind", ["clip", "equal", "zero", "line"])
+def test_exactly_k_groups(rule: Group, k: int, kind: str) -> None:
+    x, grid = clip()
+    if kind == "equal":
+        x = x[:1].expand(len(x), -1)
+    elif kind == "zero":
+        x = torch.zeros_like(x)
+    options = {} if kind == "line" else {"grid": grid, "positions": grid, "rotary": angles(grid)}
+    groups = group_tokens(x, k, rule, **options)
+    assert len(groups.kept) == k == len(groups.counts())
+    assert int(groups.counts().min()) >= 1
+    assert int(groups.counts().sum()) == len(x)
+    assert (groups.kept.diff() > 0).all()
+    assert torch.equal(groups.member[groups.kept], torch.arange(k))
+    again = group_tokens(x, k, rule, **options)
+    assert all(map(torch.equal, groups, again))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_few_tokens(rule: Group, n: int) -> None:
+    for k in range(1, n + 1):
+        assert len(group_tokens(torch.randn(n, 8), k, rule).kept) == k
+
+
+@pytest.mark.parametrize("rule", ["ward", "farthest"])
+def test_patches_are_found(rule: Group) -> None:
+    """Four patches that stand still are four groups, whatever the noise; at random they are not."""
+    x, grid = clip()
+    patch = 2 * (grid[:, 1] // 3) + grid[:, 2] // 3
+    groups = group_tokens(x, 4, rule, grid=grid)
+    pairs = torch.stack([groups.member, patch]).unique(dim=1)
+    assert pairs.shape[1] == 4, "one group, one patch"
+    found = group_tokens(x, 4, "random", grid=grid, seed=1)
+    assert torch.stack([found.member, patch]).unique(dim=1).shape[1] > 4, "the check can fail"
+
+
+def test_ward_merges_the_cheapest_neighbours() -> None:
+    """In a line: 0 and 0.1 and then 5 and 5.2; 0.05 stands far from 0 and has no neighbour that is like it."""
+    x = torch.tensor([[0.0], [0.1], [5.0], [5.2], [0.05]])
+    assert group_tokens(x, 4).member.tolist() == [0, 0, 1, 2, 3]
+    assert group_tokens(x, 3).member.tolist() == [0, 0, 1, 1, 2]
+
+
+def test_ward_spreads_least() -> None:
+    x, grid = clip(seed=3)
+    found = {rule: spread(x, group_tokens(x, 20, rule, grid=grid)) for rule in RULES}
+    assert found["ward"] < found["random"]
+    assert found["ward"] < found["tome"]
+
+
+def test_ward_has_no_bridge_between_distant_tokens_until_nothing_else_is_left() -> None:
+    """Two islands in the grid, with equal tokens: each is one group, and they merge last."""
+    x = torch.randn(1, 8).expand(8, -1)
+    grid = torch.tensor([[0, 0, column] for column in (0, 1, 2, 3, 10, 11, 12, 13)])
+    assert group_tokens(x, 2, grid=grid).member.tolist() == [0] * 4 + [1] * 4
+    assert len(group_tokens(x, 1, grid=grid).kept) == 1
+
+
+def test_farthest_covers_the_outliers() -> None:
+    """Each of three single tokens far away is a representative, which ward gives up for the wall."""
+    x = torch.cat([0.5 * torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), 20 * torch.eye(4)[:3]])
+    kept = group_tokens(x, 5, "farthest").kept
+    assert {60, 61, 62} <= set(kept.tolist())
+
+
+def test_farthest_is_the_greedy_k_centre() -> None:
+    x, grid = clip(seed=2)
+    groups = group_tokens(x, 9, "farthest", grid=grid)
+    z = (x - x.mean(0)).double()
+    chosen = [int(z.square().sum(1).argmax())]
+    while len(chosen) < 9:
+        chosen.append(int(torch.cdist(z, z[chosen]).amin(1).argmax()))
+    assert sorted(chosen) == groups.kept.tolist()
+    assert torch.equal(torch.cdist(z, z[groups.kept]).argmin(1), groups.member)
+
+
+def test_rotary_angles_keep_places_apart() -> None:
+    """Two contents by turns, along a line: with angles, a group is one content within a stretch of it."""
+    place = torch.arange(64)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, generator=generator)[place % 2] + 1e-2 * torch.randn(64, 8, generator=generator)
+    phase = place[:, None] * 0.05
+
+    def stretches(rotary: Tensor | None) -> bool:
+        member = group_tokens(x, 8, "farthest", rotary=rotary).member
+        first, second = member[0::2], member[1::2]
+        runs = sum(len(one.unique_consecutive()) for one in (first, second))
+        return runs == 8 and not set(first.tolist()) & set(second.tolist())
+
+    assert stretches(torch.cat([phase.cos(), phase.sin()], 1))
+    assert not stretches(None), "the check can fail"
+
+
+def test_representative_is_nearest_to_the_mean_place() -> None:
+    x = torch.tensor([[0.0], [0.0], [0.0], [9.0]])
+    positions = torch.tensor([[0], [1], [5], [9]])
+    assert group_tokens(x, 2, positions=positions).kept.tolist() == [1, 3]
+
+
+def test_random_depends_on_the_seed_alone() -> None:
+    x, grid = clip()
+    one, two = (group_tokens(x, 30, "random", grid=grid, seed=seed) for seed in (0, 1))
+    assert not torch.equal(one.kept, two.kept)
+    assert torch.equal(group_tokens(-x, 30, "random", grid=grid, seed=0).kept, one.kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_means(dtype: torch.dtype) -> None:
+    x = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    member = torch.arange(50) % 6
+    expected = torch.stack([x[member == group].double().mean(0) for group in range(6)])
+    found = group_means(x, member, 6)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, atol=1e-7, rtol=2 * torch.finfo(dtype).eps + 1e-6)
+
+
+def test_bad_input() -> None:
+    x, _ = clip()
+    for k in (0, 121, -1):
+        with pytest.raises(ValueError, match=r"k must be >= 1 and <= 120, got"):
+            group_tokens(x, k)
+    with pytest.raises(TypeError, match=r"k must be an integer, got 0\.5"):
+        group_tokens(x, 0.5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="group must be one of 'ward', 'farthest'"):
+        group_tokens(x, 3, "k-means")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="X must be finite"):
+        group_tokens(x.where(x < 1, torch.nan), 3)
