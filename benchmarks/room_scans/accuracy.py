@@ -9,7 +9,8 @@ scans: accuracy by kind, and the paired difference with a 95% interval by bootst
     rounded  weights and caches in fewer bits
     gate     strengths, with the scores of subspaces, their controls (permuted, uniform) and the truth (1 on tokens that
              show an object)
-    keep     fewer visual tokens
+    keep     fewer visual tokens: merged with counts, by each rule; and what that is compared with, merged as if each
+             group were one token ("no counts"), and representatives alone ("dropped")
 
 Writes DIR/accuracy.json, .md and .png. The exit status is 1 if a path changes an answer.
 """
@@ -19,10 +20,11 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -34,15 +36,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import videoanchor_triton as va
 from benchmarks.helpers import report
 from benchmarks.helpers.environment import environment, processor
+from videoanchor_triton.anchor.grouping import Group, Groups
 from videoanchor_triton.app.evaluation.paired import ALL, Difference, compare, groups_of
 from videoanchor_triton.app.prompt import video_metadata
 from videoanchor_triton.app.room_scans import CHECKPOINT, TEST_SEED, RoomScan
+from videoanchor_triton.integrations.transformers import merging
+from videoanchor_triton.integrations.transformers.short_prompt import MergedFeatures
 
 NAME = "accuracy"
 SCORES: dict[str, Any] = {"n_clusters": 12, "pca_rank": 32}
 """For 96 visual tokens."""
 OFF = va.VideoAnchorConfig(alpha_k=0.0, alpha_v=0.0, scorer="uniform", n_clusters=1)
-PUBLISHED = va.VideoAnchorConfig.preset("internvl2-8b", **SCORES)
+KEEP = replace(OFF, keep=0.25, group="farthest")
+
+
+Kept = Literal["merged", "no counts", "dropped"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class Way:
         cache: makes what keys and values are kept in.
         round_weights: what is done to each weight of the decoder's linear layers.
         truth: scores are 1 on tokens that show an object, else 0.
+        groups: what becomes of groups of tokens, where `config` makes some.
     """
 
     group: str
@@ -67,6 +76,7 @@ class Way:
     cache: Callable[[], Any] | None = None
     round_weights: Callable[[Tensor], Tensor] | None = None
     truth: bool = False
+    groups: Kept = "merged"
 
 
 class RoundedCache(DynamicCache):
@@ -110,7 +120,7 @@ def ways() -> list[Way]:
     strengths = [(0.5, 0.0), (2.0, 0.0), (9.5, 0.0), (0.0, 1.0), (2.0, 1.0)]
     named = {f"alpha_k {k:g}, alpha_v {v:g}": {"alpha_k": k, "alpha_v": v} for k, v in strengths}
     named["published (q 4, k 9.5, v 2.5)"] = {"alpha_q": 4.0, "alpha_k": 9.5, "alpha_v": 2.5}
-    controls: dict[str, dict[str, Any]] = {
+    scores: dict[str, dict[str, Any]] = {
         "subspaces": {},
         "permuted": {"score": "permuted"},
         "uniform": {"scorer": "uniform"},
@@ -128,12 +138,40 @@ def ways() -> list[Way]:
         Way("rounded", "cache in fp8", OFF, cache=lambda: RoundedCache(e4m3)),
     ]
     for name, strength in named.items():
-        for control, options in controls.items():
-            found.append(Way("gate", f"{name}, {control}", gate(**strength, **options)))
+        for score, options in scores.items():
+            found.append(Way("gate", f"{name}, {score}", gate(**strength, **options)))
         found.append(Way("gate", f"{name}, truth", gate(**strength, scorer="uniform"), truth=True))
     weak = {"alpha_k": 2.0, "alpha_v": 0.0}
     found.append(Way("gate", "alpha_k 2, alpha_v 0, subspaces, prefill alone", gate(**weak, decode="prefill")))
+    for keep in (0.5, 0.25, 0.1):
+        for group in get_args(Group):
+            found.append(Way("keep", f"keep {keep:g}, {group}", replace(OFF, keep=keep, group=group)))
+        controls: list[tuple[Kept, Group]] = [("no counts", "ward"), ("dropped", "farthest"), ("dropped", "random")]
+        for groups, group in controls:
+            config = replace(OFF, keep=keep, group=group)
+            found.append(Way("keep", f"keep {keep:g}, {group}, {groups}", config, groups=groups))
+    found.append(Way("keep", "keep 0.25, farthest, chunks of 10", KEEP, options={"prefill_chunk_size": 10}))
+    found.append(Way("keep", "keep 0.25, farthest, a prompt at a time", KEEP, n_rows=1))
     return found
+
+
+def representatives(output: Any, groups: Sequence[Groups]) -> MergedFeatures:
+    """In place of `features_of_groups`: of each group the features of one member."""
+    sizes = [len(one.member) for one in groups]
+    parts = torch.cat(list(output["pooler_output"])).split(sizes)
+    return MergedFeatures(output, [[part[one.kept] for part, one in zip(parts, groups, strict=True)]])
+
+
+@contextmanager
+def as_wanted(groups: str) -> Iterator[None]:
+    """Groups without counts, or their representatives alone."""
+    with ExitStack() as stack:
+        if groups != "merged":
+            ones = mock.patch.object(Groups, "counts", lambda self: torch.ones_like(self.kept))
+            stack.enter_context(ones)
+        if groups == "dropped":
+            stack.enter_context(mock.patch.object(merging, "features_of_groups", representatives))
+        yield
 
 
 class Asker:
@@ -185,7 +223,7 @@ class Asker:
     def right(self, way: Way, progress: Callable[[int, int], None] | None = None) -> tuple[np.ndarray, list[str]]:
         """(N,) 1 where a reply is the answer, else 0; and the replies."""
         model, replies = self.model(way), []
-        with self._gated(model, way):
+        with as_wanted(way.groups), self._gated(model, way):
             for start in range(0, len(self.asked), way.n_rows):
                 numbers = range(start, min(start + way.n_rows, len(self.asked)))
                 inputs = self.inputs(numbers)
