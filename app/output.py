@@ -20,7 +20,7 @@ from .video.reader import VideoClip
 
 if TYPE_CHECKING:  # these import transformers, and the folder is checked before that
     from ..anchor.scores import AnchorResult
-    from .pipeline import Answer
+    from .answer import Answer
 
 
 def check_folder(path: Path) -> None:

@@ -22,6 +22,7 @@ from ..integrations.transformers.attention import IMPLEMENTATION
 from ..integrations.transformers.enable import enable
 from ..integrations.transformers.handle import Handle
 from ..integrations.transformers.visual_tokens import find_multimodal_model
+from .answer import Answer, GateEffect
 from .budget import check_fits
 from .checkpoint import cannot_load, check_dtype, check_splits, first_line, read_config, read_processor
 from .machine import devices_of
@@ -30,76 +31,6 @@ from .score_cache import ScoreCache
 from .stage_times import gpus_of, stage_times
 from .token_grid import TokenGrid
 from .video.reader import Sampling, read_video
-
-
-@dataclass(frozen=True)
-class GateEffect:
-    """How far the gate moved an answer, by its first token.
-
-    Args:
-        token: the likeliest one with the gate: the first of the answer, but for beams.
-        probability: that the model gives it, with the gate.
-        probability_without: the same without a gate.
-        token_without: the likeliest one without a gate.
-    """
-
-    token: str
-    probability: float
-    probability_without: float
-    token_without: str
-
-
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """What `ask` returns.
-
-    Args:
-        text: as generated.
-        n_prompt_tokens, n_visual_tokens, n_generated_tokens: counts.
-        grids: where the visual tokens of each video and image lie, in the order of the prompt.
-        anchor: scores and labels of all visual tokens, in the order of the prompt.
-        seconds: by stage: decode_video and load_model (of `ask`), vision, ssc, prefill, decode, decode_per_token,
-            generate (all of the call).
-        device: the name of the GPU that holds the model's first layers, or "cpu".
-        peak_memory_bytes: of the allocators of all GPUs together; None on a CPU.
-        gate_effect: how far the gate moved it; None where nobody asked.
-
-    Examples:
-        >>> import torch
-        >>> import videoanchor_triton as va
-        >>> from videoanchor_triton.app.token_grid import TokenGrid
-        >>> grids = [TokenGrid(t=2, h=3, w=4), TokenGrid(t=1, h=3, w=4)]
-        >>> anchor = va.AnchorResult(scores=torch.rand(36), labels=torch.zeros(36, dtype=torch.int64))
-        >>> answer = va.Answer("left", 40, 36, 1, grids, anchor, {}, "cpu", None)
-        >>> parts = answer.anchor.scores.split([grid.n_tokens for grid in answer.grids])
-        >>> grids[0].arrange(parts[0].numpy()).shape  # (time, row, column)
-        (2, 3, 4)
-
-    See Also:
-        ask: returns it.
-    """
-
-    text: str
-    n_prompt_tokens: int
-    n_visual_tokens: int
-    n_generated_tokens: int
-    grids: list[TokenGrid]
-    anchor: AnchorResult
-    seconds: dict[str, float]
-    device: str
-    peak_memory_bytes: int | None
-    gate_effect: GateEffect | None = None
-
-    @property
-    def grid(self) -> TokenGrid:
-        """Of the only video.
-
-        Raises:
-            ValueError: there are several.
-        """
-        if len(self.grids) != 1:
-            raise ValueError(f"grid: the prompt has {len(self.grids)} videos and images; use grids")
-        return self.grids[0]
 
 
 def ask(

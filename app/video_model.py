@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from ..anchor.config import VideoAnchorConfig
 from ..anchor.timing import Progress
 from . import pipeline
+from .answer import Answer
 from .batch.shared_prefill import SharedPrefill
 from .libraries import prepare_libraries
-from .pipeline import Answer
 from .score_cache import ScoreCache
 from .video.reader import VideoClip
 

@@ -13,8 +13,9 @@ from ...anchor.config import VideoAnchorConfig
 from ...anchor.timing import Progress
 from ...integrations.transformers.backbones import visual_token_ids
 from ...integrations.transformers.visual_tokens import find_multimodal_model
+from ..answer import Answer
 from ..budget import check_fits
-from ..pipeline import Answer, Prefix, gated, generate, prepare, scored
+from ..pipeline import Prefix, gated, generate, prepare, scored
 from ..score_cache import ScoreCache
 from ..stage_times import stage_times
 from ..video.reader import VideoClip

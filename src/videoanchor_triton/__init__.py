@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from .anchor.scores import AnchorResult, anchor_scores
     from .anchor.solver import SelfExpression, self_expression
     from .anchor.streaming import AnchorStream
-    from .app.pipeline import Answer, ask, prepare
+    from .app.answer import Answer
+    from .app.pipeline import ask, prepare
     from .app.video.reader import VideoClip, read_video
     from .integrations.transformers.enable import disable, enable
     from .integrations.transformers.handle import Handle
@@ -61,7 +62,7 @@ __all__ = [
 _HOME = {
     "AnchorResult": ".anchor.scores",
     "AnchorStream": ".anchor.streaming",
-    "Answer": ".app.pipeline",
+    "Answer": ".app.answer",
     "GatePages": ".kernels.gate_pages",
     "Handle": ".integrations.transformers.handle",
     "SelfExpression": ".anchor.solver",
