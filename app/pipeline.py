@@ -349,7 +349,7 @@ def gated(
     """`enable` in inference mode.
 
     Raises:
-        InputError: when the video does not fit the memory, or cannot be scored.
+        InputError: when the video does not fit the memory, or cannot be scored, or its tokens cannot be merged.
     """
     try:
         with enable(model, config) as handle, torch.inference_mode():
@@ -361,6 +361,8 @@ def gated(
         raise InputError(
             f"not enough memory for so many visual tokens, take fewer frames: {first_line(error)}"
         ) from error
+    except NotImplementedError as error:
+        raise InputError(first_line(error)) from error
     except (NonFiniteTokensError, FloatingPointError) as error:
         raise InputError(
             f"visual tokens cannot be scored in {model.dtype}: {first_line(error)}; try --dtype bfloat16 or float32"

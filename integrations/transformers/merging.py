@@ -6,6 +6,7 @@ Around it, positions of a second turn are counted as the caller counts, so are l
 returned begins with the prompt as it was given.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from ...anchor.config import VideoAnchorConfig
 from ...anchor.grouping import Groups, group_tokens
 from ...anchor.scores import AnchorResult
+from ..errors import InputError
 from .backbones import VIDEO_AT_IMAGE_TOKENS, model_type_of, visual_token_ids
 from .cache_scores import CacheScores, Merged, cached_scores, not_merged
 from .call_state import CallStates, GivenScores, Prompt
@@ -64,6 +66,13 @@ class Merging:
             raise ValueError(
                 f"keep={self.config.keep} merges visual tokens within generate(), which {type(self.base).__name__} has "
                 "not: enable the model whose generate() is called, or leave keep out"
+            )
+        kinds = {*(getattr(self.base.language_model.config, "layer_types", None) or ())} - {"full_attention"}
+        if kinds:
+            warnings.warn(
+                f"keep: layers of {' and '.join(sorted(kinds))} take a merged token for one: a sliding window counts "
+                "the keys that are left, and layers without softmax know no counts",
+                stacklevel=4,
             )
         for model in generating:
             replace_method(model, "_prepare_position_ids_for_generation", self._around_positions, undo)
@@ -236,7 +245,7 @@ class Merging:
             return Groups(everyone, everyone)
         n_frames = len(frames.unique())
         if k < n_frames:
-            raise ValueError(
+            raise InputError(
                 f"keep={self.config.keep} leaves {k} of {n} visual tokens for {n_frames} frames or images: expected at "
                 f"least one for each, keep={n_frames} or {n_frames / n:.3g}"
             )

@@ -8,15 +8,17 @@ import dense_groups
 import pytest
 import tiny_models as tiny
 import torch
+import torch.nn.functional as F
 from dense_eager import ALPHA_K, ALPHA_V, GENERATE, build, plain_attention, pseudo_scores
-from dense_groups import assert_generates, logits_of, merge, merged_rows, scattered, unmerged_rows
+from dense_groups import assert_generates, logits_of, merge, merged_rows, n_kept, scattered, unmerged_rows
 from gated_prompts import CONFIG, ONE, TWO
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import videoanchor_triton as va
+from videoanchor_triton.anchor.grouping import Groups, group_means
 from videoanchor_triton.integrations.transformers import merging
-from videoanchor_triton.integrations.transformers.cache_scores import cached_scores
+from videoanchor_triton.integrations.transformers.cache_scores import CacheScores, Merged, cached_scores
 
 pytestmark = pytest.mark.skipif(not tiny.V5, reason="transformers 4.57 encodes pixels within the forward")
 
@@ -147,30 +149,48 @@ def test_second_and_third_turn(backbone: tuple[str, Any], only_new: bool) -> Non
 
 
 @pytest.mark.parametrize("name", ["internvl", "llava_onevision"])
-def test_second_turn_with_a_video(name: str) -> None:
-    """Each video is scored and merged by itself, in its own turn. (transformers takes no such turn of Qwen.)"""
+@pytest.mark.parametrize("keep", [0.5, 13], ids=["both-merged", "second-merged"])
+def test_second_turn_with_videos(name: str, keep: float) -> None:
+    """Each turn is scored and merged by itself. (transformers takes no such turn of Qwen.)"""
     model = build(name)
-    first, second = tiny.inputs(name, [[3, 4, "V", 5]]), tiny.inputs(name, [[21, "V", 22, 23]], seed=6)
+    first, second = tiny.inputs(name, [[3, 4, "V", 5]]), tiny.inputs(name, [[21, "V", 22, "V", 23]], seed=6)
     cache = DynamicCache(config=model.config.get_text_config())
-    said = generate(model, first, past_key_values=cache).sequences
+    config = replace(CONFIG, keep=keep)
+    said = generate(model, first, config, past_key_values=cache).sequences
     ids = torch.cat([said, second["input_ids"]], 1)
     turn = {**second, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    out = generate(model, turn, past_key_values=cache)
+    out = generate(model, turn, config, past_key_values=cache)
 
     pixels = next(key for key in first if key.startswith("pixel"))
     whole = {**turn, pixels: torch.cat([first[pixels], second[pixels]])}
     (row,) = unmerged_rows(model, whole)
-    n = int(row.visual.sum()) // 2
-    kept = -(-n // 2)
+    n = int(row.visual.sum()) // 3
+    k_first, k_second = (n_kept(n, keep), n_kept(2 * n, keep))
 
-    def by_turn(tokens: Tensor) -> Any:
-        one = scattered(tokens[:n], kept)
-        return type(one)(torch.cat([one.member, one.member + kept]), torch.cat([one.kept, one.kept + n]))
+    def by_turn(tokens: Tensor) -> Groups:
+        one, two = scattered(tokens[:n], k_first), scattered(tokens[n:], k_second)
+        return Groups(torch.cat([one.member, two.member + k_first]), torch.cat([one.kept, two.kept + n]))
 
     def scores(tokens: Tensor) -> Tensor:
         return torch.cat([pseudo_scores(tokens[:n]), pseudo_scores(tokens[n:])])
 
     assert_generates(out, model, [merge(row, by_turn, scores)], ids)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_second_turn_that_says_where_old_videos_are(name: str) -> None:
+    """A processor gives the token types of the whole conversation. The videos lie before what is new, and beyond the
+    length of the short cache."""
+    model, config = build(name), replace(CONFIG, keep=6)
+    batch, cache = tiny.inputs(name, [[3, "V", 5, "V", 6]]), DynamicCache(config=model.config.get_text_config())
+    said = generate(model, batch, config, past_key_values=cache).sequences
+    assert cache.get_seq_length() < int(batch["mm_token_type_ids"].nonzero()[-1, 1])
+    ids = torch.cat([said, torch.tensor([[21, 22]])], 1)
+    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    types = F.pad(batch["mm_token_type_ids"], (0, ids.shape[1] - batch["input_ids"].shape[1]))
+    expected = generate(model, turn, config, past_key_values=copy.deepcopy(cache))
+    out = generate(model, {**turn, "mm_token_type_ids": types}, config, past_key_values=cache)
+    assert torch.equal(torch.stack(out.logits), torch.stack(expected.logits))
 
 
 def test_a_static_cache_that_was_reset() -> None:
@@ -292,9 +312,6 @@ def test_duplicates_are_one_key() -> None:
     gamma_k, gamma_v = 1 + ALPHA_K * scores, 1 + ALPHA_V * scores
     every = (x[:, :, member].double() for x in (keys, values))
     expected = va.anchored_attention(query.double(), *every, gamma_k=gamma_k, gamma_v=gamma_v, backend="reference")
-
-    from videoanchor_triton.anchor.grouping import group_means
-    from videoanchor_triton.integrations.transformers.cache_scores import CacheScores, Merged
 
     counts = torch.bincount(member)[None].float()
     means, squares = (group_means(x[:, None], member, k).T for x in (scores, scores.square()))
