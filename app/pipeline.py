@@ -362,6 +362,8 @@ def gated(
             f"not enough memory for so many visual tokens, take fewer frames: {first_line(error)}"
         ) from error
     except NotImplementedError as error:
+        if not config.merges:
+            raise
         raise InputError(first_line(error)) from error
     except (NonFiniteTokensError, FloatingPointError) as error:
         raise InputError(

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from numbers import Integral
 from types import SimpleNamespace
 from typing import Any
 
@@ -274,14 +275,14 @@ def _held(cache: Any) -> tuple[int, CacheScores | None]:
 def _kept(keep: float, sizes: list[int]) -> list[int]:
     """How many tokens are left of `sizes` tokens of each modality of a row."""
     total = sum(sizes)
-    if not isinstance(keep, int):
+    if not isinstance(keep, Integral):
         return [n and max(1, int(keep * n + 0.5)) for n in sizes]
-    if keep == 1 or keep >= total:
+    if keep >= total:
         return sizes
     if 0 in sizes:
-        return [keep if n else 0 for n in sizes]
-    first = [max(1, keep * n // total) for n in sizes[:-1]]
-    return [*first, keep - sum(first)]
+        return [int(keep) if n else 0 for n in sizes]
+    first = [max(1, int(keep) * n // total) for n in sizes[:-1]]
+    return [*first, int(keep) - sum(first)]
 
 
 def _at_places(scores: CacheScores, places: Tensor, start: int, removed: int) -> CacheScores:

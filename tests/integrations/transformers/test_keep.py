@@ -87,7 +87,7 @@ def test_right_padding(backbone: tuple[str, Any]) -> None:
 def test_beams(backbone: tuple[str, Any]) -> None:
     name, model = backbone
     batch = tiny.inputs(name, TWO)
-    out = generate(model, batch, num_beams=3, num_return_sequences=2, output_scores=True)
+    out = generate(model, batch, num_beams=4, num_return_sequences=2, output_scores=True)
     assert torch.equal(out.sequences[:, :-6], batch["input_ids"].repeat_interleave(2, 0))
     rows = merged_rows(model, batch, 0.5)
     for number, sequence in enumerate(out.sequences):
@@ -119,9 +119,13 @@ def test_assistant(backbone: tuple[str, Any], assistant_merges: bool) -> None:
 def test_sampling(backbone: tuple[str, Any]) -> None:
     name, model = backbone
     batch = tiny.inputs(name, TWO)
+    greedy = generate(model, batch, max_new_tokens=1).logits[0]
+    out = generate(model, batch, max_new_tokens=3, do_sample=True, num_return_sequences=3)
+    assert torch.equal(out.sequences[:, :-3], batch["input_ids"].repeat_interleave(3, 0))
+    torch.testing.assert_close(out.logits[0], greedy.repeat_interleave(3, 0), atol=1e-4, rtol=0)
     with va.enable(model, MERGED):
-        out = model.generate(**batch, max_new_tokens=3, do_sample=True, num_return_sequences=3)
-    assert torch.equal(out[:, :-3], batch["input_ids"].repeat_interleave(3, 0))
+        bare = model.generate(**batch, max_new_tokens=3, do_sample=True, num_return_sequences=3)
+    assert torch.equal(bare[:, :-3], batch["input_ids"].repeat_interleave(3, 0))
 
 
 @pytest.mark.parametrize("only_new", [False, True], ids=["all-ids", "new-ids"])
@@ -220,6 +224,26 @@ def test_lengths_are_of_the_prompt_as_given(backbone: tuple[str, Any]) -> None:
     assert torch.equal(out.sequences[:, :n], batch["input_ids"])
     assert out.sequences.shape[1] == n + 6
     assert [bool(step[0, end] == -torch.inf) for step in out.scores] == [True] * 4 + [False] * 2
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_positions_are_those_of_the_prompt_as_given(name: str) -> None:
+    """But for those of text, the first of four, by which transformers tells packed sequences apart: without gaps."""
+    model, batch, seen = build(name), tiny.inputs(name, TWO), []
+    for config in (CONFIG, MERGED):
+        hook = model.base_model.register_forward_pre_hook(
+            lambda _module, _args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+        )
+        generate(model, batch, config, max_new_tokens=3)
+        hook.remove()
+    plain, merged = seen[:3], seen[3:]
+    for row, mask in enumerate(batch["attention_mask"]):
+        n = int(mask.sum()) - 6  # twelve visual tokens were merged to six
+        assert torch.equal(merged[0][0, row, -n:], torch.arange(n))
+        missing = {*map(tuple, merged[0][1:, row, -n:].T.tolist())} - {*map(tuple, plain[0][1:, row].T.tolist())}
+        assert not missing
+    for ours, theirs in zip(merged[1:], plain[1:], strict=True):
+        assert torch.equal(ours[1:], theirs[1:])
 
 
 def test_keep_1_is_bit_equal(backbone: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
