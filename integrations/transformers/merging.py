@@ -244,7 +244,8 @@ class Merging:
         if k == n:
             everyone = torch.arange(n, device=tokens.device)
             return Groups(everyone, everyone)
-        n_frames = len(frames.unique())
+        grid = grid_of(frames, positions)
+        n_frames = int(grid[-1, 0]) + 1
         if k < n_frames:
             raise InputError(
                 f"keep={self.config.keep} leaves {k} of {n} visual tokens for {n_frames} frames or images: expected at "
@@ -254,7 +255,7 @@ class Merging:
             tokens,
             k,
             self.config.group,
-            grid=grid_of(frames, positions),
+            grid=grid,
             positions=positions.T,
             rotary=rotary_features(self.base.language_model, positions),
             seed=self.config.random_state,
