@@ -240,7 +240,8 @@ def _gate_effect(
 ) -> GateEffect:
     """Two more prefills, with the scores that are known and without a gate."""
     known = replace(config, scorer=lambda _: anchor.scores, score="published", arithmetic="exact")
-    without = VideoAnchorConfig(alpha_k=0.0, alpha_v=0.0, scorer="uniform", n_clusters=1)
+    kept = {"keep": config.keep, "group": config.group}
+    without = VideoAnchorConfig(alpha_k=0.0, alpha_v=0.0, scorer="uniform", n_clusters=1, **kept)
     first = []
     for one in (known, without):
         with gated(model, one):
@@ -329,7 +330,7 @@ def gated(
     """`enable` in inference mode.
 
     Raises:
-        InputError: when the video does not fit the memory, or cannot be scored.
+        InputError: when the video does not fit the memory, or cannot be scored, or its tokens cannot be merged.
     """
     try:
         with enable(model, config) as handle, torch.inference_mode():
@@ -341,6 +342,10 @@ def gated(
         raise InputError(
             f"not enough memory for so many visual tokens, take fewer frames: {first_line(error)}"
         ) from error
+    except NotImplementedError as error:
+        if not config.merges:
+            raise
+        raise InputError(first_line(error)) from error
     except (NonFiniteTokensError, FloatingPointError) as error:
         raise InputError(
             f"visual tokens cannot be scored in {model.dtype}: {first_line(error)}; try --dtype bfloat16 or float32"

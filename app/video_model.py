@@ -77,11 +77,13 @@ class VideoModel:
         """Has the next questions be about `clip`, as long as it is the same object.
 
         Args:
-            share: several questions will come, see `SharedPrefill`; False computes every prompt whole.
+            share: several questions will come, see `SharedPrefill`; False, and tokens that are merged, which only
+                `generate()` does, compute every prompt whole.
         """
         if clip is not self._clip:
             arguments = self._model, self._processor, clip, self._config
-            self._shared = SharedPrefill(*arguments, **self._options) if share and not self._gate_effect else None
+            alone = self._gate_effect or self._config.merges
+            self._shared = SharedPrefill(*arguments, **self._options) if share and not alone else None
             self._clip = clip
 
     def answer(self, question: str) -> Answered:

@@ -25,9 +25,9 @@ if TYPE_CHECKING:  # these import torch, and the input is read before that
 
 CONFIG_COLUMNS = (
     *("alpha_q", "alpha_k", "alpha_v", "decode", "scorer", "score", "n_clusters", "pca_rank", "random_state"),
-    *("assign_labels", "tol"),
+    *("assign_labels", "tol", "keep", "group"),
 )
-_LATER_DEFAULTS = {"max_pixels": MAX_PIXELS, "strict": False}
+_LATER_DEFAULTS = {"max_pixels": MAX_PIXELS, "strict": False, "keep": 1.0, "group": "ward"}
 """Options that came after the first results: at their defaults settings are those of before."""
 VIDEO_COLUMNS = ("max_frames", "fps", "sampling", "max_pixels", "strict")
 
@@ -69,7 +69,9 @@ class BatchJob:
         return {
             "model": str(folder.absolute()) if folder.is_dir() else self.model,
             "dtype": self.dtype,
-            "config": self.config.to_dict(),
+            "config": {
+                name: value for name, value in self.config.to_dict().items() if value != _LATER_DEFAULTS.get(name, ...)
+            },
             "video": {
                 name: value
                 for name, value in self.video.items()
@@ -93,7 +95,7 @@ class BatchJob:
 
 def setting_columns(settings: dict[str, Any]) -> Record:
     """The columns of `BatchJob.settings`."""
-    config, video = settings["config"], _LATER_DEFAULTS | settings["video"]
+    config, video = _LATER_DEFAULTS | settings["config"], _LATER_DEFAULTS | settings["video"]
     return {
         "model": settings["model"],
         "dtype": settings["dtype"],

@@ -222,6 +222,16 @@ def add_score_options(parser: argparse.ArgumentParser) -> None:
         "--random-state", type=int, metavar="SEED", help="of kmeans, discretize and permuted; default: 0"
     )
     scores.add_argument("--tol", type=float, metavar="T", help="relative duality gap of every token; default: 0.001")
+    merging = parser.add_argument_group("merged tokens (this package's own, not the paper's)")
+    merging.add_argument(
+        "--keep",
+        type=_share_or_number,
+        metavar="N",
+        help="merge the visual tokens of a prompt to a share of them (0.25) or to a number (256); default: 1, all",
+    )
+    merging.add_argument(
+        "--group", choices=("ward", "farthest", "random", "tome"), help="how they are grouped; default: ward"
+    )
     scores.add_argument(
         "--memory-budget", type=_bytes, metavar="GIB", help="of the self-expression; default: half of what is free"
     )
@@ -231,6 +241,10 @@ def _count_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+def _share_or_number(text: str) -> float:
+    return int(text) if text.isdigit() else float(text)
+
+
 def _bytes(gib: str) -> int:
     return int(float(gib) * 2**30)
 
@@ -238,6 +252,7 @@ def _bytes(gib: str) -> int:
 _CONFIG_OPTIONS = (
     *("alpha_k", "alpha_v", "alpha_q", "decode"),
     *("scorer", "score", "n_clusters", "pca_rank", "assign_labels", "random_state", "tol", "memory_budget"),
+    *("keep", "group"),
 )
 
 

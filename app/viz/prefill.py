@@ -64,7 +64,7 @@ def prefill(
         return torch.from_numpy(run.scores)
 
     try:
-        settings = {**run.record["config"], "scorer": recorded}
+        settings = {**run.record["config"], "scorer": recorded, "keep": 1}  # of every token, merged or not
         settings.pop("score", None)  # of scorer ssc or knn
         config = VideoAnchorConfig(**settings)
     except (TypeError, ValueError) as error:

@@ -22,11 +22,12 @@ def enable(model: nn.Module, config: VideoAnchorConfig) -> Handle:
 
     Raises:
         ValueError: when the model has no visual tokens, is enabled already, or has a decoder whose attention is more
-            than softmax(QK)V.
+            than softmax(QK)V; when tokens are to be merged (`keep`) and nothing of it has a generate().
         TypeError: when `config` is not a `VideoAnchorConfig`.
 
     Warns:
-        UserWarning: no test compares this class with this decoder to a dense gate.
+        UserWarning: no test compares this class with this decoder to a dense gate; or tokens are to be merged and some
+            layers are not full attention with softmax.
 
     See Also:
         disable: removes the gate where the handle is lost.

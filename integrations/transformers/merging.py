@@ -6,9 +6,11 @@ Around it, positions of a second turn are counted as the caller counts, so are l
 returned begins with the prompt as it was given.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from numbers import Integral
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel
 from ...anchor.config import VideoAnchorConfig
 from ...anchor.grouping import Groups, group_tokens
 from ...anchor.scores import AnchorResult
+from ..errors import InputError
 from .backbones import VIDEO_AT_IMAGE_TOKENS, model_type_of, visual_token_ids
 from .cache_scores import CacheScores, Merged, cached_scores, not_merged
 from .call_state import CallStates, GivenScores, Prompt
@@ -64,6 +67,13 @@ class Merging:
             raise ValueError(
                 f"keep={self.config.keep} merges visual tokens within generate(), which {type(self.base).__name__} has "
                 "not: enable the model whose generate() is called, or leave keep out"
+            )
+        kinds = {*(getattr(self.base.language_model.config, "layer_types", None) or ())} - {"full_attention"}
+        if kinds:
+            warnings.warn(
+                f"keep: layers of {' and '.join(sorted(kinds))} take a merged token for one: a sliding window counts "
+                "the keys that are left, and layers without softmax know no counts",
+                stacklevel=4,
             )
         for model in generating:
             replace_method(model, "_prepare_position_ids_for_generation", self._around_positions, undo)
@@ -234,9 +244,10 @@ class Merging:
         if k == n:
             everyone = torch.arange(n, device=tokens.device)
             return Groups(everyone, everyone)
-        n_frames = len(frames.unique())
+        grid = grid_of(frames, positions)
+        n_frames = int(grid[-1, 0]) + 1
         if k < n_frames:
-            raise ValueError(
+            raise InputError(
                 f"keep={self.config.keep} leaves {k} of {n} visual tokens for {n_frames} frames or images: expected at "
                 f"least one for each, keep={n_frames} or {n_frames / n:.3g}"
             )
@@ -244,7 +255,7 @@ class Merging:
             tokens,
             k,
             self.config.group,
-            grid=grid_of(frames, positions),
+            grid=grid,
             positions=positions.T,
             rotary=rotary_features(self.base.language_model, positions),
             seed=self.config.random_state,
@@ -265,14 +276,14 @@ def _held(cache: Any) -> tuple[int, CacheScores | None]:
 def _kept(keep: float, sizes: list[int]) -> list[int]:
     """How many tokens are left of `sizes` tokens of each modality of a row."""
     total = sum(sizes)
-    if not isinstance(keep, int):
+    if not isinstance(keep, Integral):
         return [n and max(1, int(keep * n + 0.5)) for n in sizes]
-    if keep == 1 or keep >= total:
+    if keep >= total:
         return sizes
     if 0 in sizes:
-        return [keep if n else 0 for n in sizes]
-    first = [max(1, keep * n // total) for n in sizes[:-1]]
-    return [*first, keep - sum(first)]
+        return [int(keep) if n else 0 for n in sizes]
+    first = [max(1, int(keep) * n // total) for n in sizes[:-1]]
+    return [*first, int(keep) - sum(first)]
 
 
 def _at_places(scores: CacheScores, places: Tensor, start: int, removed: int) -> CacheScores:

@@ -37,18 +37,19 @@ def rows_of_positions(position_ids: Tensor, row: int, columns: Tensor) -> Tensor
 
 
 def grid_of(frames: Tensor, positions: Tensor) -> Tensor:
-    """(n, 3) step in time, row and column.
+    """(n, 3) step in time, 0, 1, ..., row and column.
 
-    Rows and columns are those of the positions, counted from the first of the frame; where positions do not tell, the
-    frame is taken for a square, row by row.
+    They are those of the positions, rows and columns counted from the first of the frame. Where positions do not tell,
+    the steps are the frames, and each is taken for a square, row by row.
 
     Args:
         frames: (n,) int64 the frame of each token, ascending.
         positions: (A, n) of `rows_of_positions`.
     """
-    _, frame = frames.unique(return_inverse=True)
+    told = len(positions) == 3 and not torch.equal(positions[1], positions[2])
+    frame = (positions[0] if told else frames).unique_consecutive(return_inverse=True)[1]
     sizes = torch.bincount(frame)
-    if len(positions) == 3 and not torch.equal(positions[1], positions[2]):
+    if told:
         place = positions[1:].long()  # times of some models are fractions
         first = place.new_full((2, len(sizes)), torch.iinfo(place.dtype).max)
         first = first.scatter_reduce(1, frame.expand_as(place), place, "amin")

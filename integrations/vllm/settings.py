@@ -37,6 +37,11 @@ def settings_of(additional_config: Any) -> VideoAnchorConfig | None:
     ):
         if getattr(config, name) == refused:
             raise ValueError(f'videoanchor: {name}="{refused}" cannot be served; {instead}')
+    if config.merges:
+        raise ValueError(
+            f"videoanchor: keep={config.keep} cannot be served: vLLM counts a prompt's tokens before it encodes them; "
+            "leave it out, or merge within generate() of transformers"
+        )
     return config
 
 

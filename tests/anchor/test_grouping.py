@@ -75,6 +75,34 @@ def test_ward_merges_the_cheapest_neighbours() -> None:
     assert group_tokens(x, 3).member.tolist() == [0, 0, 1, 1, 2]
 
 
+def test_ward_is_what_it_says() -> None:
+    """Rounds, from the members alone: of the pairs of neighbouring groups that are each other's cheapest, the cheaper
+    half merge."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 3, generator=generator).double()
+    grid = torch.cartesian_prod(*map(torch.arange, (2, 3, 4)))
+    near = (grid[:, None] - grid).abs().amax(-1) == 1
+    sets = [[i] for i in range(24)]
+
+    def spread_of(members: list[int]) -> float:
+        return float((x[members] - x[members].mean(0)).square().sum())
+
+    def cost(pair: tuple[int, int]) -> float:
+        a, b = (sets[i] for i in pair)
+        return spread_of(a + b) - spread_of(a) - spread_of(b)
+
+    while len(sets) > 5:
+        pairs = [(i, j) for i in range(len(sets)) for j in range(i) if near[sets[i]][:, sets[j]].any()]
+        cheapest = [min((pair for pair in pairs if i in pair), key=cost) for i in range(len(sets))]
+        mutual = sorted({pair for pair in cheapest if cheapest.count(pair) == 2}, key=cost)
+        merged = mutual[: min(len(sets) - 5, len(mutual) // 2 + 1)]
+        gone = {i for pair in merged for i in pair}
+        sets = [sets[i] + sets[j] for i, j in merged] + [one for i, one in enumerate(sets) if i not in gone]
+    member = group_tokens(x, 5, grid=grid).member
+    found = [(member == group).nonzero()[:, 0].tolist() for group in range(5)]
+    assert sorted(map(sorted, sets)) == sorted(found)
+
+
 def test_ward_spreads_least() -> None:
     x, grid = clip(seed=3)
     found = {rule: spread(x, group_tokens(x, 20, rule, grid=grid)) for rule in RULES}

@@ -209,14 +209,16 @@ def scattered(tokens: Tensor, k: int, *_: Any, **__: Any) -> Groups:
     return Groups(order.argsort()[member], kept)
 
 
+def n_kept(n: int, keep: float) -> int:
+    """Of n visual tokens of a row."""
+    return min(keep, n) if isinstance(keep, int) else max(1, int(keep * n + 0.5))
+
+
 def merged_rows(model: Any, batch: dict[str, Tensor], keep: float) -> list[Row]:
     """The rows of a prompt, merged to `keep` by `scattered`."""
-
-    def group(tokens: Tensor) -> Groups:
-        k = min(keep, len(tokens)) if isinstance(keep, int) else max(1, int(keep * len(tokens) + 0.5))
-        return scattered(tokens, k)
-
-    return [merge(row, group) for row in unmerged_rows(model, batch)]
+    return [
+        merge(row, lambda tokens: scattered(tokens, n_kept(len(tokens), keep))) for row in unmerged_rows(model, batch)
+    ]
 
 
 def assert_generates(out: Any, model: Any, rows: list[Row], given: Tensor, repeats: int = 1) -> None:

@@ -58,6 +58,13 @@ ATTRIBUTES = {
 }
 """Attributes below `transformers`, and what for."""
 
+if tiny.V5:  # merged tokens need them, and 5's way of encoding pixels
+    ATTRIBUTES |= {
+        "GenerationMixin._expand_inputs_for_generation": "where a prompt is cut (keep)",
+        "GenerationMixin._prepare_generated_length": "lengths of the prompt as it was given (keep)",
+        "GenerationMixin._prepare_position_ids_for_generation": "positions of a second turn (keep)",
+    }
+
 PRIVATE = {"_attn_implementation", "_device_mesh", "_supports_sdpa"}
 OF_TORCH = {"_modules"}
 OF_VLLM = {"_k_scale", "_v_scale"}

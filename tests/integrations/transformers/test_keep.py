@@ -8,15 +8,17 @@ import dense_groups
 import pytest
 import tiny_models as tiny
 import torch
+import torch.nn.functional as F
 from dense_eager import ALPHA_K, ALPHA_V, GENERATE, build, plain_attention, pseudo_scores
-from dense_groups import assert_generates, logits_of, merge, merged_rows, scattered, unmerged_rows
+from dense_groups import assert_generates, logits_of, merge, merged_rows, n_kept, scattered, unmerged_rows
 from gated_prompts import CONFIG, ONE, TWO
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import videoanchor_triton as va
+from videoanchor_triton.anchor.grouping import Groups, group_means
 from videoanchor_triton.integrations.transformers import merging
-from videoanchor_triton.integrations.transformers.cache_scores import cached_scores
+from videoanchor_triton.integrations.transformers.cache_scores import CacheScores, Merged, cached_scores
 
 pytestmark = pytest.mark.skipif(not tiny.V5, reason="transformers 4.57 encodes pixels within the forward")
 
@@ -85,7 +87,7 @@ def test_right_padding(backbone: tuple[str, Any]) -> None:
 def test_beams(backbone: tuple[str, Any]) -> None:
     name, model = backbone
     batch = tiny.inputs(name, TWO)
-    out = generate(model, batch, num_beams=3, num_return_sequences=2, output_scores=True)
+    out = generate(model, batch, num_beams=4, num_return_sequences=2, output_scores=True)
     assert torch.equal(out.sequences[:, :-6], batch["input_ids"].repeat_interleave(2, 0))
     rows = merged_rows(model, batch, 0.5)
     for number, sequence in enumerate(out.sequences):
@@ -117,9 +119,13 @@ def test_assistant(backbone: tuple[str, Any], assistant_merges: bool) -> None:
 def test_sampling(backbone: tuple[str, Any]) -> None:
     name, model = backbone
     batch = tiny.inputs(name, TWO)
+    greedy = generate(model, batch, max_new_tokens=1).logits[0]
+    out = generate(model, batch, max_new_tokens=3, do_sample=True, num_return_sequences=3)
+    assert torch.equal(out.sequences[:, :-3], batch["input_ids"].repeat_interleave(3, 0))
+    torch.testing.assert_close(out.logits[0], greedy.repeat_interleave(3, 0), atol=1e-4, rtol=0)
     with va.enable(model, MERGED):
-        out = model.generate(**batch, max_new_tokens=3, do_sample=True, num_return_sequences=3)
-    assert torch.equal(out[:, :-3], batch["input_ids"].repeat_interleave(3, 0))
+        bare = model.generate(**batch, max_new_tokens=3, do_sample=True, num_return_sequences=3)
+    assert torch.equal(bare[:, :-3], batch["input_ids"].repeat_interleave(3, 0))
 
 
 @pytest.mark.parametrize("only_new", [False, True], ids=["all-ids", "new-ids"])
@@ -147,30 +153,48 @@ def test_second_and_third_turn(backbone: tuple[str, Any], only_new: bool) -> Non
 
 
 @pytest.mark.parametrize("name", ["internvl", "llava_onevision"])
-def test_second_turn_with_a_video(name: str) -> None:
-    """Each video is scored and merged by itself, in its own turn. (transformers takes no such turn of Qwen.)"""
+@pytest.mark.parametrize("keep", [0.5, 13], ids=["both-merged", "second-merged"])
+def test_second_turn_with_videos(name: str, keep: float) -> None:
+    """Each turn is scored and merged by itself. (transformers takes no such turn of Qwen.)"""
     model = build(name)
-    first, second = tiny.inputs(name, [[3, 4, "V", 5]]), tiny.inputs(name, [[21, "V", 22, 23]], seed=6)
+    first, second = tiny.inputs(name, [[3, 4, "V", 5]]), tiny.inputs(name, [[21, "V", 22, "V", 23]], seed=6)
     cache = DynamicCache(config=model.config.get_text_config())
-    said = generate(model, first, past_key_values=cache).sequences
+    config = replace(CONFIG, keep=keep)
+    said = generate(model, first, config, past_key_values=cache).sequences
     ids = torch.cat([said, second["input_ids"]], 1)
     turn = {**second, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    out = generate(model, turn, past_key_values=cache)
+    out = generate(model, turn, config, past_key_values=cache)
 
     pixels = next(key for key in first if key.startswith("pixel"))
     whole = {**turn, pixels: torch.cat([first[pixels], second[pixels]])}
     (row,) = unmerged_rows(model, whole)
-    n = int(row.visual.sum()) // 2
-    kept = -(-n // 2)
+    n = int(row.visual.sum()) // 3
+    k_first, k_second = (n_kept(n, keep), n_kept(2 * n, keep))
 
-    def by_turn(tokens: Tensor) -> Any:
-        one = scattered(tokens[:n], kept)
-        return type(one)(torch.cat([one.member, one.member + kept]), torch.cat([one.kept, one.kept + n]))
+    def by_turn(tokens: Tensor) -> Groups:
+        one, two = scattered(tokens[:n], k_first), scattered(tokens[n:], k_second)
+        return Groups(torch.cat([one.member, two.member + k_first]), torch.cat([one.kept, two.kept + n]))
 
     def scores(tokens: Tensor) -> Tensor:
         return torch.cat([pseudo_scores(tokens[:n]), pseudo_scores(tokens[n:])])
 
     assert_generates(out, model, [merge(row, by_turn, scores)], ids)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_second_turn_that_says_where_old_videos_are(name: str) -> None:
+    """A processor gives the token types of the whole conversation. The videos lie before what is new, and beyond the
+    length of the short cache."""
+    model, config = build(name), replace(CONFIG, keep=6)
+    batch, cache = tiny.inputs(name, [[3, "V", 5, "V", 6]]), DynamicCache(config=model.config.get_text_config())
+    said = generate(model, batch, config, past_key_values=cache).sequences
+    assert cache.get_seq_length() < int(batch["mm_token_type_ids"].nonzero()[-1, 1])
+    ids = torch.cat([said, torch.tensor([[21, 22]])], 1)
+    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    types = F.pad(batch["mm_token_type_ids"], (0, ids.shape[1] - batch["input_ids"].shape[1]))
+    expected = generate(model, turn, config, past_key_values=copy.deepcopy(cache))
+    out = generate(model, {**turn, "mm_token_type_ids": types}, config, past_key_values=cache)
+    assert torch.equal(torch.stack(out.logits), torch.stack(expected.logits))
 
 
 def test_a_static_cache_that_was_reset() -> None:
@@ -200,6 +224,26 @@ def test_lengths_are_of_the_prompt_as_given(backbone: tuple[str, Any]) -> None:
     assert torch.equal(out.sequences[:, :n], batch["input_ids"])
     assert out.sequences.shape[1] == n + 6
     assert [bool(step[0, end] == -torch.inf) for step in out.scores] == [True] * 4 + [False] * 2
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_positions_are_those_of_the_prompt_as_given(name: str) -> None:
+    """But for those of text, the first of four, by which transformers tells packed sequences apart: without gaps."""
+    model, batch, seen = build(name), tiny.inputs(name, TWO), []
+    for config in (CONFIG, MERGED):
+        hook = model.base_model.register_forward_pre_hook(
+            lambda _module, _args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+        )
+        generate(model, batch, config, max_new_tokens=3)
+        hook.remove()
+    plain, merged = seen[:3], seen[3:]
+    for row, mask in enumerate(batch["attention_mask"]):
+        n = int(mask.sum()) - 6  # twelve visual tokens were merged to six
+        assert torch.equal(merged[0][0, row, -n:], torch.arange(n))
+        missing = {*map(tuple, merged[0][1:, row, -n:].T.tolist())} - {*map(tuple, plain[0][1:, row].T.tolist())}
+        assert not missing
+    for ours, theirs in zip(merged[1:], plain[1:], strict=True):
+        assert torch.equal(ours[1:], theirs[1:])
 
 
 def test_keep_1_is_bit_equal(backbone: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,9 +336,6 @@ def test_duplicates_are_one_key() -> None:
     gamma_k, gamma_v = 1 + ALPHA_K * scores, 1 + ALPHA_V * scores
     every = (x[:, :, member].double() for x in (keys, values))
     expected = va.anchored_attention(query.double(), *every, gamma_k=gamma_k, gamma_v=gamma_v, backend="reference")
-
-    from videoanchor_triton.anchor.grouping import group_means
-    from videoanchor_triton.integrations.transformers.cache_scores import CacheScores, Merged
 
     counts = torch.bincount(member)[None].float()
     means, squares = (group_means(x[:, None], member, k).T for x in (scores, scores.square()))
