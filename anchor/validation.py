@@ -32,5 +32,5 @@ def check_keep(keep: object) -> None:
     """Raise unless `keep` is a share in (0, 1] or a number, at least 1."""
     if isinstance(keep, bool) or not isinstance(keep, Real):
         raise TypeError(f"keep must be a number, got {keep!r}")
-    if not (keep >= 1 if isinstance(keep, Integral) else 0 < float(keep) <= 1):
+    if not (int(keep) >= 1 if isinstance(keep, Integral) else 0 < float(keep) <= 1):
         raise ValueError(f"keep must be a share of the visual tokens in (0, 1], or a number of them, got {keep!r}")

@@ -68,7 +68,8 @@ class Merging:
                 f"keep={self.config.keep} merges visual tokens within generate(), which {type(self.base).__name__} has "
                 "not: enable the model whose generate() is called, or leave keep out"
             )
-        kinds = {*(getattr(self.base.language_model.config, "layer_types", None) or ())} - {"full_attention"}
+        text: Any = self.base.language_model
+        kinds = {*(getattr(text.config, "layer_types", None) or ())} - {"full_attention"}
         if kinds:
             warnings.warn(
                 f"keep: layers of {' and '.join(sorted(kinds))} take a merged token for one: a sliding window counts "

@@ -1,6 +1,6 @@
 """Groups of visual tokens: as many as asked for, the same each time, and what each rule promises."""
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_exactly_k_groups(rule: Group, k: int, kind: str) -> None:
         x = x[:1].expand(len(x), -1)
     elif kind == "zero":
         x = torch.zeros_like(x)
-    options = {} if kind == "line" else {"grid": grid, "positions": grid, "rotary": angles(grid)}
+    options: Any = {} if kind == "line" else {"grid": grid, "positions": grid, "rotary": angles(grid)}
     groups = group_tokens(x, k, rule, **options)
     assert len(groups.kept) == k == len(groups.counts())
     assert int(groups.counts().min()) >= 1

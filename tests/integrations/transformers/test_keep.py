@@ -13,7 +13,8 @@ from dense_eager import ALPHA_K, ALPHA_V, GENERATE, build, plain_attention, pseu
 from dense_groups import assert_generates, logits_of, merge, merged_rows, n_kept, scattered, unmerged_rows
 from gated_prompts import CONFIG, ONE, TWO
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 import videoanchor_triton as va
 from videoanchor_triton.anchor.grouping import Groups, group_means
@@ -204,6 +205,20 @@ def test_a_static_cache_that_was_reset() -> None:
     cache.reset()
     again = generate(model, batch, past_key_values=cache, disable_compile=True)
     assert torch.equal(torch.stack(first.logits), torch.stack(again.logits))
+
+
+def test_decoding_that_is_compiled() -> None:
+    """With a static cache: one graph, and what it gives uncompiled."""
+    model, batch = build("internvl"), tiny.inputs("internvl", TWO)
+    expected = generate(model, batch, cache_implementation="static", disable_compile=True)
+    compile_config = CompileConfig(backend="eager", mode=None)  # pyright: ignore[reportArgumentType]
+    compile_config._compile_all_devices = True  # pyright: ignore[reportAttributeAccessIssue]
+    torch._dynamo.reset()
+    counters.clear()
+    out = generate(model, batch, cache_implementation="static", compile_config=compile_config)
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), atol=1e-4, rtol=0)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 def test_a_static_cache_has_room_for_the_short_prompt_only() -> None:
