@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from benchmarks.room_scans.accuracy import KEEP, OFF, Asker, Way
 from transformers import AutoModelForImageTextToText
 
 import videoanchor_triton as va
+from benchmarks.room_scans.accuracy import KEEP, OFF, Asker, Way
 from videoanchor_triton.app.room_scans import CHECKPOINT
 
 
