@@ -14,6 +14,7 @@ VLLM := 0.32.0
 
 demo: $(INSTALLED)  ## the whole pipeline on a clip and a model made on the spot; pictures in $(OUT)
 	$(BIN)/videoanchor demo --out $(OUT)
+	$(BIN)/videoanchor viz $(OUT) --what page,affinity,attention --out $(OUT)
 
 test: $(INSTALLED)  ## the suite, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
