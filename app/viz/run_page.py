@@ -1,6 +1,7 @@
 """viz.html: a run as one page, that asks for nothing from anywhere."""
 
 import hashlib
+import json
 from base64 import b64encode
 from dataclasses import dataclass
 from io import BytesIO
@@ -20,8 +21,10 @@ from .finished_run import FinishedRun
 from .palette import COLOURS, OTHER, SCORE_MAP
 
 LINKS_EACH = 5
-_MOST_BYTES = {"frames": 4_500_000, "attention": 3_000_000, "links": 3_000_000}
-"""Before base64, which makes a third more of them: the page stays below 15 MB."""
+_MOST_CHARACTERS = 14_500_000
+"""Of the data on the page, which stays below 15 MB: maps of attention get what the rest leaves."""
+_MOST_BYTES = {"frames": 4_500_000, "links": 3_000_000}
+"""Before base64, which makes a third more of them."""
 _SIZES = ((768, 80), (640, 75), (512, 70), (384, 65), (256, 60), (160, 50), (96, 40))
 """Longest side and quality of the frames, from the best: the first at which all frames fit is taken."""
 
@@ -62,9 +65,10 @@ def run_page(run: FinishedRun, clip: VideoClip, video: Path, found: FromModel | 
         "scores": _packed(run.grid.arrange(run.scores), np.float32),
         "ramp": [to_hex(SCORE_MAP(level)) for level in range(256)],
         "links": None if found.expression is None else strongest_links(found.expression, run.grid),
-        "attention": None if found.shares is None else _attention(found.shares, run.grid),
         **_subspaces(run),
     }
+    room = _MOST_CHARACTERS - len(json.dumps(data))
+    data["attention"] = None if found.shares is None else _attention(found.shares, run.grid, room * 3 // 4)
     title = f"{record['question']} ({run.video_name})"
     return page(
         title,
@@ -99,10 +103,10 @@ def strongest_links(expression: SelfExpression, grid: TokenGrid) -> dict[str, An
     return {"each": each, "cells": _packed(linked[placed], np.int32), "weights": _packed(weights[placed], np.float32)}
 
 
-def _attention(record: SharesRecord, grid: TokenGrid) -> list[dict[str, Any]]:
-    """By layer; only the means of the heads where the maps of all heads would make the page too large, and of fewer
-    layers where those would."""
-    most, shown = _MOST_BYTES["attention"], record.layers
+def _attention(record: SharesRecord, grid: TokenGrid, most: int) -> list[dict[str, Any]]:
+    """By layer; only the means of the heads where the maps of all heads are more than `most` bytes, and of fewer layers
+    where those are."""
+    shown = record.layers
     is_whole = sum(one.levels.size for one in shown) <= most
     if not is_whole:
         fitting = min(len(shown), max(1, most // (2 * record.n_visual)))

@@ -150,11 +150,11 @@ def test_the_hash_of_views_is_of_names_and_contents(tmp_path: Path) -> None:
 
 
 def test_a_large_run_stays_below_15_mb(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """32 steps of 2,048 tokens, 28 layers of 28 heads: frames are made smaller, maps are of the heads' mean."""
+    """32 steps of 2,048 tokens, 80 layers of 28 heads: small frames, maps of the heads' mean in some layers."""
     grid = TokenGrid(32, 32, 64)
     run, n = run_of(grid, 64), grid.n_tokens
     levels = np.random.default_rng(0).integers(0, 256, (2, 29, n), dtype=np.uint8)
-    layers = [VisualShare(layer, np.zeros(28), np.ones(28), levels, np.ones(29)) for layer in range(28)]
+    layers = [VisualShare(layer, np.zeros(28), np.ones(28), levels, np.ones(29)) for layer in range(80)]
     links = SelfExpression(torch.randint(n, (n, 9)), torch.rand(n, 9), torch.zeros(n), 1, 1.0, n)
     monkeypatch.setattr(module, "_SIZES", ((512, 90), (96, 40)))  # the best that fits, not all that were tried
     frames = np.random.default_rng(0).integers(0, 256, (64, 256, 512, 3), dtype=np.uint8)  # noise: nothing is larger
@@ -163,8 +163,8 @@ def test_a_large_run_stays_below_15_mb(video: Path, monkeypatch: pytest.MonkeyPa
     data = data_of(text)
     assert 5_000_000 < len(text.encode()) < 15_000_000
     assert data["attention"][0]["heads"] == ["mean of all"]
-    assert len(data["attention"]) == 22
-    assert data["attention"][-1]["layer"] == 27
+    assert 20 < len(data["attention"]) < 80
+    assert data["attention"][-1]["layer"] == 79
     with Image.open(BytesIO(b64decode(data["frames"][0]["image"].split(",")[1]))) as picture:
         assert picture.size == (96, 48)
 
