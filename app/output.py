@@ -23,6 +23,9 @@ if TYPE_CHECKING:  # these import transformers, and the folder is checked before
     from .answer import Answer
 
 
+PICTURES = ("anchors.png", "viz.html")
+
+
 def check_folder(path: Path) -> None:
     """Refuses an output folder that could not be written at the end.
 
@@ -55,9 +58,9 @@ def _tensors(result: "AnchorResult", grid: TokenGrid, clip: VideoClip) -> dict[s
 def write_run(
     folder: Path, result: "Answer", clip: VideoClip, config: VideoAnchorConfig, about: dict[str, Any]
 ) -> dict[str, Any]:
-    """Writes `result.json` and `anchors.safetensors` into `folder`, both or none; `draw_run` makes the picture.
+    """Writes `result.json` and `anchors.safetensors` into `folder`, both or none; `draw_run` makes the pictures.
 
-    A picture of an earlier run is removed: it is not of this one.
+    Pictures of an earlier run are removed: they are not of this one.
 
     Args:
         folder: made if missing.
@@ -105,7 +108,8 @@ def write_run(
         with replacing(folder / "result.json") as about_run, replacing(folder / "anchors.safetensors") as anchors:
             about_run.write_text(json_text(record) + "\n", encoding="utf-8")
             anchors.write_bytes(tensors)
-            (folder / "anchors.png").unlink(missing_ok=True)
+            for name in PICTURES:
+                (folder / name).unlink(missing_ok=True)
     except BaseException:
         if made_folder:
             with suppress(OSError):
@@ -115,16 +119,21 @@ def write_run(
 
 
 def draw_run(folder: Path, result: "Answer", clip: VideoClip, record: dict[str, Any]) -> None:
-    """Adds `anchors.png` to what `write_run` has written.
+    """Adds `anchors.png` and `viz.html` to what `write_run` has written.
 
     Args:
         record: what `write_run` has returned.
     """
-    from .viz import contact_sheet  # it imports matplotlib, and the folder is checked before that
+    # these import matplotlib, and the folder is checked before that
+    from .viz import contact_sheet, run_page
+    from .viz.finished_run import FinishedRun
 
-    tensors = _tensors(result.anchor, result.grid, clip)
-    scores, labels = tensors["scores"].numpy(), tensors["labels"].numpy()
+    tensors = {name: tensor.numpy() for name, tensor in _tensors(result.anchor, result.grid, clip).items()}
+    names = ("scores", "labels", "timestamps", "frame_indices")
+    run = FinishedRun(folder, record, result.grid, *(tensors[name] for name in names))
     name = printable(Path(record["video"]).name)
     title = f"{name}: {result.n_visual_tokens} visual tokens, scorer {record['config']['scorer']}"
     with replacing(folder / "anchors.png") as path:
-        contact_sheet.draw(path, clip, result.grid, scores, labels, title)
+        contact_sheet.draw(path, clip, result.grid, run.scores, run.labels, title)
+    with replacing(folder / "viz.html") as path:
+        path.write_text(run_page.run_page(run, clip, Path(record["video"])), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ..integrations.errors import InputError
@@ -27,6 +28,13 @@ def _escaped(found: re.Match[str]) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name
         return f"\\x{code - 0xDC00:02x}"
     return found[0].encode("unicode_escape").decode()
+
+
+def shown(value: Any) -> str:
+    """A value for people: entries of a mapping after one another."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name} {shown(one)}" for name, one in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def json_text(value: Any, indent: int | None = 2) -> str:

@@ -34,7 +34,7 @@ def add(commands: Commands) -> None:
         "run",
         help="one video, one question, one checkpoint",
         description="Asks a checkpoint about a video with the gate on. Writes result.json, anchors.safetensors "
-        "(scores, labels, grid, timestamps) and anchors.png to --out.",
+        "(scores, labels, grid, timestamps), anchors.png and viz.html to --out.",
     )
     add_model_options(run)
     add_tensor_parallel_option(run)
@@ -133,7 +133,7 @@ def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine, tenso
     try:
         output.draw_run(args.out, result, clip, record)
     except Exception as error:
-        progress.say(f"anchors.png could not be made ({type(error).__name__}: {error}); the results are written")
+        progress.say(f"pictures could not be made ({type(error).__name__}: {error}); the results are written")
     return clip, result, record
 
 
@@ -171,6 +171,6 @@ def report(result: Any, record: dict[str, Any], out: Path) -> None:
         "generate",
     )
     print("seconds   " + ", ".join(f"{stage.replace('_', ' ')} {seconds[stage]:.3f}" for stage in stages))
-    for name in ("result.json", "anchors.safetensors", "anchors.png"):
+    for name in ("result.json", "anchors.safetensors", "anchors.png", "viz.html"):
         if (out / name).exists():
             print(f"wrote     {printable(out / name)}")

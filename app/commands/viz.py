@@ -8,7 +8,7 @@ from ..libraries import prepare_libraries
 from ..text import json_text, printable
 from .shared import Commands, ProgressLine, add_timeout_option, check_extras
 
-MODEL_FREE = ("sheet", "overlay", "csv")
+MODEL_FREE = ("sheet", "overlay", "csv", "page")
 PARTS = (*MODEL_FREE, "frames", "affinity", "attention")
 
 
@@ -24,6 +24,8 @@ def add(commands: Commands) -> None:
         "  overlay    overlay_scores.mp4, overlay_subspaces.mp4: the same as videos\n"
         "  csv        tokens.csv: frame, time, row, column, score and subspace (as in the pictures)\n"
         "             of each token, and its label in anchors.safetensors\n"
+        "  page       viz.html: one file to send around, with a player and, where affinity and attention\n"
+        "             are made too, links between tokens, maps of attention, and the answer ungated\n"
         "  frames     frames/: each sampled frame with scores and with subspaces, as PNG\n"
         "  affinity   affinity.png, .csv: the share of |W| between each two frames (loads the model)\n"
         "  attention  attention.png, .csv: the share of attention that visual tokens get before and after\n"
@@ -79,6 +81,7 @@ def _viz(args: argparse.Namespace) -> int:
     progress = ProgressLine(not args.json)
     reading = {"timeout": args.timeout, "strict": args.strict}
     gallery = Gallery(run, out, args.video, args.format, progress, progress.say, **reading)
+    found = None
     try:
         if "sheet" in parts:
             gallery.sheet()
@@ -89,7 +92,10 @@ def _viz(args: argparse.Namespace) -> int:
         if "frames" in parts:
             gallery.frames()
         if affinity or attention:
-            gallery.from_model(model, args.device, args.dtype, affinity=affinity, attention=attention)
+            options = {"affinity": affinity, "attention": attention, "ungated": attention and "page" in parts}
+            found = gallery.from_model(model, args.device, args.dtype, **options)
+        if "page" in parts:
+            gallery.page(found)
     finally:
         progress.close()
     if args.json:

@@ -3,24 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ..pages.html import bullets, escape, folded, number_cell, page, paragraph, section, table, text_cell, warning
 from .comparison_report import COLUMNS, cells, counts_lines, differing, side_line
-from .page import (
-    bullets,
-    escape,
-    flips,
-    folded,
-    interval_cell,
-    listed,
-    number_cell,
-    page,
-    paragraph,
-    reach_of,
-    section,
-    table,
-    text_cell,
-    videos_table,
-    warning,
-)
+from .page import flips, interval_cell, listed, reach_of, videos_table
 from .protocol import SECTIONS
 
 

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .report import beginning, markdown_line, markdown_text, shown
+from ..text import shown
+from .report import beginning, markdown_line, markdown_text
 
 COLUMNS = ("questions", "n", "videos", "A", "B", "B - A", "95% interval", "could show", "McNemar p", "")
 _FLIPS_IN_MARKDOWN, _FLIPS_ON_TERMINAL = 200, 5

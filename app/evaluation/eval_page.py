@@ -4,22 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...integrations.errors import InputError
+from ..pages.html import folded, number_cell, page, paragraph, section, table, text_cell, warning
 from .head_to_head import changes
-from .page import (
-    flips,
-    folded,
-    interval_cell,
-    listed,
-    number_cell,
-    page,
-    paragraph,
-    reach_of,
-    section,
-    table,
-    text_cell,
-    videos_table,
-    warning,
-)
+from .page import flips, interval_cell, listed, reach_of, videos_table
 from .readers.own import result_of
 from .report import warnings_of
 

@@ -1,84 +1,15 @@
-"""Pieces of the pages of `eval` and `compare`: HTML without a script and without a request, every text escaped."""
+"""Pieces of the pages of `eval` and `compare`: tables of videos and questions, pictures of intervals."""
 
-import html
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from string import Template, ascii_uppercase
+from string import ascii_uppercase
 from typing import Any
 
-from ..text import printable
-from .report import beginning, shown
+from ..pages.html import escape, folded, number_cell, paragraph, table, text_cell
+from ..text import shown
+from .report import beginning
 
 MOST_ENTRIES = 1000
 """Questions listed in one section: more make a page that no browser scrolls well."""
-_TEMPLATE = Path(__file__).with_name("page.html")
-
-
-def page(title: str, body: Iterable[str]) -> str:
-    """A whole page.
-
-    Args:
-        title: text.
-        body: HTML.
-    """
-    template = Template(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.substitute(title=escape(title), body="\n".join(piece for piece in body if piece))
-
-
-def escape(value: Any) -> str:
-    """`value` as HTML: text between tags, or in quotes. What could steer or turn the text shows as an escape."""
-    return html.escape(printable(shown(value), lines=True), quote=True)
-
-
-def section(name: str, title: str, *content: str) -> str:
-    """HTML under a heading that `#name` leads to; nothing where there is no content."""
-    inner = "\n".join(piece for piece in content if piece)
-    return f'<section id="{escape(name)}"><h2>{escape(title)}</h2>\n{inner}</section>' if inner else ""
-
-
-def paragraph(text: str, kind: str = "") -> str:
-    return f'<p class="{escape(kind)}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
-
-
-def warning(title: str, lines: Sequence[str]) -> str:
-    """A box; nothing where there are no lines."""
-    return f'<div class="warn" role="note"><strong>{escape(title)}</strong>{bullets(lines)}</div>' if lines else ""
-
-
-def bullets(lines: Iterable[str]) -> str:
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f"<ul>{items}</ul>" if items else ""
-
-
-def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], marked: Iterable[int] = ()) -> str:
-    """A table that scrolls by itself where it is too wide.
-
-    Args:
-        caption, header: text.
-        rows: cells as `text_cell`, `number_cell` or other HTML make them; the first of a row is its heading, as text.
-        marked: rows to be set off.
-    """
-    set_off, lines, titles = {*marked}, [], "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
-    for n, (first, *cells) in enumerate(rows):
-        if not lines:  # headings of numbers stand above them
-            kinds = ["", *(' class="number"' if cell.startswith('<td class="number') else "" for cell in cells)]
-            named = zip(kinds, header, strict=True)
-            titles = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in named)
-        kind = ' class="differs"' if n in set_off else ""
-        lines.append(f'<tr{kind}><th scope="row">{escape(first)}</th>{"".join(cells)}</tr>')
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
-        f"<caption>{escape(caption)}</caption><thead><tr>{titles}</tr></thead>\n<tbody>" + "\n".join(lines) + "</tbody>"
-        "</table></div>"
-    )
-
-
-def number_cell(text: str, kind: str = "") -> str:
-    return f'<td class="number {escape(kind)}">{escape(text)}</td>'
-
-
-def text_cell(value: Any, kind: str = "text") -> str:
-    return f'<td class="{escape(kind)}">{escape(value)}</td>'
 
 
 def interval_cell(row: Mapping[str, Any], reach: float, is_shown: bool) -> str:
@@ -159,10 +90,6 @@ def listed(entries: Sequence[Sequence[Any]], header: Sequence[str], what: str) -
     rows = [[str(entry[0]), *(text_cell("" if cell is None else cell) for cell in entry[1:])] for entry in entries]
     title = f"{what}: {len(entries)}{_cut(len(entries))}"
     return folded(title, table("By question", header, rows[:MOST_ENTRIES]), len(entries) <= 20)
-
-
-def folded(title: str, content: str, is_open: bool) -> str:
-    return f"<details{' open' if is_open else ''}><summary>{escape(title)}</summary>{content}</details>"
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:

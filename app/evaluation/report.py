@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..batch.worker import CONFIG_COLUMNS, VIDEO_COLUMNS
+from ..text import shown
 from .evaluate import Judged
 from .paired import ALL, Difference, compare, groups_of
 from .questions import Question, videos_of
@@ -146,13 +147,6 @@ def _markdown(about: Mapping[str, Any], columns: Mapping[str, tuple[str, str]], 
         percent = row | {name: 100 * row[name] for name in _SHARES if name in row}
         lines.append(markdown_line(content.format_map(percent) for _, content in columns.values()))
     return "\n".join(lines) + "\n"
-
-
-def shown(value: Any) -> str:
-    """A value for people: entries of a mapping after one another."""
-    if isinstance(value, Mapping):
-        return "; ".join(f"{name} {shown(one)}" for name, one in value.items())
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def beginning(text: str | None, most: int) -> str:

@@ -1,13 +1,14 @@
-"""The share of attention that visual tokens get from the text after them, before and after the gate, by layer."""
+"""The attention that visual tokens get from the text after them, before and after the gate, by layer and head."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from unittest import mock
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
@@ -26,17 +27,33 @@ _OF_THE_GATE = ("log_gamma_k", "gamma_v", "gamma_q", "return_lse")
 
 @dataclass(frozen=True, eq=False)
 class VisualShare:
-    """Shares of attention in one layer.
+    """Attention in one layer, mean over queries: of the same queries and keys without and with the gate's factors.
 
     Args:
         layer: its number, from 0.
-        ungated, gated: (Hq,) float64 in [0, 1], the share of each head, mean over queries: of the same queries and
-            keys without and with the gate's factors.
+        ungated, gated: (Hq,) float64 in [0, 1], the share of each head that falls on visual tokens.
+        levels: (2, 1 + Hq, n_visual) uint8: where it falls, without the gate and with it, for the mean of the heads and
+            for each head, as 255 times the square root of its part of `top`.
+        top: (1 + Hq,) float64, the largest attention that a visual token gets, without the gate or with it.
     """
 
     layer: int
     ungated: np.ndarray
     gated: np.ndarray
+    levels: np.ndarray
+    top: np.ndarray
+
+    @classmethod
+    def of_maps(cls, layer: int, maps: np.ndarray) -> Self:
+        """
+        Args:
+            maps: (2, Hq, n_visual) attention on each visual token.
+        """
+        ungated, gated = maps.sum(-1, dtype=np.float64)
+        maps = np.concatenate([maps.mean(1, keepdims=True), maps], 1)
+        top = maps.max((0, 2))
+        levels = (255 * np.sqrt(maps / np.where(top > 0, top, 1)[:, None])).round().astype(np.uint8)
+        return cls(layer, ungated, gated, levels, top.astype(np.float64))
 
 
 @dataclass(eq=False)
@@ -49,35 +66,28 @@ class SharesRecord:
     n_visual: int = 0
 
 
-def visual_share(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visual: Tensor,
-    *,
-    log_gamma_k: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    """The part of each query's softmax that falls on the visual keys: exp(lse over them - lse over all keys).
+def attention_by_key(q: Tensor, k: Tensor, v: Tensor, *, log_gamma_k: Tensor | None = None, **options: Any) -> Tensor:
+    """How much of its softmax each head puts on each key, mean over the queries.
 
-    Nothing of queries x keys is built: the two log-sum-exps come from `anchored_attention`.
+    It is the gradient of the log-sum-exp by the logarithm of the key's factor, so that nothing of queries x keys is
+    built, and what `anchored_attention` can take can be measured.
 
     Args:
         q: (B, Hq, M, D); k, v: (B, Hkv, N, D).
-        visual: (N,) bool, True at visual keys.
-        log_gamma_k, key_padding_mask, options: as in `anchored_attention`.
+        log_gamma_k: (N',) or (B, N'), N' <= N; options: as in `anchored_attention`.
 
     Returns:
-        (B, Hq, M) float32; 0 for a query that sees no visual key, NaN for one that sees no key.
+        (B, Hq, N) float32, of sum 1 over the keys where each query sees one.
     """
-    seen = visual.expand(k.shape[0], -1)
-    only = seen if key_padding_mask is None else seen & key_padding_mask
-    lse_all, lse_visual = (
-        anchored_attention(q, k, v, log_gamma_k=log_gamma_k, key_padding_mask=mask, return_lse=True, **options)[1]
-        for mask in (key_padding_mask, only)
-    )
-    return (lse_visual - lse_all).exp()
+    with torch.inference_mode(False), torch.enable_grad():
+        q, k, v = (tensor.detach().clone() for tensor in (q, k, v))  # inference tensors take part in no gradient
+        bias = torch.zeros(*q.shape[:2], k.shape[2], device=q.device)
+        if log_gamma_k is not None:
+            bias[..., : log_gamma_k.shape[-1]] = log_gamma_k.detach().reshape(-1, 1, log_gamma_k.shape[-1])
+        bias.requires_grad_()
+        _, lse = anchored_attention(q, k, v, log_gamma_k=bias, return_lse=True, **options)
+        (found,) = torch.autograd.grad(lse.mean(-1).sum(), bias)
+    return found
 
 
 @contextmanager
@@ -104,11 +114,11 @@ def record_visual_share(visual: Tensor) -> Iterator[SharesRecord]:
                 raise InputError("attention with sinks is not measured: leave 'attention' out of --what")
             rest = {name: value for name, value in options.items() if name not in _OF_THE_GATE}
             here = visual.to(q.device)
-            shares = (
-                visual_share(q[:, :, -n_after:], k, v, here, log_gamma_k=gate, **rest).double().mean((0, 2))
+            maps = [
+                attention_by_key(q[:, :, -n_after:], k, v, log_gamma_k=gate, **rest)[0, :, here].float().cpu().numpy()
                 for gate in (None, options.get("log_gamma_k"))
-            )
-            record.layers.append(VisualShare(layer, *(share.cpu().numpy() for share in shares)))
+            ]
+            record.layers.append(VisualShare.of_maps(layer, np.stack(maps)))
         return anchored_attention(q, k, v, **options)
 
     with register_module_forward_pre_hook(entered), mock.patch.object(attention, "anchored_attention", measured):

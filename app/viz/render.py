@@ -13,6 +13,7 @@ from ..atomic_write import replacing
 from ..video.reader import Progress, VideoClip
 from . import contact_sheet, overlay, table
 from .finished_run import FinishedRun, read_clip, source_frames, video_of
+from .run_page import FromModel, run_page
 
 
 class Gallery:
@@ -79,6 +80,11 @@ class Gallery:
         """tokens.csv."""
         self._write("tokens.csv", table.write, table.token_rows(self._run))
 
+    def page(self, found: FromModel | None = None) -> None:
+        """viz.html, with what the run's model told where it was asked."""
+        text = run_page(self._run, self._clip, self._video, found)
+        self._write("viz.html", lambda path: path.write_text(text, encoding="utf-8"))
+
     def overlay(self, *, all_frames: bool) -> None:
         """overlay_scores.mp4 and overlay_subspaces.mp4, of the sampled frames or of all of the video."""
         for kind in overlay.KINDS:
@@ -104,8 +110,17 @@ class Gallery:
             yield frame
             self._progress(f"overlay of {kind}", n, 0)
 
-    def from_model(self, model: str, device: str, dtype: str, *, affinity: bool, attention: bool) -> None:
-        """affinity and attention, as figure and CSV each, by one prefill of the run's prompt."""
+    def from_model(
+        self, model: str, device: str, dtype: str, *, affinity: bool, attention: bool, ungated: bool
+    ) -> FromModel:
+        """affinity and attention, as figure and CSV each, by one prefill of the run's prompt.
+
+        Args:
+            ungated: ask for the answer without the gate, too.
+
+        Returns:
+            what was found, for `page`.
+        """
         from .. import pipeline
         from . import affinity as step_affinity
         from . import attention_share, prefill
@@ -117,6 +132,7 @@ class Gallery:
             self._write(f"attention.{self._suffix}", attention_share.draw, found.shares, run.video_name)
             self._write("attention.csv", table.write, attention_share.rows(found.shares))
             self.report["attention"] = attention_share.summary(found.shares)
+        solution = None
         if affinity:
             solution = prefill.coefficients(found, run, self._progress)
             result = step_affinity.frame_affinity(solution.indices, solution.values, run.grid)
@@ -132,3 +148,5 @@ class Gallery:
                         f"the scores computed again differ by up to {difference:.2g} from the run's: the picture is of "
                         f"this model, dtype and version, not quite of the run"
                     )
+        answer = prefill.ungated_answer(loaded, processor, clip, run, found) if ungated else None
+        return FromModel(solution, found.shares, answer)

@@ -3,5 +3,6 @@
 from batch_runs import finished, job
 from cli_runs import demo
 from eval_runs import clips, n_scored
+from viz_runs import gallery, viz_run
 
-__all__ = ["clips", "demo", "finished", "job", "n_scored"]
+__all__ = ["clips", "demo", "finished", "gallery", "job", "n_scored", "viz_run"]

@@ -37,7 +37,9 @@ def test_run_again_on_the_demo_checkpoint(demo: tuple[Path, str], tmp_path: Path
     assert result["question"] == "What is left?"
     assert result["config"]["scorer"] == "kmeans"
     assert len(result["frames"]["timestamps"]) == 6
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"result.json", "anchors.safetensors", "anchors.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "result.json", "anchors.safetensors", "anchors.png", "viz.html",
+    }  # fmt: skip
 
 
 def test_run_with_a_solver_of_ones_choice(demo: tuple[Path, str], tmp_path: Path) -> None:
@@ -235,7 +237,8 @@ def test_results_that_cannot_be_written(
 def test_a_picture_that_fails_is_a_warning(
     demo: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "anchors.png").write_text("of another run")
+    for name in ("anchors.png", "viz.html"):
+        (tmp_path / name).write_text("of another run")
 
     def failing(path: Path, *_args: object) -> None:
         path.write_text("half")
@@ -260,7 +263,7 @@ def test_any_file_name(demo: tuple[Path, str], tmp_path: Path, capsys: pytest.Ca
     assert cli.main([*map(str, run), *SMALL, "--out", str(tmp_path / "out")]) == 0
     assert cli.main(["viz", str(tmp_path / "out"), "--what", "sheet", "--format", "pdf"]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "result.json", "anchors.safetensors", "anchors.png", "viz",
+        "result.json", "anchors.safetensors", "anchors.png", "viz.html", "viz",
     }  # fmt: skip
     assert json.loads((tmp_path / "out" / "result.json").read_text())["video"] == str(tmp_path / name)
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir() if path.is_file()}) == 1
@@ -275,7 +278,7 @@ def test_nothing_is_written_through_links(demo: tuple[Path, str], tmp_path: Path
     out, theirs = tmp_path / "out", tmp_path / "theirs"
     out.mkdir()
     theirs.write_text("precious")
-    for name in ("result.json", "anchors.safetensors", "anchors.png"):
+    for name in ("result.json", "anchors.safetensors", "anchors.png", "viz.html"):
         (out / name).symlink_to(theirs)
     assert cli.main(run_arguments(demo[0], out)) == 0
     assert theirs.read_text() == "precious"

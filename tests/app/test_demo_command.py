@@ -23,8 +23,9 @@ def test_demo_shows_what_it_made(demo: tuple[Path, str]) -> None:
         "clip.mp4",
         "result.json",
         "scan",
+        "viz.html",
     }
-    assert str(folder / "anchors.png") in shown
+    assert str(folder / "viz.html") in shown
     for word in ("answer", "scores", "seconds", "kernels", "camera"):
         assert word in shown
 

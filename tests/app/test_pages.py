@@ -2,16 +2,16 @@
 
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from browser import chromium, needs_browser
 from compare_files import write_lines
 from eval_runs import STRENGTHS, run
+from hostile_texts import HOSTILE
 
 from videoanchor_triton.app import cli, pipeline
 from videoanchor_triton.app.evaluation import page
@@ -19,20 +19,9 @@ from videoanchor_triton.app.evaluation.comparison_page import comparison_page
 from videoanchor_triton.app.evaluation.eval_page import eval_page
 from videoanchor_triton.app.evaluation.head_to_head import head_to_head
 from videoanchor_triton.app.evaluation.readers.result import Answered, Result
+from videoanchor_triton.app.pages import html
 from videoanchor_triton.integrations.errors import InputError
 
-HOSTILE = (
-    "<script>document.title='owned'</script>",
-    "<img src=x onerror=\"document.title='owned'\">",
-    "\"><svg onload=document.title='owned'>",
-    "' onmouseover='document.title=1",
-    "</title></style></pre><h1>faked",
-    "&lt;script&gt; &amp; &#60;b&#62;",
-    "$title ${body} {question} %s",
-    "javascript:document.title='owned'",
-    "\x1b[31m\x00\u202egnp.exe\ud800",
-    "http://example.org/a.png<!-- --><![CDATA[",
-)
 TAGS = {
     *("html", "head", "meta", "title", "style", "body", "header", "section", "h1", "h2", "p", "br", "div", "strong"),
     *("ul", "li", "table", "caption", "thead", "tbody", "tr", "th", "td", "details", "summary", "span", "pre"),
@@ -123,7 +112,7 @@ def test_hostile_names_are_text_in_a_comparison() -> None:
     assert r"\x1b[31m\x00\u202egnp.exe" in found.text
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+@needs_browser
 def test_hostile_names_run_nothing_in_a_browser(tmp_path: Path) -> None:
     """Nor do they without the page's policy, which would stop them by itself."""
     text = hostile_page()
@@ -132,9 +121,7 @@ def test_hostile_names_run_nothing_in_a_browser(tmp_path: Path) -> None:
     (tmp_path / "compare.html").write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text))
     (tmp_path / "owned.html").write_text(f"<title>before</title>{HOSTILE[0]}")
     for name, expected in (("compare.html", title[0]), ("owned.html", "<title>owned</title>")):
-        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path / name}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert expected in done.stdout, "the check can fail"
+        assert expected in chromium(tmp_path / name, "--dump-dom").stdout, "the check can fail"
 
 
 def test_the_page_of_a_comparison(tmp_path: Path) -> None:
@@ -234,6 +221,14 @@ def test_hostile_names_are_text_in_an_evaluation(clips: Path, tmp_path: Path) ->
     found = checked(eval_page(record))
     for text in HOSTILE[:6]:
         assert text in found.text
+
+
+def test_data_for_a_script_cannot_end_its_block() -> None:
+    text = html.page(HOSTILE[0], [], script="1 < 2", data=list(HOSTILE))
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text)
+    assert json.loads(found) == list(HOSTILE)
+    assert text.count("<script") == text.count("</script") == 2
+    assert "<!--" not in text
 
 
 def test_long_lists_are_cut_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

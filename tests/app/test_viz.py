@@ -1,6 +1,5 @@
 """`videoanchor viz` as a user runs it, on a run of the tiny checkpoint, with every number checked another way."""
 
-import csv
 import itertools
 import json
 import shutil
@@ -15,6 +14,7 @@ import torch
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file
+from viz_runs import N_FRAMES, N_SAMPLED, QUESTION, moving_pattern, rows_of
 
 from videoanchor_triton.anchor.config import VideoAnchorConfig
 from videoanchor_triton.anchor.problem import token_features
@@ -22,44 +22,16 @@ from videoanchor_triton.anchor.solver import self_expression
 from videoanchor_triton.app import cli, demo, pipeline
 from videoanchor_triton.app.video.reader import VideoClip, read_video, write_video
 
-N_FRAMES, N_SAMPLED = 10, 5
-QUESTION = "Which roof is left?"
 FIGURES = {"anchors.png", "affinity.png", "attention.png"}
 TABLES = {"tokens.csv", "affinity.csv", "attention.csv"}
 OVERLAYS = {"overlay_scores.mp4", "overlay_subspaces.mp4"}
 
 
-def moving_pattern(n: int, height: int, width: int) -> np.ndarray:
-    """(n, height, width, 3) uint8: waves that move to the right."""
-    t, y, x = np.meshgrid(np.arange(n), np.arange(height), np.arange(width), indexing="ij")
-    waves = [np.sin((x - 3 * t) / 9 + y / 17), np.cos(y / 11 - t / 5), np.sin((x + y + 2 * t) / 23)]
-    return (127 + 120 * np.stack(waves, -1)).astype(np.uint8)
-
-
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five of ten frames: three steps of two frames, the last one of them filled up."""
-    folder = tmp_path_factory.mktemp("viz")
-    demo.make_checkpoint(folder / "checkpoint")
-    write_video(folder / "clip.mp4", moving_pattern(N_FRAMES, 84, 112), fps=5)
-    files = ("run", "--model", folder / "checkpoint", "--video", folder / "clip.mp4", "--out", folder / "run")
-    gate = ("--question", QUESTION, "--alpha-k", "9.5", "--alpha-v", "2.5", "--n-clusters", "4", "--tol", "0.01")
-    assert cli.main([*map(str, files), *gate, "--max-frames", str(N_SAMPLED), "--max-new-tokens", "1"]) == 0
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def gallery(run_folder: Path) -> Path:
-    out = run_folder.parent / "all"
-    assert cli.main(["viz", str(run_folder), "--what", "all", "--out", str(out)]) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def by_hand(run_folder: Path) -> dict[str, Any]:
+def by_hand(viz_run: Path) -> dict[str, Any]:
     """The run once more through the public pieces: its tokens, and the arguments of each attention of the prefill."""
-    record = json.loads((run_folder / "result.json").read_text())
-    scores = load_tensors(run_folder / "anchors.safetensors")["scores"]
+    record = json.loads((viz_run / "result.json").read_text())
+    scores = load_tensors(viz_run / "anchors.safetensors")["scores"]
     tokens = []
 
     def recorded(found: torch.Tensor) -> torch.Tensor:
@@ -76,11 +48,6 @@ def by_hand(run_folder: Path) -> dict[str, Any]:
     return {"tokens": tokens[0], "config": config, "calls": calls, "visual": visual}
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def decode(path: Path) -> tuple[list[np.ndarray], list[float]]:
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
@@ -88,13 +55,13 @@ def decode(path: Path) -> tuple[list[np.ndarray], list[float]]:
 
 
 def test_everything_is_made(gallery: Path) -> None:
-    assert {path.name for path in gallery.iterdir()} == FIGURES | TABLES | OVERLAYS | {"frames"}
+    assert {path.name for path in gallery.iterdir()} == FIGURES | TABLES | OVERLAYS | {"frames", "viz.html"}
     names = {f"{n:04d}_{kind}.png" for n in range(N_SAMPLED) for kind in ("scores", "subspaces")}
     assert {path.name for path in (gallery / "frames").iterdir()} == names
 
 
-def test_table_against_the_tensors(run_folder: Path, gallery: Path) -> None:
-    tensors = load_file(run_folder / "anchors.safetensors")
+def test_table_against_the_tensors(viz_run: Path, gallery: Path) -> None:
+    tensors = load_file(viz_run / "anchors.safetensors")
     rows = rows_of(gallery / "tokens.csv")
     t, h, w = tensors["grid"]
     assert len(rows) == t * h * w == len(tensors["scores"]) == 36
@@ -148,13 +115,13 @@ def test_attention_against_a_dense_softmax(gallery: Path, by_hand: dict[str, Any
     assert (after > before + 1e-3).all()
 
 
-def _expected_colours(run_folder: Path, kind: str) -> np.ndarray:
+def _expected_colours(viz_run: Path, kind: str) -> np.ndarray:
     """(t, h, w, 3) as the palette says, with the labels in order of their size."""
     from matplotlib import colormaps
 
     from videoanchor_triton.app.viz.palette import COLOURS
 
-    tensors = load_file(run_folder / "anchors.safetensors")
+    tensors = load_file(viz_run / "anchors.safetensors")
     shape = tuple(tensors["grid"])
     if kind == "scores":
         return colormaps["viridis"](tensors["scores"].reshape(shape))[..., :3] * 255
@@ -177,9 +144,9 @@ def _check_colours(picture: np.ndarray, colours: np.ndarray, source: np.ndarray,
 
 
 @pytest.mark.parametrize("kind", ["scores", "subspaces"])
-def test_overlay_of_the_sampled_frames(run_folder: Path, gallery: Path, kind: str) -> None:
-    colours = _expected_colours(run_folder, kind)
-    clip = read_video(run_folder.parent / "clip.mp4", max_frames=N_SAMPLED)
+def test_overlay_of_the_sampled_frames(viz_run: Path, gallery: Path, kind: str) -> None:
+    colours = _expected_colours(viz_run, kind)
+    clip = read_video(viz_run.parent / "clip.mp4", max_frames=N_SAMPLED)
     pictures, times = decode(gallery / f"overlay_{kind}.mp4")
     assert len(pictures) == N_SAMPLED
     np.testing.assert_allclose(times, np.arange(N_SAMPLED) / 4, atol=1e-3)
@@ -189,11 +156,11 @@ def test_overlay_of_the_sampled_frames(run_folder: Path, gallery: Path, kind: st
 
 
 @pytest.mark.parametrize("kind", ["scores", "subspaces"])
-def test_single_frames(run_folder: Path, gallery: Path, kind: str) -> None:
+def test_single_frames(viz_run: Path, gallery: Path, kind: str) -> None:
     from PIL import Image
 
-    colours = _expected_colours(run_folder, kind)
-    clip = read_video(run_folder.parent / "clip.mp4", max_frames=N_SAMPLED)
+    colours = _expected_colours(viz_run, kind)
+    clip = read_video(viz_run.parent / "clip.mp4", max_frames=N_SAMPLED)
     for n, source in enumerate(clip.frames):
         with Image.open(gallery / "frames" / f"{n:04d}_{kind}.png") as picture:
             _check_colours(np.asarray(picture), colours[n // 2], source, tolerance=1.5)
@@ -211,15 +178,15 @@ def nothing_is_decoded_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nothing_is_decoded_here")
-def test_overlay_of_all_frames(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overlay_of_all_frames(viz_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every frame of the video, when it is shown there, with the tokens of the sampled frame nearest in time."""
-    arguments = ["viz", str(run_folder), "--what", "overlay", "--all-frames", "--out", str(tmp_path), "--json"]
+    arguments = ["viz", str(viz_run), "--what", "overlay", "--all-frames", "--out", str(tmp_path), "--json"]
     assert cli.main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
     assert {Path(path).name for path in report["files"]} == OVERLAYS == {path.name for path in tmp_path.iterdir()}
-    clip = read_video(run_folder.parent / "clip.mp4", max_frames=N_FRAMES)
-    sampled = load_file(run_folder / "anchors.safetensors")["timestamps"]
-    colours = _expected_colours(run_folder, "subspaces")
+    clip = read_video(viz_run.parent / "clip.mp4", max_frames=N_FRAMES)
+    sampled = load_file(viz_run / "anchors.safetensors")["timestamps"]
+    colours = _expected_colours(viz_run, "subspaces")
     pictures, times = decode(tmp_path / "overlay_subspaces.mp4")
     np.testing.assert_allclose(times, clip.timestamps, atol=1e-3)
     for picture, seconds, source in zip(pictures, clip.timestamps, clip.frames, strict=True):
@@ -227,8 +194,8 @@ def test_overlay_of_all_frames(run_folder: Path, tmp_path: Path, capsys: pytest.
         _check_colours(picture, colours[step], source, tolerance=8)
 
 
-def test_report(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["viz", str(run_folder), "--what", "attention,affinity", "--out", str(tmp_path), "--format", "pdf"]
+def test_report(viz_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["viz", str(viz_run), "--what", "attention,affinity", "--out", str(tmp_path), "--format", "pdf"]
     assert cli.main([*command, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     names = {"attention.pdf", "attention.csv", "affinity.pdf", "affinity.csv"}
@@ -246,21 +213,21 @@ def test_report(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.usefixtures("nothing_is_decoded_here")
-def test_default_needs_no_model(run_folder: Path, tmp_path: Path) -> None:
+def test_default_needs_no_model(viz_run: Path, tmp_path: Path) -> None:
     """Beside the run, without its model, and with the video elsewhere."""
-    moved = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    moved = Path(shutil.copytree(viz_run, tmp_path / "run"))
     record = json.loads((moved / "result.json").read_text())
     record |= {"model": "gone", "video": "gone.mp4"}
     (moved / "result.json").write_text(json.dumps(record))
     assert cli.main(["viz", str(moved), "--what", "csv"]) == 0
-    assert cli.main(["viz", str(moved), "--video", str(run_folder.parent / "clip.mp4")]) == 0
-    assert {path.name for path in (moved / "viz").iterdir()} == {"anchors.png", "tokens.csv"} | OVERLAYS
+    assert cli.main(["viz", str(moved), "--video", str(viz_run.parent / "clip.mp4")]) == 0
+    assert {path.name for path in (moved / "viz").iterdir()} == {"anchors.png", "tokens.csv", "viz.html"} | OVERLAYS
 
 
 def test_nearest_neighbours_are_the_affinity_of_their_run(
-    run_folder: Path, gallery: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    viz_run: Path, gallery: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = json.loads((run_folder / "result.json").read_text())
+    run = json.loads((viz_run / "result.json").read_text())
     files = ("run", "--model", run["model"], "--video", run["video"], "--question", QUESTION, "--out", tmp_path / "run")
     gate = ("--alpha-k", "9.5", "--alpha-v", "2.5", "--n-clusters", "4", "--scorer", "knn")
     assert cli.main([*map(str, files), *gate, "--max-frames", str(N_SAMPLED), "--max-new-tokens", "1"]) == 0
@@ -275,9 +242,9 @@ def test_nearest_neighbours_are_the_affinity_of_their_run(
 
 
 def test_a_run_of_other_settings_says_what_to_do(
-    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    viz_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    moved = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    moved = Path(shutil.copytree(viz_run, tmp_path / "run"))
     record = json.loads((moved / "result.json").read_text())
     record["config"]["algorithm"] = "dense"
     (moved / "result.json").write_text(json.dumps(record))
@@ -288,13 +255,13 @@ def test_a_run_of_other_settings_says_what_to_do(
     assert line.endswith("run `videoanchor run` again")
 
 
-def test_another_model_is_told(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = Path(shutil.copytree(run_folder.parent / "checkpoint", tmp_path / "other")) / "model.safetensors"
+def test_another_model_is_told(viz_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = Path(shutil.copytree(viz_run.parent / "checkpoint", tmp_path / "other")) / "model.safetensors"
     weights = load_tensors(other)
     patches = "visual.patch_embed.proj.weight"
     weights[patches] = weights[patches].flip(0)
     save_file(weights, other, metadata={"format": "pt"})
-    command = ["viz", str(run_folder), "--what", "affinity", "--out", str(tmp_path / "out")]
+    command = ["viz", str(viz_run), "--what", "affinity", "--out", str(tmp_path / "out")]
     assert cli.main([*command, "--model", str(other.parent)]) == 0
     assert "differ by up to" in capsys.readouterr().err
 
@@ -329,7 +296,7 @@ def test_another_model_is_told(run_folder: Path, tmp_path: Path, capsys: pytest.
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(
-    run_folder: Path,
+    viz_run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -338,13 +305,13 @@ def test_wrong_input_is_one_line_and_exit_2(
 ) -> None:
     write_video(tmp_path / "other.mp4", moving_pattern(4, 84, 112), fps=4)
     (tmp_path / "broken.mp4").write_bytes(b"\0" * 5000)
-    damaged = bytearray((run_folder.parent / "clip.mp4").read_bytes())
+    damaged = bytearray((viz_run.parent / "clip.mp4").read_bytes())
     end = damaged.index(b"moov")
     damaged[end - 2000 : end] = bytes(2000)
     (tmp_path / "damaged.mp4").write_bytes(damaged)
     for name in ("run", "moved", "mixed", "cut"):
-        shutil.copytree(run_folder, tmp_path / name)
-    record = json.loads((run_folder / "result.json").read_text())
+        shutil.copytree(viz_run, tmp_path / name)
+    record = json.loads((viz_run / "result.json").read_text())
     (tmp_path / "moved" / "result.json").write_text(json.dumps({**record, "video": "moved.mp4"}))
     grid = {**record["grid"], "row_newlines": True}
     (tmp_path / "mixed" / "result.json").write_text(json.dumps({**record, "grid": grid}))
@@ -356,7 +323,7 @@ def test_wrong_input_is_one_line_and_exit_2(
 
 
 def test_other_visual_tokens_are_refused(
-    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    viz_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     half = pipeline.prepare
 
@@ -364,23 +331,23 @@ def test_other_visual_tokens_are_refused(
         return half(model, processor, replace(clip, frames=clip.frames[:2]), question)
 
     monkeypatch.setattr(pipeline, "prepare", fewer)
-    assert cli.main(["viz", str(run_folder), "--what", "attention", "--out", str(tmp_path)]) == 2
+    assert cli.main(["viz", str(viz_run), "--what", "attention", "--out", str(tmp_path)]) == 2
     assert "makes 12 visual tokens of this video, the run had 36" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_figure_alone(run_folder: Path, tmp_path: Path) -> None:
-    assert cli.main(["viz", str(run_folder), "--what", "attention", "--out", str(tmp_path)]) == 0
+def test_one_figure_alone(viz_run: Path, tmp_path: Path) -> None:
+    assert cli.main(["viz", str(viz_run), "--what", "attention", "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"attention.png", "attention.csv"}
 
 
-def test_what_was_finished_stays(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_finished_stays(viz_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(path: Path, *_args: Any, **_options: Any) -> None:
         path.write_text("half of it")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("videoanchor_triton.app.viz.overlay.write_video", stopped)
     (tmp_path / "overlay_scores.mp4").write_text("from before")
-    assert cli.main(["viz", str(run_folder), "--what", "sheet,overlay", "--out", str(tmp_path)]) == 130
+    assert cli.main(["viz", str(viz_run), "--what", "sheet,overlay", "--out", str(tmp_path)]) == 130
     assert {path.name for path in tmp_path.iterdir()} == {"anchors.png", "overlay_scores.mp4"}
     assert (tmp_path / "overlay_scores.mp4").read_text() == "from before"

@@ -21,8 +21,8 @@ from videoanchor_triton.app.viz.affinity import FrameAffinity, frame_affinity
 from videoanchor_triton.app.viz.attention_share import (
     SharesRecord,
     VisualShare,
+    attention_by_key,
     record_visual_share,
-    visual_share,
 )
 from videoanchor_triton.app.viz.finished_run import FinishedRun, read_clip, source_frames
 from videoanchor_triton.app.viz.overlay import MIN_WIDTH, Painter, write_video
@@ -159,15 +159,15 @@ def test_affinity_of_nothing_and_of_other_tokens() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 9}, {"softcap": 3.0}, {"scale": 0.3}], ids=str)
-def test_share_against_a_dense_softmax(options: dict[str, Any]) -> None:
-    """GQA, padding, fewer queries than keys, visual tokens in two blocks."""
+def test_attention_by_key_against_a_dense_softmax(options: dict[str, Any]) -> None:
+    """GQA, padding, fewer queries than keys."""
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(2, heads, n, 16, generator=generator) for heads, n in ((6, 5), (2, 37), (2, 37)))
     gamma = 1 + 9.5 * torch.rand(2, 37, generator=generator)
-    visual, padding = torch.zeros(37, dtype=torch.bool), torch.ones(2, 37, dtype=torch.bool)
-    visual[4:19] = visual[23:30] = True
+    padding = torch.ones(2, 37, dtype=torch.bool)
     padding[1, :7] = False
-    found = visual_share(q, k, v, visual, log_gamma_k=gamma.log(), key_padding_mask=padding, causal=True, **options)
+    with torch.inference_mode():
+        found = attention_by_key(q, k, v, log_gamma_k=gamma.log(), key_padding_mask=padding, causal=True, **options)
 
     logits = q.double() @ k.double().repeat_interleave(3, 1).transpose(-1, -2) * options.get("scale", 0.25)
     cap = options.get("softcap")
@@ -175,14 +175,23 @@ def test_share_against_a_dense_softmax(options: dict[str, Any]) -> None:
     ahead = torch.arange(37) - (torch.arange(5) + 32)[:, None]
     hidden = (ahead > 0) | (ahead <= -options.get("window", 1000)) | ~padding[:, None, None, :]
     weights = (logits + gamma.double().log()[:, None, None]).masked_fill(hidden, -torch.inf).softmax(-1)
-    np.testing.assert_allclose(found.double(), weights[..., visual].sum(-1), atol=2e-6)
-    assert 0.05 < found.mean() < 0.95
+    np.testing.assert_allclose(found.double(), weights.mean(2), atol=2e-6)
+    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
 
 
-def test_share_is_0_where_the_window_ends_before_the_video() -> None:
+def test_attention_is_0_where_the_window_does_not_reach() -> None:
     q, k, v = (torch.ones(1, 1, n, 8) for n in (2, 20, 20))
-    visual = torch.arange(20) < 10
-    assert visual_share(q, k, v, visual, causal=True, window=4).tolist() == [[[0, 0]]]
+    found = attention_by_key(q, k, v, causal=True, window=4)
+    assert found[0, 0].tolist() == pytest.approx([0] * 15 + [0.125, 0.25, 0.25, 0.25, 0.125], abs=1e-6)
+
+
+def test_levels_of_a_map() -> None:
+    """Both maps of a head on one scale; the first is the mean of the heads."""
+    maps = np.array([[[0.0, 0.1], [0.2, 0.0]], [[0.0, 0.4], [0.0, 0.0]]])
+    found = VisualShare.of_maps(3, maps)
+    np.testing.assert_allclose(found.top, [0.2, 0.4, 0.2])
+    assert found.levels.tolist() == [[[180, 128], [0, 128], [255, 0]], [[0, 255], [0, 255], [0, 0]]]
+    np.testing.assert_allclose([found.ungated, found.gated], [[0.1, 0.2], [0.4, 0.0]])
 
 
 NAME = "anchored_attention"
@@ -318,7 +327,7 @@ def test_affinity_has_no_overlap(t: int, last: float, figures: list[Figure], tmp
 @pytest.mark.parametrize("scale", [0.0, 0.01, 1.0])
 def test_attention_has_no_overlap(n_layers: int, scale: float, figures: list[Figure], tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    layers = [VisualShare(n, rng.random(8) * scale, rng.random(8) * scale) for n in range(n_layers)]
+    layers = [VisualShare.of_maps(n, rng.random((2, 8, 1)) * scale) for n in range(n_layers)]
     name = finished(TokenGrid(1, 1, 1), 1, video=LONG).video_name
     attention_share.draw(tmp_path / "a.png", SharesRecord(layers, 123, 4567, 4000), name)
     check_texts(figures[0])
