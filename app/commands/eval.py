@@ -62,7 +62,7 @@ def add(commands: Commands) -> None:
         "  control=permuted,uniform    the same scores on tokens at random, and a score of 1 on all: a gate whose\n"
         "                              scores say something is better than both\n"
         "  scorer=ssc,kmeans,uniform   score=published,size,row_sum   clusters=8,16,24,32   terms=K,V,KV\n"
-        "  frames=8,16,32\n\n"
+        "  frames=8,16,32   keep=0.5,0.25,0.1   group=ward,farthest,random,tome (of --keep)\n\n"
         "example:\n"
         "  videoanchor eval questions.jsonl --model DIR --alpha-k 4 --alpha-v 1 --out out/eval --ablate control",
     )
@@ -99,9 +99,10 @@ def _eval(args: argparse.Namespace) -> int:
     from ..evaluation.settings import ablations
 
     setting, questions = session.setting, session.questions
-    if not (setting.config.alpha_k or setting.config.alpha_v):
+    gates = ablations(setting, args.ablate)
+    if not any(one.config.alpha_k or one.config.alpha_v or one.config.merges for one in gates):
         raise InputError("--alpha-k 0 --alpha-v 0 is the baseline itself: give a strength above 0")
-    settings = list(dict.fromkeys(one for gate in ablations(setting, args.ablate) for one in (gate.baseline(), gate)))
+    settings = list(dict.fromkeys(one for gate in gates for one in (gate.baseline(), gate)))
     configs = {one.name: {"max_frames": one.max_frames, **one.config.to_dict()} for one in settings}
     stopped = None
     with session.opened(f"{len(questions)} questions in {len(settings)} settings", configs) as log:

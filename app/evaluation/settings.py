@@ -17,6 +17,8 @@ ABLATIONS = {
     "clusters": "8,16,24,32",
     "terms": "K,V,KV",
     "frames": "8,16,32",
+    "keep": "0.5,0.25,0.1",
+    "group": "ward,farthest,random,tome",
 }
 """What can be varied, and its usual values."""
 
@@ -95,6 +97,12 @@ def _varied(setting: Setting, name: str, value: str) -> Setting:
             changes = {"scorer": "knn" if setting.config.scorer == "knn" else "ssc", "score": value}
         case "clusters":
             changes = {"n_clusters": value if value == "auto" else int(value)}
+        case "keep":
+            changes = {"keep": int(value) if value.isdigit() else float(value)}
+        case "group":
+            if not setting.config.merges:
+                raise ValueError("all visual tokens are kept: give --keep as well")
+            changes = {"group": value}
         case "terms":
             changes = _without_others(setting.config, value.upper())
         case _:

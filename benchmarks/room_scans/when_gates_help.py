@@ -248,7 +248,7 @@ def main() -> int:
     for checkpoints, places in ((args.plain, PLAIN), (args.hinted, HINTED)):
         for checkpoint in checkpoints:
             for place, about in places.items():
-                name = checkpoint.parent.name if checkpoint.name == "checkpoint" else checkpoint.name
+                name = f"{checkpoint.parent.name}/{checkpoint.name}"
                 rows += rows_of(name, place, Study(checkpoint, about, args.scans))
                 print(f"{name}, {place}: {100 * rows[-1].without:.1f} without a gate", flush=True)
     about = environment(torch.device("cpu"), processor())

@@ -75,7 +75,7 @@ def grouping_rows(grids: dict[int, tuple[int, int, int]], repeats: int) -> Itera
         tokens = torch.as_tensor(token_sets.vit_like(n).X).float()
         grid = torch.cartesian_prod(*map(torch.arange, shape))
         config = VideoAnchorConfig(alpha_k=0, alpha_v=0)
-        rules = [rule for rule in get_args(Group) if n <= 4096 or rule in ("ward", "random")]
+        rules: list[Group] = [rule for rule in get_args(Group) if n <= 4096 or rule in ("ward", "random")]
         timed: dict[str, list[float]] = {name: [] for name in ("scoring", *rules)}
         for _ in range(repeats if n <= 4096 else 1):
             timed["scoring"].append(seconds(partial(anchor_scores, tokens, config)))
@@ -89,21 +89,25 @@ def grouping_rows(grids: dict[int, tuple[int, int, int]], repeats: int) -> Itera
 
 
 def make_model() -> Any:
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(0)
-    text = {
+    text: dict[str, Any] = {
         "vocab_size": 128, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4,
         "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 40000, "eos_token_id": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
     }  # fmt: skip
-    vision = {
+    vision: dict[str, Any] = {
         "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": 4, "out_hidden_size": 512,
         "window_size": 16, "fullatt_block_indexes": [],
     }  # fmt: skip
-    ids = {"image_token_id": 100, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
-    kind = Qwen2_5_VLForConditionalGeneration
-    model = kind(kind.config_class(text_config=text, vision_config=vision, **ids)).eval()
+    ids: dict[str, Any] = {
+        "image_token_id": 100,
+        "video_token_id": VIDEO,
+        "vision_start_token_id": START,
+        "vision_end_token_id": END,
+    }
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)).eval()
     model.set_attn_implementation("sdpa")
     return model
 

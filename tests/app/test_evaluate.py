@@ -187,7 +187,8 @@ def test_ablations_of_nearest_neighbours() -> None:
 
 
 @pytest.mark.parametrize(
-    "wanted", ["colour", "scorer=best", "score=median", "clusters=0", "clusters=x", "terms=KX", "terms=", "frames=0"]
+    "wanted",
+    ["colour", "scorer=best", "score=median", "clusters=0", "clusters=x", "terms=KX", "terms=", "frames=0", "keep=2.5"],
 )
 def test_ablations_that_are_refused(wanted: str) -> None:
     if wanted == "terms=":
@@ -322,6 +323,11 @@ def test_the_control_is_the_same_gate_with_other_scores() -> None:
         ("control permuted", replace(GATE, score="permuted")),
         ("control uniform", replace(GATE, scorer="uniform")),
     ]
+    with pytest.raises(InputError, match="--ablate group: ward: all visual tokens are kept: give --keep as well"):
+        ablations(gate, ["group"])
+    merged = Setting("gate", replace(GATE, keep=0.5), 8)
+    found = [(one.config.keep, one.config.group) for one in ablations(merged, ["keep=0.25,64", "group=ward,random"])]
+    assert found == [(0.5, "ward"), (0.25, "ward"), (64, "ward"), (0.5, "random")]
     with pytest.raises(InputError, match="expected permuted or uniform"):
         ablations(gate, ["control=ssc"])
 
