@@ -14,7 +14,7 @@ from ..anchor.config import VideoAnchorConfig
 from ..integrations.errors import InputError
 from .atomic_write import replacing
 from .machine import versions
-from .text import json_text, printable
+from .text import json_text
 from .token_grid import TokenGrid
 from .video.reader import VideoClip
 
@@ -131,9 +131,7 @@ def draw_run(folder: Path, result: "Answer", clip: VideoClip, record: dict[str, 
     tensors = {name: tensor.numpy() for name, tensor in _tensors(result.anchor, result.grid, clip).items()}
     names = ("scores", "labels", "timestamps", "frame_indices")
     run = FinishedRun(folder, record, result.grid, *(tensors[name] for name in names))
-    name = printable(Path(record["video"]).name)
-    title = f"{name}: {result.n_visual_tokens} visual tokens, scorer {record['config']['scorer']}"
     with replacing(folder / "anchors.png") as path:
-        contact_sheet.draw(path, clip, result.grid, run.scores, run.labels, title)
+        contact_sheet.draw(path, clip, run)
     with replacing(folder / "viz.html") as path:
         path.write_text(run_page.run_page(run, clip, Path(record["video"])), encoding="utf-8")

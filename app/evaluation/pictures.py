@@ -68,6 +68,7 @@ def _draw_line_search(axes: Any, trials: Sequence[Trial], colour: str) -> None:
         return
     values = sorted({getattr(trial, trial.coordinate) for trial in trials})
     n_rungs = trials[-1].rung
+    axes.set_title(f"last search, pass {trials[-1].search_pass}: {n_rungs} rungs", fontsize=9)
     for rung in range(1, n_rungs + 1):
         some = [trial for trial in trials if trial.rung == rung]
         x = [values.index(getattr(trial, trial.coordinate)) for trial in some]
@@ -76,7 +77,7 @@ def _draw_line_search(axes: Any, trials: Sequence[Trial], colour: str) -> None:
         axes.plot(x, y, **style, label=f"rung {rung}: {some[0].n} questions")
         if rung == n_rungs:
             best = next(n for n, trial in enumerate(some) if trial.kept)
-            axes.plot(x[best], y[best], "o", ms=14, mfc="none", mec=DARK, label="chosen")
+            axes.plot(x[best], y[best], "o", ms=14, mfc="none", mec=DARK, label=f"chosen in rung {rung}")
     axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
     axes.margins(x=0.1, y=0.15)
     low, high = axes.get_ylim()

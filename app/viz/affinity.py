@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..token_grid import TokenGrid
-from .plain_text import plain_text
+from .plain_text import plain_text, wrapped
 from .table import Row
 
 MAX_TICKS = 12
@@ -23,11 +23,13 @@ class FrameAffinity:
     Args:
         share: (t, t) float64, share[i, j] of the mass of |W| lies on coefficients W[a, b] by which a token a of step i
             expresses a token b of step j; sums to 1 (0 if W is 0).
+        chance: share of the mass that would join different steps if every token expressed any other as much.
         outside: share of all of |W| that joins a token without a place in time (one after the grid) and is left out.
     """
 
     share: np.ndarray
     outside: float
+    chance: float
 
     @property
     def between(self) -> float:
@@ -58,15 +60,18 @@ def frame_affinity(indices: Tensor, values: Tensor, grid: TokenGrid) -> FrameAff
     placed = (by >= 0) & (expressed >= 0)
     share = np.bincount(by[placed] * grid.t + expressed[placed], mass[placed], grid.t**2).reshape(grid.t, grid.t)
     inside, outside = float(share.sum()), float(mass[~placed].sum())
-    return FrameAffinity(share / (inside or 1.0), outside / (inside + outside or 1.0))
+    n = int((step >= 0).sum())
+    per_step = n // grid.t
+    chance = (n - per_step) / max(n - 1, 1)
+    return FrameAffinity(share / (inside or 1.0), outside / (inside + outside or 1.0), chance)
 
 
 @plain_text()
-def draw(path: Path, affinity: FrameAffinity, seconds: np.ndarray, video_name: str) -> None:
+def draw(path: Path, affinity: FrameAffinity, seconds: np.ndarray, caption: str) -> None:
     """Draws the matrix. `seconds` (t,) is the time of each step; the suffix of `path` is the format."""
     percent = 100 * affinity.share
     norm = PowerNorm(0.5, vmin=0, vmax=float(percent.max()) or 1.0)
-    figure = Figure((5.2, 4.4), layout="constrained")
+    figure = Figure((5.4, 4.8), layout="constrained")
     axis = figure.subplots()
     picture = axis.imshow(percent, cmap="viridis", norm=norm, interpolation="nearest")
     ticks = np.arange(0, len(seconds), -(-len(seconds) // MAX_TICKS))
@@ -75,8 +80,10 @@ def draw(path: Path, affinity: FrameAffinity, seconds: np.ndarray, video_name: s
     axis.set_yticks(ticks, names, fontsize=8)
     axis.set_xlabel("time of the expressed tokens (s)")
     axis.set_ylabel("time of the tokens that express them (s)")
-    axis.set_title(f"{video_name}\n{100 * affinity.between:.0f}% of |W| joins different time steps", fontsize=10)
-    figure.colorbar(picture, ax=axis, label="share of |W| (%)", format="%.3g")
+    said = f"{100 * affinity.between:.0f}% of |W| joins different time steps ({100 * affinity.chance:.0f}% by chance)"
+    figure.suptitle(f"{wrapped(caption, 62)}\n{said}", fontsize=9)
+    label = f"share of |W| (%), square root scale; by chance {100 / affinity.share.size:.3g}"
+    figure.colorbar(picture, ax=axis, format="%.3g").set_label(label, labelpad=9)
     figure.savefig(path, dpi=300)
 
 

@@ -18,7 +18,7 @@ from ...integrations.errors import InputError
 from ...integrations.transformers import attention
 from ...kernels.api import anchored_attention
 from .palette import COLOURS
-from .plain_text import plain_text
+from .plain_text import plain_text, wrapped
 from .table import Row
 
 _OF_THE_GATE = ("log_gamma_k", "gamma_v", "gamma_q", "return_lse")
@@ -126,7 +126,7 @@ def record_visual_share(visual: Tensor) -> Iterator[SharesRecord]:
 
 
 @plain_text()
-def draw(path: Path, record: SharesRecord, video_name: str) -> None:
+def draw(path: Path, record: SharesRecord, caption: str) -> None:
     """Draws both shares over the layers: the mean over heads, and between which values the heads lie. The suffix of
     `path` is the format."""
     layers = np.array([one.layer for one in record.layers])
@@ -151,7 +151,8 @@ def draw(path: Path, record: SharesRecord, video_name: str) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.set_xlabel("decoder layer")
     axis.set_ylabel("attention on visual tokens (%)")
-    axis.set_title(f"{video_name}\nattention of the {record.n_queries} text tokens after the video", fontsize=10)
+    said = f"attention of the {record.n_queries} text tokens after the video"
+    axis.set_title(f"{wrapped(caption, 64)}\n{said}", fontsize=9)
     handles = [*axis.get_lines(), *axis.collections]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False, handlelength=3)
     figure.savefig(path, dpi=300)

@@ -1,7 +1,6 @@
 """`anchors.png`: frames with the scores and with the subspaces laid over them."""
 
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -10,33 +9,36 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..token_grid import TokenGrid
 from ..video.reader import VideoClip
-from .palette import ALPHA, SCORE_MAP, SUBSPACE_MAP, backdrop, size_ranks, subspace_names
-from .plain_text import plain_text
+from .finished_run import FinishedRun
+from .palette import ALPHA, SCORE_ALPHA, SCORE_MAP, SUBSPACE_MAP, backdrop, size_ranks, subspace_names
+from .plain_text import plain_text, wrapped
 
 MAX_COLUMNS = 8
+MAX_ROW_HEIGHT = 3.5
+"""In inches: what is narrower than half its height is drawn narrower than its column."""
 
 
 @plain_text()
-def draw(
-    path: str | Path, clip: VideoClip, grid: TokenGrid, scores: np.ndarray, labels: np.ndarray, title: str
-) -> None:
+def draw(path: str | Path, clip: VideoClip, run: FinishedRun) -> None:
     """Writes the contact sheet, in the format of the suffix of `path`.
 
     Args:
         path: file to write.
-        clip: the sampled frames.
-        grid: where the visual tokens lie.
-        scores: (N,) in [0, 1]; labels: (N,) subspace of each token.
-        title: above the frames.
+        clip: the run's frames.
     """
+    grid, scores, labels = run.grid, run.scores, run.labels
+    scorer = run.record["config"].get("scorer", "ssc")
+    title = f"{run.caption}, {grid.n_tokens} visual tokens, scorer {scorer}"
     steps = np.unique(np.linspace(0, grid.t - 1, min(grid.t, MAX_COLUMNS)).round().astype(int))
     frame_of_step = grid.first_frames(len(clip.frames))[steps]
-    painted = SCORE_MAP(grid.arrange(scores)), SUBSPACE_MAP(grid.arrange(size_ranks(labels)))
+    in_grid = grid.arrange(scores)
+    painted = SCORE_MAP(in_grid), SUBSPACE_MAP(grid.arrange(size_ranks(labels)))
+    painted[0][..., 3] = SCORE_ALPHA * in_grid
+    painted[1][..., 3] = ALPHA
 
     height, width = clip.frames.shape[1:3]
-    figure_width, row_height = 1.75 * len(steps) + 1.9, max(1.75 * height / width, 0.55)
+    figure_width, row_height = 1.75 * len(steps) + 1.9, min(max(1.75 * height / width, 0.55), MAX_ROW_HEIGHT)
     figure = Figure((figure_width, 3 * row_height + 1.6), layout="constrained")  # no pyplot: a notebook keeps its own
     axes = figure.subplots(3, len(steps), squeeze=False)
     axes[0, 0].set(ylabel="frame")
@@ -48,14 +50,14 @@ def draw(
         grey = np.repeat(backdrop(picture) / 255, 3, -1)
         top.imshow(picture)
         top.set_title(f"{clip.timestamps[frame]:.2f} s", fontsize=9)
-        for axis, colours in zip(below, painted, strict=True):
-            axis.imshow(grey)
-            axis.imshow(colours[step], extent=extent, alpha=ALPHA, interpolation="nearest")
+        for axis, backdrop_of, colours in zip(below, (picture, grey), painted, strict=True):
+            axis.imshow(backdrop_of)
+            axis.imshow(colours[step], extent=extent, interpolation="nearest")
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     scale = ScalarMappable(Normalize(0, 1), SCORE_MAP)
     place: Any = {"ax": axes.ravel().tolist(), "pad": 0.01, "fraction": 0.05, "shrink": 0.3, "aspect": 10}
-    figure.colorbar(scale, alpha=ALPHA, **place).set_label("score", fontsize=9)
+    figure.colorbar(scale, alpha=SCORE_ALPHA, **place).set_label("score", fontsize=9)
     handles = [Patch(color=colour, label=name) for name, colour in subspace_names(labels)]
     figure.legend(
         handles=handles,
@@ -68,5 +70,5 @@ def draw(
         handlelength=1.0,
         columnspacing=1.0,
     )
-    figure.suptitle(fill(title, int(11 * figure_width)), fontsize=11)
+    figure.suptitle(wrapped(title, int(11 * figure_width)), fontsize=11)
     figure.savefig(path, dpi=200)

@@ -45,9 +45,24 @@ class FinishedRun:
         return name if len(name) <= 40 else f"{name[:24]}…{name[-15:]}"
 
     @property
+    def caption(self) -> str:
+        """What the run was, for a title: video, question and answer, model and strength of the gate."""
+        record = self.record
+        question, answer = (_short(printable(record[name]), 70) for name in ("question", "answer"))
+        strengths = ", ".join(
+            f"{name} {record['config'][name]:g}" for name in ("alpha_k", "alpha_v") if name in record["config"]
+        )
+        model = _short(printable(Path(record["model"]).name), 40)
+        return f"{self.video_name}: {question} → {answer or '(empty)'}\n{model}, {strengths}"
+
+    @property
     def first_frames(self) -> np.ndarray:
         """(t,) int64 first sampled frame of each step of the grid."""
         return self.grid.first_frames(len(self.indices))
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def read_run(folder: Path) -> FinishedRun:
@@ -69,7 +84,7 @@ def read_run(folder: Path) -> FinishedRun:
         scores, labels, timestamps, indices = (
             tensors[name] for name in ("scores", "labels", "timestamps", "frame_indices")
         )
-        for name in ("video", "model", "question", "config"):
+        for name in ("video", "model", "question", "answer", "config"):
             record[name]
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(

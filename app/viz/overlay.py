@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import matplotlib
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from .finished_run import FinishedRun
-from .palette import ALPHA, COLOURS, SCORE_MAP, SUBSPACE_MAP, backdrop, size_ranks, subspace_names
+from .palette import ALPHA, COLOURS, SCORE_ALPHA, SCORE_MAP, SUBSPACE_MAP, backdrop, size_ranks, subspace_names
 
 Kind = Literal["scores", "subspaces"]
 KINDS: tuple[Kind, ...] = ("scores", "subspaces")
@@ -25,12 +25,15 @@ class Painter:
 
     Attributes:
         colours: (t, h, w, 3) float64 RGB in [0, 255] of each token.
+        weights: (t, h, w) float in [0, 1], of a token's colour over the frame.
         names: (name, colour) of the subspaces, for the legend.
     """
 
     def __init__(self, run: FinishedRun, kind: Kind) -> None:
         values, colour_map = (run.scores, SCORE_MAP) if kind == "scores" else (size_ranks(run.labels), SUBSPACE_MAP)
-        self.colours = 255 * colour_map(run.grid.arrange(values))[..., :3]
+        in_grid = run.grid.arrange(values)
+        self.colours = 255 * colour_map(in_grid)[..., :3]
+        self.weights = SCORE_ALPHA * in_grid if kind == "scores" else np.full(in_grid.shape, ALPHA)
         self.names = subspace_names(run.labels)
         self._run, self._kind = run, kind
 
@@ -40,28 +43,33 @@ class Painter:
         return nearest // self._run.grid.frames_per_step(len(self._run.indices))
 
     def paint(self, frame: np.ndarray, seconds: float) -> np.ndarray:
-        """The frame in grey with the colours of its tokens over it, and a line with the time and the legend below.
+        """The frame, and beside it the frame with the colours of its tokens over it, for subspaces in grey. Below is a
+        line with the time and the legend.
 
         Args:
             frame: (H, W, 3) uint8 RGB.
             seconds: its time.
 
         Returns:
-            (H', W', 3) uint8: the frame, enlarged by a whole number to at least `MIN_WIDTH` pixels, its right and
+            (H', W', 3) uint8: both, each enlarged by a whole number to at least `MIN_WIDTH` pixels, its right and
             bottom edge repeated where that makes a side even, and the line.
         """
         times = -(-MIN_WIDTH // frame.shape[1])
         frame = frame.repeat(times, 0).repeat(times, 1)
         height, width = frame.shape[:2]
-        colours = self.colours[self.step_at(seconds)]
+        step = self.step_at(seconds)
+        colours, weights = self.colours[step], self.weights[step]
         rows = np.arange(height) * colours.shape[0] // height
         columns = np.arange(width) * colours.shape[1] // width
-        painted = (ALPHA * colours[rows][:, columns] + (1 - ALPHA) * backdrop(frame)).round().astype(np.uint8)
-        painted = np.pad(painted, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        weight = weights[rows][:, columns, None]
+        under = frame if self._kind == "scores" else backdrop(frame)
+        painted = (weight * colours[rows][:, columns] + (1 - weight) * under).round().astype(np.uint8)
+        even = ((0, height % 2), (0, width % 2), (0, 0))
+        painted = np.concatenate([np.pad(picture, even, mode="edge") for picture in (frame, painted)], 1)
         return np.concatenate([painted, self._legend(painted.shape[1], seconds)])
 
     def _legend(self, width: int, seconds: float) -> np.ndarray:
-        height = width // 48 * 2 + 4
+        height = width // 96 * 2 + 4
         line = Image.new("RGB", (width, height), "white")
         draw = ImageDraw.Draw(line)
         font = _font(height * 0.6)
@@ -96,13 +104,13 @@ def write_video(path: Path, painter: Painter, frames: Iterable[tuple[float, np.n
 
     Args:
         frames: (seconds, (H, W, 3) uint8 RGB) in order of time.
-        slides: show each for a quarter of a second, else at its own time.
+        slides: show each for a quarter of a second, else at its own time, the last as long as the one before it.
     """
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=30, options={"crf": "16"})
         stream.pix_fmt = "yuv420p"  # pyright: ignore[reportAttributeAccessIssue]
         stream.codec_context.time_base = Fraction(1, _TICKS)
-        start = 0.0
+        start, shown, lasts = 0.0, 0, _TICKS // SLIDES_PER_SECOND
         for n, (seconds, frame) in enumerate(frames, 1):
             picture = painter.paint(frame, seconds)
             if n == 1:
@@ -111,5 +119,13 @@ def write_video(path: Path, painter: Painter, frames: Iterable[tuple[float, np.n
             image = av.VideoFrame.from_ndarray(picture, format="rgb24")
             image.pts = round(_TICKS * ((n - 1) / SLIDES_PER_SECOND if slides else seconds - start))
             image.time_base = Fraction(1, _TICKS)
-            container.mux(stream.encode(image))  # pyright: ignore
-        container.mux(stream.encode(None))  # pyright: ignore
+            lasts, shown = (image.pts - shown if n > 1 else lasts), image.pts
+            _mux(container, stream.encode(image), lasts)  # pyright: ignore
+        _mux(container, stream.encode(None), lasts)  # pyright: ignore
+
+
+def _mux(container: Any, packets: Iterable[Any], duration: int) -> None:
+    """Writes packets; the duration counts for the last one, where none follows that would end it."""
+    for packet in packets:
+        packet.duration = duration
+        container.mux(packet)

@@ -16,7 +16,9 @@ OTHER = "#8A8A8A"
 SUBSPACE_MAP = ListedColormap([*COLOURS, OTHER])
 """From the ranks of `size_ranks`."""
 ALPHA = 0.62
-"""Weight of a colour over the picture."""
+"""Weight of a subspace's colour over the picture."""
+SCORE_ALPHA = 0.8
+"""Weight of the colour of score 1; that of a score is as much smaller, so that a frame is untouched at score 0."""
 CONTRAST = 0.7
 """Contrast that is left of the picture under the colours, so that a colour looks alike in light and in shade."""
 

@@ -3,6 +3,12 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import fill
+
+
+def wrapped(text: str, width: int) -> str:
+    """Its lines, each broken where it is longer."""
+    return "\n".join(fill(line, width) for line in text.split("\n"))
 
 
 @contextmanager

@@ -72,9 +72,7 @@ class Gallery:
     def sheet(self) -> None:
         """anchors.png or .pdf."""
         run = self._run
-        title = f"{run.video_name}: {run.grid.n_tokens} visual tokens, scorer {run.record['config']['scorer']}"
-        sheet = (self._clip, run.grid, run.scores, run.labels, title)
-        self._write(f"anchors.{self._suffix}", contact_sheet.draw, *sheet)
+        self._write(f"anchors.{self._suffix}", contact_sheet.draw, self._clip, run)
 
     def csv(self) -> None:
         """tokens.csv."""
@@ -129,7 +127,7 @@ class Gallery:
         loaded, processor = pipeline.load(model, device, dtype)
         found = prefill.prefill(loaded, processor, clip, run, with_shares=attention)
         if found.shares is not None:
-            self._write(f"attention.{self._suffix}", attention_share.draw, found.shares, run.video_name)
+            self._write(f"attention.{self._suffix}", attention_share.draw, found.shares, run.caption)
             self._write("attention.csv", table.write, attention_share.rows(found.shares))
             self.report["attention"] = attention_share.summary(found.shares)
         solution = None
@@ -137,7 +135,7 @@ class Gallery:
             solution = prefill.coefficients(found, run, self._progress)
             result = step_affinity.frame_affinity(solution.indices, solution.values, run.grid)
             seconds = run.timestamps[run.first_frames]
-            self._write(f"affinity.{self._suffix}", step_affinity.draw, result, seconds, run.video_name)
+            self._write(f"affinity.{self._suffix}", step_affinity.draw, result, seconds, run.caption)
             self._write("affinity.csv", table.write, step_affinity.rows(result, seconds))
             self.report["affinity"] = {"between_steps": result.between, "outside_grid": result.outside}
             difference = prefill.difference_to_recorded(solution, run)

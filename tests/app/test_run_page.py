@@ -125,6 +125,15 @@ def test_maps_of_attention_are_those_of_their_head(video: Path) -> None:
         assert one["shares"][1] == pytest.approx([measured.gated.mean(), *measured.gated])
 
 
+def test_levels_of_a_map() -> None:
+    """Both maps of a head on one scale; the first is the mean of the heads."""
+    maps = np.array([[[0.0, 0.1], [0.2, 0.0]], [[0.0, 0.4], [0.0, 0.0]]])
+    found = VisualShare.of_maps(3, maps)
+    np.testing.assert_allclose(found.top, [0.2, 0.4, 0.2])
+    assert found.levels.tolist() == [[[180, 128], [0, 128], [255, 0]], [[0, 255], [0, 255], [0, 0]]]
+    np.testing.assert_allclose([found.ungated, found.gated], [[0.1, 0.2], [0.4, 0.0]])
+
+
 def test_what_was_run_is_on_the_page_and_folders_are_not(video: Path) -> None:
     text = whole_page(video, question="Where is $it?")
     for said in ("Where is $it?", hashlib.sha256(b"a video").hexdigest(), "alpha_k", "9.5", "clip.mp4", "0.400"):

@@ -48,6 +48,12 @@ def by_hand(viz_run: Path) -> dict[str, Any]:
     return {"tokens": tokens[0], "config": config, "calls": calls, "visual": visual}
 
 
+def duration(path: Path) -> float:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return float((stream.duration or 0) * (stream.time_base or 0))
+
+
 def decode(path: Path) -> tuple[list[np.ndarray], list[float]]:
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
@@ -116,7 +122,7 @@ def test_attention_against_a_dense_softmax(gallery: Path, by_hand: dict[str, Any
 
 
 def _expected_colours(viz_run: Path, kind: str) -> np.ndarray:
-    """(t, h, w, 3) as the palette says, with the labels in order of their size."""
+    """(t, h, w, 4) colours as the palette says, with the labels in order of their size, and their weights."""
     from matplotlib import colormaps
 
     from videoanchor_triton.app.viz.palette import COLOURS
@@ -124,22 +130,30 @@ def _expected_colours(viz_run: Path, kind: str) -> np.ndarray:
     tensors = load_file(viz_run / "anchors.safetensors")
     shape = tuple(tensors["grid"])
     if kind == "scores":
-        return colormaps["viridis"](tensors["scores"].reshape(shape))[..., :3] * 255
+        scores = tensors["scores"].reshape(shape)
+        return np.concatenate([255 * colormaps["viridis"](scores)[..., :3], 0.8 * scores[..., None]], -1)
     by_size = sorted(set(tensors["labels"].tolist()), key=lambda label: (-(tensors["labels"] == label).sum(), label))
     colours = [COLOURS[by_size.index(label)] for label in tensors["labels"]]
-    return np.array([[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in colours]).reshape(*shape, 3)
+    return np.array([[*(int(colour[i : i + 2], 16) for i in (1, 3, 5)), 0.62] for colour in colours]).reshape(*shape, 4)
 
 
-def _check_colours(picture: np.ndarray, colours: np.ndarray, source: np.ndarray, tolerance: float) -> None:
-    """The middle of each cell of one step: its colour, over the frame in grey."""
+def _check_colours(picture: np.ndarray, colours: np.ndarray, source: np.ndarray, kind: str, tolerance: float) -> None:
+    """On the left the frame; on the right the middle of each cell of one step: its colour, over the frame, for
+    subspaces in grey."""
     h, w = colours.shape[:2]
+    left, picture = np.split(picture, 2, 1)
     times = picture.shape[1] // source.shape[1]
+    large = source.repeat(times, 0).repeat(times, 1).astype(float)
+    assert np.abs(left[: len(large)] - large).mean() < tolerance
     cell_h, cell_w = source.shape[0] * times // h, source.shape[1] * times // w
     for row, column in itertools.product(range(h), range(w)):
         y, x = row * cell_h + cell_h // 2, column * cell_w + cell_w // 2
         near = slice(y - 2, y + 3), slice(x - 2, x + 3)
-        grey = source.repeat(times, 0).repeat(times, 1)[near].mean()
-        expected = 0.62 * colours[row, column] + 0.38 * (127.5 + 0.7 * (grey - 127.5))
+        under = large[near].mean((0, 1))
+        if kind == "subspaces":
+            under = 127.5 + 0.7 * (under.mean() - 127.5)
+        *colour, weight = colours[row, column]
+        expected = weight * np.array(colour) + (1 - weight) * under
         np.testing.assert_allclose(picture[near].mean((0, 1)), expected, atol=tolerance)
 
 
@@ -150,9 +164,10 @@ def test_overlay_of_the_sampled_frames(viz_run: Path, gallery: Path, kind: str) 
     pictures, times = decode(gallery / f"overlay_{kind}.mp4")
     assert len(pictures) == N_SAMPLED
     np.testing.assert_allclose(times, np.arange(N_SAMPLED) / 4, atol=1e-3)
+    assert duration(gallery / f"overlay_{kind}.mp4") == pytest.approx(N_SAMPLED / 4), "the last is shown as long"
     for n, (picture, source) in enumerate(zip(pictures, clip.frames, strict=True)):
-        assert picture.shape[1] == 560
-        _check_colours(picture, colours[n // 2], source, tolerance=8)
+        assert picture.shape[1] == 2 * 560
+        _check_colours(picture, colours[n // 2], source, kind, tolerance=8)
 
 
 @pytest.mark.parametrize("kind", ["scores", "subspaces"])
@@ -163,7 +178,7 @@ def test_single_frames(viz_run: Path, gallery: Path, kind: str) -> None:
     clip = read_video(viz_run.parent / "clip.mp4", max_frames=N_SAMPLED)
     for n, source in enumerate(clip.frames):
         with Image.open(gallery / "frames" / f"{n:04d}_{kind}.png") as picture:
-            _check_colours(np.asarray(picture), colours[n // 2], source, tolerance=1.5)
+            _check_colours(np.asarray(picture), colours[n // 2], source, kind, tolerance=1.5)
 
 
 @pytest.fixture
@@ -191,7 +206,7 @@ def test_overlay_of_all_frames(viz_run: Path, tmp_path: Path, capsys: pytest.Cap
     np.testing.assert_allclose(times, clip.timestamps, atol=1e-3)
     for picture, seconds, source in zip(pictures, clip.timestamps, clip.frames, strict=True):
         step = int(np.abs(sampled - seconds).argmin()) // 2
-        _check_colours(picture, colours[step], source, tolerance=8)
+        _check_colours(picture, colours[step], source, "subspaces", tolerance=8)
 
 
 def test_report(viz_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,12 +39,17 @@ GRIDS = [
 ]
 
 
+LONG = "a-video-with-a-name-that-would-never-fit-into-any-title-of-a-figure-take-7.mp4"
+CONFIG = {"alpha_k": 9.5, "alpha_v": 2.5, "scorer": "ssc"}
+
+
 def finished(grid: TokenGrid, n_frames: int, labels: np.ndarray | None = None, video: str = "clip.mp4") -> FinishedRun:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 5, grid.n_tokens) if labels is None else labels
     scores = rng.random(grid.n_tokens, dtype=np.float32)
     indices = np.arange(n_frames) * 3 + 1
-    return FinishedRun(Path("run"), {"video": video}, grid, scores, labels, indices / 10, indices)
+    about = {"video": video, "model": LONG, "question": f"Where is {LONG * 3}?", "answer": LONG * 2, "config": CONFIG}
+    return FinishedRun(Path("run"), about, grid, scores, labels, indices / 10, indices)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -147,6 +152,10 @@ def test_affinity_against_a_dense_matrix(grid: TokenGrid) -> None:
     found = frame_affinity(indices, values, grid)
     np.testing.assert_allclose(found.share, expected / expected.sum(), rtol=1e-9)
     assert found.outside == pytest.approx(1 - expected.sum() / dense.sum(), abs=1e-12)
+    placed = np.flatnonzero(step >= 0)
+    others = ~np.eye(n, dtype=bool)[np.ix_(placed, placed)]
+    apart = step[placed][:, None] != step[placed]
+    assert found.chance == pytest.approx(apart[others].mean() if others.any() else 0)
     assert found.between == pytest.approx(1 - np.trace(expected) / expected.sum(), abs=1e-12)
 
 
@@ -183,15 +192,6 @@ def test_attention_is_0_where_the_window_does_not_reach() -> None:
     q, k, v = (torch.ones(1, 1, n, 8) for n in (2, 20, 20))
     found = attention_by_key(q, k, v, causal=True, window=4)
     assert found[0, 0].tolist() == pytest.approx([0] * 15 + [0.125, 0.25, 0.25, 0.25, 0.125], abs=1e-6)
-
-
-def test_levels_of_a_map() -> None:
-    """Both maps of a head on one scale; the first is the mean of the heads."""
-    maps = np.array([[[0.0, 0.1], [0.2, 0.0]], [[0.0, 0.4], [0.0, 0.0]]])
-    found = VisualShare.of_maps(3, maps)
-    np.testing.assert_allclose(found.top, [0.2, 0.4, 0.2])
-    assert found.levels.tolist() == [[[180, 128], [0, 128], [255, 0]], [[0, 255], [0, 255], [0, 0]]]
-    np.testing.assert_allclose([found.ungated, found.gated], [[0.1, 0.2], [0.4, 0.0]])
 
 
 NAME = "anchored_attention"
@@ -232,21 +232,26 @@ def test_painted_frames_of_odd_sizes(kind: Any, width: int, height: int, tmp_pat
     run = finished(grid, 3)
     frames = np.random.default_rng(1).integers(0, 256, (3, height, width, 3), dtype=np.uint8)
     painter = Painter(run, kind)
-    picture = painter.paint(frames[2], 0.7)
+    whole = painter.paint(frames[2], 0.7)
+    left, picture = np.split(whole, 2, 1)
     times = picture.shape[1] // width
     assert picture.shape[1] >= MIN_WIDTH > (times - 1) * width
     assert picture.shape[0] % 2 == picture.shape[1] % 2 == 0
     large_h, large_w = height * times, width * times
     row, column = np.arange(large_h) * 3 // large_h, np.arange(large_w) * 5 // large_w
     colours = painter.colours[1][row][:, column]
-    grey = frames[2].mean(-1).repeat(times, 0).repeat(times, 1)[..., None]
-    expected = 0.62 * colours + 0.38 * (127.5 + 0.7 * (grey - 127.5))
+    large = frames[2].repeat(times, 0).repeat(times, 1)
+    np.testing.assert_array_equal(left[:large_h, :large_w], large)
+    weight, under = 0.62, 127.5 + 0.7 * (large.mean(-1, keepdims=True) - 127.5)
+    if kind == "scores":
+        weight, under = 0.8 * run.grid.arrange(run.scores)[1][row][:, column, None], large
+    expected = weight * colours + (1 - weight) * under
     np.testing.assert_allclose(picture[:large_h, :large_w], expected, atol=0.51)
     path = tmp_path / "o.mp4"
     write_video(path, painter, zip(run.timestamps, frames, strict=True), slides=True)
     with av.open(str(path)) as container:
         shapes = [(frame.height, frame.width) for frame in container.decode(video=0)]
-    assert shapes == [picture.shape[:2]] * 3
+    assert shapes == [whole.shape[:2]] * 3
 
 
 def test_one_frame() -> None:
@@ -294,12 +299,9 @@ def check_texts(figure: Figure) -> None:
         assert not box.padded(-0.5).overlaps(other_box.padded(-0.5)), (name, other)
 
 
-LONG = "a-video-with-a-name-that-would-never-fit-into-any-title-of-a-figure-take-7.mp4"
-
-
 @pytest.mark.parametrize(
     ("n_frames", "shape", "n_clusters"),
-    [(1, (90, 160), 1), (1, (160, 90), 24), (3, (50, 400), 24), (40, (90, 160), 24)],
+    [(1, (90, 160), 1), (1, (160, 90), 24), (2, (900, 90), 24), (3, (50, 400), 24), (40, (90, 160), 24)],
 )
 def test_sheet_has_no_overlap(
     n_frames: int, shape: tuple[int, int], n_clusters: int, figures: list[Figure], tmp_path: Path
@@ -307,9 +309,11 @@ def test_sheet_has_no_overlap(
     grid = TokenGrid(n_frames, 5, 6, row_newlines=True)
     run = finished(grid, n_frames, np.arange(grid.n_tokens) % n_clusters, LONG)
     clip = VideoClip(np.zeros((n_frames, *shape, 3), np.uint8), run.timestamps + 3600, run.indices, 200, 10.0)
-    title = f"{LONG}: {grid.n_tokens} visual tokens, scorer ssc"
-    contact_sheet.draw(tmp_path / "sheet.png", clip, grid, run.scores, run.labels, title)
+    contact_sheet.draw(tmp_path / "sheet.png", clip, run)
     check_texts(figures[0])
+    assert figures[0].get_figheight() < 13, "however tall the frames are"
+    for said in ("Where is", "→", "alpha_k 9.5, alpha_v 2.5", f"{grid.n_tokens} visual"):
+        assert said in figures[0].get_suptitle().replace("\n", " ")
 
 
 @pytest.mark.parametrize(("t", "last"), [(1, 0.0), (2, 0.5), (5, 20.0), (40, 3600.0), (36, 36000.0)])
@@ -317,8 +321,8 @@ def test_affinity_has_no_overlap(t: int, last: float, figures: list[Figure], tmp
     share = np.random.default_rng(0).random((t, t)) ** 8
     run = finished(TokenGrid(t, 1, 1), t, video=LONG)
     seconds = np.linspace(0, last, t)
-    affinity.draw(tmp_path / "a.pdf", FrameAffinity(share / share.sum(), 0.0), seconds, run.video_name)
-    affinity.draw(tmp_path / "b.png", FrameAffinity(share * 0, 0.0), seconds, run.video_name)
+    affinity.draw(tmp_path / "a.pdf", FrameAffinity(share / share.sum(), 0.0, 0.9), seconds, run.caption)
+    affinity.draw(tmp_path / "b.png", FrameAffinity(share * 0, 0.0, 0.0), seconds, run.caption)
     for figure in figures:
         check_texts(figure)
 
@@ -328,7 +332,7 @@ def test_affinity_has_no_overlap(t: int, last: float, figures: list[Figure], tmp
 def test_attention_has_no_overlap(n_layers: int, scale: float, figures: list[Figure], tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     layers = [VisualShare.of_maps(n, rng.random((2, 8, 1)) * scale) for n in range(n_layers)]
-    name = finished(TokenGrid(1, 1, 1), 1, video=LONG).video_name
+    name = finished(TokenGrid(1, 1, 1), 1, video=LONG).caption
     attention_share.draw(tmp_path / "a.png", SharesRecord(layers, 123, 4567, 4000), name)
     check_texts(figures[0])
 
@@ -338,7 +342,7 @@ def test_the_frame_of_a_step_is_its_own(figures: list[Figure], tmp_path: Path) -
     frames = np.repeat(np.array([10, 60, 110, 160, 210], np.uint8), 12).reshape(5, 2, 2, 3)
     run = finished(TokenGrid(3, 1, 1), 5)
     clip = VideoClip(frames, run.timestamps, run.indices, 20, 10.0)
-    contact_sheet.draw(tmp_path / "sheet.png", clip, run.grid, run.scores, run.labels, "title")
+    contact_sheet.draw(tmp_path / "sheet.png", clip, run)
     shown = [axis.images[0].get_array()[0, 0, 0] for axis in figures[0].axes[:3]]  # pyright: ignore
     assert shown == [10, 110, 210]
     assert [axis.get_title() for axis in figures[0].axes[:3]] == ["0.10 s", "0.70 s", "1.30 s"]
