@@ -332,6 +332,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         one, colour = row.difference, report.COLOURS[groups.index(row.group) % len(report.COLOURS)]
         panel.plot([100 * one.low, 100 * one.high], [place, place], color=colour, linewidth=1.6)
         panel.plot(100 * one.difference, place, "o", color=colour, markersize=4)
+    panel.margins(y=0.01)
     panel.axvline(0, color="#555555", linewidth=0.8)
     panel.set_yticks(range(len(rows)), [f"{row.name}" for row in reversed(rows)], fontsize=7)
     panel.set_xlabel("points, against transformers' own; 95% intervals over scans")
