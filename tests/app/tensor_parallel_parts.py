@@ -37,6 +37,7 @@ class Result:
     n_visual_tokens: int = 1
     seconds: dict[str, float] = field(default_factory=dict)
     device: str = "GPU"
+    gate_effect: None = None
     anchor: Any = field(
         default_factory=lambda: SimpleNamespace(eigengap=None, in_gap=None, n_iter=0, residual=0.0, converged=True)
     )

@@ -22,7 +22,7 @@ def test_another_backbone(name: str, n_extra: int, tmp_path: Path, capsys: pytes
     capsys.readouterr()
     assert cli.main(["viz", str(tmp_path / "run"), "--what", "all", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert {Path(path).name for path in report["files"]} == FIGURES | TABLES | OVERLAYS | {"frames"}
+    assert {Path(path).name for path in report["files"]} == FIGURES | TABLES | OVERLAYS | {"frames", "viz.html"}
     assert report["affinity"]["largest_difference_to_recorded_scores"] < 1e-4
     assert (report["affinity"]["outside_grid"] > 0) == (n_extra > 0)
     assert 0 < report["attention"]["share_before_gate"] < report["attention"]["share_after_gate"] < 1
