@@ -42,7 +42,8 @@ def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "triton_refusal", lambda *_: "the kernels are not the point of these tests")
         patch.setattr(iterates, "_runs_triton", lambda _: False)
-        patch.setattr(va.VideoAnchorConfig, "preset", lambda _name: replace(preset, scorer="kmeans"))
+        kmeans = replace(preset, scorer="kmeans")
+        patch.setattr(va.VideoAnchorConfig, "preset", lambda _name, **others: replace(kmeans, **others))
         yield
 
 
