@@ -160,3 +160,7 @@ class VideoAnchorConfig(SolverOptions):
             named = self.scorer if hasattr(self.scorer, "__qualname__") else type(self.scorer)
             values["scorer"] = f"{named.__module__}.{named.__qualname__}"
         return values
+
+
+UNGATED = VideoAnchorConfig(alpha_k=0.0, alpha_v=0.0, scorer="uniform", n_clusters=1)
+"""No gate, for which nothing is scored: what a gate is compared with."""

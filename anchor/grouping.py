@@ -17,7 +17,7 @@ from .validation import check_choice, check_integer
 
 Group = Literal["ward", "farthest", "random", "tome"]
 RANK = 64
-"""Principal components of what a token is seen as; the proxy's error is the same at 8."""
+"""Principal components of what a token is seen as."""
 _ELEMENTS = 1 << 24  # of distances, at a time
 _STEPS = [step for step in product((-1, 0, 1), repeat=3) if step > (0, 0, 0)]
 """To 13 of the 26 neighbours in time, rows and columns; the others have it as theirs."""

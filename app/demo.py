@@ -81,7 +81,7 @@ def make_checkpoint(folder: Path) -> None:
 def _save_checkpoint(folder: str) -> None:
     torch.manual_seed(0)
     tokenizer = _make_tokenizer()
-    special = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in _SPECIAL}
+    special = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL}
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 256,
@@ -138,12 +138,12 @@ def _save_checkpoint(folder: str) -> None:
         image_processor=hf.Qwen2VLImageProcessor(size=size),
         tokenizer=tokenizer,
         video_processor=hf.Qwen2VLVideoProcessor(size=size),
-        chat_template=_CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATE,
     )
     processor.save_pretrained(folder)
 
 
-_SPECIAL = (
+SPECIAL = (
     "endoftext",
     "im_start",
     "im_end",
@@ -153,7 +153,7 @@ _SPECIAL = (
     "image_pad",
     "video_pad",
 )
-_CHAT_TEMPLATE = (
+CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
@@ -188,7 +188,7 @@ def _make_tokenizer() -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=[f"<|{name}|>" for name in _SPECIAL],
+        special_tokens=[f"<|{name}|>" for name in SPECIAL],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -199,7 +199,7 @@ def _make_tokenizer() -> Any:
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=[f"<|{name}|>" for name in _SPECIAL],
+        additional_special_tokens=[f"<|{name}|>" for name in SPECIAL],
     )
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, Cache, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from ..anchor.config import VideoAnchorConfig
+from ..anchor.config import UNGATED, VideoAnchorConfig
 from ..anchor.problem import NonFiniteTokensError
 from ..anchor.scores import AnchorResult
 from ..anchor.timing import Progress
@@ -239,12 +239,10 @@ def _gate_effect(
     model: PreTrainedModel, processor: Any, inputs: dict[str, Any], config: VideoAnchorConfig, anchor: AnchorResult
 ) -> GateEffect:
     """Two more prefills, with the scores that are known and without a gate."""
-    known = replace(config, scorer=lambda _: anchor.scores, score="published", arithmetic="exact")
-    kept = {"keep": config.keep, "group": config.group}
-    without = VideoAnchorConfig(alpha_k=0.0, alpha_v=0.0, scorer="uniform", n_clusters=1, **kept)
     first = []
-    for one in (known, without):
-        with gated(model, one):
+    for one in (config, replace(UNGATED, keep=config.keep, group=config.group)):
+        with gated(model, one) as handle:
+            handle.anchor_scores = lambda *_, **__: anchor
             output = model.generate(  # pyright: ignore[reportCallIssue]
                 **inputs,
                 max_new_tokens=1,

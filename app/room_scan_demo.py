@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..anchor.config import VideoAnchorConfig
+from ..anchor.config import UNGATED, VideoAnchorConfig
 from ..anchor.timing import Progress
 from . import pipeline
 from .room_scans import CHECKPOINT, TEST_SEED, RoomScan, write_scans
@@ -15,7 +15,7 @@ SEED = TEST_SEED + 12
 """A scan that allows every kind of question."""
 _PUBLISHED = VideoAnchorConfig.preset("internvl2-8b", n_clusters=12, pca_rank=32)
 GATES = {
-    "no gate": replace(_PUBLISHED, alpha_q=0.0, alpha_k=0.0, alpha_v=0.0, scorer="uniform", n_clusters=1),
+    "no gate": UNGATED,
     "alpha_k 1": replace(_PUBLISHED, alpha_q=0.0, alpha_k=1.0, alpha_v=0.0),
     "published": _PUBLISHED,
 }

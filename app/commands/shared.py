@@ -222,6 +222,9 @@ def add_score_options(parser: argparse.ArgumentParser) -> None:
         "--random-state", type=int, metavar="SEED", help="of kmeans, discretize and permuted; default: 0"
     )
     scores.add_argument("--tol", type=float, metavar="T", help="relative duality gap of every token; default: 0.001")
+    scores.add_argument(
+        "--memory-budget", type=_bytes, metavar="GIB", help="of the self-expression; default: half of what is free"
+    )
     merging = parser.add_argument_group("merged tokens (this package's own, not the paper's)")
     merging.add_argument(
         "--keep",
@@ -231,9 +234,6 @@ def add_score_options(parser: argparse.ArgumentParser) -> None:
     )
     merging.add_argument(
         "--group", choices=("ward", "farthest", "random", "tome"), help="how they are grouped; default: ward"
-    )
-    scores.add_argument(
-        "--memory-budget", type=_bytes, metavar="GIB", help="of the self-expression; default: half of what is free"
     )
 
 

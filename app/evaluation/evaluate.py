@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...anchor.timing import Progress
-from ...integrations.lmms_eval.metrics import score
+from ...integrations.lmms_eval.metrics import ExactAnswers
 from ..batch.results import ResultsLog
 from ..batch.stopping import StopRule, failure_of
 from ..batch.worker import reason_of
@@ -74,16 +74,17 @@ def judge(questions: Sequence[Question], settings: Sequence[Setting], log: Resul
     """The replies that are in `log`."""
     scores = np.full((len(settings), len(questions)), np.nan)
     unreadable, foreign = np.zeros((2, *scores.shape), dtype=bool)
-    words: dict[str, set[str]] = {}
-    for question in questions:
-        if question.metric == "exact":
-            words.setdefault(question.type, set()).add(str(question.answer))
+    exact = [question for question in questions if question.metric == "exact"]
+    answers = {
+        kind: ExactAnswers.of(str(question.answer) for question in exact if question.type == kind)
+        for kind in {question.type for question in exact}
+    }
     for s, q in np.ndindex(*scores.shape):
         reply = log.records.get(settings[s].key(questions[q]), {}).get("reply")
         if reply is not None:
             question, found = questions[q], questions[q].score(reply)
             scores[s, q], unreadable[s, q] = found or 0.0, found is None
-            known = question.metric != "exact" or any(score(reply, word, "exact") for word in words[question.type])
+            known = question.metric != "exact" or answers[question.type].has(reply)
             foreign[s, q] = found is None or not known
     return Judged(scores, unreadable, foreign)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
-from ...anchor.config import VideoAnchorConfig
+from ...anchor.config import UNGATED, VideoAnchorConfig
 from ...integrations.errors import InputError
 from ..batch.worker import CONFIG_COLUMNS
 from .questions import Question, digest
@@ -53,8 +53,7 @@ class Setting:
 
     def baseline(self) -> "Setting":
         """The same frames and checkpoint with all alphas 0. Scores are uniform: without a gate nobody looks at them."""
-        config = VideoAnchorConfig(alpha_k=0.0, alpha_v=0.0, scorer="uniform", n_clusters=1)
-        return replace(self, name=f"baseline, {self.max_frames} frames", config=config)
+        return replace(self, name=f"baseline, {self.max_frames} frames", config=UNGATED)
 
 
 def ablations(setting: Setting, wanted: Iterable[str]) -> list[Setting]:

@@ -1,7 +1,7 @@
 """The prompt of a finished run through its model once more, with the scores it had, for what a run does not keep."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,20 +89,6 @@ def prefill(
             f"'attention' out of --what"
         )
     return Prefilled(tokens[0], config, shares)
-
-
-def ungated_answer(
-    model: PreTrainedModel, processor: Any, clip: VideoClip, run: FinishedRun, prefilled: Prefilled
-) -> str:
-    """What the model answers to the run's question with a gate of strength 0, by greedy decoding of as many tokens."""
-    config = replace(prefilled.config, alpha_q=0.0, alpha_k=0.0, alpha_v=0.0)
-    inputs, _ = pipeline.prepare(model, processor, clip, run.record["question"])
-    n_prompt = inputs["input_ids"].shape[1]
-    with enable(model, config), torch.inference_mode():
-        output: Any = model.generate(  # pyright: ignore
-            **inputs, max_new_tokens=run.record["budget"]["max_new_tokens"], do_sample=False
-        )
-    return processor.batch_decode(output[:, n_prompt:], skip_special_tokens=True)[0].strip()
 
 
 def coefficients(prefilled: Prefilled, run: FinishedRun, progress: Progress | None = None) -> SelfExpression:

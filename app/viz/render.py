@@ -119,6 +119,7 @@ class Gallery:
         Returns:
             what was found, for `page`.
         """
+        from ...anchor.config import UNGATED
         from .. import pipeline
         from . import affinity as step_affinity
         from . import attention_share, prefill
@@ -146,5 +147,9 @@ class Gallery:
                         f"the scores computed again differ by up to {difference:.2g} from the run's: the picture is of "
                         f"this model, dtype and version, not quite of the run"
                     )
-        answer = prefill.ungated_answer(loaded, processor, clip, run, found) if ungated else None
+        answer = None
+        if ungated:
+            n_most = run.record["budget"]["max_new_tokens"]
+            question = run.record["question"]
+            answer = pipeline.answer(loaded, processor, clip, question, UNGATED, max_new_tokens=n_most).text
         return FromModel(solution, found.shares, answer)

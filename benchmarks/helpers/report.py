@@ -21,13 +21,18 @@ MARKERS = "osD^vPX"
 
 def write(out: Path, name: str, environment: dict[str, str], rows: list[Any], summary: str) -> None:
     """Write out/name.csv, .json and .md: rows are instances of one dataclass, each written with the environment."""
-    out.mkdir(parents=True, exist_ok=True)
-    content = environment | {"rows": [asdict(row) for row in rows]}
-    (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_record(out, name, environment, rows, summary)
     with (out / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*environment, *(field.name for field in fields(rows[0]))], lineterminator="\n")
         writer.writeheader()
         writer.writerows(environment | asdict(row) for row in rows)
+
+
+def write_record(out: Path, name: str, environment: dict[str, str], rows: list[Any], summary: str) -> None:
+    """The same without a table for programs, of rows that hold more than numbers and text."""
+    out.mkdir(parents=True, exist_ok=True)
+    content = environment | {"rows": [asdict(row) for row in rows]}
+    (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     measured_on = ", ".join(f"{key} {value}" for key, value in environment.items())
     (out / f"{name}.md").write_text(f"{summary}\n\n{measured_on}\n")
 

@@ -16,12 +16,11 @@ Writes DIR/accuracy.json, .md and .png. The exit status is 1 if a path changes a
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 from unittest import mock
@@ -36,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import videoanchor_triton as va
 from benchmarks.helpers import report
 from benchmarks.helpers.environment import environment, processor
+from videoanchor_triton.anchor.config import UNGATED
 from videoanchor_triton.anchor.grouping import Group, Groups
 from videoanchor_triton.app.evaluation.paired import ALL, Difference, compare, groups_of
 from videoanchor_triton.app.prompt import video_metadata
@@ -46,8 +46,7 @@ from videoanchor_triton.integrations.transformers.short_prompt import MergedFeat
 NAME = "accuracy"
 SCORES: dict[str, Any] = {"n_clusters": 12, "pca_rank": 32}
 """For 96 visual tokens."""
-OFF = va.VideoAnchorConfig(alpha_k=0.0, alpha_v=0.0, scorer="uniform", n_clusters=1)
-KEEP = replace(OFF, keep=0.25, group="farthest")
+KEEP = replace(UNGATED, keep=0.25, group="farthest")
 
 
 Kept = Literal["merged", "no counts", "dropped"]
@@ -128,14 +127,14 @@ def ways() -> list[Way]:
     }
     found = [
         Way("paths", "transformers"),
-        Way("paths", "alpha 0", OFF),
-        Way("paths", "alpha 0, a prompt at a time", OFF, n_rows=1),
-        Way("paths", "alpha 0, chunks of 40", OFF, options={"prefill_chunk_size": 40}),
-        Way("paths", "alpha 0, static cache", OFF, options={"cache_implementation": "static"}),
-        Way("paths", "alpha 0, no cache", OFF, options={"use_cache": False}),
-        *(Way("rounded", f"weights in int{bits}", OFF, round_weights=by_row(bits)) for bits in (8, 4, 3)),
-        Way("rounded", "cache in int8", OFF, cache=lambda: RoundedCache(by_row(8))),
-        Way("rounded", "cache in fp8", OFF, cache=lambda: RoundedCache(e4m3)),
+        Way("paths", "alpha 0", UNGATED),
+        Way("paths", "alpha 0, a prompt at a time", UNGATED, n_rows=1),
+        Way("paths", "alpha 0, chunks of 40", UNGATED, options={"prefill_chunk_size": 40}),
+        Way("paths", "alpha 0, static cache", UNGATED, options={"cache_implementation": "static"}),
+        Way("paths", "alpha 0, no cache", UNGATED, options={"use_cache": False}),
+        *(Way("rounded", f"weights in int{bits}", UNGATED, round_weights=by_row(bits)) for bits in (8, 4, 3)),
+        Way("rounded", "cache in int8", UNGATED, cache=lambda: RoundedCache(by_row(8))),
+        Way("rounded", "cache in fp8", UNGATED, cache=lambda: RoundedCache(e4m3)),
     ]
     for name, strength in named.items():
         for score, options in scores.items():
@@ -145,10 +144,10 @@ def ways() -> list[Way]:
     found.append(Way("gate", "alpha_k 2, alpha_v 0, subspaces, prefill alone", gate(**weak, decode="prefill")))
     for keep in (0.5, 0.25, 0.1):
         for group in get_args(Group):
-            found.append(Way("keep", f"keep {keep:g}, {group}", replace(OFF, keep=keep, group=group)))
+            found.append(Way("keep", f"keep {keep:g}, {group}", replace(UNGATED, keep=keep, group=group)))
         controls: list[tuple[Kept, Group]] = [("no counts", "ward"), ("dropped", "farthest"), ("dropped", "random")]
         for groups, group in controls:
-            config = replace(OFF, keep=keep, group=group)
+            config = replace(UNGATED, keep=keep, group=group)
             found.append(Way("keep", f"keep {keep:g}, {group}, {groups}", config, groups=groups))
     found.append(Way("keep", "keep 0.25, farthest, chunks of 10", KEEP, options={"prefill_chunk_size": 10}))
     found.append(Way("keep", "keep 0.25, farthest, a prompt at a time", KEEP, n_rows=1))
@@ -361,12 +360,7 @@ def main() -> int:
         rows.append(row)
         print(f"{row.seconds:5.1f} s  {100 * row.kinds[ALL]:5.1f}  {row.group} {row.name}", flush=True)
     about = environment(torch.device("cpu"), processor())
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{NAME}.json").write_text(
-        json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
-    )
-    measured_on = ", ".join(f"{key} {value}" for key, value in about.items())
-    (args.out / f"{NAME}.md").write_text(f"{summary(rows, asker)}\n\n{measured_on}\n")
+    report.write_record(args.out, NAME, about, rows, summary(rows, asker))
     draw(rows, args.out / f"{NAME}.png")
     changed = [row.name for row in rows if row.group == "paths" and row.n_other_replies]
     if changed:

@@ -8,19 +8,11 @@ import torch
 import transformers as hf
 from torch import nn
 
+from videoanchor_triton.app.demo import CHAT_TEMPLATE, SPECIAL
 from videoanchor_triton.app.evaluation.wording import VSI_BENCH, filled
 from videoanchor_triton.app.room_scans import CELL, FPS, words
 
-SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
 PATCH, MERGE = 8, 2
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% elif part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 _RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "attn.proj.weight", "lm_head.weight")
 
 

@@ -21,10 +21,9 @@ Writes DIR/when-gates-help.json, .md and .png.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import videoanchor_triton as va
 from benchmarks.helpers import report
 from benchmarks.helpers.environment import environment, processor
+from benchmarks.room_scans.accuracy import points
 from benchmarks.room_scans.packed import TOKENS, Batch, Layout
 from benchmarks.room_scans.train import HINT_WORDS, hinted
 from videoanchor_triton.app.evaluation.paired import Difference, compare
@@ -183,12 +183,11 @@ def rows_of(name: str, place: str, study: Study) -> list[Row]:
     return rows
 
 
-def points(one: Difference | None) -> str:
-    """With the interval; bold where it leaves out 0."""
+def marked(one: Difference | None) -> str:
+    """Points, bold where the interval leaves out 0."""
     if one is None:
         return ""
-    text = f"{100 * one.difference:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
-    return text if one.verdict == "no gain shown" else f"**{text}**"
+    return points(one) if one.verdict == "no gain shown" else f"**{points(one)}**"
 
 
 def summary(rows: Sequence[Row], n_scans: int) -> str:
@@ -200,8 +199,8 @@ def summary(rows: Sequence[Row], n_scans: int) -> str:
         "form": lambda row: row.form,
         "scores": lambda row: row.score,
         "best strength": lambda row: f"{row.strength:g}",
-        "against none": lambda row: points(row.against_none),
-        "against permuted": lambda row: points(row.against_control),
+        "against none": lambda row: marked(row.against_none),
+        "against permuted": lambda row: marked(row.against_control),
     }
     return (
         f"Strengths of {', '.join(f'{one:g}' for one in STRENGTHS)}, the best on {n_scans // 2} scans, reported on "
@@ -252,11 +251,7 @@ def main() -> int:
                 rows += rows_of(name, place, Study(checkpoint, about, args.scans))
                 print(f"{name}, {place}: {100 * rows[-1].without:.1f} without a gate", flush=True)
     about = environment(torch.device("cpu"), processor())
-    args.out.mkdir(parents=True, exist_ok=True)
-    record = {**about, "rows": [asdict(row) for row in rows]}
-    (args.out / f"{NAME}.json").write_text(json.dumps(record, indent=1) + "\n")
-    measured_on = ", ".join(f"{key} {value}" for key, value in about.items())
-    (args.out / f"{NAME}.md").write_text(f"{summary(rows, args.scans)}\n\n{measured_on}\n")
+    report.write_record(args.out, NAME, about, rows, summary(rows, args.scans))
     draw(rows, args.out / f"{NAME}.png")
     return 0
 

@@ -3,10 +3,10 @@
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from string import ascii_uppercase
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Metric = Literal["choice", "mra", "exact"]
 
@@ -49,10 +49,26 @@ def score(reply: str, answer: str | float, metric: Metric, options: Sequence[str
     if metric == "choice":
         letter = choice_letter(reply, options)
         return None if letter is None else float(letter == answer)
-    if not _plain(_answer_part(reply)):
-        return None
-    number = number_in(str(answer)) if _NUMBER.fullmatch(str(answer).strip()) else None
-    return max(exact_match(reply, str(answer)), float(number is not None and number_in(reply) == number))
+    return float(ExactAnswers.of([str(answer)]).has(reply)) if _plain(_answer_part(reply)) else None
+
+
+class ExactAnswers(NamedTuple):
+    """Answers that a reply may match exactly: texts as `exact_match` compares them, and those that are numbers, which
+    are equal in whatever form a reply gives them."""
+
+    texts: frozenset[str]
+    numbers: frozenset[float | None]
+
+    @classmethod
+    def of(cls, answers: Iterable[str]) -> "ExactAnswers":
+        """Of these answers."""
+        known = [*answers]
+        numbers = frozenset(number_in(one) for one in known if _NUMBER.fullmatch(one.strip()))
+        return cls(frozenset(map(_plain, known)), numbers - {None})
+
+    def has(self, reply: str) -> bool:
+        """Whether a reply is one of them."""
+        return _plain(_answer_part(reply)) in self.texts or number_in(reply) in self.numbers
 
 
 def mean_relative_accuracy(predicted: float, answer: float) -> float:

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import videoanchor_triton as va
-from benchmarks.room_scans.accuracy import KEEP, OFF, Asker, Way
+from benchmarks.room_scans.accuracy import KEEP, Asker, Way
+from videoanchor_triton.anchor.config import UNGATED
 from videoanchor_triton.app.room_scans import CHECKPOINT
 
 
@@ -27,10 +28,10 @@ def plain(asker: Asker) -> tuple[np.ndarray, list[str]]:
 @pytest.mark.parametrize(
     "way",
     [
-        Way("paths", "alpha 0", OFF),
-        Way("paths", "a prompt at a time", OFF, n_rows=1),
-        Way("paths", "chunks", OFF, options={"prefill_chunk_size": 40}),
-        Way("paths", "static cache", OFF, options={"cache_implementation": "static"}),
+        Way("paths", "alpha 0", UNGATED),
+        Way("paths", "a prompt at a time", UNGATED, n_rows=1),
+        Way("paths", "chunks", UNGATED, options={"prefill_chunk_size": 40}),
+        Way("paths", "static cache", UNGATED, options={"cache_implementation": "static"}),
     ],
     ids=lambda way: way.name,
 )
@@ -43,7 +44,7 @@ def test_alpha_0_is_the_model_to_the_bit(asker: Asker) -> None:
     model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
     with torch.inference_mode():
         expected = model(**inputs).logits
-        with va.enable(model, OFF):
+        with va.enable(model, UNGATED):
             assert torch.equal(model(**inputs).logits, expected)
 
 

@@ -100,7 +100,7 @@ def qwen2_vl(folder: Path) -> None:
         image_processor=hf.Qwen2VLImageProcessor(size=size),
         tokenizer=tokenizer,
         video_processor=hf.Qwen2VLVideoProcessor(size=size),
-        chat_template=demo._CHAT_TEMPLATE,
+        chat_template=demo.CHAT_TEMPLATE,
     ).save_pretrained(folder)
 
 
@@ -124,7 +124,7 @@ def qwen3_vl(folder: Path) -> None:
         image_processor=hf.Qwen2VLImageProcessor(size=size, patch_size=16, **half),
         tokenizer=tokenizer,
         video_processor=hf.Qwen3VLVideoProcessor(size=size, patch_size=16, **half),
-        chat_template=demo._CHAT_TEMPLATE,
+        chat_template=demo.CHAT_TEMPLATE,
     ).save_pretrained(folder)
 
 
