@@ -1,9 +1,14 @@
 """What asking a model about videos and images gives."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..anchor.scores import AnchorResult
 from .token_grid import TokenGrid
+
+OUTPUT_LIMIT = 1.2
+"""A gate that makes the attention's output this much larger, or smaller, is warned of. Every gate beyond it lost
+answers of the model whose truth is known, which like yours was trained without one: docs/room-scans.md."""
 
 
 @dataclass(frozen=True)
@@ -15,12 +20,29 @@ class GateEffect:
         probability: that the model gives it, with the gate.
         probability_without: the same without a gate.
         token_without: the likeliest one without a gate.
+        output_size: the root mean square of the attention's output over the prompt with the gate, over that without,
+            of the layer where it is furthest from 1; of a model split over processes, of the heads of the first.
     """
 
     token: str
     probability: float
     probability_without: float
     token_without: str
+    output_size: float
+
+
+def output_warning(sizes: Sequence[float]) -> str | None:
+    """One sentence where the `output_size` of an answer is beyond `OUTPUT_LIMIT`, else None."""
+    beyond = [size for size in sizes if not 1 / OUTPUT_LIMIT <= size <= OUTPUT_LIMIT]
+    if not beyond:
+        return None
+    most = max(beyond, key=lambda size: max(size, 1 / size))
+    where = "" if len(sizes) == 1 else f"in {len(beyond)} of {len(sizes)} answers "
+    return (
+        f"{where}the gate makes the attention's output {most:.2f} times as large, which the model was not trained for: "
+        f"beyond {OUTPUT_LIMIT} gates lost answers where the truth is known; compare with `videoanchor eval`, or lower "
+        "alpha_v"
+    )
 
 
 @dataclass(frozen=True, eq=False)

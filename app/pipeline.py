@@ -26,6 +26,7 @@ from .answer import Answer, GateEffect
 from .budget import check_fits
 from .checkpoint import cannot_load, check_dtype, check_splits, first_line, read_config, read_processor
 from .machine import devices_of
+from .output_size import largest_change, output_sizes
 from .prompt import Medium, Messages, build_inputs, place
 from .score_cache import ScoreCache
 from .stage_times import gpus_of, stage_times
@@ -221,7 +222,7 @@ def answer(
 
     Args:
         scores: where scores are kept; None computes them anew.
-        gate_effect: find out how far the gate moved the answer, in two more prefills.
+        gate_effect: find out how far the gate moved the answer and the attention's output, in two more prefills.
 
     Raises:
         InputError: when the prompt does not fit the model, its context or the memory.
@@ -239,9 +240,9 @@ def _gate_effect(
     model: PreTrainedModel, processor: Any, inputs: dict[str, Any], config: VideoAnchorConfig, anchor: AnchorResult
 ) -> GateEffect:
     """Two more prefills, with the scores that are known and without a gate."""
-    first = []
+    first, sizes = [], []
     for one in (config, replace(UNGATED, keep=config.keep, group=config.group)):
-        with gated(model, one) as handle:
+        with gated(model, one) as handle, output_sizes() as measured:
             handle.anchor_scores = lambda *_, **__: anchor
             output = model.generate(  # pyright: ignore[reportCallIssue]
                 **inputs,
@@ -252,11 +253,11 @@ def _gate_effect(
                 return_dict_in_generate=True,
             )
         first.append(output.logits[0][0].float().softmax(-1))
+        sizes.append(measured)
     token, token_without = int(first[0].argmax()), int(first[1].argmax())
     probability, probability_without = (float(one[token]) for one in first)
-    return GateEffect(
-        processor.decode([token]).strip(), probability, probability_without, processor.decode([token_without]).strip()
-    )
+    texts = [processor.decode([one]).strip() for one in (token, token_without)]
+    return GateEffect(texts[0], probability, probability_without, texts[1], largest_change(*sizes))
 
 
 @dataclass(frozen=True, eq=False)

@@ -321,6 +321,8 @@ def _report(
     progress: Any,
     stopped: str | None,
 ) -> int:
+    from ..answer import output_warning
+
     failures = [record for record in results if record is not None and record["status"] == "failed"]
     n_unasked = results.count(None)
     n_done = len(results) - len(failures) - n_unasked
@@ -350,6 +352,9 @@ def _report(
             print(f"failed    line {record['line']}: {printable(record['reason'])}")
         if failures:
             print("          to try these again: --retry-failed")
+        effects = [record["gate_effect"] for record in results if record is not None and record["gate_effect"]]
+        if (warning := output_warning([effect["output_size"] for effect in effects])) is not None:
+            print(f"gate      {warning}")
         for path in written:
             print(f"wrote     {printable(path)}")
     if stopped is not None:

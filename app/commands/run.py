@@ -138,6 +138,8 @@ def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine, tenso
 
 
 def report(result: Any, record: dict[str, Any], out: Path) -> None:
+    from ..answer import output_warning
+
     seconds = record["seconds"]
     scores, sizes = result.anchor.scores, result.anchor.labels.bincount()
     grid = result.grid
@@ -145,8 +147,11 @@ def report(result: Any, record: dict[str, Any], out: Path) -> None:
     if (effect := result.gate_effect) is not None:
         print(
             f"gate      first token {printable(effect.token)!r}: probability {effect.probability:.3f} with the gate, "
-            f"{effect.probability_without:.3f} without, where the likeliest is {printable(effect.token_without)!r}"
+            f"{effect.probability_without:.3f} without, where the likeliest is {printable(effect.token_without)!r}; "
+            f"attention's output {effect.output_size:.2f} times as large"
         )
+        if (warning := output_warning([effect.output_size])) is not None:
+            print(f"          {warning}")
     print(
         f"tokens    {result.n_prompt_tokens} in the prompt, {result.n_visual_tokens} visual ({grid.t} x {grid.h} x "
         f"{grid.w}{f' + {grid.n_extra}' if grid.n_extra else ''}), {result.n_generated_tokens} generated"

@@ -194,8 +194,8 @@ def add_gate_effect_option(parser: Any) -> None:
     parser.add_argument(
         "--gate-effect",
         action="store_true",
-        help="say also how likely the answer's first token is with the gate and without, and the likeliest without: "
-        "two more prefills",
+        help="say also how likely the answer's first token is with the gate and without, the likeliest without, and "
+        "how much larger the gate makes the attention's output: two more prefills",
     )
 
 

@@ -38,6 +38,7 @@ from benchmarks.helpers.environment import environment, processor
 from videoanchor_triton.anchor.config import UNGATED
 from videoanchor_triton.anchor.grouping import Group, Groups
 from videoanchor_triton.app.evaluation.paired import ALL, Difference, compare, groups_of
+from videoanchor_triton.app.output_size import Sizes, largest_change, output_sizes
 from videoanchor_triton.app.prompt import video_metadata
 from videoanchor_triton.app.room_scans import CHECKPOINT, TEST_SEED, RoomScan
 from videoanchor_triton.integrations.transformers import merging
@@ -190,6 +191,7 @@ class Asker:
         self.asked = [(n, one) for n, scan in enumerate(self.scans) for one in scan.questions()]
         self.kinds = np.array([one.kind for _, one in self.asked])
         self.videos = np.array([n for n, _ in self.asked])
+        self.sizes: Sizes = {}
         self._known: dict[Any, va.AnchorResult] = {}
         self._sums: Tensor | None = None
 
@@ -220,9 +222,9 @@ class Asker:
 
     @torch.inference_mode()
     def right(self, way: Way, progress: Callable[[int, int], None] | None = None) -> tuple[np.ndarray, list[str]]:
-        """(N,) 1 where a reply is the answer, else 0; and the replies."""
+        """(N,) 1 where a reply is the answer, else 0; and the replies. `sizes` is left to tell of the attention."""
         model, replies = self.model(way), []
-        with as_wanted(way.groups), self._gated(model, way):
+        with as_wanted(way.groups), self._gated(model, way), output_sizes() as self.sizes:
             for start in range(0, len(self.asked), way.n_rows):
                 numbers = range(start, min(start + way.n_rows, len(self.asked)))
                 inputs = self.inputs(numbers)
@@ -264,7 +266,8 @@ class Asker:
 
 @dataclass(frozen=True)
 class Row:
-    """A way of answering against transformers' own; `kinds` are accuracies."""
+    """A way of answering against transformers' own; `kinds` are accuracies, `output_size` the `largest_change` of the
+    attention's output against alpha 0, of gates."""
 
     group: str
     name: str
@@ -274,6 +277,7 @@ class Row:
     high: float
     kinds: dict[str, float]
     n_other_replies: int
+    output_size: float | None
 
 
 def accuracy_interval(right: np.ndarray, videos: np.ndarray) -> tuple[float, float]:
@@ -283,19 +287,23 @@ def accuracy_interval(right: np.ndarray, videos: np.ndarray) -> tuple[float, flo
 
 
 def measure(asker: Asker, wanted: Sequence[Way]) -> Iterator[Row]:
-    """Each way, the first of which the others are compared with."""
+    """Each way, the first of which the others are compared with; the second is the drop-in without a gate."""
     base: np.ndarray | None = None
     replies: list[str] = []
+    ungated: Sizes = {}
     for way in wanted:
         start = time.perf_counter()
         right, said = asker.right(way)
         if base is None:
             base, replies = right, said
+        ungated = ungated or asker.sizes
+        size = largest_change(asker.sizes, ungated) if way.group == "gate" else None
         known = np.ones(len(right), dtype=bool)
         kinds = {name: float(right[group].mean()) for name, group, _ in groups_of(asker.kinds, known)}
         different = sum(one != other for one, other in zip(said, replies, strict=True))
         difference, seconds = compare(right, base, asker.videos), time.perf_counter() - start
-        yield Row(way.group, way.name, seconds, difference, *accuracy_interval(right, asker.videos), kinds, different)
+        interval = accuracy_interval(right, asker.videos)
+        yield Row(way.group, way.name, seconds, difference, *interval, kinds, different, size)
 
 
 def points(one: Difference) -> str:
@@ -312,6 +320,7 @@ def summary(rows: Sequence[Row], asker: Asker) -> str:
         "right, %": lambda row: f"{100 * row.kinds[ALL]:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]",
         "difference, points": lambda row: points(row.difference),
         "other replies": lambda row: row.n_other_replies,
+        "output": lambda row: "" if row.output_size is None else f"{row.output_size:.2f}",
         **{kind: lambda row, kind=kind: f"{100 * row.kinds[kind]:.0f}" for kind in kinds},
         "s": lambda row: f"{row.seconds:.0f}",
     }
@@ -319,7 +328,8 @@ def summary(rows: Sequence[Row], asker: Asker) -> str:
     return (
         f"{len(asker.asked)} questions about {len(asker.scans)} held-out scans of {n_frames} frames, fp32; differences "
         "from transformers' own, paired, with 95% intervals by bootstrap over scans; other replies: of how many "
-        f"questions the reply differs.\n\n{report.table(rows, columns)}"
+        "questions the reply differs; output: the attention's output with the gate over that without (root mean "
+        f"square, of the layer that changes most).\n\n{report.table(rows, columns)}"
     )
 
 
@@ -353,8 +363,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=("paths", "rounded", "gate", "keep"))
     args = parser.parse_args()
     asker = Asker(args.checkpoint, args.scans, args.frames, args.travel)
-    first, *others = ways()
-    wanted = [first, *(way for way in others if args.only is None or way.group in args.only)]
+    first, ungated, *others = ways()
+    wanted = [first, ungated, *(way for way in others if args.only is None or way.group in args.only)]
     rows = []
     for row in measure(asker, wanted):
         rows.append(row)

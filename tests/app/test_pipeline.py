@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 import videoanchor_triton as va
 from videoanchor_triton.app import cli, pipeline, prompt
+from videoanchor_triton.app.answer import output_warning
 from videoanchor_triton.app.room_scans import CHECKPOINT, RoomScan, write_scans
 from videoanchor_triton.app.token_grid import TokenGrid
 from videoanchor_triton.app.video.reader import read_video, write_video
@@ -49,10 +50,22 @@ def test_how_far_the_gate_moves_an_answer(alpha: float) -> None:
     assert effect is not None
     assert found.text == effect.token == pipeline.answer(model, processor, *prompt, config, max_new_tokens=2).text
     inputs, _ = pipeline.prepare(model, processor, *prompt)
-    probabilities = []
+    probabilities, sizes = [], []
+    layers = model.model.language_model.layers
     for one in (config, va.VideoAnchorConfig(alpha_k=0, alpha_v=0)):
+        seen: list[torch.Tensor] = []
+        hooks = [
+            layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+            for layer in layers
+        ]
         with va.enable(model, one), torch.no_grad():
             probabilities.append(model(**inputs).logits[0, -1].softmax(-1))
+        sizes.append(torch.stack([out.double().norm() for out in seen]))
+        for hook in hooks:
+            hook.remove()
+    ratios = sizes[0] / sizes[1]
+    assert effect.output_size == pytest.approx(float(ratios[ratios.log().abs().argmax()]), rel=1e-5)
+    assert (output_warning([effect.output_size]) is None) == (alpha == 0)
     token, without = (int(one.argmax()) for one in probabilities)
     assert (effect.token, effect.token_without) == (processor.decode([token]), processor.decode([without]))
     assert effect.probability == pytest.approx(float(probabilities[0][token]), rel=1e-5)
@@ -61,7 +74,9 @@ def test_how_far_the_gate_moves_an_answer(alpha: float) -> None:
 
 
 @pytest.mark.parametrize("command", ["run", "batch"])
-def test_the_gate_effect_is_in_results_on_request(command: str, tmp_path: Path) -> None:
+def test_the_gate_effect_is_in_results_on_request(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_scans(tmp_path, [RoomScan(0)], [RoomScan(0).questions()[:2]])
     options = [
         "--alpha-k",
@@ -89,6 +104,8 @@ def test_the_gate_effect_is_in_results_on_request(command: str, tmp_path: Path) 
             "gate_effect"
         ]
         assert (effect is not None) == asked
+        assert ("which the model was not trained for" in capsys.readouterr().out) == asked
+    assert effect["output_size"] > 1.2
     assert 0 < effect["probability"] <= 1
     assert 0 < effect["probability_without"] < 1
 
