@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 from unittest import mock
@@ -41,8 +42,9 @@ from videoanchor_triton.app.evaluation.paired import ALL, Difference, compare, g
 from videoanchor_triton.app.output_size import Sizes, largest_change, output_sizes
 from videoanchor_triton.app.prompt import video_metadata
 from videoanchor_triton.app.room_scans import CHECKPOINT, TEST_SEED, RoomScan
-from videoanchor_triton.integrations.transformers import merging
+from videoanchor_triton.integrations.transformers import attention, merging
 from videoanchor_triton.integrations.transformers.short_prompt import MergedFeatures
+from videoanchor_triton.kernels.api import anchored_attention
 
 NAME = "accuracy"
 SCORES: dict[str, Any] = {"n_clusters": 12, "pca_rank": 32}
@@ -66,6 +68,7 @@ class Way:
         round_weights: what is done to each weight of the decoder's linear layers.
         truth: scores are 1 on tokens that show an object, else 0.
         groups: what becomes of groups of tokens, where `config` makes some.
+        backend: of `anchored_attention`.
     """
 
     group: str
@@ -77,6 +80,7 @@ class Way:
     round_weights: Callable[[Tensor], Tensor] | None = None
     truth: bool = False
     groups: Kept = "merged"
+    backend: str = "auto"
 
 
 class RoundedCache(DynamicCache):
@@ -133,6 +137,7 @@ def ways() -> list[Way]:
         Way("paths", "alpha 0, chunks of 40", UNGATED, options={"prefill_chunk_size": 40}),
         Way("paths", "alpha 0, static cache", UNGATED, options={"cache_implementation": "static"}),
         Way("paths", "alpha 0, no cache", UNGATED, options={"use_cache": False}),
+        Way("paths", "alpha 0, reference attention", UNGATED, backend="reference"),
         *(Way("rounded", f"weights in int{bits}", UNGATED, round_weights=by_row(bits)) for bits in (8, 4, 3)),
         Way("rounded", "cache in int8", UNGATED, cache=lambda: RoundedCache(by_row(8))),
         Way("rounded", "cache in fp8", UNGATED, cache=lambda: RoundedCache(e4m3)),
@@ -163,9 +168,11 @@ def representatives(output: Any, groups: Sequence[Groups]) -> MergedFeatures:
 
 
 @contextmanager
-def as_wanted(groups: str) -> Iterator[None]:
-    """Groups without counts, or their representatives alone."""
+def as_wanted(groups: str, backend: str) -> Iterator[None]:
+    """Groups without counts, or their representatives alone; attention by `backend`."""
     with ExitStack() as stack:
+        attend = partial(anchored_attention, backend=backend)
+        stack.enter_context(mock.patch.object(attention, "anchored_attention", attend))
         if groups != "merged":
             ones = mock.patch.object(Groups, "counts", lambda self: torch.ones_like(self.kept))
             stack.enter_context(ones)
@@ -224,7 +231,7 @@ class Asker:
     def right(self, way: Way, progress: Callable[[int, int], None] | None = None) -> tuple[np.ndarray, list[str]]:
         """(N,) 1 where a reply is the answer, else 0; and the replies. `sizes` is left to tell of the attention."""
         model, replies = self.model(way), []
-        with as_wanted(way.groups), self._gated(model, way), output_sizes() as self.sizes:
+        with as_wanted(way.groups, way.backend), self._gated(model, way), output_sizes() as self.sizes:
             for start in range(0, len(self.asked), way.n_rows):
                 numbers = range(start, min(start + way.n_rows, len(self.asked)))
                 inputs = self.inputs(numbers)

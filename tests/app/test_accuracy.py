@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import videoanchor_triton as va
-from benchmarks.room_scans.accuracy import KEEP, Asker, Way
+from benchmarks.room_scans.accuracy import KEEP, Asker, Way, gate
 from videoanchor_triton.anchor.config import UNGATED
 from videoanchor_triton.app.room_scans import CHECKPOINT
 
@@ -31,12 +31,20 @@ def plain(asker: Asker) -> tuple[np.ndarray, list[str]]:
         Way("paths", "alpha 0", UNGATED),
         Way("paths", "a prompt at a time", UNGATED, n_rows=1),
         Way("paths", "chunks", UNGATED, options={"prefill_chunk_size": 40}),
+        Way("paths", "reference attention", UNGATED, backend="reference"),
         Way("paths", "static cache", UNGATED, options={"cache_implementation": "static"}),
     ],
     ids=lambda way: way.name,
 )
 def test_other_paths_give_the_same_answers(asker: Asker, plain: tuple[np.ndarray, list[str]], way: Way) -> None:
     assert asker.right(way)[1] == plain[1]
+
+
+def test_triton_gives_the_answers_of_sdpa() -> None:
+    """The kernels, in the interpreter where there is no GPU, in a whole model, gated and with merged tokens."""
+    asker, config = Asker(CHECKPOINT, 1), gate(alpha_k=9.5, alpha_v=1.0, keep=0.5)
+    sdpa, triton = (asker.right(Way("gate", name, config, n_rows=16, backend=name))[1] for name in ("sdpa", "triton"))
+    assert triton == sdpa
 
 
 def test_alpha_0_is_the_model_to_the_bit(asker: Asker) -> None:
