@@ -14,7 +14,7 @@ VLLM := 0.32.0
 
 demo: $(INSTALLED)  ## a small trained model answers about a made-up scan, and the pipeline draws; pictures in $(OUT)
 	$(BIN)/videoanchor demo --out $(OUT)
-	$(BIN)/videoanchor viz $(OUT) --what page,affinity,attention --out $(OUT)
+	$(BIN)/videoanchor viz $(OUT) --what page,montage,affinity,attention --out $(OUT)
 
 accuracy: $(INSTALLED)  ## the trained model's answers in every way there is, each against transformers' own; in out/accuracy
 	$(BIN)/python benchmarks/room_scans/accuracy.py --out out/accuracy

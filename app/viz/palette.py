@@ -23,11 +23,17 @@ CONTRAST = 0.7
 """Contrast that is left of the picture under the colours, so that a colour looks alike in light and in shade."""
 
 
+def by_size(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) int64 rank of each token's subspace by its number of tokens, 0 for the largest, ties by label; (C,) int64
+    sizes of the subspaces in that order."""
+    sizes = np.bincount(labels)
+    order = np.argsort(-sizes, kind="stable")
+    return np.argsort(order)[labels], sizes[order][: np.count_nonzero(sizes)]
+
+
 def size_ranks(labels: np.ndarray) -> np.ndarray:
-    """(N,) int64 rank of each token's subspace by its number of tokens, 0 for the largest; ties by label. Subspaces
-    from `len(COLOURS)` on share the last rank, that of `OTHER`."""
-    by_size = np.argsort(-np.bincount(labels), kind="stable")
-    return np.minimum(np.argsort(by_size)[labels], len(COLOURS))
+    """(N,) int64 ranks of `by_size`; subspaces from `len(COLOURS)` on share the last rank, that of `OTHER`."""
+    return np.minimum(by_size(labels)[0], len(COLOURS))
 
 
 def rank_name(rank: int) -> str:
