@@ -9,7 +9,6 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..token_grid import TokenGrid
 from ..video.reader import VideoClip
 from .finished_run import FinishedRun
 from .palette import ALPHA, SCORE_ALPHA, SCORE_MAP, SUBSPACE_MAP, backdrop, size_ranks, subspace_names
@@ -18,11 +17,6 @@ from .plain_text import plain_text, wrapped
 MAX_COLUMNS = 8
 MAX_ROW_HEIGHT = 3.5
 """In inches: what is narrower than half its height is drawn narrower than its column."""
-
-
-def shown_steps(grid: TokenGrid) -> np.ndarray:
-    """(at most `MAX_COLUMNS`,) int64 steps in time, evenly spread."""
-    return np.unique(np.linspace(0, grid.t - 1, min(grid.t, MAX_COLUMNS)).round().astype(int))
 
 
 @plain_text()
@@ -36,7 +30,7 @@ def draw(path: str | Path, clip: VideoClip, run: FinishedRun) -> None:
     grid, scores, labels = run.grid, run.scores, run.labels
     scorer = run.record["config"].get("scorer", "ssc")
     title = f"{run.caption}, {grid.n_tokens} visual tokens, scorer {scorer}"
-    steps = shown_steps(grid)
+    steps = np.unique(np.linspace(0, grid.t - 1, min(grid.t, MAX_COLUMNS)).round().astype(int))
     frame_of_step = grid.first_frames(len(clip.frames))[steps]
     in_grid = grid.arrange(scores)
     painted = SCORE_MAP(in_grid), SUBSPACE_MAP(grid.arrange(size_ranks(labels)))

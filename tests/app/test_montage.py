@@ -25,7 +25,7 @@ def test_tokens_of_a_subspace_are_as_they_are_and_others_faded(figures: list[Fig
     (axis,) = figures[0].axes
     picture: Any = axis.images[0].get_array()
     names = [label.get_text() for label in axis.get_yticklabels()]
-    assert names == ["1: 9 tokens\n52.9%", "2: 7 tokens\n41.2%", "3: 1 token\n5.9%"]
+    assert names == ["1: 9 tokens\n52.9%", "2: 7 tokens\n41.2%\n5 not shown", "3: 1 token\n5.9%"]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0.10 s", "0.70 s"]
     own, faded = np.array([200, 40, 40]) / 255, 1 - 0.18 * (1 - 280 / 3 / 255)
     in_grid = grid.arrange(labels)

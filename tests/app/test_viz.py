@@ -286,7 +286,7 @@ def test_another_model_is_told(viz_run: Path, tmp_path: Path, capsys: pytest.Cap
     ("options", "message"),
     [
         pytest.param(("nowhere",), "nowhere has no result.json", id="no-run"),
-        pytest.param(("run", "--what", "sheet,cake"), "--what: expected some of sheet, overlay", id="what"),
+        pytest.param(("run", "--what", "sheet,cake"), "--what: expected some of sheet, montage", id="what"),
         pytest.param(("run", "--what", ""), "--what: expected some of", id="nothing"),
         pytest.param(("run", "--what", "csv", "--all-frames"), "--all-frames", id="all-frames"),
         pytest.param(("run", "--video", "gone.mp4"), "no video at gone.mp4", id="video-gone"),
