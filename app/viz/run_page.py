@@ -68,7 +68,8 @@ def run_page(run: FinishedRun, clip: VideoClip, video: Path, found: FromModel | 
         **_subspaces(run),
     }
     room = _MOST_CHARACTERS - len(json.dumps(data))
-    data["attention"] = None if found.shares is None else _attention(found.shares, run.grid, room * 3 // 4)
+    maps = [] if found.shares is None else _attention(found.shares, run.grid, room * 3 // 4)
+    data["attention"] = maps or None
     title = f"{record['question']} ({run.video_name})"
     return page(
         title,
@@ -76,7 +77,7 @@ def run_page(run: FinishedRun, clip: VideoClip, video: Path, found: FromModel | 
             f"<header><h1>{escape(record['question'])}</h1>{_answers(record, found)}</header>",
             here.with_name("viewer.html").read_text(encoding="utf-8"),
             _missing(found),
-            "" if found.shares is None else _left_out(found.shares, data["attention"]),
+            "" if found.shares is None else _left_out(found.shares, maps),
             section("settings", "Settings", _settings(run, video)),
             section("times", "Frames", _times(run)),
         ],

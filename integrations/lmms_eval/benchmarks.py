@@ -131,7 +131,7 @@ class ByVideo(ConfigurableMessagesTask):
 
     def __init__(self, config: dict[str, Any]) -> None:
         rest = {name: value for name, value in config.items() if name not in ("class", "own")}
-        path = Path(lmms_eval.tasks.__file__).parent / config["own"]
+        path = Path(*lmms_eval.tasks.__path__) / config["own"]
         own = load_yaml_config(str(path))
         about, score_question = benchmark(path.parent.name), own["process_results"]
 
