@@ -34,8 +34,10 @@ def put_together(request: SoundRequest, report: Progress) -> dict[str, Any]:
             start = file.start + request.start
         with closing(open_container(request.source)) as source:
             sound = source.streams.best("audio")
-            name = None if sound is None else sound.codec_context.name
+            name = None if sound is None else getattr(sound.codec_context, "name", "of an unknown kind")
             try:
+                if sound is not None and sound.codec_context is None:
+                    raise ValueError("PyAV has no decoder for it")
                 _write(request, source, sound, start, report)
             except (ValueError, av.error.FFmpegError) as error:
                 if sound is None:

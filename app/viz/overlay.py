@@ -11,7 +11,17 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from .finished_run import FinishedRun
-from .palette import ALPHA, COLOURS, SCORE_ALPHA, SCORE_MAP, SUBSPACE_MAP, backdrop, size_ranks, subspace_names
+from .palette import (
+    ALPHA,
+    COLOURS,
+    SCORE_ALPHA,
+    SCORE_MAP,
+    SCORE_SCALE,
+    SUBSPACE_MAP,
+    backdrop,
+    size_ranks,
+    subspace_names,
+)
 
 Kind = Literal["scores", "subspaces"]
 KINDS: tuple[Kind, ...] = ("scores", "subspaces")
@@ -83,7 +93,7 @@ class Painter:
             draw.text((right, middle), "1", fill="black", font=font, anchor="rm")
             bar = height * 5
             right -= int(font.getlength("1")) + gap + bar
-            ramp = (255 * SCORE_MAP(np.linspace(0, 1, bar))[:, :3]).round().astype(np.uint8)
+            ramp = (255 * SCORE_SCALE(np.linspace(0, 1, bar))[:, :3]).round().astype(np.uint8)
             line.paste(Image.fromarray(np.repeat(ramp[None], height - 2 * gap, 0)), (right, gap))
             draw.text((right - gap, middle), "score 0", fill="black", font=font, anchor="rm")
             return np.asarray(line)

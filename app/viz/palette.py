@@ -19,6 +19,9 @@ ALPHA = 0.62
 """Weight of a subspace's colour over the picture."""
 SCORE_ALPHA = 0.8
 """Weight of the colour of score 1; that of a score is as much smaller, so that a frame is untouched at score 0."""
+_LEVELS = np.linspace(0, 1, 256)[:, None]
+SCORE_SCALE = ListedColormap(1 - SCORE_ALPHA * _LEVELS * (1 - SCORE_MAP(_LEVELS[:, 0])[:, :3]))
+"""The colours of scores as they lie over white, for legends."""
 CONTRAST = 0.7
 """Contrast that is left of the picture under the colours, so that a colour looks alike in light and in shade."""
 
