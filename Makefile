@@ -14,7 +14,7 @@ VLLM := 0.32.0
 
 demo: $(INSTALLED)  ## a small trained model answers about a made-up scan, and the pipeline draws; pictures in $(OUT)
 	$(BIN)/videoanchor demo --out $(OUT)
-	$(BIN)/videoanchor viz $(OUT) --what page,affinity,attention --out $(OUT)
+	$(BIN)/videoanchor viz $(OUT) --what page,montage,affinity,attention --out $(OUT)
 
 accuracy: $(INSTALLED)  ## the trained model's answers in every way there is, each against transformers' own; in out/accuracy
 	$(BIN)/python benchmarks/room_scans/accuracy.py --out out/accuracy
@@ -32,7 +32,7 @@ test-all: test .venv-4.57/.installed $(TRITONS:%=.venv-triton-%/.installed)  ## 
 test-triton-3.6: .venv-triton-3.6.0/.installed  ## what the oldest Triton makes of the kernels, compiled for GPUs that are not there
 	.venv-triton-3.6.0/bin/python -m pytest tests/kernels/test_aot.py tests/kernels/test_hopper_compiled.py
 
-test-lmms: .venv-lmms/.installed  ## the lmms-eval plug-in, beside lmms-eval
+test-lmms: .venv-lmms/.installed  ## the lmms-eval plug-in, beside lmms-eval, and a run of it on three clips
 	.venv-lmms/bin/python -m pytest tests/integrations/lmms_eval
 
 test-vllm: .venv-vllm/.installed  ## the vLLM plug-in in engines, the HTTP server and batches, on vLLM's CPU build
@@ -78,7 +78,7 @@ $(INSTALLED): $(DEFINES_ENVIRONMENTS)
 .venv-lmms/.installed: $(DEFINES_ENVIRONMENTS)  # lmms-eval asks for an older PyAV
 	$(PYTHON) -m venv .venv-lmms
 	sed -e '/^av==/d' constraints.txt > .venv-lmms/constraints.txt
-	.venv-lmms/bin/python -m pip install --quiet --constraint .venv-lmms/constraints.txt --editable ".[dev,video,viz]" lmms-eval==0.7.3 decord
+	.venv-lmms/bin/python -m pip install --quiet --constraint .venv-lmms/constraints.txt --editable ".[dev,video,viz,lmms]"
 	.venv-lmms/bin/python tools/repair_torchvision.py
 	touch $@
 

@@ -8,7 +8,7 @@ from ..libraries import prepare_libraries
 from ..text import json_text, printable
 from .shared import Commands, ProgressLine, add_timeout_option, check_extras
 
-MODEL_FREE = ("sheet", "overlay", "csv", "page")
+MODEL_FREE = ("sheet", "montage", "overlay", "csv", "page")
 PARTS = (*MODEL_FREE, "frames", "affinity", "attention")
 
 
@@ -21,6 +21,7 @@ def add(commands: Commands) -> None:
         description="Draws what `videoanchor run` left in a folder. A subspace has one colour in all frames.",
         epilog="what can be made:\n"
         "  sheet      anchors.png: frames with scores and with subspaces\n"
+        "  montage    subspaces.png: a row for each subspace with its size and share, its tokens over frames\n"
         "  overlay    overlay_scores.mp4, overlay_subspaces.mp4: the same as videos\n"
         "  csv        tokens.csv: frame, time, row, column, score and subspace (as in the pictures)\n"
         "             of each token, and its label in anchors.safetensors\n"
@@ -46,8 +47,8 @@ def add(commands: Commands) -> None:
     viz.add_argument(
         "--all-frames",
         action="store_true",
-        help="overlay: every frame of the video, at its own time, with the tokens of the nearest sampled frame; "
-        "default: the sampled frames, four a second",
+        help="overlay: every frame of the video, at its own time and with the video's sound, with the tokens of the "
+        "nearest sampled frame; default: the sampled frames, four a second, without sound",
     )
     model = viz.add_argument_group("affinity and attention")
     model.add_argument("--model", metavar="NAME_OR_PATH", help="where the checkpoint is now; default: the run's")
@@ -85,6 +86,8 @@ def _viz(args: argparse.Namespace) -> int:
     try:
         if "sheet" in parts:
             gallery.sheet()
+        if "montage" in parts:
+            gallery.montage()
         if "overlay" in parts:
             gallery.overlay(all_frames=args.all_frames)
         if "csv" in parts:

@@ -34,12 +34,22 @@ NEAR = 32
 """A keyframe no more frames ahead than this is reached by decoding on: the threads of the decoder are there already."""
 
 
+_BOUNDS = {"max_pixels": str(limits.SOURCE_PIXELS)}
+
+
+def open_container(path: Path, **options: str) -> Any:
+    """A file that nobody has looked at, by PyAV; a playlist in it reaches no network."""
+    options |= {"protocol_whitelist": "file", **_BOUNDS}
+    return av.open(str(path.absolute()), options=options, metadata_errors="replace")
+
+
 class VideoFile:
     """A video file: what its packets tell about its frames, and a decoder that goes from wanted frame to wanted frame.
 
     Attributes:
         times: (N,) int64, ascending: when each frame is shown, in units of the stream's time base.
         seconds: (N,) float64: the same from the start of the video.
+        start: seconds of the first of them on the clock of the file.
         keyframes: (K,) int64, ascending: those of `times` at which decoding can start.
         has_times: frames carry these times; otherwise (AVI) the n-th decoded frame has the n-th time.
         fps: frames per second, on average.
@@ -70,9 +80,7 @@ class VideoFile:
     def _open(self, **options: str) -> None:
         """Opens the file, from its start where it is open."""
         self.close()
-        bounds = {"max_pixels": str(limits.SOURCE_PIXELS)}
-        options |= {"protocol_whitelist": "file", **bounds}  # a playlist reaches no network
-        self._container = av.open(str(self._path.absolute()), options=options, metadata_errors="replace")
+        self._container = open_container(self._path, **options)
         streams = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:
             raise InputError(f"{self._path} has no video stream: give a file with pictures")
@@ -83,7 +91,7 @@ class VideoFile:
         limits.check_size(self._path, context.width, context.height)
         bits = context.format.padded_bits_per_pixel if context.format is not None else 24
         self.picture_bytes = context.width * context.height * bits // 8
-        context.options = bounds | {"err_detect": "crccheck"}
+        context.options = _BOUNDS | {"err_detect": "crccheck"}
         context.thread_type = "AUTO"
         context.thread_count = limits.threads(self.picture_bytes)
 
@@ -131,6 +139,7 @@ class VideoFile:
         self.times = np.unique(np.array([row[column] for row in rows], dtype=np.int64))
         self.keyframes = np.unique(np.array([row[column] for row in rows if row[2]], dtype=np.int64))
         time_base = float(self._stream.time_base or 1)
+        self.start = float(self.times[0] * time_base)
         self.seconds = (self.times - self.times[0]) * time_base
         span = self.seconds[-1]
         self.fps = float((len(self.times) - 1) / span if span > 0 else self._stream.average_rate or 1)

@@ -40,7 +40,7 @@ def bounded(width: int, height: int, max_pixels: int) -> tuple[int, int]:
     return (width, height) if scale >= 1 else (max(int(width * scale), 1), max(int(height * scale), 1))
 
 
-def limit_process(picture_bytes: int = SOURCE_PIXELS * 3 // 2) -> None:
+def limit_process(picture_bytes: int = SOURCE_PIXELS * 3 // 2, file_bytes: int = _MESSAGE_BYTES) -> None:
     """Bounds what this process can allocate, for decoded pictures of this size, and what it can write into a file.
 
     The limit is that of RLIMIT_DATA: address space (RLIMIT_AS) counts what allocators reserve for each thread and never
@@ -48,7 +48,7 @@ def limit_process(picture_bytes: int = SOURCE_PIXELS * 3 // 2) -> None:
     """
     for what, most in {
         resource.RLIMIT_DATA: memory_bytes(picture_bytes),
-        resource.RLIMIT_FSIZE: _MESSAGE_BYTES,
+        resource.RLIMIT_FSIZE: file_bytes,
     }.items():
         hard = resource.getrlimit(what)[1]
         resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))

@@ -2,7 +2,8 @@
 
 The process is a fresh interpreter with a socket as its standard input. It gets one pickle, what to read, and answers
 with others: ("progress", stage, done, total), ("frame", pixels, seconds, count), and at last ("clip", its other fields)
-or ("error", sentence). multiprocessing would import the caller's main module into it (docs/design/video.md).
+or ("error", sentence). A video is put together with its sound there, too. multiprocessing would import the caller's
+main module into it (docs/design/video.md).
 """
 
 import os
@@ -21,7 +22,7 @@ from typing import Any, BinaryIO
 
 from ...integrations.errors import InputError
 from . import limits, views
-from .sampling import Progress, Request
+from .sampling import Progress, Request, SoundRequest
 
 _MODULE = __name__
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "AV_LOG_FORCE_NOCOLOR": "1"}
@@ -29,7 +30,7 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "AV_LOG_FOR
 _REPORT_SECONDS = 0.1
 
 
-def answers(request: Request, timeout: float, progress: Progress) -> Generator[tuple[Any, ...]]:
+def answers(request: Request | SoundRequest, timeout: float, progress: Progress) -> Generator[tuple[Any, ...]]:
     """What a child answers that works on `request`; it is gone when the generator ends or is closed.
 
     Nothing of this process, such as a CUDA context, is in the child. It has a session of its own, so that Ctrl-C
@@ -88,7 +89,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # where a scheduler ends all of a job, the parent ends this process
     limits.limit_process()
     channel = socket.socket(fileno=0)
-    request: Request = pickle.load(channel.makefile("rb"))
+    request: Request | SoundRequest = pickle.load(channel.makefile("rb"))
     threading.Thread(target=_end_with, args=(channel,), daemon=True).start()
     pickles, last_report = channel.makefile("wb"), 0.0
 
@@ -103,7 +104,11 @@ def main() -> None:
             send("progress", stage, done, total)
 
     try:
-        if views.is_views(request.source):
+        if isinstance(request, SoundRequest):
+            from .sound import put_together
+
+            clip = put_together(request, report)
+        elif views.is_views(request.source):
             clip = views.read_views(request, report, send)
         else:
             from .decoding import decode_video

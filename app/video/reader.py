@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from ...integrations.errors import InputError
+from ..atomic_write import replacing
 from . import process
 from .limits import MAX_PIXELS
-from .sampling import Progress, Request, Sampling
+from .sampling import Progress, Request, Sampling, SoundRequest
 from .views import SUFFIXES, is_views
 
 Source = str | Path | Sequence[str | Path]
@@ -188,7 +189,34 @@ def stream_video(
                 yield content[1], content[0]
 
 
-def _answers(request: Request, timeout: float, progress: Progress | None) -> Generator[tuple[Any, ...]]:
+def add_sound(
+    pictures: Path, path: Path, start: float, *, timeout: float = DEFAULT_TIMEOUT, progress: Progress | None = None
+) -> str | None:
+    """Puts the sound of a video, as it is, under pictures that were made from it; read in a process of its own.
+
+    Args:
+        pictures: an MP4 without sound, which is replaced; as it was where there is no sound.
+        path: the video with the sound.
+        start: seconds, counted from the first frame of the video, at which the pictures begin.
+        timeout, progress: see `read_video`.
+
+    Returns:
+        why the sound had to be left out; None where it is there, or there is none.
+
+    Raises:
+        InputError: `path` cannot be read.
+    """
+    with (
+        replacing(pictures) as out,
+        closing(_answers(SoundRequest(path, pictures, out, start), timeout, progress)) as a,
+    ):
+        ((_, found),) = a
+    if found["left_out"] is None:
+        return None
+    return f"its sound ({found['sound']}) does not fit into MP4 and is left out: {found['left_out']}"
+
+
+def _answers(request: Request | SoundRequest, timeout: float, progress: Progress | None) -> Generator[tuple[Any, ...]]:
     """("frame", pixels, seconds, count) for each, and at last ("clip", the other fields of `VideoClip`)."""
     if not (np.isfinite(timeout) and timeout > 0):
         raise InputError(f"timeout: expected a positive number of seconds, got {timeout}")

@@ -88,6 +88,28 @@ class Request:
         return uniform(seconds, count)
 
 
+@dataclass(frozen=True)
+class SoundRequest:
+    """What to put together: the pictures of one file and the sound of another, from which they were made.
+
+    Args:
+        source: the video with the sound.
+        pictures: a video without sound.
+        out: file to write.
+        start: seconds of the source, counted from its first frame, at which the pictures begin.
+    """
+
+    source: Path
+    pictures: Path
+    out: Path
+    start: float
+
+    @property
+    def name(self) -> str:
+        """Of the source, for messages."""
+        return str(self.source)
+
+
 def uniform(seconds: np.ndarray, count: int, duration: float | None = None) -> np.ndarray:
     """The frames that are shown in the middle of `count` equal shares of the video's duration.
 

@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 
 from ..video.reader import VideoClip
 from .finished_run import FinishedRun
-from .palette import ALPHA, SCORE_ALPHA, SCORE_MAP, SUBSPACE_MAP, backdrop, size_ranks, subspace_names
+from .palette import ALPHA, SCORE_ALPHA, SCORE_MAP, SCORE_SCALE, SUBSPACE_MAP, backdrop, size_ranks, subspace_names
 from .plain_text import plain_text, wrapped
 
 MAX_COLUMNS = 8
@@ -55,9 +55,9 @@ def draw(path: str | Path, clip: VideoClip, run: FinishedRun) -> None:
             axis.imshow(colours[step], extent=extent, interpolation="nearest")
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    scale = ScalarMappable(Normalize(0, 1), SCORE_MAP)
+    scale = ScalarMappable(Normalize(0, 1), SCORE_SCALE)
     place: Any = {"ax": axes.ravel().tolist(), "pad": 0.01, "fraction": 0.05, "shrink": 0.3, "aspect": 10}
-    figure.colorbar(scale, alpha=SCORE_ALPHA, **place).set_label("score", fontsize=9)
+    figure.colorbar(scale, **place).set_label("score", fontsize=9)
     handles = [Patch(color=colour, label=name) for name, colour in subspace_names(labels)]
     figure.legend(
         handles=handles,

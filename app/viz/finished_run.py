@@ -50,7 +50,9 @@ class FinishedRun:
         record = self.record
         question, answer = (_short(printable(record[name]), 70) for name in ("question", "answer"))
         strengths = ", ".join(
-            f"{name} {record['config'][name]:g}" for name in ("alpha_k", "alpha_v") if name in record["config"]
+            f"{name} {record['config'][name]:g}"
+            for name in ("alpha_q", "alpha_k", "alpha_v")
+            if name in record["config"]
         )
         model = _short(printable(Path(record["model"]).name), 40)
         return f"{self.video_name}: {question} → {answer or '(empty)'}\n{model}, {strengths}"

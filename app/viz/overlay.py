@@ -11,11 +11,22 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from .finished_run import FinishedRun
-from .palette import ALPHA, COLOURS, SCORE_ALPHA, SCORE_MAP, SUBSPACE_MAP, backdrop, size_ranks, subspace_names
+from .palette import (
+    ALPHA,
+    COLOURS,
+    SCORE_ALPHA,
+    SCORE_MAP,
+    SCORE_SCALE,
+    SUBSPACE_MAP,
+    backdrop,
+    size_ranks,
+    subspace_names,
+)
 
 Kind = Literal["scores", "subspaces"]
 KINDS: tuple[Kind, ...] = ("scores", "subspaces")
-MIN_WIDTH = 480
+MIN_WIDTH, MAX_HEIGHT = 480, 2160
+"""In pixels: small frames are enlarged to that width, as far as they become no higher."""
 SLIDES_PER_SECOND = 4
 _TICKS = 90_000  # of the video's clock, a second
 
@@ -51,10 +62,10 @@ class Painter:
             seconds: its time.
 
         Returns:
-            (H', W', 3) uint8: both, each enlarged by a whole number to at least `MIN_WIDTH` pixels, its right and
-            bottom edge repeated where that makes a side even, and the line.
+            (H', W', 3) uint8: both, each enlarged by a whole number as `MIN_WIDTH` and `MAX_HEIGHT` say, its right and
+            bottom edge repeated where that makes a side even, white beside it where it stays narrower; and the line.
         """
-        times = -(-MIN_WIDTH // frame.shape[1])
+        times = max(min(-(-MIN_WIDTH // frame.shape[1]), MAX_HEIGHT // frame.shape[0]), 1)
         frame = frame.repeat(times, 0).repeat(times, 1)
         height, width = frame.shape[:2]
         step = self.step_at(seconds)
@@ -65,7 +76,9 @@ class Painter:
         under = frame if self._kind == "scores" else backdrop(frame)
         painted = (weight * colours[rows][:, columns] + (1 - weight) * under).round().astype(np.uint8)
         even = ((0, height % 2), (0, width % 2), (0, 0))
-        painted = np.concatenate([np.pad(picture, even, mode="edge") for picture in (frame, painted)], 1)
+        wide = ((0, 0), (0, max(MIN_WIDTH - width, 0) // 2 * 2), (0, 0))
+        both = (np.pad(picture, even, mode="edge") for picture in (frame, painted))
+        painted = np.concatenate([np.pad(picture, wide, constant_values=255) for picture in both], 1)
         return np.concatenate([painted, self._legend(painted.shape[1], seconds)])
 
     def _legend(self, width: int, seconds: float) -> np.ndarray:
@@ -80,7 +93,7 @@ class Painter:
             draw.text((right, middle), "1", fill="black", font=font, anchor="rm")
             bar = height * 5
             right -= int(font.getlength("1")) + gap + bar
-            ramp = (255 * SCORE_MAP(np.linspace(0, 1, bar))[:, :3]).round().astype(np.uint8)
+            ramp = (255 * SCORE_SCALE(np.linspace(0, 1, bar))[:, :3]).round().astype(np.uint8)
             line.paste(Image.fromarray(np.repeat(ramp[None], height - 2 * gap, 0)), (right, gap))
             draw.text((right - gap, middle), "score 0", fill="black", font=font, anchor="rm")
             return np.asarray(line)
@@ -99,12 +112,15 @@ def _font(size: float) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 
 
-def write_video(path: Path, painter: Painter, frames: Iterable[tuple[float, np.ndarray]], *, slides: bool) -> None:
+def write_video(path: Path, painter: Painter, frames: Iterable[tuple[float, np.ndarray]], *, slides: bool) -> float:
     """Writes painted frames as H.264 in MP4, one at a time.
 
     Args:
         frames: (seconds, (H, W, 3) uint8 RGB) in order of time.
         slides: show each for a quarter of a second, else at its own time, the last as long as the one before it.
+
+    Returns:
+        seconds of the first frame, which is shown at 0.
     """
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=30, options={"crf": "16"})
@@ -122,6 +138,7 @@ def write_video(path: Path, painter: Painter, frames: Iterable[tuple[float, np.n
             lasts, shown = (image.pts - shown if n > 1 else lasts), image.pts
             _mux(container, stream.encode(image), lasts)  # pyright: ignore
         _mux(container, stream.encode(None), lasts)  # pyright: ignore
+    return start
 
 
 def _mux(container: Any, packets: Iterable[Any], duration: int) -> None:

@@ -19,15 +19,24 @@ ALPHA = 0.62
 """Weight of a subspace's colour over the picture."""
 SCORE_ALPHA = 0.8
 """Weight of the colour of score 1; that of a score is as much smaller, so that a frame is untouched at score 0."""
+_LEVELS = np.linspace(0, 1, 256)[:, None]
+SCORE_SCALE = ListedColormap(1 - SCORE_ALPHA * _LEVELS * (1 - SCORE_MAP(_LEVELS[:, 0])[:, :3]))
+"""The colours of scores as they lie over white, for legends."""
 CONTRAST = 0.7
 """Contrast that is left of the picture under the colours, so that a colour looks alike in light and in shade."""
 
 
+def by_size(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) int64 rank of each token's subspace by its number of tokens, 0 for the largest, ties by label; (C,) int64
+    sizes of the subspaces in that order."""
+    sizes = np.bincount(labels)
+    order = np.argsort(-sizes, kind="stable")
+    return np.argsort(order)[labels], sizes[order][: np.count_nonzero(sizes)]
+
+
 def size_ranks(labels: np.ndarray) -> np.ndarray:
-    """(N,) int64 rank of each token's subspace by its number of tokens, 0 for the largest; ties by label. Subspaces
-    from `len(COLOURS)` on share the last rank, that of `OTHER`."""
-    by_size = np.argsort(-np.bincount(labels), kind="stable")
-    return np.minimum(np.argsort(by_size)[labels], len(COLOURS))
+    """(N,) int64 ranks of `by_size`; subspaces from `len(COLOURS)` on share the last rank, that of `OTHER`."""
+    return np.minimum(by_size(labels)[0], len(COLOURS))
 
 
 def rank_name(rank: int) -> str:

@@ -10,9 +10,11 @@ import numpy as np
 from PIL import Image
 
 from ..atomic_write import replacing
-from ..video.reader import Progress, VideoClip
-from . import contact_sheet, overlay, table
+from ..video.reader import Progress, VideoClip, add_sound
+from ..video.views import is_views
+from . import contact_sheet, montage, overlay, table
 from .finished_run import FinishedRun, read_clip, source_frames, video_of
+from .overlay import Painter
 from .run_page import FromModel, run_page
 
 
@@ -47,6 +49,7 @@ class Gallery:
         self._progress, self._say = progress, say
         self._reading = {"timeout": timeout, "strict": strict, "progress": progress}
         self.report: dict[str, Any] = {"files": []}
+        self._said = set[str]()
 
     @cached_property
     def _video(self) -> Path:
@@ -74,6 +77,10 @@ class Gallery:
         run = self._run
         self._write(f"anchors.{self._suffix}", contact_sheet.draw, self._clip, run)
 
+    def montage(self) -> None:
+        """subspaces.png or .pdf."""
+        self._write(f"subspaces.{self._suffix}", montage.draw, self._clip, self._run)
+
     def csv(self) -> None:
         """tokens.csv."""
         self._write("tokens.csv", table.write, table.token_rows(self._run))
@@ -84,18 +91,28 @@ class Gallery:
         self._write("viz.html", lambda path: path.write_text(text, encoding="utf-8"))
 
     def overlay(self, *, all_frames: bool) -> None:
-        """overlay_scores.mp4 and overlay_subspaces.mp4, of the sampled frames or of all of the video."""
+        """overlay_scores.mp4 and overlay_subspaces.mp4, of the sampled frames or of all of the video with its sound."""
         for kind in overlay.KINDS:
-            frames = source_frames(self._run, self._video, **self._reading) if all_frames else self._sampled()
-            with closing(frames):
-                counted = self._counted(frames, kind)
-                painter = overlay.Painter(self._run, kind)
-                self._write(f"overlay_{kind}.mp4", overlay.write_video, painter, counted, slides=not all_frames)
+            write = self._whole_video if all_frames else self._slides
+            self._write(f"overlay_{kind}.mp4", write, Painter(self._run, kind), kind)
+
+    def _slides(self, path: Path, painter: Painter, kind: str) -> None:
+        overlay.write_video(path, painter, self._counted(self._sampled(), kind), slides=True)
+
+    def _whole_video(self, path: Path, painter: Painter, kind: str) -> None:
+        with closing(source_frames(self._run, self._video, **self._reading)) as frames:
+            start = overlay.write_video(path, painter, self._counted(frames, kind), slides=False)
+        if self._video.is_file() and not is_views(self._video):
+            options = {"timeout": self._reading["timeout"], "progress": self._progress}
+            note = add_sound(path, self._video, start, **options)
+            if note is not None and note not in self._said:
+                self._said.add(note)
+                self._say(f"{self._video}: {note}")
 
     def frames(self) -> None:
         """frames/NNNN_scores.png and frames/NNNN_subspaces.png, numbered as the sampled frames are."""
         for kind in overlay.KINDS:
-            painter = overlay.Painter(self._run, kind)
+            painter = Painter(self._run, kind)
             for n, (seconds, frame) in enumerate(self._sampled()):
                 picture = Image.fromarray(painter.paint(frame, seconds))
                 self._write(f"frames/{n:04d}_{kind}.png", picture.save)

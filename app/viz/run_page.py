@@ -18,7 +18,7 @@ from ..token_grid import TokenGrid
 from ..video.reader import VideoClip
 from .attention_share import SharesRecord
 from .finished_run import FinishedRun
-from .palette import COLOURS, OTHER, SCORE_MAP
+from .palette import COLOURS, OTHER, SCORE_MAP, by_size
 
 LINKS_EACH = 5
 _MOST_CHARACTERS = 14_500_000
@@ -68,7 +68,8 @@ def run_page(run: FinishedRun, clip: VideoClip, video: Path, found: FromModel | 
         **_subspaces(run),
     }
     room = _MOST_CHARACTERS - len(json.dumps(data))
-    data["attention"] = None if found.shares is None else _attention(found.shares, run.grid, room * 3 // 4)
+    maps = [] if found.shares is None else _attention(found.shares, run.grid, room * 3 // 4)
+    data["attention"] = maps or None
     title = f"{record['question']} ({run.video_name})"
     return page(
         title,
@@ -76,6 +77,7 @@ def run_page(run: FinishedRun, clip: VideoClip, video: Path, found: FromModel | 
             f"<header><h1>{escape(record['question'])}</h1>{_answers(record, found)}</header>",
             here.with_name("viewer.html").read_text(encoding="utf-8"),
             _missing(found),
+            "" if found.shares is None else _left_out(found.shares, maps),
             section("settings", "Settings", _settings(run, video)),
             section("times", "Frames", _times(run)),
         ],
@@ -131,15 +133,13 @@ def _attention(record: SharesRecord, grid: TokenGrid, most: int) -> list[dict[st
 
 def _subspaces(run: FinishedRun) -> dict[str, Any]:
     """The subspaces, the largest first, and the place of each token's subspace among them."""
-    labels, where, sizes = np.unique(run.labels, return_inverse=True, return_counts=True)
-    by_size = np.argsort(-sizes, kind="stable")
-    rank = np.argsort(by_size)[where]
-    colours = (*COLOURS, *[OTHER] * len(labels))
+    ranks, sizes = by_size(run.labels)
+    colours = (*COLOURS, *[OTHER] * len(sizes))
     return {
-        "ranks": _packed(run.grid.arrange(rank), np.uint16),
+        "ranks": _packed(run.grid.arrange(ranks), np.uint16),
         "subspaces": [
-            {"name": str(n + 1), "size": int(sizes[one]), "share": sizes[one] / len(run.labels), "colour": colours[n]}
-            for n, one in enumerate(by_size)
+            {"name": str(n + 1), "size": size, "share": size / len(run.labels), "colour": colours[n]}
+            for n, size in enumerate(sizes.tolist())
         ],
     }
 
@@ -187,6 +187,17 @@ def _missing(found: FromModel) -> str:
     parts = ",".join(("page", *(part for _, part in missing)))
     said = f"Not on this page: {', '.join(what for what, _ in missing)}. videoanchor viz RUN --what {parts} adds them."
     return paragraph(said, "quiet") if missing else ""
+
+
+def _left_out(record: SharesRecord, shown: list[dict[str, Any]]) -> str:
+    """What of the maps of attention is not on the page, which would be too large."""
+    said = []
+    if len(shown) < len(record.layers):
+        numbers = ", ".join(str(one["layer"]) for one in shown)
+        said.append(f"maps of {len(record.layers) - len(shown)} of {len(record.layers)} layers (there are {numbers})")
+    if len(shown[0]["heads"]) <= len(record.layers[0].ungated):
+        said.append("maps of single heads (there are the means of all)")
+    return paragraph(f"Left out, for the size of the page: {'; '.join(said)}.", "quiet") if said else ""
 
 
 def _settings(run: FinishedRun, video: Path) -> str:

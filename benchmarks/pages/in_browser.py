@@ -56,14 +56,30 @@ def made_page(grid: TokenGrid, video: Path) -> str:
     return run_page(run, clip, video, FromModel(links, SharesRecord(layers, 9, 2 * n, n), "right"))
 
 
-def measured(text: str, folder: Path, chromium: str) -> dict[str, Any]:
-    """The page with the measuring script after it, which its policy lets run too."""
-    digest = b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+def find_chromium() -> str:
+    """
+    Raises:
+        SystemExit: there is none.
+    """
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        raise SystemExit("needs Chromium (Debian's package chromium)")
+    return chromium
+
+
+def command_of(chromium: str, text: str, script: str, folder: Path, *options: str) -> list[str]:
+    """What opens a page, written into `folder`, with a script after it, which its policy lets run too."""
+    digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = text.replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
     page = folder / "viz.html"
-    page.write_text(text.replace("</body>", f"<script>{_SCRIPT}</script></body>"), encoding="utf-8")
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--remote-debugging-port=0")
-    command = [chromium, *options, f"--user-data-dir={folder / 'profile'}", f"file://{page}"]
+    page.write_text(text.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
+    usual = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}")
+    return [chromium, *usual, *options, f"file://{page}"]
+
+
+def measured(text: str, folder: Path, chromium: str) -> dict[str, Any]:
+    """What `_SCRIPT` tells of the page."""
+    command = command_of(chromium, text, _SCRIPT, folder, "--enable-logging=stderr", "--remote-debugging-port=0")
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         line = next(line for line in process.stderr if "MEASURED" in line)
@@ -88,9 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = parser.parse_args()
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        raise SystemExit("needs Chromium (Debian's package chromium)")
+    chromium = find_chromium()
     version = subprocess.run([chromium, "--version"], capture_output=True, text=True, check=True).stdout.strip()
     rows = {}
     for name, grid in GRIDS.items():

@@ -141,6 +141,7 @@ def test_what_was_run_is_on_the_page_and_folders_are_not(video: Path) -> None:
     assert "/data/" not in text
     assert "without the gate" in text
     assert "Not on this page" not in text
+    assert "Left out" not in text
 
 
 def test_without_the_model_the_page_says_what_it_lacks(video: Path) -> None:
@@ -174,6 +175,8 @@ def test_a_large_run_stays_below_15_mb(video: Path, monkeypatch: pytest.MonkeyPa
     assert data["attention"][0]["heads"] == ["mean of all"]
     assert 20 < len(data["attention"]) < 80
     assert data["attention"][-1]["layer"] == 79
+    missing, numbers = 80 - len(data["attention"]), ", ".join(str(one["layer"]) for one in data["attention"])
+    assert f"Left out, for the size of the page: maps of {missing} of 80 layers (there are {numbers}); maps of" in text
     with Image.open(BytesIO(b64decode(data["frames"][0]["image"].split(",")[1]))) as picture:
         assert picture.size == (96, 48)
 

@@ -22,7 +22,7 @@ from videoanchor_triton.anchor.solver import self_expression
 from videoanchor_triton.app import cli, demo, pipeline
 from videoanchor_triton.app.video.reader import VideoClip, read_video, write_video
 
-FIGURES = {"anchors.png", "affinity.png", "attention.png"}
+FIGURES = {"anchors.png", "subspaces.png", "affinity.png", "attention.png"}
 TABLES = {"tokens.csv", "affinity.csv", "attention.csv"}
 OVERLAYS = {"overlay_scores.mp4", "overlay_subspaces.mp4"}
 
@@ -236,7 +236,8 @@ def test_default_needs_no_model(viz_run: Path, tmp_path: Path) -> None:
     (moved / "result.json").write_text(json.dumps(record))
     assert cli.main(["viz", str(moved), "--what", "csv"]) == 0
     assert cli.main(["viz", str(moved), "--video", str(viz_run.parent / "clip.mp4")]) == 0
-    assert {path.name for path in (moved / "viz").iterdir()} == {"anchors.png", "tokens.csv", "viz.html"} | OVERLAYS
+    made = {"anchors.png", "subspaces.png", "tokens.csv", "viz.html"} | OVERLAYS
+    assert {path.name for path in (moved / "viz").iterdir()} == made
 
 
 def test_nearest_neighbours_are_the_affinity_of_their_run(
@@ -285,7 +286,7 @@ def test_another_model_is_told(viz_run: Path, tmp_path: Path, capsys: pytest.Cap
     ("options", "message"),
     [
         pytest.param(("nowhere",), "nowhere has no result.json", id="no-run"),
-        pytest.param(("run", "--what", "sheet,cake"), "--what: expected some of sheet, overlay", id="what"),
+        pytest.param(("run", "--what", "sheet,cake"), "--what: expected some of sheet, montage", id="what"),
         pytest.param(("run", "--what", ""), "--what: expected some of", id="nothing"),
         pytest.param(("run", "--what", "csv", "--all-frames"), "--all-frames", id="all-frames"),
         pytest.param(("run", "--video", "gone.mp4"), "no video at gone.mp4", id="video-gone"),

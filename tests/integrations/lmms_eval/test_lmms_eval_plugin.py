@@ -326,8 +326,11 @@ def all_angles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("3", "3", "manipulation", "Ego-Exo4D", ["not_there.png"]),
     ]
     names = ("index", "pair_idx", "category", "sourced_dataset", "image_path")
-    question = {"folder": "x", "question": "How many people are there?", "A": "two", "B": "three", "C": "four"}
-    documents = [{**dict(zip(names, row, strict=True)), **question, "answer": "B"} for row in rows]
+    question = {"question": "How many people are there?", "A": "two", "B": "three", "C": "four"}
+    documents = [
+        {**dict(zip(names, row, strict=True)), **question, "folder": f"scene{n // 2}", "answer": "B"}
+        for n, row in enumerate(rows)
+    ]
     (tmp_path / "data.json").write_text(json.dumps(documents))
     monkeypatch.setenv("ALL_ANGLES_BENCH", str(tmp_path))
     return tmp_path
@@ -353,8 +356,9 @@ def test_all_angles_metrics(all_angles: Path) -> None:
         functions.doc_to_visual(documents[3])
     replies = ("(B) three", "A", "The answer is B.", "none")
     scored = [functions.process_results(doc, [reply]) for doc, reply in zip(documents, replies, strict=True)]
-    assert [one["accuracy"] for one in scored] == [1, 0, 1, 0]
-    assert [one["counting"] for one in scored[:2]] == [1, 0]
+    assert [one["accuracy"]["score"] for one in scored] == [1, 0, 1, 0]
+    assert [one["counting"]["score"] for one in scored[:2]] == [1, 0]
+    assert [entry["aggregation"]([one["accuracy"] for one in scored]) for entry in functions.METRICS[:1]] == [0.5]
     assert "counting" not in scored[2]
     items = [one["pairs_inconsistent"] for one in scored]
     assert (functions.pairs_both_correct(items), functions.pairs_inconsistent(items)) == (0, 1)
@@ -387,5 +391,6 @@ def test_all_angles_task(name: str, checkpoint: Path, tmp_path: Path) -> None:
     results = evaluate(model, TASKS_FOLDER, "all_angles_bench_egohumans")
     assert results["n-samples"]["all_angles_bench_egohumans"]["effective"] == 3
     scores = results["results"]["all_angles_bench_egohumans"]
+    assert scores["accuracy_stderr_clustered,none"] != "N/A"
     assert {"accuracy,none", "counting,none", "relative_distance,none", "pairs_inconsistent,none"} <= scores.keys()
     assert model.handle.last[0] is not None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from videoanchor_triton.integrations.lmms_eval.metrics import choice_letter
+from videoanchor_triton.integrations.lmms_eval.standard_errors import Parts, metric_list
 
 LETTERS = ("A", "B", "C")
 CATEGORIES = (
@@ -56,7 +57,7 @@ def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, 
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """1 or 0 for all questions and for the question's category, and what the pairs are worked out from.
+    """1 or 0 for all questions and for the question's category, with the scene; and what the pairs are worked out from.
 
     Raises:
         ValueError: the question has another answer than a letter, or another category than the six.
@@ -67,8 +68,10 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
             f"{CATEGORIES}, got {doc['answer']!r} and {doc['category']!r}"
         )
     correct = float(choice_letter(results[0], [str(doc[letter]) for letter in LETTERS]) == doc["answer"])
+    item = {"score": correct, "term": correct, "type": doc["category"], "scene": doc["folder"]}
     twin = {"index": str(doc["index"]), "pair_idx": str(doc["pair_idx"]), "correct": correct}
-    return {"accuracy": correct, doc["category"]: correct, "pairs_both_correct": twin, "pairs_inconsistent": twin}
+    own = {"accuracy": item, doc["category"]: dict(item)}
+    return {**own, "pairs_both_correct": twin, "pairs_inconsistent": twin}
 
 
 def _pairs(items: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -88,3 +91,11 @@ def pairs_inconsistent(items: Sequence[Mapping[str, Any]]) -> float:
     """The share of pairs with one right and one wrong answer (IC in the paper); NaN where there is no pair."""
     pairs = _pairs(items)
     return pairs.count(1.0) / len(pairs) if pairs else float("nan")
+
+
+_PARTS: dict[str, Parts | None] = {"accuracy": None, **{name: [(name,)] for name in CATEGORIES}}
+METRICS = [
+    *metric_list(_PARTS, {}),
+    {"metric": "pairs_both_correct", "aggregation": pairs_both_correct, "higher_is_better": True},
+    {"metric": "pairs_inconsistent", "aggregation": pairs_inconsistent, "higher_is_better": False},
+]
