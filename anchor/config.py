@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torch import Tensor
 
-from .grouping import Group
+from .grouping import Group, Merge
 from .options import SolverOptions
 from .spectral import AssignLabels
 from .validation import check_choice, check_integer, check_keep, check_number
@@ -55,7 +55,10 @@ class VideoAnchorConfig(SolverOptions):
         keep: the visual tokens of a prompt that are left once they are merged (this package's own): a share of them in
             (0, 1], or a number of them, at least 2. 1 merges nothing. A merged token has its group's mean embedding and
             the sum of its members' gates, see docs/merging.md. It holds in `generate()`.
-        group: how they are grouped, see `group_tokens`: "ward", "farthest", "random" or "tome".
+        group: how they are grouped: "ward", "farthest", "kmeans", "subspace", "grid", "tome", "evs", "vidcom2" or
+            "random", see docs/merging.md.
+        merge: what becomes of a group: "counts", a token with the mean embedding that counts as often as the group has
+            members; for comparison "mean", the same counted once, and "drop", one of the members, the others dropped.
         affine, alpha_e, alpha_z, tol, memory_budget: see `SolverOptions`.
 
     Raises:
@@ -88,6 +91,7 @@ class VideoAnchorConfig(SolverOptions):
     random_state: int = 0
     keep: float = 1.0
     group: Group = "ward"
+    merge: Merge = "counts"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,6 +104,7 @@ class VideoAnchorConfig(SolverOptions):
         check_integer("random_state", self.random_state, low=0, high=2**32 - 1)
         check_keep(self.keep)
         check_choice("group", self.group, get_args(Group))
+        check_choice("merge", self.merge, get_args(Merge))
         check_choice("decode", self.decode, get_args(Decode))
         check_choice("arithmetic", self.arithmetic, get_args(Arithmetic))
         check_choice("assign_labels", self.assign_labels, get_args(AssignLabels))
@@ -118,6 +123,8 @@ class VideoAnchorConfig(SolverOptions):
             raise ValueError(f'arithmetic="authors" needs score="published", got score={self.score!r}')
         if self.arithmetic == "authors" and not (self.affine and self.assign_labels == "discretize"):
             raise ValueError('arithmetic="authors" needs affine=True and assign_labels="discretize": use reproduce()')
+        if self.merges and self.group == "subspace" and (callable(self.scorer) or self.scorer == "uniform"):
+            raise ValueError('group="subspace" needs the subspaces of scorer="ssc", "knn" or "kmeans"')
         if self.arithmetic == "authors" and self.merges:
             raise ValueError("keep merges tokens, which the authors' code does not: give reproduce() keep=1")
         if self.arithmetic == "authors" and self.n_clusters == "auto":

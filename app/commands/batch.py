@@ -352,7 +352,7 @@ def _report(
             print(f"failed    line {record['line']}: {printable(record['reason'])}")
         if failures:
             print("          to try these again: --retry-failed")
-        effects = [record["gate_effect"] for record in results if record is not None and record["gate_effect"]]
+        effects = [record["gate_effect"] for record in results if record is not None and record.get("gate_effect")]
         if (warning := output_warning([effect["output_size"] for effect in effects])) is not None:
             print(f"gate      {warning}")
         for path in written:

@@ -19,11 +19,11 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 from unittest import mock
 
 import matplotlib.pyplot as plt
@@ -37,22 +37,20 @@ import videoanchor_triton as va
 from benchmarks.helpers import report
 from benchmarks.helpers.environment import environment, processor
 from videoanchor_triton.anchor.config import UNGATED
-from videoanchor_triton.anchor.grouping import Group, Groups
+from videoanchor_triton.anchor.grouping import Group
 from videoanchor_triton.app.evaluation.paired import ALL, Difference, compare, groups_of
 from videoanchor_triton.app.output_size import Sizes, largest_change, output_sizes
 from videoanchor_triton.app.prompt import video_metadata
 from videoanchor_triton.app.room_scans import CHECKPOINT, TEST_SEED, RoomScan
-from videoanchor_triton.integrations.transformers import attention, merging
-from videoanchor_triton.integrations.transformers.short_prompt import MergedFeatures
+from videoanchor_triton.integrations.transformers import attention
 from videoanchor_triton.kernels.api import anchored_attention
 
 NAME = "accuracy"
 SCORES: dict[str, Any] = {"n_clusters": 12, "pca_rank": 32}
 """For 96 visual tokens."""
+SUBSPACES: dict[str, Any] = {"scorer": "ssc", **SCORES}
 KEEP = replace(UNGATED, keep=0.25, group="farthest")
-
-
-Kept = Literal["merged", "no counts", "dropped"]
+MERGES = {"mean": "no counts", "drop": "dropped"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,6 @@ class Way:
         cache: makes what keys and values are kept in.
         round_weights: what is done to each weight of the decoder's linear layers.
         truth: scores are 1 on tokens that show an object, else 0.
-        groups: what becomes of groups of tokens, where `config` makes some.
         backend: of `anchored_attention`.
     """
 
@@ -79,7 +76,6 @@ class Way:
     cache: Callable[[], Any] | None = None
     round_weights: Callable[[Tensor], Tensor] | None = None
     truth: bool = False
-    groups: Kept = "merged"
     backend: str = "auto"
 
 
@@ -150,34 +146,21 @@ def ways() -> list[Way]:
     found.append(Way("gate", "alpha_k 2, alpha_v 0, subspaces, prefill alone", gate(**weak, decode="prefill")))
     for keep in (0.5, 0.25, 0.1):
         for group in get_args(Group):
-            found.append(Way("keep", f"keep {keep:g}, {group}", replace(UNGATED, keep=keep, group=group)))
-        controls: list[tuple[Kept, Group]] = [("no counts", "ward"), ("dropped", "farthest"), ("dropped", "random")]
-        for groups, group in controls:
-            config = replace(UNGATED, keep=keep, group=group)
-            found.append(Way("keep", f"keep {keep:g}, {group}, {groups}", config, groups=groups))
+            scorer: dict[str, Any] = SUBSPACES if group == "subspace" else {}
+            config = replace(UNGATED, keep=keep, group=group, **scorer)
+            found.append(Way("keep", f"keep {keep:g}, {group}", config))
+            name = {"ward": "mean", "farthest": "drop", "evs": "drop", "vidcom2": "drop", "random": "drop"}.get(group)
+            if name is not None:
+                found.append(Way("keep", f"keep {keep:g}, {group}, {MERGES[name]}", replace(config, merge=name)))
     found.append(Way("keep", "keep 0.25, farthest, chunks of 10", KEEP, options={"prefill_chunk_size": 10}))
     found.append(Way("keep", "keep 0.25, farthest, a prompt at a time", KEEP, n_rows=1))
     return found
 
 
-def representatives(output: Any, groups: Sequence[Groups]) -> MergedFeatures:
-    """In place of `features_of_groups`: of each group the features of one member."""
-    sizes = [len(one.member) for one in groups]
-    parts = torch.cat(list(output["pooler_output"])).split(sizes)
-    return MergedFeatures(output, [[part[one.kept] for part, one in zip(parts, groups, strict=True)]])
-
-
 @contextmanager
-def as_wanted(groups: str, backend: str) -> Iterator[None]:
-    """Groups without counts, or their representatives alone; attention by `backend`."""
-    with ExitStack() as stack:
-        attend = partial(anchored_attention, backend=backend)
-        stack.enter_context(mock.patch.object(attention, "anchored_attention", attend))
-        if groups != "merged":
-            ones = mock.patch.object(Groups, "counts", lambda self: torch.ones_like(self.kept))
-            stack.enter_context(ones)
-        if groups == "dropped":
-            stack.enter_context(mock.patch.object(merging, "features_of_groups", representatives))
+def attention_by(backend: str) -> Iterator[None]:
+    """The backend of `anchored_attention`."""
+    with mock.patch.object(attention, "anchored_attention", partial(anchored_attention, backend=backend)):
         yield
 
 
@@ -231,7 +214,7 @@ class Asker:
     def right(self, way: Way, progress: Callable[[int, int], None] | None = None) -> tuple[np.ndarray, list[str]]:
         """(N,) 1 where a reply is the answer, else 0; and the replies. `sizes` is left to tell of the attention."""
         model, replies = self.model(way), []
-        with as_wanted(way.groups, way.backend), self._gated(model, way), output_sizes() as self.sizes:
+        with attention_by(way.backend), self._gated(model, way), output_sizes() as self.sizes:
             for start in range(0, len(self.asked), way.n_rows):
                 numbers = range(start, min(start + way.n_rows, len(self.asked)))
                 inputs = self.inputs(numbers)

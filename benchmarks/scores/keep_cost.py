@@ -75,7 +75,10 @@ def grouping_rows(grids: dict[int, tuple[int, int, int]], repeats: int) -> Itera
         tokens = torch.as_tensor(token_sets.vit_like(n).X).float()
         grid = torch.cartesian_prod(*map(torch.arange, shape))
         config = VideoAnchorConfig(alpha_k=0, alpha_v=0)
-        rules: list[Group] = [rule for rule in get_args(Group) if n <= 4096 or rule in ("ward", "random")]
+        everywhere = ("ward", "farthest", "grid", "random")
+        rules: list[Group] = [
+            rule for rule in get_args(Group) if rule != "subspace" and (n <= 4096 or rule in everywhere)
+        ]
         timed: dict[str, list[float]] = {name: [] for name in ("scoring", *rules)}
         for _ in range(repeats if n <= 4096 else 1):
             timed["scoring"].append(seconds(partial(anchor_scores, tokens, config)))

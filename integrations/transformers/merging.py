@@ -203,26 +203,29 @@ class Merging:
         counted = not_merged(scores, 0, 0)
         means, stay = scores.clone(), stay.clone()
         found: dict[str, list[Groups]] = {name: [] for name in tokens}
+        merge = self.config.merge
         for row, places in enumerate(columns):
+            result = self.last()[row]
+            labels = None if result is None or result.labels is None else result.labels.to(places.device)
             position = rows_of_positions(long.position_ids, row, long.start + places)
             noted = torch.arange(len(places), device=places.device)
             for name, token in tokens.items():
                 mine = (new_ids[row, places] == token).nonzero()[:, 0]
-                groups = self._group(rows[row][mine], wanted[row][name], frames[name][row], position[:, mine])
+                own = None if labels is None else labels[mine]
+                groups = self._group(rows[row][mine], wanted[row][name], frames[name][row], position[:, mine], own)
                 found[name].append(groups)
                 at = places[mine]
                 kept = at[groups.kept]
                 noted[mine] = mine[groups.kept][groups.member]
                 stay[row, at] = False
                 stay[row, kept] = True
-                counted.counts[row, kept] = groups.counts().float()
-                means[row, kept] = groups.means(scores[row, at, None])[:, 0]
-                counted.squares[row, kept] = groups.means(scores[row, at, None].square())[:, 0]
-            result = self.last()[row]
+                counted.counts[row, kept] = groups.counts(merge).float()
+                means[row, kept] = groups.pooled(scores[row, at, None], merge)[:, 0]
+                counted.squares[row, kept] = groups.pooled(scores[row, at, None].square(), merge)[:, 0]
             if result is not None:
                 self.last()[row] = replace(result, groups=noted.unique(return_inverse=True)[1])
         counted = replace(counted, most=int(counted.counts.amax()))
-        features = {name: features_of_groups(encoded[name], groups) for name, groups in found.items()}
+        features = {name: features_of_groups(encoded[name], groups, merge) for name, groups in found.items()}
         return CacheScores(means, None, counted), stay, features
 
     def _tokens_of(self, encoded: Mapping[str, Any], ids: Tensor) -> dict[str, int]:
@@ -239,7 +242,7 @@ class Merging:
                 raise ValueError(f"the prompt has {n} {name} tokens, and {expected} features were made for them")
         return {name: all_tokens[name] for name in encoded}
 
-    def _group(self, tokens: Tensor, k: int, frames: Tensor, positions: Tensor) -> Groups:
+    def _group(self, tokens: Tensor, k: int, frames: Tensor, positions: Tensor, labels: Tensor | None) -> Groups:
         """Groups of the tokens (n, D) of one modality of a row, on one process of several."""
         n = len(tokens)
         if k == n:
@@ -259,6 +262,7 @@ class Merging:
             grid=grid,
             positions=positions.T,
             rotary=rotary_features(self.base.language_model, positions),
+            labels=labels,
             seed=self.config.random_state,
         )
         if self.group is not None and dist.get_world_size(self.group) > 1:

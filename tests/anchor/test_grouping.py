@@ -1,11 +1,15 @@
 """Groups of visual tokens: as many as asked for, the same each time, and what each rule promises."""
 
+import itertools
+import math
 from typing import Any, get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from videoanchor_triton.anchor import grouping
 from videoanchor_triton.anchor.grouping import Group, Groups, group_means, group_tokens
 
 RULES = get_args(Group)
@@ -26,7 +30,7 @@ def angles(grid: Tensor) -> Tensor:
 
 def spread(x: Tensor, groups: Groups) -> float:
     """The squared distances within groups, over those around the mean of all."""
-    return float((x - groups.means(x)[groups.member]).square().sum() / (x - x.mean(0)).square().sum())
+    return float((x - groups.pooled(x)[groups.member]).square().sum() / (x - x.mean(0)).square().sum())
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -39,6 +43,7 @@ def test_exactly_k_groups(rule: Group, k: int, kind: str) -> None:
     elif kind == "zero":
         x = torch.zeros_like(x)
     options: Any = {} if kind == "line" else {"grid": grid, "positions": grid, "rotary": angles(grid)}
+    options["labels"] = torch.arange(len(x)) // 7
     groups = group_tokens(x, k, rule, **options)
     assert len(groups.kept) == k == len(groups.counts())
     assert int(groups.counts().min()) >= 1
@@ -53,7 +58,7 @@ def test_exactly_k_groups(rule: Group, k: int, kind: str) -> None:
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_few_tokens(rule: Group, n: int) -> None:
     for k in range(1, n + 1):
-        assert len(group_tokens(torch.randn(n, 8), k, rule).kept) == k
+        assert len(group_tokens(torch.randn(n, 8), k, rule, labels=torch.arange(n)).kept) == k
 
 
 @pytest.mark.parametrize("rule", ["ward", "farthest"])
@@ -105,9 +110,9 @@ def test_ward_is_what_it_says() -> None:
 
 def test_ward_spreads_least() -> None:
     x, grid = clip(seed=3)
-    found = {rule: spread(x, group_tokens(x, 20, rule, grid=grid)) for rule in RULES}
-    assert found["ward"] < found["random"]
-    assert found["ward"] < found["tome"]
+    rules = [rule for rule in RULES if rule not in ("subspace", "kmeans")]
+    found = {rule: spread(x, group_tokens(x, 20, rule, grid=grid)) for rule in rules}
+    assert min(found, key=found.__getitem__) == "ward"
 
 
 def test_ward_has_no_bridge_between_distant_tokens_until_nothing_else_is_left() -> None:
@@ -134,6 +139,104 @@ def test_farthest_is_the_greedy_k_centre() -> None:
         chosen.append(int(torch.cdist(z, z[chosen]).amin(1).argmax()))
     assert sorted(chosen) == groups.kept.tolist()
     assert torch.equal(torch.cdist(z, z[groups.kept]).argmin(1), groups.member)
+
+
+def test_farthest_of_many_tokens_is_that_of_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stretch has its share of the groups, and is as it would be alone but for the components it is seen by."""
+    x, _ = clip()
+    monkeypatch.setattr(grouping, "_BLOCK", 50)
+    for k in (1, 2, 3, 31, 119):
+        groups = group_tokens(x, k, "farthest")
+        n = min(k, 3)
+        starts = [-(-120 * (k * i // n) // k) for i in range(n + 1)]
+        inside = [int(((groups.kept >= a) & (groups.kept < b)).sum()) for a, b in itertools.pairwise(starts)]
+        assert inside == [k * (i + 1) // n - k * i // n for i in range(n)]
+        z = x - x.mean(0)
+        for a, b in itertools.pairwise(starts):
+            kept = groups.kept[(groups.kept >= a) & (groups.kept < b)]
+            assert torch.equal(kept[torch.cdist(z[a:b], z[kept]).argmin(1)], groups.kept[groups.member[a:b]])
+
+
+def test_kmeans_spreads_less_than_what_it_starts_from() -> None:
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(4))
+    found = {rule: spread(x, group_tokens(x, 20, rule)) for rule in ("farthest", "kmeans")}
+    assert found["kmeans"] < 0.95 * found["farthest"]
+
+
+def test_subspaces_stay_apart_as_long_as_there_are_enough_groups() -> None:
+    x, grid = clip(seed=5)
+    labels = grid[:, 2] // 2  # three columns of two, each connected
+    for k in (3, 10, 50):
+        member = group_tokens(x, k, "subspace", grid=grid, labels=labels).member
+        assert torch.stack([member, labels]).unique(dim=1).shape[1] == k, "one group, one label"
+    assert torch.equal(
+        group_tokens(x, 10, "subspace", grid=grid, labels=torch.zeros(120)).member,
+        group_tokens(x, 10, "ward", grid=grid).member,
+    )
+    with pytest.raises(ValueError, match="needs labels"):
+        group_tokens(x, 10, "subspace", grid=grid)
+
+
+def test_boxes() -> None:
+    """Of one size, where the sides can be halved so often; the longest side is halved first."""
+    grid = torch.cartesian_prod(*map(torch.arange, (4, 4, 8)))
+    x = torch.randn(len(grid), 4)
+    for k in (2, 4, 8, 64):
+        member = group_tokens(x, k, "grid", grid=grid).member
+        for group in range(k):
+            mine = grid[member == group]
+            assert int((mine.amax(0) - mine.amin(0) + 1).prod()) == len(mine) == 128 // k
+    assert torch.equal(group_tokens(x, 2, "grid", grid=grid).member, grid[:, 2] // 4)
+    sizes = group_tokens(x, 7, "grid", grid=grid).counts()
+    assert int(sizes.amin()) >= 18
+    assert int(sizes.amax()) <= 19
+
+
+def test_evs_keeps_what_changes() -> None:
+    """The first step, and then the tokens least like the one at their place before."""
+    x, grid = clip(seed=6)
+    frames = x.reshape(4, 5, 6, -1)
+    change = [1 - float(F.cosine_similarity(frames[t, y, c], frames[t - 1, y, c], dim=0)) if t else 9.0
+              for t, y, c in grid.tolist()]  # fmt: skip
+    for k in (30, 40, 77):
+        expected = sorted(range(120), key=lambda i: -change[i])[:k]
+        assert group_tokens(x, k, "evs", grid=grid).kept.tolist() == sorted(expected)
+
+
+def test_vidcom2_keeps_what_is_unlike_the_rest() -> None:
+    """From the paper: the score of each token, and how many of each step."""
+    generator = torch.Generator().manual_seed(7)
+    grid = torch.cartesian_prod(*map(torch.arange, (3, 4, 5)))
+    x = torch.randn(60, 12, generator=generator) + 3
+    x[40:] += torch.randn(12, generator=generator)  # the last step is another scene
+    chosen = x.var(0, correction=0).argsort()[:6]
+    z = torch.stack([row[chosen] / row[chosen].norm() for row in x]).double()
+
+    def like(i: int, centre: Tensor) -> float:
+        distance = float((z[i] - centre).square().sum())
+        return sum(math.exp(-distance / (2 * 2.0**a)) for a in range(-3, 2))
+
+    video = [like(i, z.mean(0)) for i in range(60)]
+    score = [video[i] + like(i, z[i // 20 * 20 : i // 20 * 20 + 20].mean(0)) for i in range(60)]
+    unlike = torch.tensor([-sum(video[20 * t : 20 * t + 20]) / 20 for t in range(3)]).double()
+    share = 1 + torch.softmax(unlike / 0.01, 0) - 1 / 3
+    for k in (9, 24, 45):
+        kept = group_tokens(x, k, "vidcom2", grid=grid).kept.tolist()
+        counts = [sum(i // 20 == t for i in kept) for t in range(3)]
+        for t in range(3):
+            assert abs(counts[t] - min(float(share[t] / share.sum()) * k, 20)) < (1.5 if k < 45 else 4)
+            mine = sorted(range(20 * t, 20 * t + 20), key=lambda i: score[i])
+            assert {i for i in kept if i // 20 == t} == set(mine[: counts[t]])
+        assert counts[2] > counts[0]
+    assert len({i // 20 for i in group_tokens(x, 3, "vidcom2", grid=grid).kept.tolist()}) == 3
+
+
+def test_what_becomes_of_a_group() -> None:
+    x = torch.tensor([[0.0], [2.0], [10.0]])
+    groups = Groups(torch.tensor([0, 0, 1]), torch.tensor([1, 2]))
+    assert groups.pooled(x).tolist() == groups.pooled(x, "mean").tolist() == [[1.0], [10.0]]
+    assert groups.pooled(x, "drop").tolist() == [[2.0], [10.0]]
+    assert [groups.counts(merge).tolist() for merge in ("counts", "mean", "drop")] == [[2, 1], [1, 1], [1, 1]]
 
 
 def test_rotary_angles_keep_places_apart() -> None:

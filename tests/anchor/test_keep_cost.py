@@ -3,10 +3,12 @@
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tiny_models as tiny
+
+from videoanchor_triton.anchor.grouping import Group
 
 keep_cost: Any = importlib.import_module("benchmarks.scores.keep_cost")
 
@@ -15,8 +17,8 @@ keep_cost: Any = importlib.import_module("benchmarks.scores.keep_cost")
 def test_it_runs(tmp_path: Path) -> None:
     assert keep_cost.main(["--quick", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "keep-cost.json").read_text())["rows"]
-    assert {row["group"] for row in rows if row["grouping"]} == {"ward", "farthest", "random", "tome"}
+    assert {row["group"] for row in rows if row["grouping"]} == {*get_args(Group)} - {"subspace"}
     sizes = {row["keep"]: row["kv"] for row in rows if row["kv"]}
     a_position = 4 * 2 * 2 * 64 * 4  # layers, keys and values, heads, features, bytes
     assert sizes == {keep: (7 + round(96 * keep)) * a_position for keep in (1.0, 0.5, 0.25, 0.1)}
-    assert (tmp_path / "keep-cost.md").read_text().count("| 96 |") == 8
+    assert (tmp_path / "keep-cost.md").read_text().count("| 96 |") == 12

@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tiny_models as tiny
@@ -11,6 +11,7 @@ from batch_runs import arguments, results
 
 import videoanchor_triton as va
 from videoanchor_triton.anchor.config import VideoAnchorConfig
+from videoanchor_triton.anchor.grouping import Group, Merge
 from videoanchor_triton.app import cli
 from videoanchor_triton.app.batch.worker import BatchJob
 from videoanchor_triton.app.commands.shared import add_config_options, config_of
@@ -38,6 +39,10 @@ def test_a_share_or_a_number() -> None:
         **ALPHAS, keep=0.25, group="farthest"
     )
     assert repr(parsed("--keep", "256").keep) == "256"
+    for group in get_args(Group):
+        assert parsed("--keep", "0.5", "--group", group).group == group
+    for merge in get_args(Merge):
+        assert parsed("--keep", "0.5", "--merge", merge).merge == merge
     with pytest.raises(InputError, match="keep must be a share of the visual tokens"):
         parsed("--keep", "1.5")
 
@@ -45,7 +50,7 @@ def test_a_share_or_a_number() -> None:
 def test_results_and_scores_of_before_are_found_again() -> None:
     """Settings without keep have the digest they had; scores are those of all tokens, merged or not."""
     plain, merged = va.VideoAnchorConfig(**ALPHAS), va.VideoAnchorConfig(**ALPHAS, keep=0.5, group="farthest")
-    assert not {"keep", "group"} & job(plain).settings()["config"].keys()
+    assert not {"keep", "group", "merge"} & job(plain).settings()["config"].keys()
     assert job(merged).settings()["config"]["keep"] == 0.5
     assert job(merged).settings_hash() != job(plain).settings_hash()
     assert [job(config).columns()["keep"] for config in (plain, merged)] == [1.0, 0.5]

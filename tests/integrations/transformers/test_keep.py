@@ -74,6 +74,14 @@ def test_rows_that_lose_different_numbers(backbone: tuple[str, Any], options: di
     assert_generates(out, model, merged_rows(model, batch, 6), batch["input_ids"])
 
 
+@pytest.mark.parametrize("how", ["mean", "drop"])
+def test_groups_that_count_once_and_tokens_that_are_dropped(backbone: tuple[str, Any], how: Any) -> None:
+    name, model = backbone
+    batch = tiny.inputs(name, MIXED)
+    out = generate(model, batch, replace(CONFIG, keep=6, merge=how))
+    assert_generates(out, model, merged_rows(model, batch, 6, how), batch["input_ids"])
+
+
 def test_right_padding(backbone: tuple[str, Any]) -> None:
     """The prompt is padded on the left anew, so that right-padded rows answer as left-padded ones."""
     name, model = backbone

@@ -37,7 +37,12 @@ def test_keep_is_a_number(keep: Any) -> None:
 
 def test_settings_that_do_not_go_together() -> None:
     with pytest.raises(ValueError, match="group must be one of"):
-        replace(CONFIG, group="evs")  # pyright: ignore[reportArgumentType]
+        replace(CONFIG, group="fastv")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="merge must be one of"):
+        replace(CONFIG, merge="sum")  # pyright: ignore[reportArgumentType]
+    for scorer in ("uniform", lambda tokens: tokens[:, 0]):
+        with pytest.raises(ValueError, match='group="subspace" needs the subspaces of scorer'):
+            replace(CONFIG, keep=0.5, group="subspace", scorer=scorer)
     with pytest.raises(ValueError, match="keep merges tokens, which the authors' code does not"):
         va.VideoAnchorConfig(alpha_k=1.0, alpha_v=1.0, keep=0.5).reproduce()
 

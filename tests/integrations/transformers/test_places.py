@@ -1,7 +1,7 @@
 """Where visual tokens are, as the grouping is told: time, rows and columns, positions, and rotary angles."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tiny_models as tiny
@@ -12,6 +12,7 @@ from gated_prompts import CONFIG
 from torch import Tensor
 
 import videoanchor_triton as va
+from videoanchor_triton.anchor.grouping import Group
 from videoanchor_triton.integrations.transformers import merging
 from videoanchor_triton.integrations.transformers.places import (
     frames_of_features,
@@ -106,13 +107,15 @@ def test_a_language_model_without_rotary_angles() -> None:
 
 
 @v5
-@pytest.mark.parametrize("group", ["ward", "farthest", "random", "tome"])
+@pytest.mark.parametrize("group", get_args(Group))
 def test_each_rule_in_a_model(group: Any) -> None:
     """The package's own groups, in a run: as many as asked for, and the same again."""
     model, batch = build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", [[3, "V", 5]])
     runs = []
     for _ in range(2):
-        with va.enable(model, replace(CONFIG, keep=5, group=group)) as handle:
+        scorer: Any = "ssc" if group == "subspace" else CONFIG.scorer
+        config = replace(CONFIG, keep=5, group=group, scorer=scorer, n_clusters=2, pca_rank=4)
+        with va.enable(model, config) as handle:
             out = model.generate(**batch, **GENERATE)
         (result,) = handle.last
         assert result is not None
