@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-# Elements of an array over all pairs of tokens that are handled together.
+# Elements of an array that are handled together.
 CHUNK_ELEMENTS = 1 << 20
 # A block is not made smaller than this to fit: products of fewer rows are slow.
 SMALLEST_BLOCK = 16
@@ -15,9 +15,9 @@ CPU_BLOCK_BYTES, CUDA_BLOCK_BYTES = 16 << 20, 1 << 30
 LARGEST_BLOCK = 512  # on a CPU
 
 
-def chunk_rows(n_tokens: int) -> int:
-    """Rows of an N x N array that are handled together when there must never be a whole one."""
-    return max(1, CHUNK_ELEMENTS // max(1, n_tokens))
+def chunk_rows(width: int) -> int:
+    """Rows (width,) of an array that are handled together when there must never be a whole one."""
+    return max(1, CHUNK_ELEMENTS // max(1, width))
 
 
 def candidate_atoms(n_unknowns: int, n_atoms: int) -> int:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from .eigenvectors import leading_eigenvectors
+from .memory import CHUNK_ELEMENTS, chunk_rows
 
 # A token's norm below this part of the largest is roundoff, and so is an inner product below this part of the token's
 # norm times the largest.
 NEGLIGIBLE = 1e-10
-# Tokens or features that go into the Gram matrix together, columns of it, and elements of other arrays.
+# Tokens or features that go into the Gram matrix together, and columns of it.
 PCA_BLOCK, PCA_PANEL = 1024, 256
-CHUNK_ELEMENTS = 1 << 20
 
 
 class NonFiniteTokensError(ValueError):
@@ -232,8 +232,8 @@ def _scaled_weights(Y: Tensor, alpha_e: float, alpha_z: float) -> tuple[float, f
 
 
 def _chunks(n_rows: int, width: int) -> Iterator[slice]:
-    """The rows of an array (n_rows, width), CHUNK_ELEMENTS at a time."""
-    rows = max(1, CHUNK_ELEMENTS // max(1, width))
+    """The rows of an array (n_rows, width), as many at a time as are handled together."""
+    rows = chunk_rows(width)
     return (slice(start, start + rows) for start in range(0, n_rows, rows))
 
 
