@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torch import Tensor
 
-from .grouping import Group
+from .grouping import Group, Merge
 from .options import SolverOptions
 from .spectral import AssignLabels
 from .validation import check_choice, check_integer, check_keep, check_number
@@ -51,11 +51,14 @@ class VideoAnchorConfig(SolverOptions):
             authors' code does, see `reproduce`.
         assign_labels: how eigenvectors become labels: "cluster_qr", which has no seed, "kmeans", or "discretize" (the
             authors', whose labels depend on the seed).
-        random_state: seed of "kmeans" and "discretize", and of group="random", in [0, 2^32).
+        random_state: seed of "kmeans" and "discretize", and of group="random" and "kmeans", in [0, 2^32).
         keep: the visual tokens of a prompt that are left once they are merged (this package's own): a share of them in
             (0, 1], or a number of them, at least 2. 1 merges nothing. A merged token has its group's mean embedding and
             the sum of its members' gates, see docs/merging.md. It holds in `generate()`.
-        group: how they are grouped, see `group_tokens`: "ward", "farthest", "random" or "tome".
+        group: how they are grouped, see `group_tokens`: "ward", "farthest", "random", "tome", "kmeans" or "grid".
+        merge: what stands for a group: "counts", its mean embedding, which counts as often as it has members; "mean",
+            the same, counted as one token; "drop", the embedding and score of one member, as if the others had not been
+            there. The last two are what others do, to compare with.
         affine, alpha_e, alpha_z, tol, memory_budget: see `SolverOptions`.
 
     Raises:
@@ -88,6 +91,7 @@ class VideoAnchorConfig(SolverOptions):
     random_state: int = 0
     keep: float = 1.0
     group: Group = "ward"
+    merge: Merge = "counts"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,6 +104,7 @@ class VideoAnchorConfig(SolverOptions):
         check_integer("random_state", self.random_state, low=0, high=2**32 - 1)
         check_keep(self.keep)
         check_choice("group", self.group, get_args(Group))
+        check_choice("merge", self.merge, get_args(Merge))
         check_choice("decode", self.decode, get_args(Decode))
         check_choice("arithmetic", self.arithmetic, get_args(Arithmetic))
         check_choice("assign_labels", self.assign_labels, get_args(AssignLabels))

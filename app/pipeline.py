@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, Cache, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from ..anchor.config import UNGATED, VideoAnchorConfig
+from ..anchor.config import VideoAnchorConfig
 from ..anchor.problem import NonFiniteTokensError
 from ..anchor.scores import AnchorResult
 from ..anchor.timing import Progress
@@ -241,7 +241,7 @@ def _gate_effect(
 ) -> GateEffect:
     """Two more prefills, with the scores that are known and without a gate."""
     first, sizes = [], []
-    for one in (config, replace(UNGATED, keep=config.keep, group=config.group)):
+    for one in (config, replace(config, alpha_q=0.0, alpha_k=0.0, alpha_v=0.0, arithmetic="exact")):
         with gated(model, one) as handle, output_sizes() as measured:
             handle.anchor_scores = lambda *_, **__: anchor
             output = model.generate(  # pyright: ignore[reportCallIssue]

@@ -23,7 +23,7 @@ from ..anchor.timing import Progress
 from ..integrations.transformers.scoring import add_to_digest
 from .atomic_write import write_whole
 
-_NOT_OF_THE_SCORES = {"alpha_k", "alpha_v", "alpha_q", "decode", "keep", "group"}
+_NOT_OF_THE_SCORES = {"alpha_k", "alpha_v", "alpha_q", "decode", "keep", "group", "merge"}
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors|\.writing-[0-9a-f]{16}\.safetensors")
 _TENSORS = ("scores", "labels", "duality_gap")
 _REPORT = ("n_iter", "residual", "converged", "eigengap", "in_gap")

@@ -25,9 +25,9 @@ if TYPE_CHECKING:  # these import torch, and the input is read before that
 
 CONFIG_COLUMNS = (
     *("alpha_q", "alpha_k", "alpha_v", "decode", "scorer", "score", "n_clusters", "pca_rank", "random_state"),
-    *("assign_labels", "tol", "keep", "group"),
+    *("assign_labels", "tol", "keep", "group", "merge"),
 )
-_LATER_DEFAULTS = {"max_pixels": MAX_PIXELS, "strict": False, "keep": 1.0, "group": "ward"}
+_LATER_DEFAULTS = {"max_pixels": MAX_PIXELS, "strict": False, "keep": 1.0, "group": "ward", "merge": "counts"}
 """Options that came after the first results: at their defaults settings are those of before."""
 VIDEO_COLUMNS = ("max_frames", "fps", "sampling", "max_pixels", "strict")
 

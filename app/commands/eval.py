@@ -62,7 +62,8 @@ def add(commands: Commands) -> None:
         "  control=permuted,uniform    the same scores on tokens at random, and a score of 1 on all: a gate whose\n"
         "                              scores say something is better than both\n"
         "  scorer=ssc,kmeans,uniform   score=published,size,row_sum   clusters=8,16,24,32   terms=K,V,KV\n"
-        "  frames=8,16,32   keep=0.5,0.25,0.1   group=ward,farthest,random,tome (of --keep)\n\n"
+        "  frames=8,16,32   keep=0.5,0.25,0.1\n"
+        "  group=ward,farthest,random,tome,kmeans,grid   merge=counts,mean,drop (both of --keep)\n\n"
         "example:\n"
         "  videoanchor eval questions.jsonl --model DIR --alpha-k 4 --alpha-v 1 --out out/eval --ablate control",
     )

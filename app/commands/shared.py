@@ -233,7 +233,15 @@ def add_score_options(parser: argparse.ArgumentParser) -> None:
         help="merge the visual tokens of a prompt to a share of them (0.25) or to a number (256); default: 1, all",
     )
     merging.add_argument(
-        "--group", choices=("ward", "farthest", "random", "tome"), help="how they are grouped; default: ward"
+        "--group",
+        choices=("ward", "farthest", "random", "tome", "kmeans", "grid"),
+        help="how they are grouped; default: ward",
+    )
+    merging.add_argument(
+        "--merge",
+        choices=("counts", "mean", "drop"),
+        help="what stands for a group: its mean, counted as all of it; the mean as one token; one member alone. "
+        "default: counts",
     )
 
 
@@ -252,7 +260,7 @@ def _bytes(gib: str) -> int:
 _CONFIG_OPTIONS = (
     *("alpha_k", "alpha_v", "alpha_q", "decode"),
     *("scorer", "score", "n_clusters", "pca_rank", "assign_labels", "random_state", "tol", "memory_budget"),
-    *("keep", "group"),
+    *("keep", "group", "merge"),
 )
 
 

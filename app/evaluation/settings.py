@@ -18,7 +18,8 @@ ABLATIONS = {
     "terms": "K,V,KV",
     "frames": "8,16,32",
     "keep": "0.5,0.25,0.1",
-    "group": "ward,farthest,random,tome",
+    "group": "ward,farthest,random,tome,kmeans,grid",
+    "merge": "counts,mean,drop",
 }
 """What can be varied, and its usual values."""
 
@@ -98,10 +99,10 @@ def _varied(setting: Setting, name: str, value: str) -> Setting:
             changes = {"n_clusters": value if value == "auto" else int(value)}
         case "keep":
             changes = {"keep": int(value) if value.isdigit() else float(value)}
-        case "group":
+        case "group" | "merge":
             if not setting.config.merges:
                 raise ValueError("all visual tokens are kept: give --keep as well")
-            changes = {"group": value}
+            changes = {name: value}
         case "terms":
             changes = _without_others(setting.config, value.upper())
         case _:

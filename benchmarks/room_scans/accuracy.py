@@ -19,11 +19,11 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 from unittest import mock
 
 import matplotlib.pyplot as plt
@@ -37,22 +37,22 @@ import videoanchor_triton as va
 from benchmarks.helpers import report
 from benchmarks.helpers.environment import environment, processor
 from videoanchor_triton.anchor.config import UNGATED
-from videoanchor_triton.anchor.grouping import Group, Groups
+from videoanchor_triton.anchor.grouping import Group, Merge
 from videoanchor_triton.app.evaluation.paired import ALL, Difference, compare, groups_of
 from videoanchor_triton.app.output_size import Sizes, largest_change, output_sizes
 from videoanchor_triton.app.prompt import video_metadata
 from videoanchor_triton.app.room_scans import CHECKPOINT, TEST_SEED, RoomScan
-from videoanchor_triton.integrations.transformers import attention, merging
-from videoanchor_triton.integrations.transformers.short_prompt import MergedFeatures
+from videoanchor_triton.integrations.transformers import attention
 from videoanchor_triton.kernels.api import anchored_attention
 
 NAME = "accuracy"
 SCORES: dict[str, Any] = {"n_clusters": 12, "pca_rank": 32}
 """For 96 visual tokens."""
 KEEP = replace(UNGATED, keep=0.25, group="farthest")
-
-
-Kept = Literal["merged", "no counts", "dropped"]
+RULES: tuple[Group, ...] = ("ward", "farthest", "random", "tome")
+CONTROLS: tuple[tuple[str, Merge, Group], ...] = (
+    *(("no counts", "mean", "ward"), ("dropped", "drop", "farthest"), ("dropped", "drop", "random")),
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,6 @@ class Way:
         cache: makes what keys and values are kept in.
         round_weights: what is done to each weight of the decoder's linear layers.
         truth: scores are 1 on tokens that show an object, else 0.
-        groups: what becomes of groups of tokens, where `config` makes some.
         backend: of `anchored_attention`.
     """
 
@@ -79,7 +78,6 @@ class Way:
     cache: Callable[[], Any] | None = None
     round_weights: Callable[[Tensor], Tensor] | None = None
     truth: bool = False
-    groups: Kept = "merged"
     backend: str = "auto"
 
 
@@ -149,36 +147,14 @@ def ways() -> list[Way]:
     weak = {"alpha_k": 2.0, "alpha_v": 0.0}
     found.append(Way("gate", "alpha_k 2, alpha_v 0, subspaces, prefill alone", gate(**weak, decode="prefill")))
     for keep in (0.5, 0.25, 0.1):
-        for group in get_args(Group):
+        for group in RULES:
             found.append(Way("keep", f"keep {keep:g}, {group}", replace(UNGATED, keep=keep, group=group)))
-        controls: list[tuple[Kept, Group]] = [("no counts", "ward"), ("dropped", "farthest"), ("dropped", "random")]
-        for groups, group in controls:
-            config = replace(UNGATED, keep=keep, group=group)
-            found.append(Way("keep", f"keep {keep:g}, {group}, {groups}", config, groups=groups))
+        for name, merge, group in CONTROLS:
+            config = replace(UNGATED, keep=keep, group=group, merge=merge)
+            found.append(Way("keep", f"keep {keep:g}, {group}, {name}", config))
     found.append(Way("keep", "keep 0.25, farthest, chunks of 10", KEEP, options={"prefill_chunk_size": 10}))
     found.append(Way("keep", "keep 0.25, farthest, a prompt at a time", KEEP, n_rows=1))
     return found
-
-
-def representatives(output: Any, groups: Sequence[Groups]) -> MergedFeatures:
-    """In place of `features_of_groups`: of each group the features of one member."""
-    sizes = [len(one.member) for one in groups]
-    parts = torch.cat(list(output["pooler_output"])).split(sizes)
-    return MergedFeatures(output, [[part[one.kept] for part, one in zip(parts, groups, strict=True)]])
-
-
-@contextmanager
-def as_wanted(groups: str, backend: str) -> Iterator[None]:
-    """Groups without counts, or their representatives alone; attention by `backend`."""
-    with ExitStack() as stack:
-        attend = partial(anchored_attention, backend=backend)
-        stack.enter_context(mock.patch.object(attention, "anchored_attention", attend))
-        if groups != "merged":
-            ones = mock.patch.object(Groups, "counts", lambda self: torch.ones_like(self.kept))
-            stack.enter_context(ones)
-        if groups == "dropped":
-            stack.enter_context(mock.patch.object(merging, "features_of_groups", representatives))
-        yield
 
 
 class Asker:
@@ -231,7 +207,8 @@ class Asker:
     def right(self, way: Way, progress: Callable[[int, int], None] | None = None) -> tuple[np.ndarray, list[str]]:
         """(N,) 1 where a reply is the answer, else 0; and the replies. `sizes` is left to tell of the attention."""
         model, replies = self.model(way), []
-        with as_wanted(way.groups, way.backend), self._gated(model, way), output_sizes() as self.sizes:
+        attend = mock.patch.object(attention, "anchored_attention", partial(anchored_attention, backend=way.backend))
+        with attend, self._gated(model, way), output_sizes() as self.sizes:
             for start in range(0, len(self.asked), way.n_rows):
                 numbers = range(start, min(start + way.n_rows, len(self.asked)))
                 inputs = self.inputs(numbers)

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from videoanchor_triton.anchor.scores import anchor_scores
 NAME = "keep-cost"
 GRIDS = {2048: (16, 8, 16), 32768: (64, 16, 32)}
 QUICK = {96: (3, 4, 8)}
+RULES: tuple[Group, ...] = ("ward", "farthest", "random", "tome")
 KEEPS = (1.0, 0.5, 0.25, 0.1)
 VIDEO, START, END = 101, 102, 103
 
@@ -75,7 +76,7 @@ def grouping_rows(grids: dict[int, tuple[int, int, int]], repeats: int) -> Itera
         tokens = torch.as_tensor(token_sets.vit_like(n).X).float()
         grid = torch.cartesian_prod(*map(torch.arange, shape))
         config = VideoAnchorConfig(alpha_k=0, alpha_v=0)
-        rules: list[Group] = [rule for rule in get_args(Group) if n <= 4096 or rule in ("ward", "random")]
+        rules: list[Group] = [rule for rule in RULES if n <= 4096 or rule in ("ward", "random")]
         timed: dict[str, list[float]] = {name: [] for name in ("scoring", *rules)}
         for _ in range(repeats if n <= 4096 else 1):
             timed["scoring"].append(seconds(partial(anchor_scores, tokens, config)))

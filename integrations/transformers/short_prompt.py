@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...anchor.grouping import Groups, group_means
+from ...anchor.grouping import Groups, Merge
 from .cache_scores import Merged
 
 _TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -128,21 +128,24 @@ class MergedFeatures(NamedTuple):
     rows: list[Sequence[Tensor]]
 
 
-def features_of_groups(output: Any, groups: Sequence[Groups]) -> MergedFeatures:
-    """The mean features of groups.
+def features_of_groups(output: Any, groups: Sequence[Groups], merge: Merge) -> MergedFeatures:
+    """The features that stand for groups.
 
     Args:
         output: what an encoder returned for all rows of a prompt.
         groups: of each row, those of its tokens.
+        merge: see `VideoAnchorConfig`.
     """
     sizes = [len(one.kept) for one in groups]
-    first, member = 0, []
+    first, n_before, member, kept = 0, 0, [], []
     for one in groups:
         member.append(one.member + first)
-        first += len(one.kept)
+        kept.append(one.kept + n_before)
+        first, n_before = first + len(one.kept), n_before + len(one.member)
+    every = Groups(torch.cat(member), torch.cat(kept))
     layers = [output["pooler_output"], *(output.get("deepstack_features") or [])]
     whole_layers = (torch.cat([part.flatten(0, -2) for part in layer]) for layer in layers)
-    return MergedFeatures(output, [group_means(x, torch.cat(member), first).split(sizes) for x in whole_layers])
+    return MergedFeatures(output, [every.reduced(x, merge).split(sizes) for x in whole_layers])
 
 
 def repeated(features: MergedFeatures, n: int) -> Any:

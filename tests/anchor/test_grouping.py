@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from videoanchor_triton.anchor.grouping import Group, Groups, group_means, group_tokens
+from videoanchor_triton.anchor import grouping_rules
+from videoanchor_triton.anchor.grouping import Group, Groups, Merge, group_tokens
+from videoanchor_triton.anchor.grouping_rules import cells, group_means
 
 RULES = get_args(Group)
 
@@ -159,6 +161,78 @@ def test_representative_is_nearest_to_the_mean_place() -> None:
     assert group_tokens(x, 2, positions=positions).kept.tolist() == [1, 3]
 
 
+def test_farthest_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two levels, from the definition: each block chooses more than its share alone; those stand that were farthest,
+    and a token goes to the nearest one of its block."""
+    x, grid = clip(seed=4)
+    k, z = 14, (x - x.mean(0)).double()
+    monkeypatch.setattr(grouping_rules, "_BLOCK", 30)
+    groups = group_tokens(x, k, "farthest", grid=grid)
+    found = []
+    for number in range(4):
+        mine = (cells(grid, 4) == number).nonzero()[:, 0]
+        chosen, radius = [int(mine[z[mine].square().sum(1).argmax()])], [torch.inf]
+        while len(chosen) < 2 * 4:
+            away = torch.cdist(z[mine], z[chosen]).amin(1)
+            chosen.append(int(mine[away.argmax()]))
+            radius.append(float(away.amax()))
+        found += zip(radius, chosen, [number] * len(chosen), strict=True)
+    found = sorted(found, reverse=True)[:k]
+    assert sorted(index for _, index, _ in found) == groups.kept.tolist()
+    for number in range(4):
+        mine = (cells(grid, 4) == number).nonzero()[:, 0]
+        kept = torch.tensor(sorted(index for _, index, block in found if block == number))
+        assert torch.equal(kept[torch.cdist(z[mine], z[kept]).argmin(1)], groups.kept[groups.member[mine]])
+
+
+def test_farthest_is_plain_where_that_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, grid = clip(seed=5)
+    plain, nine = (group_tokens(x, k, "farthest", grid=grid) for k in (7, 9))
+    monkeypatch.setattr(grouping_rules, "_BLOCK", 30)
+    assert all(map(torch.equal, plain, group_tokens(x, 7, "farthest", grid=grid)))  # 120 x 7 <= 30^2
+    assert not torch.equal(nine.kept, group_tokens(x, 9, "farthest", grid=grid).kept), "the check can fail"
+
+
+@pytest.mark.parametrize("k", [8, 64])
+def test_a_grid_that_divides_is_regular(k: int) -> None:
+    grid = torch.cartesian_prod(*map(torch.arange, (4, 8, 8)))
+    groups = group_tokens(torch.randn(256, 8), k, "grid", grid=grid)
+    assert groups.counts().eq(256 // k).all()
+    for block in range(k):
+        mine = grid[groups.member == block]
+        sides = mine.amax(0) - mine.amin(0) + 1
+        assert int(sides.prod()) == len(mine), "a box, and full"
+        assert int(sides.amax()) <= 2 * int(sides.amin())
+
+
+@pytest.mark.parametrize("k", [1, 5, 13, 50, 119])
+def test_a_grid_that_does_not_divide_is_even(k: int) -> None:
+    """Boxes all the same, none of them much larger than another; the tokens do not matter."""
+    x, grid = clip()
+    groups = group_tokens(x, k, "grid", grid=grid)
+    assert int(groups.counts().amax()) <= 2 * -(-len(x) // k)
+    assert torch.equal(groups.member, group_tokens(-x.flip(0), k, "grid", grid=grid).member)
+    for block in range(k):
+        mine = grid[groups.member == block]
+        assert int((mine.amax(0) - mine.amin(0) + 1).prod()) == len(mine)
+
+
+def test_kmeans_spreads_least_and_fills_up() -> None:
+    x, grid = clip(seed=3)
+    found = {rule: spread(x, group_tokens(x, 20, rule, grid=grid)) for rule in ("kmeans", "random", "grid")}
+    assert found["kmeans"] < min(found["random"], found["grid"])
+    one, two = (group_tokens(x, 20, "kmeans", seed=seed) for seed in (0, 1))
+    assert not torch.equal(one.member, two.member)
+    few = torch.tensor([[0.0], [0.0], [0.0], [1.0], [1.0]])  # two different tokens, four groups
+    assert sorted(group_tokens(few, 4, "kmeans").counts().tolist()) == [1, 1, 1, 2]
+
+
+def test_reduced() -> None:
+    x = torch.tensor([[0.0], [2.0], [7.0]])
+    groups = Groups(torch.tensor([0, 0, 1]), torch.tensor([1, 2]))
+    assert [groups.reduced(x, how)[:, 0].tolist() for how in get_args(Merge)] == [[1.0, 7.0], [1.0, 7.0], [2.0, 7.0]]
+
+
 def test_random_depends_on_the_seed_alone() -> None:
     x, grid = clip()
     one, two = (group_tokens(x, 30, "random", grid=grid, seed=seed) for seed in (0, 1))
@@ -184,6 +258,6 @@ def test_bad_input() -> None:
     with pytest.raises(TypeError, match=r"k must be an integer, got 0\.5"):
         group_tokens(x, 0.5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="group must be one of 'ward', 'farthest'"):
-        group_tokens(x, 3, "k-means")  # pyright: ignore[reportArgumentType]
+        group_tokens(x, 3, "k-medoids")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="X must be finite"):
         group_tokens(x.where(x < 1, torch.nan), 3)

@@ -63,7 +63,7 @@ def test_half_of_the_tokens_answer_as_all_do(asker: Asker, plain: tuple[np.ndarr
         assert right.sum() >= plain[0].sum() - 1
     quarter, _ = asker.right(Way("keep", "farthest", KEEP))
     assert quarter.mean() > plain[0].mean() - 0.03
-    dropped, _ = asker.right(Way("keep", "dropped", KEEP, groups="dropped"))
+    dropped, _ = asker.right(Way("keep", "dropped", replace(KEEP, merge="drop")))
     assert dropped.mean() < plain[0].mean() - 0.05
 
 

@@ -328,6 +328,11 @@ def test_the_control_is_the_same_gate_with_other_scores() -> None:
     merged = Setting("gate", replace(GATE, keep=0.5), 8)
     found = [(one.config.keep, one.config.group) for one in ablations(merged, ["keep=0.25,64", "group=ward,random"])]
     assert found == [(0.5, "ward"), (0.25, "ward"), (64, "ward"), (0.5, "random")]
+    assert [one.config.merge for one in ablations(merged, ["merge"])] == ["counts", "mean", "drop"]
+    with pytest.raises(InputError, match="--ablate merge: counts: all visual tokens are kept: give --keep as well"):
+        ablations(gate, ["merge"])
+    with pytest.raises(InputError, match="merge must be one of 'counts', 'mean', 'drop', got 'sum'"):
+        ablations(merged, ["merge=sum"])
     with pytest.raises(InputError, match="expected permuted or uniform"):
         ablations(gate, ["control=ssc"])
 

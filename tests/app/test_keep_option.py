@@ -34,8 +34,8 @@ def job(config: VideoAnchorConfig) -> BatchJob:
 def test_a_share_or_a_number() -> None:
     assert parsed().merges is False
     assert parsed("--keep", "1") == parsed()
-    assert parsed("--keep", "0.25", "--group", "farthest") == va.VideoAnchorConfig(
-        **ALPHAS, keep=0.25, group="farthest"
+    assert parsed("--keep", "0.25", "--group", "farthest", "--merge", "drop") == va.VideoAnchorConfig(
+        **ALPHAS, keep=0.25, group="farthest", merge="drop"
     )
     assert repr(parsed("--keep", "256").keep) == "256"
     with pytest.raises(InputError, match="keep must be a share of the visual tokens"):
@@ -44,12 +44,14 @@ def test_a_share_or_a_number() -> None:
 
 def test_results_and_scores_of_before_are_found_again() -> None:
     """Settings without keep have the digest they had; scores are those of all tokens, merged or not."""
-    plain, merged = va.VideoAnchorConfig(**ALPHAS), va.VideoAnchorConfig(**ALPHAS, keep=0.5, group="farthest")
-    assert not {"keep", "group"} & job(plain).settings()["config"].keys()
+    plain = va.VideoAnchorConfig(**ALPHAS)
+    merged = va.VideoAnchorConfig(**ALPHAS, keep=0.5, group="farthest", merge="mean")
+    assert not {"keep", "group", "merge"} & job(plain).settings()["config"].keys()
     assert job(merged).settings()["config"]["keep"] == 0.5
     assert job(merged).settings_hash() != job(plain).settings_hash()
     assert [job(config).columns()["keep"] for config in (plain, merged)] == [1.0, 0.5]
     assert [job(config).columns()["group"] for config in (plain, merged)] == ["ward", "farthest"]
+    assert [job(config).columns()["merge"] for config in (plain, merged)] == ["counts", "mean"]
     tokens = torch.zeros(3, 4)
     assert cache_key(tokens, plain) == cache_key(tokens, merged)
 
@@ -57,7 +59,7 @@ def test_results_and_scores_of_before_are_found_again() -> None:
 def test_vllm_takes_none() -> None:
     assert settings_of({"videoanchor": {**ALPHAS, "keep": 1}}) is not None
     with pytest.raises(ValueError, match=r"keep=0\.5 cannot be served"):
-        settings_of({"videoanchor": {**ALPHAS, "keep": 0.5}})
+        settings_of({"videoanchor": {**ALPHAS, "keep": 0.5, "merge": "drop"}})
 
 
 @pytest.mark.skipif(not tiny.V5, reason="transformers 4.57 merges nothing")

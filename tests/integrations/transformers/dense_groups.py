@@ -106,8 +106,10 @@ def unmerged_rows(model: Any, batch: dict[str, Tensor]) -> list[Row]:
     return rows
 
 
-def merge(row: Row, group: Callable[[Tensor], Groups], scorer: Callable[[Tensor], Tensor] = pseudo_scores) -> Row:
-    """The row with one token for each group of its visual tokens."""
+def merge(
+    row: Row, group: Callable[[Tensor], Groups], scorer: Callable[[Tensor], Tensor] = pseudo_scores, how: str = "counts"
+) -> Row:
+    """The row with one token for each group of its visual tokens: `how` is `VideoAnchorConfig.merge`."""
     n = len(row.embeds)
     members = [torch.tensor([i]) for i in range(n)]
     gamma_k, gamma_v = torch.ones(n), torch.ones(n)
@@ -119,11 +121,13 @@ def merge(row: Row, group: Callable[[Tensor], Groups], scorer: Callable[[Tensor]
         groups = group(row.embeds[at])
         drop[at] = True
         for number, kept in enumerate(groups.kept.tolist()):
-            members[int(at[kept])] = at[groups.member == number]
+            members[int(at[kept])] = at[kept, None] if how == "drop" else at[groups.member == number]
             drop[at[kept]] = False
     left = (~drop).nonzero()[:, 0].tolist()
     mass = torch.stack([gamma_k[members[i]].sum() for i in left])
     gain = torch.stack([(gamma_k[members[i]] * gamma_v[members[i]]).sum() for i in left]) / mass
+    if how == "mean":  # as one token of the mean score
+        mass, gain = (torch.stack([gamma[members[i]].mean() for i in left]) for gamma in (gamma_k, gamma_v))
     order = row.visual.cumsum(0) - 1  # of a visual token among the features
     deepstack = row.deepstack and [
         torch.stack([layer[order[members[i]]].mean(0) for i in left if row.visual[i]] or [layer[:0].sum(0)])
@@ -214,10 +218,11 @@ def n_kept(n: int, keep: float) -> int:
     return min(keep, n) if isinstance(keep, int) else max(1, int(keep * n + 0.5))
 
 
-def merged_rows(model: Any, batch: dict[str, Tensor], keep: float) -> list[Row]:
+def merged_rows(model: Any, batch: dict[str, Tensor], keep: float, how: str = "counts") -> list[Row]:
     """The rows of a prompt, merged to `keep` by `scattered`."""
     return [
-        merge(row, lambda tokens: scattered(tokens, n_kept(len(tokens), keep))) for row in unmerged_rows(model, batch)
+        merge(row, lambda tokens: scattered(tokens, n_kept(len(tokens), keep)), how=how)
+        for row in unmerged_rows(model, batch)
     ]
 
 

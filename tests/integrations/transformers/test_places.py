@@ -106,7 +106,7 @@ def test_a_language_model_without_rotary_angles() -> None:
 
 
 @v5
-@pytest.mark.parametrize("group", ["ward", "farthest", "random", "tome"])
+@pytest.mark.parametrize("group", ["ward", "farthest", "random", "tome", "kmeans", "grid"])
 def test_each_rule_in_a_model(group: Any) -> None:
     """The package's own groups, in a run: as many as asked for, and the same again."""
     model, batch = build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", [[3, "V", 5]])
