@@ -51,14 +51,15 @@ class VideoAnchorConfig(SolverOptions):
             authors' code does, see `reproduce`.
         assign_labels: how eigenvectors become labels: "cluster_qr", which has no seed, "kmeans", or "discretize" (the
             authors', whose labels depend on the seed).
-        random_state: seed of "kmeans" and "discretize", and of group="random", in [0, 2^32).
+        random_state: seed of "kmeans" and "discretize", and of group="random" and "kmeans", in [0, 2^32).
         keep: the visual tokens of a prompt that are left once they are merged (this package's own): a share of them in
             (0, 1], or a number of them, at least 2. 1 merges nothing. A merged token has its group's mean embedding and
             the sum of its members' gates, see docs/merging.md. It holds in `generate()`.
-        group: how they are grouped: "ward", "farthest", "kmeans", "subspace", "grid", "tome", "evs", "vidcom2" or
+        group: how they are grouped: "ward", "subspace", "farthest", "kmeans", "grid", "tome", "evs", "vidcom2" or
             "random", see docs/merging.md.
-        merge: what becomes of a group: "counts", a token with the mean embedding that counts as often as the group has
-            members; for comparison "mean", the same counted once, and "drop", one of the members, the others dropped.
+        merge: what stands for a group: "counts", its mean embedding, which counts as often as it has members; "mean",
+            the same, counted as one token; "drop", the embedding and score of one member, as if the others had not been
+            there. The last two are what others do, to compare with.
         affine, alpha_e, alpha_z, tol, memory_budget: see `SolverOptions`.
 
     Raises:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
+from ...anchor.compress import group_factors
 from ...anchor.config import VideoAnchorConfig
 from ...kernels.gates import POST_EXP_LIMIT
 from .attention import LayerGate
@@ -150,23 +151,14 @@ def _exact_gate(scores: Tensor, config: VideoAnchorConfig) -> LayerGate:
 
 
 def _merged_gate(gate: LayerGate, scores: Tensor, merged: Merged, config: VideoAnchorConfig) -> LayerGate:
-    """A key of a group has the sum of its members' factors, n (1 + alpha_k m1), and its value their mean gain weighted
-    by these, 1 + alpha_v (m1 + alpha_k m2) / (1 + alpha_k m1), where m1 and m2 are the means of s and s^2.
-
-    Args:
-        gate: of the mean scores m1, (B, T).
-    """
+    """The factors of groups in place of those of their mean scores, `gate`: both only where there is such a factor."""
     room = (0, scores.shape[1] - merged.counts.shape[1])
     counts, squares = F.pad(merged.counts, room, value=1.0), F.pad(merged.squares, room)
-    log_counts = counts.log()
-    gamma_v = gate.gamma_v
-    if gamma_v is not None:
-        gain = (scores + config.alpha_k * squares) / (1.0 + config.alpha_k * scores)
-        gamma_v = 1.0 + config.alpha_v * gain
+    log_gamma_k, gamma_v = group_factors(counts, scores, squares, config)
     return replace(
         gate,
-        log_gamma_k=log_counts if gate.log_gamma_k is None else gate.log_gamma_k + log_counts,
-        gamma_v=gamma_v,
+        log_gamma_k=counts.log() if gate.log_gamma_k is None else log_gamma_k,
+        gamma_v=None if gate.gamma_v is None else gamma_v,
         gate_form="post-exp" if merged.most * (1.0 + config.alpha_k) <= POST_EXP_LIMIT else "log-bias",
     )
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...anchor.compress import group_moments
 from ...anchor.config import VideoAnchorConfig
 from ...anchor.grouping import Groups, group_tokens
 from ...anchor.scores import AnchorResult
@@ -202,11 +203,11 @@ class Merging:
         frames = {name: frames_of_features(one, steps[name]).split(counts[name]) for name, one in encoded.items()}
         counted = not_merged(scores, 0, 0)
         means, stay = scores.clone(), stay.clone()
+        moments = counted.counts, means, counted.squares
         found: dict[str, list[Groups]] = {name: [] for name in tokens}
-        merge = self.config.merge
         for row, places in enumerate(columns):
             result = self.last()[row]
-            labels = None if result is None or result.labels is None else result.labels.to(places.device)
+            labels = None if result is None else result.labels.to(places.device)
             position = rows_of_positions(long.position_ids, row, long.start + places)
             noted = torch.arange(len(places), device=places.device)
             for name, token in tokens.items():
@@ -219,13 +220,14 @@ class Merging:
                 noted[mine] = mine[groups.kept][groups.member]
                 stay[row, at] = False
                 stay[row, kept] = True
-                counted.counts[row, kept] = groups.counts(merge).float()
-                means[row, kept] = groups.pooled(scores[row, at, None], merge)[:, 0]
-                counted.squares[row, kept] = groups.pooled(scores[row, at, None].square(), merge)[:, 0]
+                for whole, part in zip(moments, group_moments(scores[row, at], groups, self.config.merge), strict=True):
+                    whole[row, kept] = part
             if result is not None:
                 self.last()[row] = replace(result, groups=noted.unique(return_inverse=True)[1])
         counted = replace(counted, most=int(counted.counts.amax()))
-        features = {name: features_of_groups(encoded[name], groups, merge) for name, groups in found.items()}
+        features = {
+            name: features_of_groups(encoded[name], groups, self.config.merge) for name, groups in found.items()
+        }
         return CacheScores(means, None, counted), stay, features
 
     def _tokens_of(self, encoded: Mapping[str, Any], ids: Tensor) -> dict[str, int]:

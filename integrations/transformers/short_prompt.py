@@ -129,19 +129,23 @@ class MergedFeatures(NamedTuple):
 
 
 def features_of_groups(output: Any, groups: Sequence[Groups], merge: Merge) -> MergedFeatures:
-    """The features of groups.
+    """The features that stand for groups.
 
     Args:
         output: what an encoder returned for all rows of a prompt.
         groups: of each row, those of its tokens.
-        merge: see `Groups.pooled`.
+        merge: see `VideoAnchorConfig`.
     """
+    sizes = [len(one.kept) for one in groups]
+    first, n_before, member, kept = 0, 0, [], []
+    for one in groups:
+        member.append(one.member + first)
+        kept.append(one.kept + n_before)
+        first, n_before = first + len(one.kept), n_before + len(one.member)
+    every = Groups(torch.cat(member), torch.cat(kept))
     layers = [output["pooler_output"], *(output.get("deepstack_features") or [])]
     whole_layers = (torch.cat([part.flatten(0, -2) for part in layer]) for layer in layers)
-    rows = (x.split([len(one.member) for one in groups]) for x in whole_layers)
-    return MergedFeatures(
-        output, [[one.pooled(part, merge) for one, part in zip(groups, parts, strict=True)] for parts in rows]
-    )
+    return MergedFeatures(output, [every.reduced(x, merge).split(sizes) for x in whole_layers])
 
 
 def repeated(features: MergedFeatures, n: int) -> Any:

@@ -1,6 +1,5 @@
 """Groups of visual tokens: as many as asked for, the same each time, and what each rule promises."""
 
-import itertools
 import math
 from typing import Any, get_args
 
@@ -9,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from videoanchor_triton.anchor import grouping
-from videoanchor_triton.anchor.grouping import Group, Groups, group_means, group_tokens
+from videoanchor_triton.anchor import grouping_rules
+from videoanchor_triton.anchor.grouping import Group, Groups, Merge, group_tokens
+from videoanchor_triton.anchor.grouping_rules import cells, group_means
 
 RULES = get_args(Group)
 
@@ -30,7 +30,7 @@ def angles(grid: Tensor) -> Tensor:
 
 def spread(x: Tensor, groups: Groups) -> float:
     """The squared distances within groups, over those around the mean of all."""
-    return float((x - groups.pooled(x)[groups.member]).square().sum() / (x - x.mean(0)).square().sum())
+    return float((x - groups.means(x)[groups.member]).square().sum() / (x - x.mean(0)).square().sum())
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -110,9 +110,10 @@ def test_ward_is_what_it_says() -> None:
 
 def test_ward_spreads_least() -> None:
     x, grid = clip(seed=3)
-    rules = [rule for rule in RULES if rule not in ("subspace", "kmeans")]
+    rules = [rule for rule in RULES if rule != "subspace"]
     found = {rule: spread(x, group_tokens(x, 20, rule, grid=grid)) for rule in rules}
-    assert min(found, key=found.__getitem__) == "ward"
+    assert found["ward"] < found["random"]
+    assert found["ward"] < found["tome"]
 
 
 def test_ward_has_no_bridge_between_distant_tokens_until_nothing_else_is_left() -> None:
@@ -141,28 +142,6 @@ def test_farthest_is_the_greedy_k_centre() -> None:
     assert torch.equal(torch.cdist(z, z[groups.kept]).argmin(1), groups.member)
 
 
-def test_farthest_of_many_tokens_is_that_of_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each stretch has its share of the groups, and is as it would be alone but for the components it is seen by."""
-    x, _ = clip()
-    monkeypatch.setattr(grouping, "_BLOCK", 50)
-    for k in (1, 2, 3, 31, 119):
-        groups = group_tokens(x, k, "farthest")
-        n = min(k, 3)
-        starts = [-(-120 * (k * i // n) // k) for i in range(n + 1)]
-        inside = [int(((groups.kept >= a) & (groups.kept < b)).sum()) for a, b in itertools.pairwise(starts)]
-        assert inside == [k * (i + 1) // n - k * i // n for i in range(n)]
-        z = x - x.mean(0)
-        for a, b in itertools.pairwise(starts):
-            kept = groups.kept[(groups.kept >= a) & (groups.kept < b)]
-            assert torch.equal(kept[torch.cdist(z[a:b], z[kept]).argmin(1)], groups.kept[groups.member[a:b]])
-
-
-def test_kmeans_spreads_less_than_what_it_starts_from() -> None:
-    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(4))
-    found = {rule: spread(x, group_tokens(x, 20, rule)) for rule in ("farthest", "kmeans")}
-    assert found["kmeans"] < 0.95 * found["farthest"]
-
-
 def test_subspaces_stay_apart_as_long_as_there_are_enough_groups() -> None:
     x, grid = clip(seed=5)
     labels = grid[:, 2] // 2  # three columns of two, each connected
@@ -175,21 +154,6 @@ def test_subspaces_stay_apart_as_long_as_there_are_enough_groups() -> None:
     )
     with pytest.raises(ValueError, match="needs labels"):
         group_tokens(x, 10, "subspace", grid=grid)
-
-
-def test_boxes() -> None:
-    """Of one size, where the sides can be halved so often; the longest side is halved first."""
-    grid = torch.cartesian_prod(*map(torch.arange, (4, 4, 8)))
-    x = torch.randn(len(grid), 4)
-    for k in (2, 4, 8, 64):
-        member = group_tokens(x, k, "grid", grid=grid).member
-        for group in range(k):
-            mine = grid[member == group]
-            assert int((mine.amax(0) - mine.amin(0) + 1).prod()) == len(mine) == 128 // k
-    assert torch.equal(group_tokens(x, 2, "grid", grid=grid).member, grid[:, 2] // 4)
-    sizes = group_tokens(x, 7, "grid", grid=grid).counts()
-    assert int(sizes.amin()) >= 18
-    assert int(sizes.amax()) <= 19
 
 
 def test_evs_keeps_what_changes() -> None:
@@ -231,14 +195,6 @@ def test_vidcom2_keeps_what_is_unlike_the_rest() -> None:
     assert len({i // 20 for i in group_tokens(x, 3, "vidcom2", grid=grid).kept.tolist()}) == 3
 
 
-def test_what_becomes_of_a_group() -> None:
-    x = torch.tensor([[0.0], [2.0], [10.0]])
-    groups = Groups(torch.tensor([0, 0, 1]), torch.tensor([1, 2]))
-    assert groups.pooled(x).tolist() == groups.pooled(x, "mean").tolist() == [[1.0], [10.0]]
-    assert groups.pooled(x, "drop").tolist() == [[2.0], [10.0]]
-    assert [groups.counts(merge).tolist() for merge in ("counts", "mean", "drop")] == [[2, 1], [1, 1], [1, 1]]
-
-
 def test_rotary_angles_keep_places_apart() -> None:
     """Two contents by turns, along a line: with angles, a group is one content within a stretch of it."""
     place = torch.arange(64)
@@ -260,6 +216,78 @@ def test_representative_is_nearest_to_the_mean_place() -> None:
     x = torch.tensor([[0.0], [0.0], [0.0], [9.0]])
     positions = torch.tensor([[0], [1], [5], [9]])
     assert group_tokens(x, 2, positions=positions).kept.tolist() == [1, 3]
+
+
+def test_farthest_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two levels, from the definition: each block chooses more than its share alone; those stand that were farthest,
+    and a token goes to the nearest one of its block."""
+    x, grid = clip(seed=4)
+    k, z = 14, (x - x.mean(0)).double()
+    monkeypatch.setattr(grouping_rules, "_BLOCK", 30)
+    groups = group_tokens(x, k, "farthest", grid=grid)
+    found = []
+    for number in range(4):
+        mine = (cells(grid, 4) == number).nonzero()[:, 0]
+        chosen, radius = [int(mine[z[mine].square().sum(1).argmax()])], [torch.inf]
+        while len(chosen) < 2 * 4:
+            away = torch.cdist(z[mine], z[chosen]).amin(1)
+            chosen.append(int(mine[away.argmax()]))
+            radius.append(float(away.amax()))
+        found += zip(radius, chosen, [number] * len(chosen), strict=True)
+    found = sorted(found, reverse=True)[:k]
+    assert sorted(index for _, index, _ in found) == groups.kept.tolist()
+    for number in range(4):
+        mine = (cells(grid, 4) == number).nonzero()[:, 0]
+        kept = torch.tensor(sorted(index for _, index, block in found if block == number))
+        assert torch.equal(kept[torch.cdist(z[mine], z[kept]).argmin(1)], groups.kept[groups.member[mine]])
+
+
+def test_farthest_is_plain_where_that_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, grid = clip(seed=5)
+    plain, nine = (group_tokens(x, k, "farthest", grid=grid) for k in (7, 9))
+    monkeypatch.setattr(grouping_rules, "_BLOCK", 30)
+    assert all(map(torch.equal, plain, group_tokens(x, 7, "farthest", grid=grid)))  # 120 x 7 <= 30^2
+    assert not torch.equal(nine.kept, group_tokens(x, 9, "farthest", grid=grid).kept), "the check can fail"
+
+
+@pytest.mark.parametrize("k", [8, 64])
+def test_a_grid_that_divides_is_regular(k: int) -> None:
+    grid = torch.cartesian_prod(*map(torch.arange, (4, 8, 8)))
+    groups = group_tokens(torch.randn(256, 8), k, "grid", grid=grid)
+    assert groups.counts().eq(256 // k).all()
+    for block in range(k):
+        mine = grid[groups.member == block]
+        sides = mine.amax(0) - mine.amin(0) + 1
+        assert int(sides.prod()) == len(mine), "a box, and full"
+        assert int(sides.amax()) <= 2 * int(sides.amin())
+
+
+@pytest.mark.parametrize("k", [1, 5, 13, 50, 119])
+def test_a_grid_that_does_not_divide_is_even(k: int) -> None:
+    """Boxes all the same, none of them much larger than another; the tokens do not matter."""
+    x, grid = clip()
+    groups = group_tokens(x, k, "grid", grid=grid)
+    assert int(groups.counts().amax()) <= 2 * -(-len(x) // k)
+    assert torch.equal(groups.member, group_tokens(-x.flip(0), k, "grid", grid=grid).member)
+    for block in range(k):
+        mine = grid[groups.member == block]
+        assert int((mine.amax(0) - mine.amin(0) + 1).prod()) == len(mine)
+
+
+def test_kmeans_spreads_least_and_fills_up() -> None:
+    x, grid = clip(seed=3)
+    found = {rule: spread(x, group_tokens(x, 20, rule, grid=grid)) for rule in ("kmeans", "random", "grid")}
+    assert found["kmeans"] < min(found["random"], found["grid"])
+    one, two = (group_tokens(x, 20, "kmeans", seed=seed) for seed in (0, 1))
+    assert not torch.equal(one.member, two.member)
+    few = torch.tensor([[0.0], [0.0], [0.0], [1.0], [1.0]])  # two different tokens, four groups
+    assert sorted(group_tokens(few, 4, "kmeans").counts().tolist()) == [1, 1, 1, 2]
+
+
+def test_reduced() -> None:
+    x = torch.tensor([[0.0], [2.0], [7.0]])
+    groups = Groups(torch.tensor([0, 0, 1]), torch.tensor([1, 2]))
+    assert [groups.reduced(x, how)[:, 0].tolist() for how in get_args(Merge)] == [[1.0, 7.0], [1.0, 7.0], [2.0, 7.0]]
 
 
 def test_random_depends_on_the_seed_alone() -> None:
@@ -286,7 +314,7 @@ def test_bad_input() -> None:
             group_tokens(x, k)
     with pytest.raises(TypeError, match=r"k must be an integer, got 0\.5"):
         group_tokens(x, 0.5)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="group must be one of 'ward', 'farthest'"):
-        group_tokens(x, 3, "k-means")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="group must be one of 'ward', 'subspace'"):
+        group_tokens(x, 3, "k-medoids")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="X must be finite"):
         group_tokens(x.where(x < 1, torch.nan), 3)

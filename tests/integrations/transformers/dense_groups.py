@@ -107,12 +107,9 @@ def unmerged_rows(model: Any, batch: dict[str, Tensor]) -> list[Row]:
 
 
 def merge(
-    row: Row,
-    group: Callable[[Tensor], Groups],
-    scorer: Callable[[Tensor], Tensor] = pseudo_scores,
-    how: str = "counts",
+    row: Row, group: Callable[[Tensor], Groups], scorer: Callable[[Tensor], Tensor] = pseudo_scores, how: str = "counts"
 ) -> Row:
-    """The row with one token for each group of its visual tokens, see `VideoAnchorConfig.merge`."""
+    """The row with one token for each group of its visual tokens: `how` is `VideoAnchorConfig.merge`."""
     n = len(row.embeds)
     members = [torch.tensor([i]) for i in range(n)]
     gamma_k, gamma_v = torch.ones(n), torch.ones(n)
@@ -124,13 +121,13 @@ def merge(
         groups = group(row.embeds[at])
         drop[at] = True
         for number, kept in enumerate(groups.kept.tolist()):
-            members[int(at[kept])] = at[kept : kept + 1] if how == "drop" else at[groups.member == number]
+            members[int(at[kept])] = at[kept, None] if how == "drop" else at[groups.member == number]
             drop[at[kept]] = False
     left = (~drop).nonzero()[:, 0].tolist()
     mass = torch.stack([gamma_k[members[i]].sum() for i in left])
     gain = torch.stack([(gamma_k[members[i]] * gamma_v[members[i]]).sum() for i in left]) / mass
-    if how == "mean":
-        mass /= torch.tensor([len(members[i]) for i in left])
+    if how == "mean":  # as one token of the mean score
+        mass, gain = (torch.stack([gamma[members[i]].mean() for i in left]) for gamma in (gamma_k, gamma_v))
     order = row.visual.cumsum(0) - 1  # of a visual token among the features
     deepstack = row.deepstack and [
         torch.stack([layer[order[members[i]]].mean(0) for i in left if row.visual[i]] or [layer[:0].sum(0)])

@@ -17,7 +17,8 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import videoanchor_triton as va
-from videoanchor_triton.anchor.grouping import Groups, group_means
+from videoanchor_triton.anchor.grouping import Groups
+from videoanchor_triton.anchor.grouping_rules import group_means
 from videoanchor_triton.integrations.transformers import merging
 from videoanchor_triton.integrations.transformers.cache_scores import CacheScores, Merged, cached_scores
 
@@ -75,11 +76,16 @@ def test_rows_that_lose_different_numbers(backbone: tuple[str, Any], options: di
 
 
 @pytest.mark.parametrize("how", ["mean", "drop"])
-def test_groups_that_count_once_and_tokens_that_are_dropped(backbone: tuple[str, Any], how: Any) -> None:
+def test_what_others_do(backbone: tuple[str, Any], how: Any) -> None:
+    """A group that counts as one token, and one member alone; the mass is then the number of tokens that are left."""
     name, model = backbone
     batch = tiny.inputs(name, MIXED)
-    out = generate(model, batch, replace(CONFIG, keep=6, merge=how))
-    assert_generates(out, model, merged_rows(model, batch, 6, how), batch["input_ids"])
+    out = generate(model, batch, replace(MERGED, merge=how), max_new_tokens=3)
+    assert_generates(out, model, merged_rows(model, batch, 0.5, how), batch["input_ids"])
+    held = cached_scores(out.past_key_values)
+    assert held is not None
+    assert held.merged is not None
+    assert held.merged.counts.eq(1).all()
 
 
 def test_right_padding(backbone: tuple[str, Any]) -> None:
