@@ -97,7 +97,7 @@ def add(commands: Commands) -> None:
     engine.add_argument(
         "--engine-options",
         type=_options,
-        default={},
+        default="{}",
         metavar="JSON",
         help='with vllm: its engine arguments, as \'{"max_model_len": 32768, "gpu_memory_utilization": 0.8}\'',
     )
