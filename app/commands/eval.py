@@ -63,13 +63,15 @@ def add(commands: Commands) -> None:
         "                              scores say something is better than both\n"
         "  scorer=ssc,kmeans,uniform   score=published,size,row_sum   clusters=8,16,24,32   terms=K,V,KV\n"
         "  frames=8,16,32   keep=0.5,0.25,0.1   group=ward,farthest,random,tome (of --keep)\n\n"
+        "several strengths, as --alpha-k 2,4 --alpha-v 0,1: each combination is compared with the answers without a\n"
+        "gate; a video is decoded, seen by the vision tower and scored once.\n\n"
         "example:\n"
         "  videoanchor eval questions.jsonl --model DIR --alpha-k 4 --alpha-v 1 --out out/eval --ablate control",
     )
     add_questions_options(parser)
     about = "see below; may be repeated"
     parser.add_argument("--ablate", action="append", default=[], metavar="NAME[=A,B,...]", help=about)
-    add_config_options(parser)
+    add_config_options(parser, several=True)
     parser.set_defaults(command=_eval)
 
 
@@ -90,16 +92,23 @@ def add_questions_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    strengths = {name: getattr(args, name) for name in ("alpha_k", "alpha_v", "alpha_q")}
+    strengths = {name: values for name, values in strengths.items() if values is not None}
+    for name, values in strengths.items():
+        setattr(args, name, values[0])
     session = Session(args)
     from ..evaluation import pictures, report
     from ..evaluation.card import answered, card_facts, protocol_card
     from ..evaluation.eval_page import eval_page
     from ..evaluation.evaluate import judge
     from ..evaluation.questions import videos_of
-    from ..evaluation.settings import ablations
+    from ..evaluation.settings import ablations, sweep
 
     setting, questions = session.setting, session.questions
-    gates = ablations(setting, args.ablate)
+    gates = sweep(setting, strengths)
+    if len(gates) > 1 and args.ablate:
+        raise InputError("--ablate varies one gate: give one strength each for K, V and Q, not several")
+    gates = [*dict.fromkeys(gate for one in gates for gate in ablations(one, args.ablate))]
     if not any(one.config.alpha_k or one.config.alpha_v or one.config.merges for one in gates):
         raise InputError("--alpha-k 0 --alpha-v 0 is the baseline itself: give a strength above 0")
     settings = list(dict.fromkeys(one for gate in gates for one in (gate.baseline(), gate)))
@@ -186,6 +195,7 @@ class Session:
         from ..evaluation.questions import digest, videos_of
         from ..machine import versions
         from ..score_cache import ScoreCache
+        from ..shared_vision import shared_vision
 
         args, progress = self.args, ProgressLine(not self.args.json)
         with ResultsLog(args.out / "replies.jsonl") as log, closing(progress):
@@ -224,7 +234,8 @@ class Session:
                 return answer(frames, question.prompt(), setting.config, scores=scores).text
 
             self.evaluate = partial(ev.evaluate, ask=ask, log=log, progress=progress, again=again)
-            yield log
+            with shared_vision(model):
+                yield log
 
     def _reader(self, progress: ProgressLine) -> "Callable[[Path, int], VideoClip]":
         """Reads clips that leave room for the longest of the questions, and keeps the last."""

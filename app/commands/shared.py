@@ -174,15 +174,20 @@ def fit_clip(
     return clip, budget
 
 
-def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """The settings of `VideoAnchorConfig`, in two groups; `config_of` reads them."""
+def add_config_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """The settings of `VideoAnchorConfig`, in two groups; `config_of` reads them.
+
+    Args:
+        several: each strength may be a list.
+    """
     gate = parser.add_argument_group(
         "gate", "published for one model only: --preset internvl2-8b; else give both alphas"
     )
     gate.add_argument("--preset", metavar="NAME", help="published settings of a model")
-    gate.add_argument("--alpha-k", type=float, metavar="A", help="strength on keys: gamma_k = 1 + A * score")
-    gate.add_argument("--alpha-v", type=float, metavar="A", help="strength on values: gamma_v = 1 + A * score")
-    gate.add_argument("--alpha-q", type=float, metavar="A", help="on queries; cancels in the softmax")
+    number: dict[str, Any] = {"type": numbers, "metavar": "A,B,..."} if several else {"type": float, "metavar": "A"}
+    gate.add_argument("--alpha-k", **number, help="strength on keys: gamma_k = 1 + A * score")
+    gate.add_argument("--alpha-v", **number, help="strength on values: gamma_v = 1 + A * score")
+    gate.add_argument("--alpha-q", **number, help="on queries; cancels in the softmax")
     gate.add_argument(
         "--decode", choices=("persist", "prefill"), help="gate also while decoding (paper, default) or not"
     )
@@ -235,6 +240,11 @@ def add_score_options(parser: argparse.ArgumentParser) -> None:
     merging.add_argument(
         "--group", choices=("ward", "farthest", "random", "tome"), help="how they are grouped; default: ward"
     )
+
+
+def numbers(text: str) -> list[float]:
+    """Of an option with commas."""
+    return [float(part) for part in text.split(",")]
 
 
 def _count_or_auto(text: str) -> int | str:
