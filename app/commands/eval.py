@@ -5,6 +5,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -21,10 +22,12 @@ from .shared import (
     Commands,
     ProgressLine,
     add_config_options,
+    add_drawing_options,
     add_model_options,
     add_video_options,
     check_extras,
     config_of,
+    drawing_of,
     fit_clip,
     make_planner,
     read_clip,
@@ -34,6 +37,7 @@ if TYPE_CHECKING:  # they import torch
     from ..batch.results import ResultsLog
     from ..evaluation.questions import Question
     from ..evaluation.settings import Setting
+    from ..token_sampling import TokenSampling
     from ..video.reader import VideoClip
 
 QUESTIONS_HELP = (
@@ -71,6 +75,7 @@ def add(commands: Commands) -> None:
     add_questions_options(parser)
     about = "see below; may be repeated"
     parser.add_argument("--ablate", action="append", default=[], metavar="NAME[=A,B,...]", help=about)
+    add_drawing_options(parser)
     add_config_options(parser, several=True)
     parser.set_defaults(command=_eval)
 
@@ -96,7 +101,7 @@ def _eval(args: argparse.Namespace) -> int:
     strengths = {name: values for name, values in strengths.items() if values is not None}
     for name, values in strengths.items():
         setattr(args, name, values[0])
-    session = Session(args)
+    session = Session(args, drawing_of(args))
     from ..evaluation import pictures, report
     from ..evaluation.card import answered, card_facts, protocol_card
     from ..evaluation.eval_page import eval_page
@@ -157,11 +162,14 @@ class Session:
         evaluate, facts, checkpoint: once it is opened, `evaluate` of questions and settings, where the numbers come
             from, and what the checkpoint adds to their card.
 
+    Args:
+        drawn: see `pipeline.answer`.
+
     Raises:
         InputError: an option or a question is wrong.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, drawn: "TokenSampling | None" = None) -> None:
         check_extras()
         config = config_of(args)
         if args.max_new_tokens < 1:
@@ -173,6 +181,9 @@ class Session:
         check_folder(args.out)
         names = ("model", "dtype", "prompt", "max_new_tokens", "fps", "sampling", "max_pixels", "strict", "fit")
         run = tuple((name, str(getattr(args, name))) for name in names)
+        if drawn is not None:
+            run += tuple((name, str(value)) for name, value in asdict(drawn).items())
+        self.drawn = drawn
         self.args, self.setting = args, Setting("gate", config, args.max_frames, run)
         self.questions = read_questions(args.questions, args.prompt)
         prepare_libraries()
@@ -225,8 +236,9 @@ class Session:
                 "tag": digest(settings, run, sha256, version("videoanchor-triton"))[:8],
             }
 
-            self.checkpoint = checkpoint_card(model, processor, args.max_pixels, args.max_new_tokens)
-            answer = partial(pipeline.answer, model, processor, max_new_tokens=args.max_new_tokens, progress=progress)
+            self.checkpoint = checkpoint_card(model, processor, args.max_pixels, args.max_new_tokens, self.drawn)
+            options = {"max_new_tokens": args.max_new_tokens, "drawn": self.drawn, "progress": progress}
+            answer = partial(pipeline.answer, model, processor, **options)
 
             def ask(question: "Question", setting: "Setting") -> str:
                 scores = None if setting.config.scorer == "uniform" else cache  # nothing to keep

@@ -11,6 +11,7 @@ from .progress_line import ProgressLine
 
 if TYPE_CHECKING:  # these import torch and transformers
     from ..budget import Budget, Planner
+    from ..token_sampling import TokenSampling
     from ..video.reader import VideoClip
 
 Commands = Any
@@ -192,6 +193,38 @@ def add_config_options(parser: argparse.ArgumentParser, several: bool = False) -
         "--decode", choices=("persist", "prefill"), help="gate also while decoding (paper, default) or not"
     )
     add_score_options(parser)
+
+
+def add_drawing_options(parser: argparse.ArgumentParser) -> None:
+    """--temperature and what goes with it; `drawing_of` reads them."""
+    drawing = parser.add_argument_group("tokens of the answer; default: the likeliest each time")
+    drawing.add_argument("--temperature", type=float, metavar="T", help="draw them, by logits divided by T")
+    drawing.add_argument("--top-p", type=float, metavar="P", help="of those that together have probability P")
+    drawing.add_argument("--top-k", type=int, metavar="K", help="of the K likeliest")
+    drawing.add_argument("--seed", type=int, metavar="N", help="of each answer; default: 0")
+
+
+def drawing_of(args: argparse.Namespace) -> "TokenSampling | None":
+    """What the options of `add_drawing_options` ask for.
+
+    Raises:
+        InputError: one is out of its range, or goes with nothing.
+    """
+    names = ("temperature", "top_p", "top_k", "seed")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if not given:
+        return None
+    if args.temperature is None:
+        some = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(f"{some}: tokens are drawn with a --temperature only, and else the likeliest is taken")
+    if getattr(args, "tensor_parallel", 1) > 1:
+        raise InputError("--temperature: not with --tensor-parallel, whose processes would each draw a token of theirs")
+    from ..token_sampling import TokenSampling
+
+    try:
+        return TokenSampling(**given)
+    except ValueError as error:
+        raise InputError(f"--{str(error).replace('_', '-', 1)}") from error
 
 
 def add_gate_effect_option(parser: Any) -> None:
