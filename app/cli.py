@@ -14,6 +14,7 @@ from importlib.metadata import version
 from ..integrations.errors import InputError, Terminated
 from .batch.stopping import StoppedError, failure_of
 from .commands import batch, check, compare, convert, demo, eval, info, run, tune, viz
+from .completion import SHELLS, PrintCompletion
 from .settings_file import add_settings_options, commands_of, parse
 from .termination import terminated_cleanly
 from .text import printable
@@ -94,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Start with: videoanchor demo",
     )
     parser.add_argument("--version", action="version", version=f"videoanchor-triton {version('videoanchor-triton')}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        help="a script for completion in a shell",
+    )
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)

@@ -79,13 +79,7 @@ def _settings(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 def _require_nothing(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
-        _not_required(action)
-
-
-def _not_required(action: argparse.Action) -> None:
-    action.required = False
-    if not action.option_strings:
-        action.nargs = "?"
+        action.required = False
 
 
 def _untyped(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -112,7 +106,7 @@ def _arguments(
     settings = _settings(commands_of(parser)[first.name])
     found = _read(first.config, content, commands_of(build())[first.name])
     for name, value in found.items():
-        _not_required(settings[name])
+        settings[name].required = False
         settings[name].default = [] if _appends(settings[name]) else value
     if first.print_config:
         _require_nothing(commands_of(parser)[first.name])

@@ -18,7 +18,7 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "batch": ("in", *MODEL, "--question=a", "--question=-b", "--tables", "csv", "--engine-options", '{"a": 1}', *GATE),
     "eval": ("q.jsonl", *MODEL, "--ablate", "control", "--ablate", "keep=1,2", *GATE),
     "tune": ("q.jsonl", *MODEL, "--grid-k", "0,1e3", "--seed", "7"),
-    "compare": ("--rescore", "a", "--", "-b"),
+    "compare": ("a", "--rescore", "--", "-b"),
     "viz": ("a run", "--what", "all", "--format", "pdf", "--all-frames"),
     "convert": ("from", "--out", "to"),
     "info": ("--backbones",),
@@ -132,6 +132,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--version"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out == f"videoanchor-triton {version('videoanchor-triton')}\n"
+
+
+def test_arguments_may_stand_between_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ("compare", "a", "--rescore", "b")
+    assert (parsed(*line)["a"], parsed(*line)["b"]) == (Path("a"), Path("b"))
+    assert 'b = "b"' in printed(capsys, *line)
+    (tmp_path / "some.toml").write_text('a = "x"\nb = "y"\n')
+    assert parsed(*line, "--config", str(tmp_path / "some.toml")) == parsed(*line)
+    first = parsed("compare", "--config", str(tmp_path / "some.toml"), "c")
+    assert (first["a"], first["b"]) == (Path("c"), Path("y"))
 
 
 @pytest.mark.parametrize("option", ["--help", "--sampling=no"])

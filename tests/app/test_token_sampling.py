@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from batch_runs import answers, arguments, job, results
-from eval_runs import STRENGTHS, clips, run
+from batch_runs import answers, arguments, results
+from eval_runs import STRENGTHS, run
 
 from videoanchor_triton.anchor.config import VideoAnchorConfig
 from videoanchor_triton.app import cli, pipeline
 from videoanchor_triton.app.token_sampling import TokenSampling
 from videoanchor_triton.app.video.reader import read_video
 
-__all__ = ["clips", "job"]
 DRAWN = ("--temperature", "2", "--top-p", "0.9", "--seed", "5")
 
 
