@@ -9,10 +9,13 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from ..integrations.errors import InputError, Terminated
 from .batch.stopping import StoppedError, failure_of
 from .commands import batch, check, compare, convert, demo, eval, info, run, tune, viz
+from .completion import SHELLS, PrintCompletion
+from .settings_file import add_settings_options, commands_of, parse
 from .termination import terminated_cleanly
 from .text import printable
 from .threads import settle_threads
@@ -24,9 +27,15 @@ _MISFIT = re.compile(r"operator torchvision::\w+ does not exist|PyTorch and torc
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `videoanchor`."""
     settle_threads()
-    args = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # an answer in letters that the terminal lacks is no failure
         sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        args = parse(_parser, argv)
+    except InputError as error:
+        return _ended("", error, 2)
+    if args.print_config:
+        print(args.settings)
+        return 0
     with terminated_cleanly():
         try:
             _refuse_torchrun()
@@ -51,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ended(command: str, why: object, code: int) -> int:
-    print(f"videoanchor {command}: {printable(why)}", file=sys.stderr)
+    print(f"videoanchor {command}".strip() + f": {printable(why)}", file=sys.stderr)
     return code
 
 
@@ -85,9 +94,18 @@ def _parser() -> argparse.ArgumentParser:
         "every decoder attention is gated by the scores.",
         epilog="Start with: videoanchor demo",
     )
+    parser.add_argument("--version", action="version", version=f"videoanchor-triton {version('videoanchor-triton')}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        help="a script for completion in a shell",
+    )
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
+    for command in commands_of(parser).values():
+        add_settings_options(command)
     return parser
 
 

@@ -31,6 +31,7 @@ from .prompt import Medium, Messages, build_inputs, place
 from .score_cache import ScoreCache
 from .stage_times import gpus_of, stage_times
 from .token_grid import TokenGrid
+from .token_sampling import TokenSampling, drawing
 from .video.reader import Sampling, read_video
 
 
@@ -216,12 +217,14 @@ def answer(
     max_new_tokens: int = 128,
     scores: ScoreCache | None = None,
     gate_effect: bool = False,
+    drawn: TokenSampling | None = None,
     progress: Progress | None = None,
 ) -> Answer:
     """`ask` of a loaded model.
 
     Args:
         scores: where scores are kept; None computes them anew.
+        drawn: how tokens are drawn; None takes the likeliest each time.
         gate_effect: find out how far the gate moved the answer and the attention's output, in two more prefills.
 
     Raises:
@@ -229,7 +232,7 @@ def answer(
     """
     inputs, grids = prepare(model, processor, media, messages)
     check_fits(model, inputs["input_ids"].shape[1], max_new_tokens, media, grids, config)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "scores": scores, "progress": progress}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "scores": scores, "drawn": drawn, "progress": progress}
     result = generate(model, processor, inputs, grids, config, **options)
     if gate_effect:
         result = replace(result, gate_effect=_gate_effect(model, processor, inputs, config, result.anchor))
@@ -285,12 +288,14 @@ def generate(
     max_new_tokens: int,
     prefix: Prefix | None = None,
     scores: ScoreCache | None = None,
+    drawn: TokenSampling | None = None,
     progress: Progress | None = None,
 ) -> Answer:
-    """Answers what `prepare` has made, with the gate on, by greedy decoding.
+    """Answers what `prepare` has made, with the gate on.
 
     Args:
         scores: where scores are kept; None computes them anew.
+        drawn: see `answer`.
         prefix: of this prompt; its cache is continued, and `inputs` need no pixels.
 
     Raises:
@@ -302,8 +307,12 @@ def generate(
     for gpu in gpus:
         torch.cuda.reset_peak_memory_stats(gpu)
     past = {} if prefix is None else {"past_key_values": prefix.cache}
-    with gated(model, config, scores, progress) as handle, stage_times(model, progress) as times:
-        output = model.generate(**inputs, **past, max_new_tokens=max_new_tokens, do_sample=False)  # pyright: ignore
+    with (
+        gated(model, config, scores, progress) as handle,
+        stage_times(model, progress) as times,
+        drawing(drawn, gpus) as options,
+    ):
+        output = model.generate(**inputs, **past, **options, max_new_tokens=max_new_tokens)  # pyright: ignore
         anchor = scored(handle) if prefix is None else prefix.anchor
     generated = output[0, n_prompt:]
     return Answer(

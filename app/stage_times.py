@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..anchor.timing import Mark, Progress, mark_time, seconds_between
 from ..integrations.transformers.visual_tokens import find_multimodal_model
+from .shared_vision import tower_of
 
 
 def gpus_of(model: PreTrainedModel) -> list[torch.device]:
@@ -44,7 +45,7 @@ class _StageTimes:
 def stage_times(model: PreTrainedModel, progress: Progress | None) -> Iterator[_StageTimes]:
     """Times the vision tower and each pass of the language model (its layers only: the scores come before them)."""
     base = find_multimodal_model(model)
-    tower: nn.Module = getattr(base, "visual", None) or base.vision_tower  # pyright: ignore[reportAssignmentType]
+    tower = tower_of(model)
     gpus = gpus_of(model)
     begin = last = _now(gpus)
     times = _StageTimes(begin, begin)

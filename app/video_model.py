@@ -13,6 +13,7 @@ from .answer import Answer
 from .batch.shared_prefill import SharedPrefill
 from .libraries import prepare_libraries
 from .score_cache import ScoreCache
+from .token_sampling import TokenSampling
 from .video.reader import VideoClip
 
 
@@ -36,7 +37,7 @@ class VideoModel:
     Args:
         progress: see `pipeline.answer`.
         tensor_parallel, model, device, dtype: see `pipeline.load`.
-        config, max_new_tokens: see `pipeline.answer`.
+        config, max_new_tokens, drawn: see `pipeline.answer`.
         scores: the folder and the bytes of a `ScoreCache`; None computes scores anew.
         gate_effect: see `pipeline.answer`; questions about one video then share nothing but scores.
 
@@ -56,6 +57,7 @@ class VideoModel:
         max_new_tokens: int,
         scores: tuple[Path, int] | None = None,
         gate_effect: bool = False,
+        drawn: TokenSampling | None = None,
     ) -> None:
         prepare_libraries()
         self._model, self._processor = pipeline.load(model, device, dtype, tensor_parallel)
@@ -63,6 +65,7 @@ class VideoModel:
         self._options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "scores": self._scores,
+            "drawn": drawn,
             "progress": progress,
         }
         self._config, self._gate_effect = config, gate_effect

@@ -18,6 +18,7 @@ from ..budget import check_fits
 from ..pipeline import Prefix, gated, generate, prepare, scored
 from ..score_cache import ScoreCache
 from ..stage_times import stage_times
+from ..token_sampling import TokenSampling
 from ..video.reader import VideoClip
 
 
@@ -31,7 +32,7 @@ class SharedPrefill:
 
     Args:
         model, processor: from `pipeline.load`.
-        config, max_new_tokens, progress: see `pipeline.answer`.
+        config, max_new_tokens, drawn, progress: see `pipeline.answer`.
         scores: where scores are kept; None computes them anew.
     """
 
@@ -44,11 +45,12 @@ class SharedPrefill:
         *,
         max_new_tokens: int = 128,
         scores: ScoreCache | None = None,
+        drawn: TokenSampling | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._model, self._processor, self._clip = model, processor, clip
         self._config, self._scores = config, scores
-        self._max_new_tokens, self._progress = max_new_tokens, progress
+        self._max_new_tokens, self._drawn, self._progress = max_new_tokens, drawn, progress
         self._beginning: Tensor | None = None
         self._prefix: Prefix | Exception | None = None
 
@@ -64,6 +66,7 @@ class SharedPrefill:
         options: dict[str, Any] = {
             "max_new_tokens": self._max_new_tokens,
             "scores": self._scores,
+            "drawn": self._drawn,
             "progress": self._progress,
         }
         arguments = self._model, self._processor, inputs, grids, self._config

@@ -20,6 +20,7 @@ from .stopping import Failure, failure_of
 if TYPE_CHECKING:  # these import torch, and the input is read before that
     from ...anchor.config import VideoAnchorConfig
     from ...anchor.timing import Progress
+    from ..token_sampling import TokenSampling
     from ..video.reader import VideoClip
     from ..video_model import Answered
 
@@ -29,6 +30,7 @@ CONFIG_COLUMNS = (
 )
 _LATER_DEFAULTS = {"max_pixels": MAX_PIXELS, "strict": False, "keep": 1.0, "group": "ward", "merge": "counts"}
 """Options that came after the first results: at their defaults settings are those of before."""
+DRAWN_COLUMNS = ("temperature", "top_p", "top_k", "seed")
 VIDEO_COLUMNS = ("max_frames", "fps", "sampling", "max_pixels", "strict")
 
 
@@ -46,7 +48,7 @@ class BatchJob:
         share_prefill: see `SharedPrefill`.
         tensor_parallel: processes among which the model is split.
         engine: what computes the answers.
-        gate_effect: see `pipeline.answer`.
+        gate_effect, drawn: see `pipeline.answer`.
     """
 
     model: str
@@ -62,6 +64,7 @@ class BatchJob:
     tensor_parallel: int = 1
     engine: Literal["transformers", "vllm"] = "transformers"
     gate_effect: bool = False
+    drawn: "TokenSampling | None" = None
 
     def settings(self) -> dict[str, Any]:
         """What an answer depends on, ready for JSON."""
@@ -82,6 +85,7 @@ class BatchJob:
             # as for video: settings of before there was a choice stay what they were
             **({} if self.engine == "transformers" else {"engine": self.engine}),
             **({"gate_effect": True} if self.gate_effect else {}),
+            **({} if self.drawn is None else {"drawn": asdict(self.drawn)}),
         }
 
     def settings_hash(self) -> str:
@@ -104,6 +108,7 @@ def setting_columns(settings: dict[str, Any]) -> Record:
         "fit": settings["fit"],
         "max_new_tokens": settings["max_new_tokens"],
         "engine": settings.get("engine", "transformers"),
+        **{name: settings.get("drawn", {}).get(name) for name in DRAWN_COLUMNS},
     }
 
 
@@ -125,7 +130,7 @@ class BatchWorker:
         options: dict[str, Any] = {"device": job.device, "dtype": job.dtype, "max_new_tokens": job.max_new_tokens}
         self._planner = Planner(job.model, job.config, tensor_parallel=job.tensor_parallel, **options)
         scores = job.score_folder, job.score_bytes
-        about = {"config": job.config, "scores": scores, "gate_effect": job.gate_effect}
+        about = {"config": job.config, "scores": scores, "gate_effect": job.gate_effect, "drawn": job.drawn}
         make = partial(VideoModel, model=job.model, **about, **options)
         split = job.tensor_parallel > 1
         self._model = SplitModel(make, job.tensor_parallel, job.device, progress) if split else make(progress)

@@ -15,6 +15,7 @@ from ..text import json_text, printable
 from .shared import (
     Commands,
     add_config_options,
+    add_drawing_options,
     add_gate_effect_option,
     add_model_options,
     add_tensor_parallel_option,
@@ -22,6 +23,7 @@ from .shared import (
     check_extras,
     check_tensor_parallel,
     config_of,
+    drawing_of,
 )
 
 if TYPE_CHECKING:
@@ -97,7 +99,7 @@ def add(commands: Commands) -> None:
     engine.add_argument(
         "--engine-options",
         type=_options,
-        default={},
+        default="{}",
         metavar="JSON",
         help='with vllm: its engine arguments, as \'{"max_model_len": 32768, "gpu_memory_utilization": 0.8}\'',
     )
@@ -110,6 +112,7 @@ def add(commands: Commands) -> None:
         help="with ray; default: those of --tensor-parallel, or 0 without a GPU",
     )
     add_gate_effect_option(batch)
+    add_drawing_options(batch)
     add_config_options(batch)
     batch.set_defaults(command=_batch)
 
@@ -275,6 +278,7 @@ def _check_vllm(args: argparse.Namespace) -> None:
         ("--cache", args.cache is not None, "a video is scored once, as its embeddings are made"),
         ("--whole-prompts", args.whole_prompts, "vLLM shares prompts by itself"),
         ("--gate-effect", args.gate_effect, "a server computes the gated answer alone"),
+        ("--temperature", args.temperature is not None, "answers are greedy there"),
         ("--decode prefill", args.decode == "prefill", "generated tokens are gated there"),
     ):
         if given:
@@ -295,6 +299,7 @@ def _job(args: argparse.Namespace) -> "BatchJob":
         score_bytes=int(args.cache_size * 2**30),
         share_prefill=not args.whole_prompts,
         gate_effect=args.gate_effect,
+        drawn=drawing_of(args),
         engine="vllm" if args.engine == "vllm" else "transformers",
     )
 

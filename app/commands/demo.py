@@ -53,7 +53,7 @@ def _demo(args: argparse.Namespace) -> int:
     args.question, args.fps, args.max_frames = demo.QUESTION, None, 12
     args.sampling, args.timeout, args.fit = "uniform", 120.0, False
     args.max_pixels, args.strict = MAX_PIXELS, True
-    args.device, args.dtype, args.max_new_tokens, args.gate_effect = "auto", "auto", 12, False
+    args.device, args.dtype, args.max_new_tokens, args.gate_effect, args.drawn = "auto", "auto", 12, False, None
     with demo.record_attention() as calls:
         clip, result, record = answer(args, VideoAnchorConfig.preset("internvl2-8b"), progress)
     kernels: dict[str, dict[str, Any]] = {}

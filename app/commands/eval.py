@@ -5,6 +5,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -21,10 +22,12 @@ from .shared import (
     Commands,
     ProgressLine,
     add_config_options,
+    add_drawing_options,
     add_model_options,
     add_video_options,
     check_extras,
     config_of,
+    drawing_of,
     fit_clip,
     make_planner,
     read_clip,
@@ -34,6 +37,7 @@ if TYPE_CHECKING:  # they import torch
     from ..batch.results import ResultsLog
     from ..evaluation.questions import Question
     from ..evaluation.settings import Setting
+    from ..token_sampling import TokenSampling
     from ..video.reader import VideoClip
 
 QUESTIONS_HELP = (
@@ -63,13 +67,16 @@ def add(commands: Commands) -> None:
         "                              scores say something is better than both\n"
         "  scorer=ssc,kmeans,uniform   score=published,size,row_sum   clusters=8,16,24,32   terms=K,V,KV\n"
         "  frames=8,16,32   keep=0.5,0.25,0.1   group=ward,farthest,random   merge=counts,mean,drop (of --keep)\n\n"
+        "several strengths, as --alpha-k 2,4 --alpha-v 0,1: each combination is compared with the answers without a\n"
+        "gate; a video is decoded, seen by the vision tower and scored once.\n\n"
         "example:\n"
         "  videoanchor eval questions.jsonl --model DIR --alpha-k 4 --alpha-v 1 --out out/eval --ablate control",
     )
     add_questions_options(parser)
     about = "see below; may be repeated"
     parser.add_argument("--ablate", action="append", default=[], metavar="NAME[=A,B,...]", help=about)
-    add_config_options(parser)
+    add_drawing_options(parser)
+    add_config_options(parser, several=True)
     parser.set_defaults(command=_eval)
 
 
@@ -90,16 +97,23 @@ def add_questions_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    session = Session(args)
+    strengths = {name: getattr(args, name) for name in ("alpha_k", "alpha_v", "alpha_q")}
+    strengths = {name: values for name, values in strengths.items() if values is not None}
+    for name, values in strengths.items():
+        setattr(args, name, values[0])
+    session = Session(args, drawing_of(args))
     from ..evaluation import pictures, report
     from ..evaluation.card import answered, card_facts, protocol_card
     from ..evaluation.eval_page import eval_page
     from ..evaluation.evaluate import judge
     from ..evaluation.questions import videos_of
-    from ..evaluation.settings import ablations
+    from ..evaluation.settings import ablations, sweep
 
     setting, questions = session.setting, session.questions
-    gates = ablations(setting, args.ablate)
+    gates = sweep(setting, strengths)
+    if len(gates) > 1 and args.ablate:
+        raise InputError("--ablate varies one gate: give one strength each for K, V and Q, not several")
+    gates = [*dict.fromkeys(gate for one in gates for gate in ablations(one, args.ablate))]
     if not any(one.config.alpha_k or one.config.alpha_v or one.config.merges for one in gates):
         raise InputError("--alpha-k 0 --alpha-v 0 is the baseline itself: give a strength above 0")
     settings = list(dict.fromkeys(one for gate in gates for one in (gate.baseline(), gate)))
@@ -148,11 +162,14 @@ class Session:
         evaluate, facts, checkpoint: once it is opened, `evaluate` of questions and settings, where the numbers come
             from, and what the checkpoint adds to their card.
 
+    Args:
+        drawn: see `pipeline.answer`.
+
     Raises:
         InputError: an option or a question is wrong.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, drawn: "TokenSampling | None" = None) -> None:
         check_extras()
         config = config_of(args)
         if args.max_new_tokens < 1:
@@ -164,6 +181,9 @@ class Session:
         check_folder(args.out)
         names = ("model", "dtype", "prompt", "max_new_tokens", "fps", "sampling", "max_pixels", "strict", "fit")
         run = tuple((name, str(getattr(args, name))) for name in names)
+        if drawn is not None:
+            run += tuple((name, str(value)) for name, value in asdict(drawn).items())
+        self.drawn = drawn
         self.args, self.setting = args, Setting("gate", config, args.max_frames, run)
         self.questions = read_questions(args.questions, args.prompt)
         prepare_libraries()
@@ -186,6 +206,7 @@ class Session:
         from ..evaluation.questions import digest, videos_of
         from ..machine import versions
         from ..score_cache import ScoreCache
+        from ..shared_vision import shared_vision
 
         args, progress = self.args, ProgressLine(not self.args.json)
         with ResultsLog(args.out / "replies.jsonl") as log, closing(progress):
@@ -215,8 +236,9 @@ class Session:
                 "tag": digest(settings, run, sha256, version("videoanchor-triton"))[:8],
             }
 
-            self.checkpoint = checkpoint_card(model, processor, args.max_pixels, args.max_new_tokens)
-            answer = partial(pipeline.answer, model, processor, max_new_tokens=args.max_new_tokens, progress=progress)
+            self.checkpoint = checkpoint_card(model, processor, args.max_pixels, args.max_new_tokens, self.drawn)
+            options = {"max_new_tokens": args.max_new_tokens, "drawn": self.drawn, "progress": progress}
+            answer = partial(pipeline.answer, model, processor, **options)
 
             def ask(question: "Question", setting: "Setting") -> str:
                 scores = None if setting.config.scorer == "uniform" else cache  # nothing to keep
@@ -224,7 +246,8 @@ class Session:
                 return answer(frames, question.prompt(), setting.config, scores=scores).text
 
             self.evaluate = partial(ev.evaluate, ask=ask, log=log, progress=progress, again=again)
-            yield log
+            with shared_vision(model):
+                yield log
 
     def _reader(self, progress: ProgressLine) -> "Callable[[Path, int], VideoClip]":
         """Reads clips that leave room for the longest of the questions, and keeps the last."""

@@ -3,6 +3,7 @@
 import argparse
 import time
 from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from .shared import (
     Commands,
     ProgressLine,
     add_config_options,
+    add_drawing_options,
     add_gate_effect_option,
     add_model_options,
     add_tensor_parallel_option,
@@ -22,6 +24,7 @@ from .shared import (
     check_extras,
     check_tensor_parallel,
     config_of,
+    drawing_of,
     fit_clip,
     make_planner,
     read_clip,
@@ -47,6 +50,7 @@ def add(commands: Commands) -> None:
     run.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     run.add_argument("--json", action="store_true", help="print result.json instead of the report")
     add_gate_effect_option(run)
+    add_drawing_options(run)
     add_config_options(run)
     run.set_defaults(command=_run)
 
@@ -62,6 +66,7 @@ def _run(args: argparse.Namespace) -> int:
     check_question(args.question)
     check_folder(args.out)
     check_path(args.video)
+    args.drawn = drawing_of(args)
     check_tensor_parallel(args)
     _, result, record = answer(args, config, ProgressLine(not args.json), args.tensor_parallel)
     if args.json:
@@ -107,7 +112,7 @@ def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine, tenso
     stage("budget")
     clip, budget = fit_clip(args, args.video, clip, args.question, planner, progress)
     stage("load")
-    names = ("model", "device", "dtype", "max_new_tokens", "gate_effect")
+    names = ("model", "device", "dtype", "max_new_tokens", "gate_effect", "drawn")
     make = partial(VideoModel, **{name: getattr(args, name) for name in names}, config=config)
     model = make(progress) if tensor_parallel == 1 else SplitModel(make, tensor_parallel, args.device, progress)
     times.append(time.perf_counter())
@@ -122,6 +127,7 @@ def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine, tenso
         "question": args.question,
         "notes": list(clip.notes),
         "max_pixels": args.max_pixels,
+        "drawn": None if args.drawn is None else asdict(args.drawn),
         "budget": budget.to_dict(),
         "seconds": {name: end - start for name, (start, end) in zip(names, pairwise(times), strict=True)},
     }

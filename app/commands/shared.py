@@ -11,6 +11,7 @@ from .progress_line import ProgressLine
 
 if TYPE_CHECKING:  # these import torch and transformers
     from ..budget import Budget, Planner
+    from ..token_sampling import TokenSampling
     from ..video.reader import VideoClip
 
 Commands = Any
@@ -174,19 +175,56 @@ def fit_clip(
     return clip, budget
 
 
-def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """The settings of `VideoAnchorConfig`, in two groups; `config_of` reads them."""
+def add_config_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """The settings of `VideoAnchorConfig`, in two groups; `config_of` reads them.
+
+    Args:
+        several: each strength may be a list.
+    """
     gate = parser.add_argument_group(
         "gate", "published for one model only: --preset internvl2-8b; else give both alphas"
     )
     gate.add_argument("--preset", metavar="NAME", help="published settings of a model")
-    gate.add_argument("--alpha-k", type=float, metavar="A", help="strength on keys: gamma_k = 1 + A * score")
-    gate.add_argument("--alpha-v", type=float, metavar="A", help="strength on values: gamma_v = 1 + A * score")
-    gate.add_argument("--alpha-q", type=float, metavar="A", help="on queries; cancels in the softmax")
+    number: dict[str, Any] = {"type": numbers, "metavar": "A,B,..."} if several else {"type": float, "metavar": "A"}
+    gate.add_argument("--alpha-k", **number, help="strength on keys: gamma_k = 1 + A * score")
+    gate.add_argument("--alpha-v", **number, help="strength on values: gamma_v = 1 + A * score")
+    gate.add_argument("--alpha-q", **number, help="on queries; cancels in the softmax")
     gate.add_argument(
         "--decode", choices=("persist", "prefill"), help="gate also while decoding (paper, default) or not"
     )
     add_score_options(parser)
+
+
+def add_drawing_options(parser: argparse.ArgumentParser) -> None:
+    """--temperature and what goes with it; `drawing_of` reads them."""
+    drawing = parser.add_argument_group("tokens of the answer; default: the likeliest each time")
+    drawing.add_argument("--temperature", type=float, metavar="T", help="draw them, by logits divided by T")
+    drawing.add_argument("--top-p", type=float, metavar="P", help="of those that together have probability P")
+    drawing.add_argument("--top-k", type=int, metavar="K", help="of the K likeliest")
+    drawing.add_argument("--seed", type=int, metavar="N", help="of each answer; default: 0")
+
+
+def drawing_of(args: argparse.Namespace) -> "TokenSampling | None":
+    """What the options of `add_drawing_options` ask for.
+
+    Raises:
+        InputError: one is out of its range, or goes with nothing.
+    """
+    names = ("temperature", "top_p", "top_k", "seed")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if not given:
+        return None
+    if args.temperature is None:
+        some = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(f"{some}: tokens are drawn with a --temperature only, and else the likeliest is taken")
+    if getattr(args, "tensor_parallel", 1) > 1:
+        raise InputError("--temperature: not with --tensor-parallel, whose processes would each draw a token of theirs")
+    from ..token_sampling import TokenSampling
+
+    try:
+        return TokenSampling(**given)
+    except ValueError as error:
+        raise InputError(f"--{str(error).replace('_', '-', 1)}") from error
 
 
 def add_gate_effect_option(parser: Any) -> None:
@@ -243,6 +281,11 @@ def add_score_options(parser: argparse.ArgumentParser) -> None:
         help="what becomes of a group: one token that counts as its members (default); counted once; one member, the "
         "others dropped",
     )
+
+
+def numbers(text: str) -> list[float]:
+    """Of an option with commas."""
+    return [float(part) for part in text.split(",")]
 
 
 def _count_or_auto(text: str) -> int | str:

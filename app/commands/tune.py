@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...integrations.errors import InputError
 from .eval import QUESTIONS_HELP, Session, add_questions_options
-from .shared import Commands, add_score_options
+from .shared import Commands, add_score_options, numbers
 
 if TYPE_CHECKING:  # they import torch
     from ..evaluation.settings import Setting
@@ -36,14 +36,10 @@ def add(commands: Commands) -> None:
     search.add_argument("--seed", type=int, default=0, metavar="N", help="of the split; default: %(default)s")
     for name in ("k", "v"):
         about = f"values of alpha_{name}; default: %(default)s"
-        search.add_argument(f"--grid-{name}", type=_numbers, default=GRID, metavar="A,B,...", help=about)
+        search.add_argument(f"--grid-{name}", type=numbers, default=GRID, metavar="A,B,...", help=about)
     parser.add_argument("--decode", choices=("persist", "prefill"), help="gate also while decoding (default) or not")
     add_score_options(parser)
     parser.set_defaults(command=_tune, preset=None, alpha_q=None, alpha_k=1.0, alpha_v=1.0)  # alphas are replaced
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
 
 
 def _tune(args: argparse.Namespace) -> int:
@@ -109,7 +105,4 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _at(setting: "Setting", point: "Point") -> "Setting":
-    if not any(point):
-        return setting.baseline()
-    config = replace(setting.config, alpha_k=point[0], alpha_v=point[1])
-    return replace(setting, name=f"alpha_k {point[0]:g}, alpha_v {point[1]:g}", config=config)
+    return setting.at(alpha_k=point[0], alpha_v=point[1]) if any(point) else setting.baseline()

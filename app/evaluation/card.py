@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..token_sampling import TokenSampling
 from .paired import SEED
 from .questions import Question
 from .settings import Setting
@@ -19,13 +20,16 @@ GENERATION = ("repetition_penalty", "no_repeat_ngram_size", "num_beams")
 """Of a checkpoint's own settings, what changes replies without sampling."""
 
 
-def checkpoint_card(model: Any, processor: Any, max_pixels: int, max_new_tokens: int) -> dict[str, Any]:
+def checkpoint_card(
+    model: Any, processor: Any, max_pixels: int, max_new_tokens: int, drawn: TokenSampling | None = None
+) -> dict[str, Any]:
     """The sections that a loaded checkpoint decides.
 
     Args:
         model, processor: of transformers.
         max_pixels: to which frames are scaled down before the processor sees them.
         max_new_tokens: of a reply.
+        drawn: see `pipeline.answer`.
 
     Returns:
         "class", "resolution", "chat_template_sha256", "generation": text, numbers and mappings of them.
@@ -40,7 +44,8 @@ def checkpoint_card(model: Any, processor: Any, max_pixels: int, max_new_tokens:
         "resolution": {"max_frame_pixels": max_pixels, **json.loads(json.dumps(seen, default=str))},
         "chat_template_sha256": None if template is None else _sha256(template),
         "generation": {
-            **{"max_new_tokens": max_new_tokens, "do_sample": False},
+            "max_new_tokens": max_new_tokens,
+            **({"do_sample": False} if drawn is None else {**drawn.options(), "seed": drawn.seed}),
             **{name: own[name] for name in GENERATION if own.get(name) is not None},
         },
     }

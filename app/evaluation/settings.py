@@ -1,6 +1,7 @@
 """Ways of answering the questions of an evaluation: the gate, with one thing changed at a time, and none."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -52,9 +53,39 @@ class Setting:
         run = {name: None if value == "None" else value for name, value in self.run}
         return {**run, "max_frames": self.max_frames, **{name: config[name] for name in CONFIG_COLUMNS}}
 
+    def at(self, **strengths: float) -> "Setting":
+        """The same with other strengths, which are its name."""
+        name = ", ".join(f"{name} {str(float(value)).removesuffix('.0')}" for name, value in strengths.items())
+        return replace(self, name=name, config=replace(self.config, **strengths))
+
     def baseline(self) -> "Setting":
         """The same frames and checkpoint with all alphas 0. Scores are uniform: without a gate nobody looks at them."""
         return replace(self, name=f"baseline, {self.max_frames} frames", config=UNGATED)
+
+
+def sweep(setting: Setting, strengths: Mapping[str, Sequence[float]]) -> list[Setting]:
+    """`setting` with each combination of strengths.
+
+    Args:
+        setting: what is varied.
+        strengths: values by the name of the strength: "alpha_k", "alpha_v", "alpha_q".
+
+    Returns:
+        `setting` alone where no strength has several values; else no two alike, and none that has no gate.
+
+    Raises:
+        InputError: a strength is out of its range.
+    """
+    if all(len(values) == 1 for values in strengths.values()):
+        return [setting]
+    try:
+        found = [
+            setting.at(**dict(zip(strengths, point, strict=True))) for point in itertools.product(*strengths.values())
+        ]
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    configs = {one.config: one for one in found}
+    return [one for config, one in configs.items() if config.alpha_k or config.alpha_v or config.merges]
 
 
 def ablations(setting: Setting, wanted: Iterable[str]) -> list[Setting]:

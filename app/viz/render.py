@@ -138,6 +138,7 @@ class Gallery:
         """
         from ...anchor.config import UNGATED
         from .. import pipeline
+        from ..token_sampling import TokenSampling
         from . import affinity as step_affinity
         from . import attention_share, prefill
 
@@ -168,5 +169,7 @@ class Gallery:
         if ungated:
             n_most = run.record["budget"]["max_new_tokens"]
             question = run.record["question"]
-            answer = pipeline.answer(loaded, processor, clip, question, UNGATED, max_new_tokens=n_most).text
+            drawn = TokenSampling(**run.record["drawn"]) if run.record.get("drawn") else None
+            options = {"max_new_tokens": n_most, "drawn": drawn}
+            answer = pipeline.answer(loaded, processor, clip, question, UNGATED, **options).text
         return FromModel(solution, found.shares, answer)
