@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import adjusted_rand_score
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.helpers import report
@@ -160,6 +161,12 @@ class CacheRow:
     newest: float
 
 
+def attention(queries: Tensor, maps: Tensor, y: Tensor, gamma_k: Tensor, gamma_v: Tensor) -> Tensor:
+    """Of queries (Q, D) over tokens y (n, D) with gates (n,); maps (3, D, 128) make queries, keys and values."""
+    logits = 2.5 * (queries @ maps[0]) @ (y @ maps[1]).T / 128**0.5
+    return (logits + gamma_k.log()).softmax(1) @ (gamma_v[:, None] * (y @ maps[2]))
+
+
 def cache_rows(case: str, tokens: Tokens, quick: bool) -> Iterator[CacheRow]:
     """One clip, a quarter and then eighths of it, with several bounds on its cache."""
     X, n_tokens = tokens.X.astype(np.float32), len(tokens.X)
@@ -176,18 +183,15 @@ def cache_rows(case: str, tokens: Tokens, quick: bool) -> Iterator[CacheRow]:
         all_tokens, spread = torch.from_numpy(X), float(X.std())
         queries = all_tokens[torch.randperm(n_tokens, generator=generator)[:64]]
         maps = torch.randn(3, X.shape[1], 128, generator=generator) / (X.shape[1] ** 0.5 * spread)
-
-        def attention(y: torch.Tensor, gamma_k: torch.Tensor, gamma_v: torch.Tensor) -> torch.Tensor:
-            logits = 2.5 * (queries @ maps[0]) @ (y @ maps[1]).T / 128**0.5  # noqa: B023
-            return (logits + gamma_k.log()).softmax(1) @ (gamma_v[:, None] * (y @ maps[2]))  # noqa: B023
-
-        whole = attention(all_tokens, gate, gate)
+        whole = attention(queries, maps, all_tokens, gate, gate)
         cached = {
             "merged": (cache.tokens, cache.gamma_k, cache.gamma_v),
             "uncounted": (cache.tokens, cache.gamma_k / cache.counts, cache.gamma_v),
             "newest": (all_tokens[-keep:], gate[-keep:], gate[-keep:]),
         }
-        errors = {name: float((attention(*of) - whole).norm() / whole.norm()) for name, of in cached.items()}
+        errors = {
+            name: float((attention(queries, maps, *of) - whole).norm() / whole.norm()) for name, of in cached.items()
+        }
         yield CacheRow(case, n_tokens, keep, **errors)
 
 
