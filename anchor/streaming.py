@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .affinity import affinity_matrix, coefficient_matrix, majority_labels
 from .config import VideoAnchorConfig
-from .grouping import group_tokens
+from .grouping import group_means, group_tokens
 from .problem import DLPackArray, as_tokens, computing_precision, token_features
 from .scores import ROUNDOFF, AnchorResult
 from .solver import SelfExpression, self_expression
@@ -77,11 +77,12 @@ class MergedTokens:
         if len(self.tokens) <= k:
             return self
         groups = group_tokens(self.tokens, k, self.config.group)
-        weights = groups.means(self.counts[:, None].double())
+        weights = group_means(self.counts[:, None].double(), groups.member, k)
 
         def mean(x: Tensor) -> Tensor:  # about a member, so that what does not change stays to the bit
             about = x[groups.kept]
-            return about + groups.means(self.counts[:, None] * (x - about[groups.member])) / weights
+            weighted = self.counts[:, None] * (x - about[groups.member])
+            return about + group_means(weighted, groups.member, k) / weights
 
         counts = torch.zeros_like(self.counts[:k]).index_add_(0, groups.member, self.counts)
         moments = mean(torch.stack([self.scores, self.squares], 1))
