@@ -71,8 +71,7 @@ def draw(path: str | Path, clip: VideoClip, run: FinishedRun) -> None:
     config, sizes = run.record["config"], np.bincount(run.groups)
     title = (
         f"{run.caption}\n{grid.n_tokens} visual tokens in {len(sizes)} groups of 1 to {sizes.max()} "
-        f"(keep {config['keep']:g}, {config['group']}); the numbers are members in the whole video, groups without one "
-        "have one"
+        f"(keep {config['keep']:g}, {config['group']}); the numbers: their members in the whole video, where several"
     )
     steps = np.unique(np.linspace(0, grid.t - 1, min(grid.t, MAX_COLUMNS)).round().astype(int))
     frame_of_step = grid.first_frames(len(clip.frames))[steps]
