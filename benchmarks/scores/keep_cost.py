@@ -5,7 +5,7 @@
 In one process: scores and groups of the same tokens, timed by turns, at several sizes and by each rule; then a prompt
 with a video through generate() of a Qwen2.5-VL with random weights (4 layers of 512, 8 heads), by "ward" and whole.
 
-    scoring, grouping    seconds of processor time, over all threads, the median of the repeats; beyond 4,096 tokens each
+    scoring, grouping    seconds of processor time, of all threads, the median of the repeats; beyond 4,096 tokens each
                          is timed once, and beyond --scored-up-to nothing is scored; share: grouping over scoring
     prefill              seconds of the language model's pass over the prompt; decode: of one over a token, the median
     kv                   bytes of keys and values after the prompt
