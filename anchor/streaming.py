@@ -1,7 +1,8 @@
 """Scores of a video that goes on: new tokens are scored together with a bounded dictionary of earlier ones."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .affinity import affinity_matrix, coefficient_matrix, majority_labels
 from .config import VideoAnchorConfig
+from .grouping import group_means, group_tokens
 from .problem import DLPackArray, as_tokens, computing_precision, token_features
 from .scores import ROUNDOFF, AnchorResult
 from .solver import SelfExpression, self_expression
@@ -34,6 +36,70 @@ class Atoms:
     position: Tensor
     labels: Tensor
     scores: Tensor
+
+
+@dataclass(frozen=True)
+class MergedTokens:
+    """All tokens of a stream so far, in a bounded number of groups: what a cache of a video without end holds.
+
+    One key with gamma_k and one value with gamma_v are, within an attention call, what the group's members would be if
+    each had its own gates and all were as the group's token is (docs/merging.md).
+
+    Attributes:
+        tokens: (K, D) means of the groups, in the precision of the stream; of equal members, these to the bit.
+        counts: (K,) int64 members of each; their sum is the number of tokens so far.
+        position: (K,) int64, which token of the stream stands for the group, counted from 0: a member; ascending.
+        scores: (K,) float64 means of the members' scores, as they were handed out.
+        squares: (K,) float64 means of their squares.
+        config: whose alpha_k and alpha_v the gates have.
+    """
+
+    tokens: Tensor
+    counts: Tensor
+    position: Tensor
+    scores: Tensor
+    squares: Tensor
+    config: VideoAnchorConfig
+
+    @property
+    def gamma_k(self) -> Tensor:
+        """(K,) float32 sums of the members' 1 + alpha_k s, as `write_pages` takes them."""
+        return (self.counts * (1 + self.config.alpha_k * self.scores)).float()
+
+    @property
+    def gamma_v(self) -> Tensor:
+        """(K,) float32 means of the members' 1 + alpha_v s, weighted by their 1 + alpha_k s."""
+        alpha_k, alpha_v = self.config.alpha_k, self.config.alpha_v
+        return (1 + alpha_v * (self.scores + alpha_k * self.squares) / (1 + alpha_k * self.scores)).float()
+
+    def merged(self, k: int) -> "MergedTokens":
+        """In at most k groups."""
+        if len(self.tokens) <= k:
+            return self
+        groups = group_tokens(self.tokens, k, self.config.group)
+        weights = group_means(self.counts[:, None].double(), groups.member, k)
+
+        def mean(x: Tensor) -> Tensor:  # about a member, so that what does not change stays to the bit
+            about = x[groups.kept]
+            weighted = self.counts[:, None] * (x - about[groups.member])
+            return about + group_means(weighted, groups.member, k) / weights
+
+        counts = torch.zeros_like(self.counts[:k]).index_add_(0, groups.member, self.counts)
+        moments = mean(torch.stack([self.scores, self.squares], 1))
+        tokens = mean(self.tokens).to(self.tokens.dtype)
+        return replace(
+            self,
+            tokens=tokens,
+            counts=counts,
+            position=self.position[groups.kept],
+            scores=moments[:, 0],
+            squares=moments[:, 1],
+        )
+
+    def followed_by(self, new: "MergedTokens") -> "MergedTokens":
+        """These, then new ones."""
+        names = ("tokens", "counts", "position", "scores", "squares")
+        return replace(self, **{name: torch.cat([getattr(self, name), getattr(new, name)]) for name in names})
 
 
 class AnchorStream:
@@ -67,10 +133,16 @@ class AnchorStream:
     less than many small ones. On the CPU the result is the same to the bit run to run, with the same number of
     threads. An update that fails leaves the stream as it was.
 
+    With `config.keep`, a number, a cache goes with the stream: `merged` has at most so many tokens, which stand for all
+    that came. New ones enter it as they are, and what was there merges to make room, again and again; a chunk of more
+    than half of `keep` merges too, so that what came before keeps the other half. Nothing is dropped: the counts sum
+    to `n_tokens`. Tokens are grouped by their embeddings, group="farthest", since the others would need to know places
+    or how many tokens each stands for. Scores do not depend on it.
+
     Args:
         config: settings; the scorer must be "ssc", the score "published" and the arithmetic "exact". Other scores would
             need their own rule for keeping early ones valid: the cross-frame score of a token changes with every frame
-            that follows.
+            that follows. `keep` must be 1, for no cache, or a number of tokens, and then `group` must be "farthest".
         max_atoms: bound on the dictionary, above the number of clusters.
 
     Attributes:
@@ -80,10 +152,11 @@ class AnchorStream:
             further one. Empty before the first chunk.
         solution: the self-expression of the last window, the dictionary before the new tokens; None before the first
             chunk.
+        merged: the `MergedTokens`; None before the first chunk, and with keep=1.
 
     Raises:
-        TypeError, ValueError: the scorer is not "ssc", the score not "published", the arithmetic not "exact", or
-            max_atoms is no integer or too small.
+        TypeError, ValueError: the scorer is not "ssc", the score not "published", the arithmetic not "exact", keep is a
+            share, group beside keep is not "farthest", or max_atoms is no integer or too small.
 
     See Also:
         anchor_scores: for a video that is all there.
@@ -108,6 +181,13 @@ class AnchorStream:
             raise ValueError(
                 f'config.arithmetic must be "exact" for a stream, got {config.arithmetic!r}; leave reproduce() out'
             )
+        if config.merges and not isinstance(config.keep, Integral):
+            raise ValueError(
+                f"config.keep must be a number of tokens for a stream, of whose end nobody knows, got {config.keep}; "
+                "give keep=2048, say"
+            )
+        if config.merges and config.group != "farthest":
+            raise ValueError(f'config.group must be "farthest" for a stream with keep, got {config.group!r}')
         # Under "auto", tokens without affinity are one more.
         n_clusters = MAX_AUTO_CLUSTERS + 1 if config.n_clusters == "auto" else config.n_clusters
         check_integer("max_atoms", max_atoms, low=n_clusters + 1)
@@ -117,6 +197,7 @@ class AnchorStream:
         self.n_tokens = 0
         self.cluster_sizes = torch.zeros(0, dtype=torch.int64)
         self.solution: SelfExpression | None = None
+        self.merged: MergedTokens | None = None
         self._lowest, self._spread = 0.0, math.inf  # of s_hat in the first chunk
 
     def update(self, X: Tensor | np.ndarray | DLPackArray, *, progress: Progress | None = None) -> AnchorResult:
@@ -172,7 +253,8 @@ class AnchorStream:
         position = torch.arange(self.n_tokens, n_tokens, device=device)
         position = position if old is None else torch.cat([old.position, position])
         kept = self._heaviest(weights, labels)
-        self.dictionary = Atoms(window[kept], position[kept], labels[kept], scores[kept])
+        merged = self._merged_with(tokens, scores[n_old:], position[n_old:]) if config.merges else None
+        self.dictionary, self.merged = Atoms(window[kept], position[kept], labels[kept], scores[kept]), merged
         self.n_tokens, self.cluster_sizes, self.solution = n_tokens, sizes, solution
         self._lowest, self._spread = lowest, spread
         if progress is not None:
@@ -188,6 +270,15 @@ class AnchorStream:
             in_gap=in_gap,
             seconds=watch.seconds(),
         )
+
+    def _merged_with(self, tokens: Tensor, scores: Tensor, position: Tensor) -> MergedTokens:
+        """The cache with new tokens (n, D), their scores and positions (n,)."""
+        keep, s = int(self.config.keep), scores.double()
+        new = MergedTokens(tokens, torch.ones_like(position), position, s, s.square(), self.config)
+        if self.merged is None:
+            return replace(new, tokens=tokens.clone()).merged(keep)
+        old = self.merged.merged(max(keep - len(tokens), keep // 2))
+        return old.followed_by(new.merged(keep - len(old.tokens)))
 
     def _check(self, tokens: Tensor) -> None:
         if self.dictionary is None:

@@ -45,13 +45,16 @@ def check_folder(path: Path) -> None:
 
 def _tensors(result: "AnchorResult", grid: TokenGrid, clip: VideoClip) -> dict[str, Tensor]:
     """What `anchors.safetensors` holds: scores (N,) fp32, labels (N,) int64, grid (3,) int64 as t, h, w, timestamps
-    (T,) fp64 seconds and frame_indices (T,) int64 of the sampled frames."""
+    (T,) fp64 seconds and frame_indices (T,) int64 of the sampled frames; where tokens were merged, groups (N,) int64.
+    """
+    groups = {} if result.groups is None else {"groups": result.groups.long().cpu().contiguous()}
     return {
         "scores": result.scores.float().cpu().contiguous(),
         "labels": result.labels.long().cpu().contiguous(),
         "grid": torch.tensor([grid.t, grid.h, grid.w]),
         "timestamps": torch.from_numpy(clip.timestamps.copy()),
         "frame_indices": torch.from_numpy(clip.indices.copy()),
+        **groups,
     }
 
 
@@ -130,7 +133,8 @@ def draw_run(folder: Path, result: "Answer", clip: VideoClip, record: dict[str, 
 
     tensors = {name: tensor.numpy() for name, tensor in _tensors(result.anchor, result.grid, clip).items()}
     names = ("scores", "labels", "timestamps", "frame_indices")
-    run = FinishedRun(folder, record, result.grid, *(tensors[name] for name in names))
+    values = (tensors[name] for name in names)
+    run = FinishedRun(folder, record, result.grid, *values, groups=tensors.get("groups"))
     with replacing(folder / "anchors.png") as path:
         contact_sheet.draw(path, clip, run)
     with replacing(folder / "viz.html") as path:

@@ -20,7 +20,8 @@ def add(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Draws what `videoanchor run` left in a folder. A subspace has one colour in all frames.",
         epilog="what can be made:\n"
-        "  sheet      anchors.png: frames with scores and with subspaces\n"
+        "  sheet      anchors.png: frames with scores and with subspaces; of a run with --keep also\n"
+        "             groups.png: the groups of merged tokens, outlined, with their members counted\n"
         "  montage    subspaces.png: a row for each subspace with its size and share, its tokens over frames\n"
         "  overlay    overlay_scores.mp4, overlay_subspaces.mp4: the same as videos\n"
         "  csv        tokens.csv: frame, time, row, column, score and subspace (as in the pictures)\n"

@@ -28,6 +28,7 @@ class FinishedRun:
         labels: (N,) int64 subspace of each token.
         timestamps: (T,) float64 seconds of the sampled frames.
         indices: (T,) int64 positions of the sampled frames in the video.
+        groups: (N,) int64 group of each token; None where none were merged.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class FinishedRun:
     labels: np.ndarray
     timestamps: np.ndarray
     indices: np.ndarray
+    groups: np.ndarray | None = None
 
     @property
     def video_name(self) -> str:
@@ -86,6 +88,7 @@ def read_run(folder: Path) -> FinishedRun:
         scores, labels, timestamps, indices = (
             tensors[name] for name in ("scores", "labels", "timestamps", "frame_indices")
         )
+        groups = tensors.get("groups")
         for name in ("video", "model", "question", "answer", "config"):
             record[name]
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -94,12 +97,14 @@ def read_run(folder: Path) -> FinishedRun:
         ) from error
     wanted = {"scores": (grid.n_tokens,), "labels": (grid.n_tokens,), "frame_indices": timestamps.shape}
     found = {"scores": scores.shape, "labels": labels.shape, "frame_indices": indices.shape}
+    if groups is not None:
+        wanted["groups"], found["groups"] = (grid.n_tokens,), groups.shape
     if found != wanted or len(timestamps) < grid.t:
         raise InputError(
             f"{folder}: anchors.safetensors {found} does not fit the grid of result.json, {grid}: the files are of "
             f"different runs; run `videoanchor run` again"
         )
-    return FinishedRun(folder, record, grid, scores, labels, timestamps, indices)
+    return FinishedRun(folder, record, grid, scores, labels, timestamps, indices, groups)
 
 
 def video_of(run: FinishedRun, asked: Path | None) -> Path:

@@ -12,7 +12,7 @@ from PIL import Image
 from ..atomic_write import replacing
 from ..video.reader import Progress, VideoClip, add_sound
 from ..video.views import is_views
-from . import contact_sheet, montage, overlay, table
+from . import contact_sheet, groups, montage, overlay, table
 from .finished_run import FinishedRun, read_clip, source_frames, video_of
 from .overlay import Painter
 from .run_page import FromModel, run_page
@@ -73,9 +73,11 @@ class Gallery:
             self.report["files"].append(shown)
 
     def sheet(self) -> None:
-        """anchors.png or .pdf."""
+        """anchors.png or .pdf, and groups.png or .pdf of a run with merged tokens."""
         run = self._run
         self._write(f"anchors.{self._suffix}", contact_sheet.draw, self._clip, run)
+        if run.groups is not None:
+            self._write(f"groups.{self._suffix}", groups.draw, self._clip, run)
 
     def montage(self) -> None:
         """subspaces.png or .pdf."""

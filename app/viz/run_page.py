@@ -18,6 +18,7 @@ from ..token_grid import TokenGrid
 from ..video.reader import VideoClip
 from .attention_share import SharesRecord
 from .finished_run import FinishedRun
+from .groups import group_maps
 from .palette import COLOURS, OTHER, SCORE_MAP, by_size
 
 LINKS_EACH = 5
@@ -65,6 +66,7 @@ def run_page(run: FinishedRun, clip: VideoClip, video: Path, found: FromModel | 
         "scores": _packed(run.grid.arrange(run.scores), np.float32),
         "ramp": [to_hex(SCORE_MAP(level)) for level in range(256)],
         "links": None if found.expression is None else strongest_links(found.expression, run.grid),
+        "groups": _groups(run),
         **_subspaces(run),
     }
     room = _MOST_CHARACTERS - len(json.dumps(data))
@@ -103,6 +105,14 @@ def strongest_links(expression: SelfExpression, grid: TokenGrid) -> dict[str, An
     placed = cells >= 0
     linked = np.where(weights != 0, cells[by], -1)
     return {"each": each, "cells": _packed(linked[placed], np.int32), "weights": _packed(weights[placed], np.float32)}
+
+
+def _groups(run: FinishedRun) -> dict[str, str] | None:
+    """The group at each place and its members in the whole video, both (t * h * w,) int32, packed."""
+    if run.groups is None:
+        return None
+    maps = group_maps(run.groups, run.grid)
+    return {"of": _packed(maps.groups, np.int32), "members": _packed(maps.counts, np.int32)}
 
 
 def _attention(record: SharesRecord, grid: TokenGrid, most: int) -> list[dict[str, Any]]:

@@ -20,6 +20,8 @@ const ranks = new Uint16Array(bytes(data.ranks).buffer);
 const links = data.links && {
   cells: new Int32Array(bytes(data.links.cells).buffer), weights: new Float32Array(bytes(data.links.weights).buffer),
 };
+const groups = data.groups && { of: new Int32Array(bytes(data.groups.of).buffer),
+  members: new Int32Array(bytes(data.groups.members).buffer) };
 const ramp = data.ramp.map(hex);
 const colours = data.subspaces.map(one => hex(one.colour));
 const LESS = hex("#0072b2"), MORE = hex("#e69f00");
@@ -51,6 +53,8 @@ function attentionLevels(which) {
 
 // For a cell: its colour, and how much of the opacity it gets, from 0 to 1.
 function paint() {
+  if (state.view === "groups" && (state.token !== null || state.rank === null))
+    return cell => [[0, 0, 0], state.token === null || groups.of[cell] === groups.of[state.token] ? 0 : 0.8];
   if (state.rank !== null) return cell => ranks[cell] === state.rank ? [colours[state.rank], 0.75] : [[0, 0, 0], 0.8];
   if (state.view === "subspaces") return cell => [colours[ranks[cell]], 0.9];
   if (state.view === "before" || state.view === "after") {
@@ -79,6 +83,47 @@ function drawStep(canvas, step, paints) {
   context.putImageData(picture, 0, 0);
 }
 
+// What one token stands for, outlined, and in groups of several, once a step, how many that are in the whole video.
+function drawGroups(box, step) {
+  const canvas = box.querySelector(".over");
+  if (!canvas) return;
+  const context = canvas.getContext("2d"), { width, height } = canvas, x = width / w, y = height / h;
+  context.clearRect(0, 0, width, height);
+  if (state.view !== "groups") return;
+  const at = (row, column) => row < 0 || column < 0 || row === h || column === w ? -1 :
+    groups.of[step * perStep + row * w + column];
+  const path = new Path2D(), places = new Map();
+  for (let row = 0; row <= h; row++) for (let column = 0; column <= w; column++) {
+    const one = at(row, column);
+    if (row < h && one !== at(row, column - 1)) { path.moveTo(column * x, row * y); path.lineTo(column * x, (row + 1) * y); }
+    if (column < w && one !== at(row - 1, column)) { path.moveTo(column * x, row * y); path.lineTo((column + 1) * x, row * y); }
+    if (one < 0 || groups.members[step * perStep + row * w + column] === 1) continue;
+    if (!places.has(one)) places.set(one, []);
+    places.get(one).push([row, column]);
+  }
+  Object.assign(context, { font: `${Math.min(x / 2.2, y / 1.3, width / 24)}px sans-serif`, textAlign: "center",
+    textBaseline: "middle", lineJoin: "round" });
+  for (const [colour, thick] of [["#000", 4], ["#fff", 1.5]]) {
+    Object.assign(context, { strokeStyle: colour, lineWidth: thick * width / 960 });
+    context.stroke(path);
+  }
+  Object.assign(context, { strokeStyle: "#000", fillStyle: "#fff", lineWidth: 4 * width / 960 });
+  for (const cells of places.values()) {
+    const mean = n => cells.reduce((sum, cell) => sum + cell[n], 0) / cells.length, middle = [mean(0), mean(1)];
+    const off = cell => (cell[0] - middle[0]) ** 2 + (cell[1] - middle[1]) ** 2;
+    const [row, column] = cells.reduce((best, cell) => off(cell) < off(best) ? cell : best);
+    const text = groups.members[step * perStep + row * w + column], place = [(column + 0.5) * x, (row + 0.5) * y];
+    context.strokeText(text, ...place);
+    context.fillText(text, ...place);
+  }
+}
+// The canvas of the outlines, finer than a pixel a token.
+function addOver(box, width) {
+  const canvas = element("canvas", undefined, "over");
+  Object.assign(canvas, { width, height: Math.round(width * data.size[0] / data.size[1]) });
+  box.append(canvas);
+}
+
 function stepOf(frame) { return Math.floor(frame / data.framesPerStep); }
 function linksOf(cell) {
   const found = [];
@@ -102,12 +147,13 @@ function mark(box, step) {
 }
 function drawStage(paints = paint()) {
   drawStep(stage.canvas, stepOf(state.frame), paints);
+  drawGroups(stage.box, stepOf(state.frame));
   mark(stage.box, stepOf(state.frame));
 }
 function drawAll() {
   const paints = paint();
   drawStage(paints);
-  steps.forEach((one, step) => { drawStep(one.canvas, step, paints); mark(one.box, step); });
+  steps.forEach((one, step) => { drawStep(one.canvas, step, paints); drawGroups(one.box, step); mark(one.box, step); });
   for (const one of find("views").children) one.setAttribute("aria-pressed", String(one.value === state.view));
   [...find("subspaces").children].forEach((one, rank) => one.setAttribute("aria-pressed", String(rank === state.rank)));
   find("of-attention").hidden = !["before", "after", "change"].includes(state.view);
@@ -120,6 +166,8 @@ function say() {
   scale.replaceChildren();
   const bar = element("span", undefined, "ramp");
   const gradient = (from, ...to) => { bar.style.background = `linear-gradient(to right, ${[from, ...to].join(",")})`; };
+  if (state.view === "groups" && (state.token !== null || state.rank === null)) return scale.append("Outlined: tokens " +
+    "for which one stands; in groups of several the number of their tokens in the whole video.");
   if (state.rank !== null) return scale.append("Bright: the tokens of the chosen subspace.");
   if (state.view === "subspaces") return scale.append("A subspace has one colour in all frames.");
   if (state.view === "scores") {
@@ -147,7 +195,8 @@ function choose(cell) {
   state.rank = ranks[cell];
   const one = data.subspaces[state.rank];
   find("token").replaceChildren(element("p", `Token at ${where(cell)}: score ${scores[cell].toFixed(3)}, ` +
-    `subspace ${one.name} (${one.size} tokens, ${percent(one.share)}).`));
+    `subspace ${one.name} (${one.size} tokens, ${percent(one.share)}).` +
+    (groups ? ` One token stands for it and ${groups.members[cell] - 1} others.` : "")));
   const found = linksOf(cell), list = element("ol");
   for (const link of found) {
     const button = element("button", `${where(link.cell)}: weight ${link.weight.toFixed(3)}`);
@@ -194,6 +243,7 @@ function play(go) {
 
 // What is made once.
 const views = [["scores", "scores"], ["subspaces", "subspaces"]];
+if (groups) views.push(["groups", "merged tokens"]);
 if (data.attention) views.push(["before", "attention before the gate"], ["after", "attention after the gate"],
   ["change", "change of attention"]);
 for (const [value, name] of views) {
@@ -218,6 +268,7 @@ const steps = Array.from({ length: nSteps }, (_, step) => {
   Object.assign(image, { src: first.image, alt: "", loading: "lazy", width: data.size[1], height: data.size[0] });
   Object.assign(canvas, { width: w, height: h });
   box.append(image, canvas);
+  if (groups) addOver(box, 320);
   button.append(box, `${first.seconds.toFixed(2)} s`);
   button.addEventListener("click", () => goTo(step));
   find("steps").append(button);
@@ -225,6 +276,7 @@ const steps = Array.from({ length: nSteps }, (_, step) => {
 });
 stage.box.style.maxWidth = `calc(80vh * ${data.size[1] / data.size[0]})`;
 Object.assign(stage.canvas, { width: w, height: h });
+if (groups) addOver(stage.box, 960);
 Object.assign(stage.image, { width: data.size[1], height: data.size[0] });
 find("frame").max = data.frames.length - 1;
 for (const layer of data.attention || []) find("layer").append(element("option", layer.layer));

@@ -1,6 +1,6 @@
 """How far are the scores of a stream from those of all tokens solved at once?
 
-    python benchmarks/scores/streaming.py --out DIR [--quick]
+    python benchmarks/scores/streaming.py --out DIR [--quick] [--cache]
 
 A clip arrives in chunks: first a quarter of its tokens, then equal parts. Once the bound on the dictionary varies, once
 the size of the later chunks. Clips: tokens of subspaces that all frames share, tokens as a vision encoder leaves them,
@@ -17,6 +17,15 @@ not show. `token_sets.py` says what they are.
     seconds    of the whole stream; at_once: of all tokens at once
 
 Writes DIR/ssc-streaming.csv, .json, .md and .png.
+
+--cache: of the same clips, what a bounded cache (`keep`) does to one attention call. 64 of the tokens are queries; keys
+and values are random projections of all tokens, gated by the scores that the stream handed out (alpha 1), logits times
+2.5 (no model, no positions). The relative error of the output, with the cache in place of all tokens:
+
+    merged     by the stream's `merged`: means, with counts; uncounted: the same without the counts
+    newest     only the newest `keep` tokens, with their gates
+
+Writes DIR/ssc-streaming-cache.csv, .json and .md.
 """
 
 import argparse
@@ -31,6 +40,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import adjusted_rand_score
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.helpers import report
@@ -42,6 +52,7 @@ from videoanchor_triton.anchor.streaming import AnchorStream
 
 NAME = "ssc-streaming"
 FIRST = 1 / 4
+CACHES = (1 / 2, 1 / 4, 1 / 10)
 # What varies, its values, what is fixed meanwhile, its value, and a label; sizes are shares of the clip's tokens.
 SWEEPS = (
     ("max_atoms", (1 / 8, 1 / 4, 1 / 2, 1.0), "chunk", 1 / 8, "dictionary / tokens of the clip (chunk 1/8)"),
@@ -138,6 +149,65 @@ def case_rows(case: str, tokens: Tokens, quick: bool) -> Iterator[Row]:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class CacheRow:
+    """A clip in chunks and a bound on its cache; see the top of this file for the measures."""
+
+    case: str
+    tokens: int
+    keep: int
+    merged: float
+    uncounted: float
+    newest: float
+
+
+def attention(queries: Tensor, maps: Tensor, y: Tensor, gamma_k: Tensor, gamma_v: Tensor) -> Tensor:
+    """Of queries (Q, D) over tokens y (n, D) with gates (n,); maps (3, D, 128) make queries, keys and values."""
+    logits = 2.5 * (queries @ maps[0]) @ (y @ maps[1]).T / 128**0.5
+    return (logits + gamma_k.log()).softmax(1) @ (gamma_v[:, None] * (y @ maps[2]))
+
+
+def cache_rows(case: str, tokens: Tokens, quick: bool) -> Iterator[CacheRow]:
+    """One clip, a quarter and then eighths of it, with several bounds on its cache."""
+    X, n_tokens = tokens.X.astype(np.float32), len(tokens.X)
+    for part in CACHES[:1] if quick else CACHES:
+        config = VideoAnchorConfig(
+            alpha_k=1, alpha_v=1, n_clusters=tokens.n_clusters, pca_rank=tokens.pca_rank, affine=tokens.affine,
+            keep=int(n_tokens * part), group="farthest",
+        )  # fmt: skip
+        keep, atoms = int(config.keep), max(n_tokens // 4, tokens.n_clusters + 1)
+        found = streamed(X, config, int(n_tokens * FIRST), n_tokens // 8, atoms)
+        cache, gate = found.stream.merged, torch.from_numpy(1 + found.scores)
+        assert cache is not None
+        generator = torch.Generator().manual_seed(0)
+        all_tokens, spread = torch.from_numpy(X), float(X.std())
+        queries = all_tokens[torch.randperm(n_tokens, generator=generator)[:64]]
+        maps = torch.randn(3, X.shape[1], 128, generator=generator) / (X.shape[1] ** 0.5 * spread)
+        whole = attention(queries, maps, all_tokens, gate, gate)
+        cached = {
+            "merged": (cache.tokens, cache.gamma_k, cache.gamma_v),
+            "uncounted": (cache.tokens, cache.gamma_k / cache.counts, cache.gamma_v),
+            "newest": (all_tokens[-keep:], gate[-keep:], gate[-keep:]),
+        }
+        errors = {
+            name: float((attention(queries, maps, *of) - whole).norm() / whole.norm()) for name, of in cached.items()
+        }
+        yield CacheRow(case, n_tokens, keep, **errors)
+
+
+def cache_summary(rows: list[CacheRow]) -> str:
+    """Markdown: one table."""
+    columns: dict[str, Callable[[CacheRow], object]] = {
+        "clip": lambda row: row.case,
+        "tokens": lambda row: row.tokens,
+        "keep": lambda row: row.keep,
+        "merged, with counts": lambda row: row.merged,
+        "without counts": lambda row: row.uncounted,
+        "the newest only": lambda row: row.newest,
+    }
+    return f"# A bounded cache against all tokens: relative error of an attention call\n\n{report.table(rows, columns)}"
+
+
 def reordered(tokens: Tokens, order: np.ndarray) -> Tokens:
     truth = None if tokens.truth is None else tokens.truth[order]
     return Tokens(tokens.X[order], truth, None, tokens.n_clusters, tokens.pca_rank, tokens.affine)
@@ -204,8 +274,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="two small clips, to see that everything runs")
+    parser.add_argument("--cache", action="store_true", help="measure the cache, not the scores")
     options = parser.parse_args(arguments)
     measured_on = environment(torch.device("cpu"), processor())
+    if options.cache:
+        of_caches: list[CacheRow] = []
+        for case, tokens in clips(options.quick):
+            for one in cache_rows(case, tokens, options.quick):
+                of_caches.append(one)
+                print(one, flush=True)
+        report.write(options.out, f"{NAME}-cache", measured_on, of_caches, cache_summary(of_caches))
+        print(f"-> {options.out}")
+        return 0
     rows: list[Row] = []
     for case, tokens in clips(options.quick):
         for row in case_rows(case, tokens, options.quick):

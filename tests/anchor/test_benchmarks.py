@@ -287,6 +287,24 @@ def test_benchmark_runs(tmp_path: Path) -> None:
     assert "## shared subspaces: N = 96" in (tmp_path / "ssc-streaming.md").read_text()
 
 
+def test_benchmark_of_the_cache_runs(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        assert ssc_streaming.main(["--out", str(tmp_path), "--quick", "--cache"]) == 0
+    rows = json.loads((tmp_path / "ssc-streaming-cache.json").read_text())["rows"]
+    assert [row["keep"] for row in rows] == [row["tokens"] // 2 for row in rows]
+    assert all(0 < row["merged"] < min(row["uncounted"], row["newest"]) for row in rows)
+    assert "without counts" in (tmp_path / "ssc-streaming-cache.md").read_text()
+
+
+def test_a_cache_that_holds_all_tokens_has_no_error() -> None:
+    tokens = ssc_tokens.vit_like(120)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ssc_streaming, "CACHES", (1.0,))
+        (row,) = ssc_streaming.cache_rows("all", tokens, quick=False)
+    assert row.merged == row.uncounted == row.newest == 0
+
+
 def test_benchmark_finds_no_difference_where_there_is_none() -> None:
     X, config = vit_like(4, 20).numpy(), VideoAnchorConfig(alpha_k=1.0, alpha_v=1.0, n_clusters=6, pca_rank=16)
     found = ssc_streaming.streamed(X, config, 80, 80, 80)

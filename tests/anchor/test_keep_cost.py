@@ -22,3 +22,9 @@ def test_it_runs(tmp_path: Path) -> None:
     a_position = 4 * 2 * 2 * 64 * 4  # layers, keys and values, heads, features, bytes
     assert sizes == {keep: (7 + round(96 * keep)) * a_position for keep in (1.0, 0.5, 0.25, 0.1)}
     assert (tmp_path / "keep-cost.md").read_text().count("| 96 |") == 12
+
+
+def test_large_sizes_are_grouped_and_not_scored() -> None:
+    rows = list(keep_cost.grouping_rows({96: (3, 4, 8), 48: (3, 4, 4)}, 1, 48))
+    assert {row.tokens for row in rows if row.scoring is None and row.share is None} == {96}
+    assert {row.tokens for row in rows if row.scoring is not None and row.share == row.grouping / row.scoring} == {48}

@@ -371,9 +371,10 @@ def test_progress_and_what_did_not_converge_are_reported():
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_memory_does_not_grow_with_the_video():
+@pytest.mark.parametrize("settings", [{}, {"keep": 50, "group": "farthest"}], ids=["scores", "cache"])
+def test_memory_does_not_grow_with_the_video(settings):
     X = vit_like(16, 20, 64)
-    stream = AnchorStream(config(), max_atoms=60)
+    stream = AnchorStream(config(**settings), max_atoms=60)
     stream.update(X[:80])
     peaks = []
     tracemalloc.start()  # of NumPy and SciPy

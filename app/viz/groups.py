@@ -1,0 +1,101 @@
+"""The groups of merged tokens of a run with `keep`, outlined over its frames, with the number of members."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+
+from ..token_grid import TokenGrid
+from ..video.reader import VideoClip
+from .contact_sheet import MAX_COLUMNS, MAX_ROW_HEIGHT
+from .finished_run import FinishedRun
+from .plain_text import plain_text, wrapped
+
+_CASING = [withStroke(linewidth=2.0, foreground="black")]
+"""Around what is white, which is then seen on light and on dark."""
+
+
+class GroupMaps(NamedTuple):
+    """Groups by place.
+
+    Attributes:
+        groups: (t, h, w) int64 the group at each place.
+        counts: (t, h, w) int64 the tokens of that group in the whole video, those without a place among them.
+    """
+
+    groups: np.ndarray
+    counts: np.ndarray
+
+
+def group_maps(groups: np.ndarray, grid: TokenGrid) -> GroupMaps:
+    """Of the group (N,) of each token."""
+    return GroupMaps(grid.arrange(groups), grid.arrange(np.bincount(groups)[groups]))
+
+
+def outlines(groups: np.ndarray) -> np.ndarray:
+    """(E, 2, 2) ends (column, row) of the sides between places of a step (h, w) that are of different groups, and of
+    the sides around all, in places from the upper left corner."""
+    around = np.pad(groups, 1, constant_values=-1)
+    rows, columns = np.nonzero(around[1:-1, :-1] != around[1:-1, 1:])  # to the left of each column
+    upright = np.stack([np.stack([columns, rows], 1), np.stack([columns, rows + 1], 1)], 1)
+    rows, columns = np.nonzero(around[:-1, 1:-1] != around[1:, 1:-1])  # above each row
+    level = np.stack([np.stack([columns, rows], 1), np.stack([columns + 1, rows], 1)], 1)
+    return np.concatenate([upright, level])
+
+
+def numbered(groups: np.ndarray, counts: np.ndarray) -> list[tuple[int, int, int]]:
+    """(row, column, members) of each group of several in a step (h, w): once, at the place nearest to the middle of its
+    places."""
+    found = []
+    for one in np.unique(groups[counts > 1]):
+        places = np.argwhere(groups == one)
+        row, column = places[np.square(places - places.mean(0)).sum(1).argmin()]
+        found.append((int(row), int(column), int(counts[row, column])))
+    return found
+
+
+@plain_text()
+def draw(path: str | Path, clip: VideoClip, run: FinishedRun) -> None:
+    """Writes frames without and with the groups' outlines, in the format of the suffix of `path`.
+
+    Args:
+        path: file to write.
+        clip: the run's frames.
+        run: a run with groups.
+    """
+    assert run.groups is not None
+    grid, maps = run.grid, group_maps(run.groups, run.grid)
+    config, sizes = run.record["config"], np.bincount(run.groups)
+    title = (
+        f"{run.caption}\n{grid.n_tokens} visual tokens in {len(sizes)} groups of 1 to {sizes.max()} "
+        f"(keep {config['keep']:g}, {config['group']}); the numbers: their members in the whole video, where several"
+    )
+    steps = np.unique(np.linspace(0, grid.t - 1, min(grid.t, MAX_COLUMNS)).round().astype(int))
+    frame_of_step = grid.first_frames(len(clip.frames))[steps]
+    height, width = clip.frames.shape[1:3]
+    side = np.array([width / grid.w, height / grid.h])
+    figure_width, row_height = 2.4 * len(steps) + 0.6, min(max(2.4 * height / width, 0.75), MAX_ROW_HEIGHT)
+    figure = Figure((figure_width, 2 * row_height + 1.3), layout="constrained")
+    axes = figure.subplots(2, len(steps), squeeze=False)
+    axes[0, 0].set(ylabel="frame")
+    axes[1, 0].set(ylabel="groups")
+    # a digit is some 0.6 as wide as high, and a number stays within its token
+    points = 72 * min(2.4 / grid.w / 2.2, row_height / grid.h / 1.3)
+    for (top, below), step, frame in zip(axes.T, steps, frame_of_step, strict=True):
+        for axis in (top, below):
+            axis.imshow(clip.frames[frame])
+            axis.set(xticks=[], yticks=[])
+        top.set_title(f"{clip.timestamps[frame]:.2f} s", fontsize=9)
+        lines = outlines(maps.groups[step]) * side - 0.5
+        below.add_collection(LineCollection(list(lines), colors="white", linewidths=0.8, path_effects=_CASING))
+        for row, column, members in numbered(maps.groups[step], maps.counts[step]):
+            x, y = (np.array([column, row]) + 0.5) * side - 0.5
+            below.text(
+                x, y, str(members), color="white", fontsize=min(points, 9), ha="center", va="center",
+                path_effects=_CASING,
+            )  # fmt: skip
+    figure.suptitle(wrapped(title, int(11 * figure_width)), fontsize=11)
+    figure.savefig(path, dpi=200)
