@@ -38,7 +38,8 @@ class Groups(NamedTuple):
 
     def reduced(self, x: Tensor, merge: Merge) -> Tensor:
         """(k, D) of x (n, D): `means`, or with merge="drop" what the representatives have."""
-        return x[self.kept] if merge == "drop" else self.means(x)
+        every = len(self.kept) == len(self.member)  # each alone: to the bit, in every precision
+        return x[self.kept] if merge == "drop" or every else self.means(x)
 
     def counts(self) -> Tensor:
         """(k,) int64, the members of each group."""

@@ -188,6 +188,8 @@ class AnchorStream:
             )
         if config.merges and config.group != "farthest":
             raise ValueError(f'config.group must be "farthest" for a stream with keep, got {config.group!r}')
+        if config.merges and config.merge != "counts":
+            raise ValueError(f'config.merge must be "counts" for a stream with keep, got {config.merge!r}')
         # Under "auto", tokens without affinity are one more.
         n_clusters = MAX_AUTO_CLUSTERS + 1 if config.n_clusters == "auto" else config.n_clusters
         check_integer("max_atoms", max_atoms, low=n_clusters + 1)

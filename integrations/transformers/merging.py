@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from numbers import Integral
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...anchor.compress import group_moments
+from ...anchor.compress import check_steps, group_moments, numbers_kept
 from ...anchor.config import VideoAnchorConfig
 from ...anchor.grouping import Groups, group_tokens
 from ...anchor.scores import AnchorResult
@@ -191,7 +190,7 @@ class Merging:
             raise ValueError("keep: the attention_mask hides visual tokens: leave them out of the prompt, or see them")
         counts = {name: (new_ids == token).sum(1).tolist() for name, token in tokens.items()}
         wanted = [
-            dict(zip(tokens, _kept(self.config.keep, [counts[name][row] for name in tokens]), strict=True))
+            dict(zip(tokens, numbers_kept(self.config.keep, [counts[name][row] for name in tokens]), strict=True))
             for row in range(len(rows))
         ]
         if long.merged is None and all(
@@ -251,12 +250,10 @@ class Merging:
             everyone = torch.arange(n, device=tokens.device)
             return Groups(everyone, everyone)
         grid = grid_of(frames, positions)
-        n_frames = int(grid[-1, 0]) + 1
-        if k < n_frames:
-            raise InputError(
-                f"keep={self.config.keep} leaves {k} of {n} visual tokens for {n_frames} frames or images: expected at "
-                f"least one for each, keep={n_frames} or {n_frames / n:.3g}"
-            )
+        try:
+            check_steps(self.config.keep, k, n, int(grid[-1, 0]) + 1)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         groups = group_tokens(
             tokens,
             k,
@@ -278,19 +275,6 @@ def _held(cache: Any) -> tuple[int, CacheScores | None]:
     past = 0 if cache is None else int(cache.get_seq_length())
     held = cached_scores(cache) if past else None
     return past, None if held is None else held.first(past)
-
-
-def _kept(keep: float, sizes: list[int]) -> list[int]:
-    """How many tokens are left of `sizes` tokens of each modality of a row."""
-    total = sum(sizes)
-    if not isinstance(keep, Integral):
-        return [n and max(1, int(keep * n + 0.5)) for n in sizes]
-    if keep >= total:
-        return sizes
-    if 0 in sizes:
-        return [int(keep) if n else 0 for n in sizes]
-    first = [max(1, int(keep) * n // total) for n in sizes[:-1]]
-    return [*first, int(keep) - sum(first)]
 
 
 def _at_places(scores: CacheScores, places: Tensor, start: int, removed: int) -> CacheScores:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .integrations.transformers import registration
 
 if TYPE_CHECKING:
+    from .anchor.compress import Compressed, compress
     from .anchor.config import VideoAnchorConfig
     from .anchor.estimator import SparseSubspaceClustering
     from .anchor.options import SolverOptions
@@ -34,6 +35,7 @@ __all__ = [
     "AnchorResult",
     "AnchorStream",
     "Answer",
+    "Compressed",
     "GatePages",
     "Handle",
     "SelfExpression",
@@ -49,6 +51,7 @@ __all__ = [
     "ask",
     "available_backends",
     "choose_gate_form",
+    "compress",
     "disable",
     "enable",
     "gate_pages",
@@ -63,6 +66,7 @@ _HOME = {
     "AnchorResult": ".anchor.scores",
     "AnchorStream": ".anchor.streaming",
     "Answer": ".app.answer",
+    "Compressed": ".anchor.compress",
     "GatePages": ".kernels.gate_pages",
     "Handle": ".integrations.transformers.handle",
     "SelfExpression": ".anchor.solver",
@@ -78,6 +82,7 @@ _HOME = {
     "available_backends": ".kernels.dispatch",
     "ask": ".app.pipeline",
     "choose_gate_form": ".kernels.gates",
+    "compress": ".anchor.compress",
     "disable": ".integrations.transformers.enable",
     "enable": ".integrations.transformers.enable",
     "gate_pages": ".kernels.gate_pages",

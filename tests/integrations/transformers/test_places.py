@@ -12,8 +12,9 @@ from gated_prompts import CONFIG
 from torch import Tensor
 
 import videoanchor_triton as va
-from videoanchor_triton.anchor.grouping import Group
+from videoanchor_triton.anchor.grouping import Group, group_tokens
 from videoanchor_triton.integrations.transformers import merging
+from videoanchor_triton.integrations.transformers.cache_scores import cached_scores
 from videoanchor_triton.integrations.transformers.places import (
     frames_of_features,
     grid_of,
@@ -123,3 +124,37 @@ def test_each_rule_in_a_model(group: Any) -> None:
         assert result.groups.unique().tolist() == [0, 1, 2, 3, 4]
         runs.append((result.groups, torch.stack(out.logits)))
     assert all(map(torch.equal, *runs))
+
+
+@v5
+@pytest.mark.parametrize("merge", ["counts", "mean", "drop"])
+def test_compress_is_what_generate_does(merge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what a run groups, compress() makes the run's embeddings and factors, to the bit."""
+    config = replace(CONFIG, keep=5, merge=merge)
+    model, batch = build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", [[3, "V", 5]])
+    told: dict[str, Any] = {}
+
+    def noted(tokens: Tensor, k: int, *rule: Any, **options: Any) -> Any:
+        told.update(features=tokens, **options)
+        return group_tokens(tokens, k, *rule, **options)
+
+    monkeypatch.setattr(merging, "group_tokens", noted)
+    given: list[Any] = []
+    with va.enable(model, config) as handle:
+        model.base_model.language_model.register_forward_pre_hook(
+            lambda _module, _args, kwargs: given.append(kwargs), with_kwargs=True
+        )
+        out = model.generate(**batch, **GENERATE)
+    held, (result,) = cached_scores(out.past_key_values), handle.last
+    assert held is not None
+    told.pop("seed")
+    merged = va.compress(told.pop("features"), config, scores=result, **told)
+    at = (batch["input_ids"][0] == tiny.VIDEO).nonzero()[0, 0] + torch.arange(5)
+    gate = held.gate(config)
+    assert gate.log_gamma_k is not None
+    assert gate.gamma_v is not None
+    assert torch.equal(gate.log_gamma_k[0, at], merged.log_gamma_k)
+    assert torch.equal(gate.gamma_v[0, at], merged.gamma_v)
+    assert torch.equal(given[0]["inputs_embeds"][0, at], merged.features)
+    assert result is not None
+    assert torch.equal(result.groups, merged.groups)
