@@ -68,7 +68,7 @@ def group_tokens(
       n times k is at most 4,096^2: each block chooses alone, and of the choices of all those stand that were farthest.
     - "random": representatives at random, by `seed`; each token goes to the nearest. The control.
     - "evs": likewise those that differ most, by cosine, from the token at their place in the step before, after those
-      of the first step (Efficient Video Sampling, arXiv 2510.14624, which keeps at least the first step).
+      of the first step, all of which stay (Efficient Video Sampling, arXiv 2510.14624).
     - "vidcom2": likewise, of each step, those least like the means of the step and of the video, more of steps unlike
       the video (Video Compression Commander, arXiv 2505.14454), here exactly k and at least one a step.
     - "tome": bipartite soft matching of every other token (Bolya et al., arXiv 2210.09461), by cosine, repeated; the
@@ -92,7 +92,7 @@ def group_tokens(
         seed: of "random" and "kmeans".
 
     Raises:
-        TypeError, ValueError: k or the tokens are not as described.
+        TypeError, ValueError: k or the tokens are not as described, or too few for "evs".
 
     Examples:
         >>> import torch

@@ -141,7 +141,17 @@ def _neighbours(grid: Tensor, steps: Sequence[tuple[int, ...]] = _STEPS) -> tupl
 
 
 def evs(tokens: Tensor, grid: Tensor, k: int) -> Tensor:
-    """(k,) tokens that represent, see `group_tokens`."""
+    """(k,) tokens that represent, see `group_tokens`.
+
+    Raises:
+        ValueError: k does not hold the first step.
+    """
+    n_first = int((grid[:, 0] == grid[:, 0].amin()).sum())
+    if k < n_first:
+        raise ValueError(
+            f'group="evs" keeps the first frame whole, {n_first} of {len(tokens)} tokens, and {k} are to be left: keep '
+            "more, or take another group"
+        )
     a, b = _neighbours(grid, [(1, 0, 0)])
     change = tokens.new_full((len(tokens),), torch.inf)
     change[b] = 1 - F.cosine_similarity(tokens[a], tokens[b], dim=1)

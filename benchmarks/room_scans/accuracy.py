@@ -146,6 +146,8 @@ def ways() -> list[Way]:
     found.append(Way("gate", "alpha_k 2, alpha_v 0, subspaces, prefill alone", gate(**weak, decode="prefill")))
     for keep in (0.5, 0.25, 0.1):
         for group in get_args(Group):
+            if group == "evs" and keep < 1 / 8:  # of eight frames it keeps the first
+                continue
             scorer: dict[str, Any] = SUBSPACES if group == "subspace" else {}
             config = replace(UNGATED, keep=keep, group=group, **scorer)
             found.append(Way("keep", f"keep {keep:g}, {group}", config))

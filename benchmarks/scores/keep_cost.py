@@ -38,7 +38,7 @@ from videoanchor_triton.anchor.scores import anchor_scores
 
 NAME = "keep-cost"
 GRIDS = {2048: (16, 8, 16), 8192: (32, 16, 16), 16384: (64, 16, 16), 32768: (64, 16, 32)}
-QUICK = {96: (3, 4, 8)}
+QUICK = {96: (6, 4, 4)}
 KEEPS = (1.0, 0.5, 0.25, 0.1)
 VIDEO, START, END = 101, 102, 103
 

@@ -252,18 +252,18 @@ class Merging:
         grid = grid_of(frames, positions)
         try:
             check_steps(self.config.keep, k, n, int(grid[-1, 0]) + 1)
+            groups = group_tokens(
+                tokens,
+                k,
+                self.config.group,
+                grid=grid,
+                positions=positions.T,
+                rotary=rotary_features(self.base.language_model, positions),
+                labels=labels,
+                seed=self.config.random_state,
+            )
         except ValueError as error:
             raise InputError(str(error)) from error
-        groups = group_tokens(
-            tokens,
-            k,
-            self.config.group,
-            grid=grid,
-            positions=positions.T,
-            rotary=rotary_features(self.base.language_model, positions),
-            labels=labels,
-            seed=self.config.random_state,
-        )
         if self.group is not None and dist.get_world_size(self.group) > 1:
             for part in groups:
                 dist.broadcast(part, dist.get_global_rank(self.group, 0), group=self.group)

@@ -25,6 +25,6 @@ def test_it_runs(tmp_path: Path) -> None:
 
 
 def test_large_sizes_are_grouped_and_not_scored() -> None:
-    rows = list(keep_cost.grouping_rows({96: (3, 4, 8), 48: (3, 4, 4)}, 1, 48))
+    rows = list(keep_cost.grouping_rows({96: (6, 4, 4), 48: (6, 2, 4)}, 1, 48))
     assert {row.tokens for row in rows if row.scoring is None and row.share is None} == {96}
     assert {row.tokens for row in rows if row.scoring is not None and row.share == row.grouping / row.scoring} == {48}

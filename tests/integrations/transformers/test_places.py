@@ -147,7 +147,7 @@ def test_compress_is_what_generate_does(merge: Any, monkeypatch: pytest.MonkeyPa
         out = model.generate(**batch, **GENERATE)
     held, (result,) = cached_scores(out.past_key_values), handle.last
     assert held is not None
-    told.pop("seed")
+    del told["seed"], told["labels"]  # of the configuration, and of the result
     merged = va.compress(told.pop("features"), config, scores=result, **told)
     at = (batch["input_ids"][0] == tiny.VIDEO).nonzero()[0, 0] + torch.arange(5)
     gate = held.gate(config)
