@@ -43,7 +43,7 @@ def test_duplicates_are_one_key_with_the_sum_of_their_gates() -> None:
     merged = va.compress(tokens, config(keep=k, group="farthest"), scores=s)
     assert torch.equal(tokens[merged.kept][merged.groups], tokens)
     expected = dense(query, tokens, tokens, 1 + 9.5 * s, 1 + 2.5 * s)
-    gates = {"log_gamma_k": merged.log_gamma_k, "gamma_v": merged.gamma_v}
+    gates: dict[str, Any] = {"log_gamma_k": merged.log_gamma_k, "gamma_v": merged.gamma_v}
     out = va.anchored_attention(query[None, None], *[merged.features[None, None]] * 2, **gates)
     torch.testing.assert_close(out[0, 0].double(), expected, atol=1e-6, rtol=1e-6)
 
@@ -84,7 +84,7 @@ def test_keep_1_is_bit_equal(dtype: torch.dtype) -> None:
     assert torch.equal(merged.log_gamma_k, torch.log1p(9.5 * s))
     assert torch.equal(merged.gamma_v, 1 + 2.5 * s)
     query, x, y = (z[None, None] for z in (drawn(5, 64, seed=3).to(dtype), tokens, merged.features))
-    gates = {"log_gamma_k": merged.log_gamma_k, "gamma_v": merged.gamma_v}
+    gates: dict[str, Any] = {"log_gamma_k": merged.log_gamma_k, "gamma_v": merged.gamma_v}
     out = va.anchored_attention(query, y, y, **gates)
     expected = va.anchored_attention(query, x, x, log_gamma_k=torch.log1p(9.5 * s), gamma_v=1 + 2.5 * s)
     assert torch.equal(out, expected)

@@ -157,4 +157,5 @@ def test_compress_is_what_generate_does(merge: Any, monkeypatch: pytest.MonkeyPa
     assert torch.equal(gate.gamma_v[0, at], merged.gamma_v)
     assert torch.equal(given[0]["inputs_embeds"][0, at], merged.features)
     assert result is not None
+    assert result.groups is not None
     assert torch.equal(result.groups, merged.groups)
