@@ -1,6 +1,7 @@
 """When does the gate help? Models whose truth is known, in places where it should.
 
-    python benchmarks/room_scans/when_gates_help.py --out DIR --plain CHECKPOINT ... --hinted CHECKPOINT ... [--scans N]
+    python benchmarks/room_scans/when_gates_help.py --out DIR --plain CHECKPOINT ... --hinted CHECKPOINT ...
+        [--places PLACE ...] [--scans N]
 
 The paper says that language overshadows visual tokens, and that scores of subspaces find those that matter. Places:
 
@@ -12,8 +13,8 @@ The paper says that language overshadows visual tokens, and that scores of subsp
     hint wrong     questions that name another: where wording and video disagree
 
 Forms of the gate: on keys; on values; on keys and values in the published proportion; on values divided by the mean of
-the gate over the scan's tokens, which keeps their size. Scores: of subspaces; cross-frame; permuted and uniform, the
-controls; truth, 1 on tokens that show an object. Each form and score gets the strength that is best on one half of the
+the gate over the scan's tokens, which keeps their size. Scores: of subspaces; cross-frame; both permuted and uniform,
+the controls; truth, 1 on tokens that show an object. Each form and score gets the strength that is best on one half of the
 scans and is reported on the other, paired, against no gate and against the permuted scores of the same form at the
 strength that is best for those, with 95% intervals by bootstrap over scans.
 
@@ -86,7 +87,9 @@ SCORES: dict[str, dict[str, Any]] = {
     "permuted": {"score": "permuted"},
     "uniform": {"scorer": "uniform"},
 }
-TRUTH, CONTROL = "truth", "permuted"
+TRUTH, CONTROL, OWN_CONTROL = "truth", "permuted", "cross-frame, permuted"
+CONTROLS = {"cross-frame": OWN_CONTROL, CONTROL: None, OWN_CONTROL: None}
+"""What scores are compared with: values like theirs on tokens at random; of others `CONTROL`."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,10 @@ class Study:
             )
             for name, options in SCORES.items()
         }
+        order = torch.Generator().manual_seed(0)
+        self.scores[OWN_CONTROL] = torch.stack(
+            [one[torch.randperm(len(one), generator=order)] for one in self.scores["cross-frame"]]
+        )
         self.scores[TRUTH] = torch.stack([torch.from_numpy(s.objects_of_tokens().ravel() > 0).float() for s in scans])
 
     @torch.inference_mode()
@@ -177,7 +184,8 @@ def rows_of(name: str, place: str, study: Study) -> list[Row]:
             found[form, score] = max(tried, key=lambda one: round(float(np.nanmean(one[1][choose])), 12))
     rows = []
     for (form, score), (strength, right) in found.items():
-        control = None if score == CONTROL else difference(right[judge], found[form, CONTROL][1][judge])
+        other = CONTROLS.get(score, CONTROL)
+        control = None if other is None else difference(right[judge], found[form, other][1][judge])
         base = float(np.nanmean(without[judge]))
         rows.append(Row(name, place, form, score, strength, base, difference(right[judge], without[judge]), control))
     return rows
@@ -212,7 +220,7 @@ def summary(rows: Sequence[Row], n_scans: int) -> str:
 def draw(rows: Sequence[Row], path: Path) -> None:
     """A panel a place: the difference of each form and score from no gate, a mark a checkpoint."""
     places = list(dict.fromkeys(row.place for row in rows))
-    scores = [*SCORES, TRUTH]
+    scores = [*SCORES, OWN_CONTROL, TRUTH]
     figure, panels = plt.subplots(1, len(places), figsize=(2.4 * len(places), 5), sharey=True, squeeze=False)
     labels = [f"{form}: {score}" for form in FORMS for score in scores]
     for panel, place in zip(panels[0], places, strict=True):
@@ -242,11 +250,14 @@ def main() -> int:
     parser.add_argument("--scans", type=int, default=80)
     for name in ("plain", "hinted"):
         parser.add_argument(f"--{name}", type=Path, nargs="+", default=[], metavar="CHECKPOINT")
+    parser.add_argument("--places", nargs="+", choices=(*PLAIN, *HINTED), default=[*PLAIN, *HINTED], metavar="PLACE")
     args = parser.parse_args()
     rows: list[Row] = []
     for checkpoints, places in ((args.plain, PLAIN), (args.hinted, HINTED)):
         for checkpoint in checkpoints:
             for place, about in places.items():
+                if place not in args.places:
+                    continue
                 name = f"{checkpoint.parent.name}/{checkpoint.name}"
                 rows += rows_of(name, place, Study(checkpoint, about, args.scans))
                 print(f"{name}, {place}: {100 * rows[-1].without:.1f} without a gate", flush=True)
