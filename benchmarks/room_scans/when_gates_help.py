@@ -14,8 +14,8 @@ The paper says that language overshadows visual tokens, and that scores of subsp
 
 Forms of the gate: on keys; on values; on keys and values in the published proportion; on values divided by the mean of
 the gate over the scan's tokens, which keeps their size. Scores: of subspaces; cross-frame; both permuted and uniform,
-the controls; truth, 1 on tokens that show an object. Each form and score gets the strength that is best on one half of the
-scans and is reported on the other, paired, against no gate and against the permuted scores of the same form at the
+the controls; truth, 1 on tokens that show an object. Each form and score gets the strength that is best on one half of
+the scans and is reported on the other, paired, against no gate and against the permuted scores of the same form at the
 strength that is best for those, with 95% intervals by bootstrap over scans.
 
 Writes DIR/when-gates-help.json, .md and .png.
