@@ -16,7 +16,7 @@ Scorer = Literal["ssc", "knn", "kmeans", "uniform"]
 ScoreFunction = Callable[[Tensor], Tensor]
 Decode = Literal["persist", "prefill"]
 Arithmetic = Literal["exact", "authors"]
-Score = Literal["published", "size", "row_sum", "projector", "cross_frame", "permuted"]
+Score = Literal["published", "size", "row_sum", "projector", "cross_frame", "permuted", "cross_frame_permuted"]
 
 # VideoAnchor, arXiv 2509.25151: the only published values of alpha_q, alpha_k, alpha_v.
 PUBLISHED_ALPHAS = {"internvl2-8b": {"alpha_q": 4.0, "alpha_k": 9.5, "alpha_v": 2.5}}
@@ -45,8 +45,9 @@ class VideoAnchorConfig(SolverOptions):
         score: what scorer="ssc" or "knn" makes of self-expression and clusters, see `anchor_scores`. "published" (the
             paper); "size" and "row_sum", its two factors alone (the paper's ablations); "projector" (this package's
             own), whose sizes do not depend on how eigenvectors become labels; "cross_frame" (this package's own), which
-            needs to know the frame of each token; "permuted", the published scores given to other tokens, by
-            random_state: the control that tells what scores say from how strong a gate is.
+            needs to know the frame of each token; "permuted" and "cross_frame_permuted", the published and
+            the cross-frame scores given to other tokens, by random_state: the controls that tell what scores say from
+            how strong a gate is.
         arithmetic: "exact" computes scores and factors in float32; "authors" solves, clusters and rounds as the
             authors' code does, see `reproduce`.
         assign_labels: how eigenvectors become labels: "cluster_qr", which has no seed, "kmeans", or "discretize" (the
@@ -135,6 +136,11 @@ class VideoAnchorConfig(SolverOptions):
     def merges(self) -> bool:
         """Whether visual tokens are merged at all."""
         return self.keep != 1
+
+    @property
+    def looks_at_frames(self) -> bool:
+        """Whether the scores need the frame of each token."""
+        return self.score.startswith("cross_frame")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "VideoAnchorConfig":

@@ -124,9 +124,9 @@ def expression_score(
         solution: self-expression of N >= 1 tokens.
         labels: (N,) integers >= 0, the cluster of each token.
         score: "size" and "row_sum" are `shared_expression_score` with constant r_i, or pi_i.
-        frames: (N,) integers, the frame of each token, for "cross_frame".
+        frames: (N,) integers, the frame of each token, for "cross_frame" and "cross_frame_permuted".
         sizes: (N,) pi_i of each token, for "projector", see `Subspaces.projector_size`.
-        random_state: of the permutation, for "permuted".
+        random_state: of the permutation, for "permuted" and "cross_frame_permuted".
 
     Returns:
         (N,) float32 scores in [0, 1], on the device of the solution.
@@ -134,23 +134,24 @@ def expression_score(
     Raises:
         ValueError: score="cross_frame" without frames, or see `shared_expression_score` and `cross_frame_score`.
     """
-    if score == "cross_frame":
+    if score.startswith("cross_frame"):
         if frames is None:
             raise ValueError(NO_FRAMES)
-        return cross_frame_score(solution, labels, frames)
-    row_sums = solution.row_sums()
-    if score == "size":
-        row_sums = torch.ones_like(row_sums)
-    elif score == "projector":
-        if sizes is None:
-            raise ValueError(
-                'score="projector" needs sizes, the (N,) projector sizes of `spectral_subspaces`, got None'
-            )
-        row_sums = sizes * row_sums
-    if score in ("row_sum", "projector"):
-        labels = torch.zeros_like(labels)
-    scores = shared_expression_score(row_sums, labels, int(labels.amax()) + 1)
-    if score == "permuted":
+        scores = cross_frame_score(solution, labels, frames)
+    else:
+        row_sums = solution.row_sums()
+        if score == "size":
+            row_sums = torch.ones_like(row_sums)
+        elif score == "projector":
+            if sizes is None:
+                raise ValueError(
+                    'score="projector" needs sizes, the (N,) projector sizes of `spectral_subspaces`, got None'
+                )
+            row_sums = sizes * row_sums
+        if score in ("row_sum", "projector"):
+            labels = torch.zeros_like(labels)
+        scores = shared_expression_score(row_sums, labels, int(labels.amax()) + 1)
+    if score.endswith("permuted"):
         order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(random_state))
         scores = scores[order.to(scores.device)]
     return scores
@@ -170,7 +171,8 @@ def anchor_scores(
       "size": the same with s_hat_i = pi_i, and "row_sum": with s_hat_i = r_i (the paper's ablations);
       "projector": with s_hat_i = p_i r_i, p_i the `Subspaces.projector_size`, which is steadier than pi_i under noise;
       "cross_frame": `cross_frame_score` (this package's own; benchmarks/results/cross-frame compares them);
-      "permuted": the published scores, each given to another token at random (a control: same values, no place).
+      "permuted", "cross_frame_permuted": the published and the cross-frame scores, each given to another token at
+      random (controls: same values, no place).
     - "knn": the same with `neighbor_expression` in place of self-expression: each token is the mean of its 10 nearest
       (not the paper's method). r_i is how many tokens have token i among these, over 10.
     - "kmeans": k-means on the same PCA; in the score, the row sum r_i is replaced by the closeness to the cluster's
@@ -185,8 +187,8 @@ def anchor_scores(
         X: (N, D) floating-point tensor, numpy or CuPy array, one token a row, as they stand in the decoder's input;
             computed on its own device.
         config: settings.
-        frames: (N,) tensor of integers, the frame of each token; config.score="cross_frame" needs it, nothing else
-            uses it.
+        frames: (N,) tensor of integers, the frame of each token; config.score="cross_frame" (and its
+            control) needs it, nothing else uses it.
         progress: called as progress(stage, done, total) at most four times a second, and once at the end.
 
     Raises:
@@ -221,7 +223,7 @@ def anchor_scores(
     report = throttled(progress)
     if frames is not None:
         frames = check_frames(frames, len(tokens))
-    elif config.score == "cross_frame":
+    elif config.looks_at_frames:
         raise ValueError(NO_FRAMES)
     if len(tokens) == 0:
         result = _one_cluster(torch.zeros(0, device=tokens.device))

@@ -243,7 +243,7 @@ def add_score_options(parser: argparse.ArgumentParser) -> None:
     scores.add_argument("--scorer", choices=("ssc", "knn", "kmeans", "uniform"), help="default: ssc (the paper's)")
     scores.add_argument(
         "--score",
-        choices=("published", "size", "row_sum", "projector", "cross_frame", "permuted"),
+        choices=("published", "size", "row_sum", "projector", "cross_frame", "permuted", "cross_frame_permuted"),
         help="of scorer ssc or knn: the paper's (default), its size of the subspace or row sum alone, with a size that "
         "does not depend on labels, the share of a token that other frames express, or the paper's on tokens at random",
     )

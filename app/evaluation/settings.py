@@ -121,7 +121,8 @@ def _varied(setting: Setting, name: str, value: str) -> Setting:
         case "control":
             if value not in ("permuted", "uniform"):
                 raise ValueError("expected permuted or uniform")
-            changes = {"scorer": "uniform", "score": "published"} if value == "uniform" else {"score": "permuted"}
+            own = "cross_frame_permuted" if setting.config.looks_at_frames else "permuted"
+            changes = {"scorer": "uniform", "score": "published"} if value == "uniform" else {"score": own}
         case "scorer":
             changes = {"scorer": value, "score": setting.config.score if value in ("ssc", "knn") else "published"}
         case "score":

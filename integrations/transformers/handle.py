@@ -183,7 +183,7 @@ class Handle:
             output = encode(*args, **kwargs)
         finally:
             call.encoding = False
-        if self.config.score == "cross_frame" or self.config.merges:
+        if self.config.looks_at_frames or self.config.merges:
             if modality == "video":
                 call.steps = frames_of_videos(given)
             else:

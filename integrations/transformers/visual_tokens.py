@@ -67,7 +67,7 @@ class VisualTokens:
 
     def of_videos(self, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor | None:
         """(B, M) True at the tokens of videos, where the score looks at frames."""
-        if self._config.score != "cross_frame":
+        if not self._config.looks_at_frames:
             return None
         tokens = [token for name, token in visual_token_ids(self._base.config).items() if name != "image"]
         return self._placeholders(tokens, input_ids, embeds)

@@ -34,6 +34,7 @@ def settings_of(additional_config: Any) -> VideoAnchorConfig | None:
         ("decode", "prefill", 'leave it out: generated tokens are gated ("persist")'),
         ("arithmetic", "authors", "leave it out: use va.enable to compare with the authors' code"),
         ("score", "cross_frame", "leave it out: vLLM does not say to which frame a token belongs"),
+        ("score", "cross_frame_permuted", "leave it out: vLLM does not say to which frame a token belongs"),
     ):
         if getattr(config, name) == refused:
             raise ValueError(f'videoanchor: {name}="{refused}" cannot be served; {instead}')

@@ -1,5 +1,7 @@
 """Tokens expressed by their nearest ones: scorer="knn"."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import scipy.sparse
@@ -9,6 +11,7 @@ from sklearn.neighbors import kneighbors_graph
 
 import videoanchor_triton as va
 from videoanchor_triton.anchor.affinity import affinity_matrix
+from videoanchor_triton.anchor.config import Score
 from videoanchor_triton.anchor.neighbors import N_NEIGHBORS, neighbor_expression
 
 from .tokens import vit_like
@@ -73,7 +76,7 @@ def test_duplicates_and_equal_tokens() -> None:
     assert not neighbor_expression(torch.ones(4, 30)).values.any()
 
 
-@pytest.mark.parametrize("score", ["published", "size", "row_sum", "projector", "cross_frame", "permuted"])
+@pytest.mark.parametrize("score", get_args(Score))
 def test_every_score(score: str) -> None:
     frames = torch.arange(80) // 20
     result = va.anchor_scores(vit_like(4, 20), config(n_clusters=4, score=score), frames=frames)
@@ -84,17 +87,19 @@ def test_every_score(score: str) -> None:
     assert result.duality_gap is None
 
 
-def test_permuted_scores_are_the_published_ones_elsewhere() -> None:
-    tokens = vit_like(4, 20)
+@pytest.mark.parametrize(("name", "control"), [("published", "permuted"), ("cross_frame", "cross_frame_permuted")])
+def test_permuted_scores_are_the_same_ones_elsewhere(name: str, control: str) -> None:
+    tokens, frames = vit_like(4, 20), torch.arange(80) % 4
 
     def scores(seed: int, score: str) -> torch.Tensor:
-        return va.anchor_scores(tokens, config(n_clusters=4, score=score, random_state=seed)).scores
+        settings = config(n_clusters=4, score=score, random_state=seed)
+        return va.anchor_scores(tokens, settings, frames=frames).scores
 
-    published, permuted = scores(0, "published"), scores(0, "permuted")
-    torch.testing.assert_close(permuted.sort().values, published.sort().values, rtol=0, atol=0)
-    assert (permuted != published).float().mean() > 0.5
-    assert torch.equal(permuted, scores(0, "permuted"))
-    assert not torch.equal(permuted, scores(1, "permuted"))
+    found, permuted = scores(0, name), scores(0, control)
+    torch.testing.assert_close(permuted.sort().values, found.sort().values, rtol=0, atol=0)
+    assert (permuted != found).float().mean() > 0.5
+    assert torch.equal(permuted, scores(0, control))
+    assert not torch.equal(permuted, scores(1, control))
 
 
 def test_auto_counts_clusters() -> None:

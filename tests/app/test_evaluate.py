@@ -323,6 +323,8 @@ def test_the_control_is_the_same_gate_with_other_scores() -> None:
         ("control permuted", replace(GATE, score="permuted")),
         ("control uniform", replace(GATE, scorer="uniform")),
     ]
+    frames = Setting("gate", replace(GATE, score="cross_frame"), 8)
+    assert ablations(frames, ["control=permuted"])[1].config.score == "cross_frame_permuted"
     with pytest.raises(InputError, match="--ablate group: ward: all visual tokens are kept: give --keep as well"):
         ablations(gate, ["group"])
     merged = Setting("gate", replace(GATE, keep=0.5), 8)

@@ -83,6 +83,7 @@ def test_what_cannot_be_scored_is_neutral_and_counted(scorer: Any) -> None:
         ({"alpha_k": 1.0, "alpha_v": 1.0, "scorer": "math:nothing"}, "nothing"),
         ({"alpha_k": 1.0, "alpha_v": 1.0, "decode": "prefill"}, "cannot be served"),
         ({"alpha_k": 1.0, "alpha_v": 1.0, "score": "cross_frame"}, "cannot be served"),
+        ({"alpha_k": 1.0, "alpha_v": 1.0, "score": "cross_frame_permuted"}, "cannot be served"),
     ],
 )
 def test_settings_that_are_refused(given: Any, said: str) -> None:
