@@ -58,7 +58,8 @@ def test_preset_invents_nothing():
         (
             {"score": "both"},
             ValueError,
-            "score must be one of 'published', 'size', 'row_sum', 'projector', 'cross_frame', 'permuted', 'cross_frame_permuted', got 'both'",
+            "score must be one of 'published', 'size', 'row_sum', 'projector', 'cross_frame', 'permuted', "
+            "'cross_frame_permuted', got 'both'",
         ),
         (
             {"score": "size", "scorer": "kmeans"},
