@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .eigenvectors import leading_eigenvectors
-from .memory import CHUNK_ELEMENTS, chunk_rows
+from .memory import chunk_rows
 
 # A token's norm below this part of the largest is roundoff, and so is an inner product below this part of the token's
 # norm times the largest.
@@ -94,7 +94,7 @@ def features_memory_bytes(n_tokens: int, n_features: int, rank: int | None) -> i
     if rank is None:
         return 8 * n_tokens * n_features
     size = min(n_tokens, n_features)
-    blocks = 4 * PCA_BLOCK * size + 2 * min(CHUNK_ELEMENTS, n_tokens * n_features)
+    blocks = 4 * PCA_BLOCK * size + 2 * min(chunk_rows(1), n_tokens * n_features)
     return 8 * (4 * size**2 + blocks + min(rank, size) * (3 * n_tokens + 2 * n_features))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from videoanchor_triton.anchor import eigenvectors, problem
+from videoanchor_triton.anchor import eigenvectors, memory, problem
 from videoanchor_triton.anchor.eigenvectors import chebyshev_filtered
 from videoanchor_triton.anchor.problem import (
     Problem,
@@ -74,7 +74,7 @@ def test_no_rank_means_the_tokens_themselves():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rank", [6, 30])
 def test_weights_follow_their_definition(rank, chunk, device, monkeypatch):
-    monkeypatch.setattr(problem, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(memory, "CHUNK_ELEMENTS", chunk)
     Y = token_features(torch.randn(33, 40, generator=torch.Generator().manual_seed(0)), rank)
     found = penalty_weights(Y.to(device), 800.0, 700.0)
     assert found == pytest.approx(textbook_weights(Y.numpy(), 800.0, 700.0), rel=1e-12)
@@ -99,7 +99,7 @@ def test_weights_stay_finite(Y, mu_e, mu_z):
 @pytest.mark.parametrize("shape", [(60, 9), (40, 300), (900, 700), (1100, 1100)], ids=str)
 @pytest.mark.parametrize("rank", [1, 6, None])
 def test_other_tokens_are_transformed_as_the_fitted_ones(shape, rank, monkeypatch):
-    monkeypatch.setattr(problem, "CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(memory, "CHUNK_ELEMENTS", 1000)
     tokens = 3 + torch.randn(shape, generator=torch.Generator().manual_seed(0))
     features = fit_features(tokens, rank)
     torch.testing.assert_close(features.transform(tokens), features.values, atol=1e-12, rtol=0)

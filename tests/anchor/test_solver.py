@@ -11,7 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from videoanchor_triton.anchor import interior_point, memory, problem
+from videoanchor_triton.anchor import interior_point, memory
 from videoanchor_triton.anchor.memory import Plan, plan_solver, solver_memory_bytes
 from videoanchor_triton.anchor.options import SolverOptions
 from videoanchor_triton.anchor.problem import Problem, token_features
@@ -219,7 +219,7 @@ def one_thread() -> Any:
 @pytest.mark.parametrize("tol", [1e-3, 1e-5])
 @pytest.mark.parametrize("rank", [6, 16, 48])
 def test_memory_stays_within_what_is_announced(rank: int, tol: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problem, "CHUNK_ELEMENTS", 20_000)
+    monkeypatch.setattr(memory, "CHUNK_ELEMENTS", 20_000)
     Y = token_features(vit_like(8, 60), rank)
     plan = plan_solver(480, 480, rank, Y.device, None)
     announced = solver_memory_bytes(480, 480, rank, plan.block)
@@ -230,7 +230,7 @@ def test_memory_stays_within_what_is_announced(rank: int, tol: float, monkeypatc
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problem, "CHUNK_ELEMENTS", 5_000)
+    monkeypatch.setattr(memory, "CHUNK_ELEMENTS", 5_000)
     Y = token_features(vit_like(8, 60), 32)
     budget = solver_memory_bytes(480, 480, 32, 60)
     assert plan_solver(480, 480, 32, Y.device, budget) == Plan(60, 1)
@@ -243,7 +243,7 @@ def test_a_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_memory_grows_with_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the tokens take about twice the memory: there is no array over all pairs."""
-    monkeypatch.setattr(problem, "CHUNK_ELEMENTS", 20_000)
+    monkeypatch.setattr(memory, "CHUNK_ELEMENTS", 20_000)
     monkeypatch.setattr(memory, "LARGEST_BLOCK", 64)
     peaks = []
     for n_tokens in (480, 960):

@@ -1,6 +1,7 @@
 """Names of transformers that the package uses and that its documentation does not promise. A release that moves one
 fails here, by name. The list is complete: the package's own sources are searched for more."""
 
+import argparse
 import ast
 import importlib
 import inspect
@@ -68,6 +69,7 @@ if tiny.V5:  # merged tokens need them, and 5's way of encoding pixels
 PRIVATE = {"_attn_implementation", "_device_mesh", "_supports_sdpa"}
 OF_TORCH = {"_modules"}
 OF_VLLM = {"_k_scale", "_v_scale"}
+OF_ARGPARSE = {"_AppendAction", "_SubParsersAction", "_actions"}
 
 
 def trees() -> Iterator[ast.AST]:
@@ -113,13 +115,14 @@ def test_every_private_attribute_is_listed() -> None:
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             own.add(node.id)
     private = {name for name in used - own if isinstance(name, str) and name[:1] == "_" and name[:2] != "__"}
-    assert private - {"_exit", "_replace", "_asdict"} == PRIVATE | OF_TORCH | OF_VLLM
+    assert private - {"_exit", "_replace", "_asdict"} == PRIVATE | OF_TORCH | OF_VLLM | OF_ARGPARSE
 
 
 def test_private_attributes_are_where_they_were() -> None:
     model = transformers.PreTrainedModel
     found = hasattr(model, "_device_mesh") or "_device_mesh" in inspect.getsource(sys.modules[model.__module__])
     assert found, "the processes of tensor parallelism"
+    assert all(hasattr(argparse, name) or hasattr(argparse.ArgumentParser(), name) for name in OF_ARGPARSE)
     assert PRIVATE - {"_device_mesh"} <= {path.rpartition(".")[2] for path in ATTRIBUTES}
 
 
