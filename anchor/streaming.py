@@ -10,6 +10,7 @@ from scipy.sparse import csc_array
 from torch import Tensor
 
 from .affinity import affinity_matrix, coefficient_matrix, majority_labels
+from .compress import group_factors
 from .config import VideoAnchorConfig
 from .grouping import group_means, group_tokens
 from .problem import DLPackArray, as_tokens, computing_precision, token_features
@@ -64,13 +65,15 @@ class MergedTokens:
     @property
     def gamma_k(self) -> Tensor:
         """(K,) float32 sums of the members' 1 + alpha_k s, as `write_pages` takes them."""
-        return (self.counts * (1 + self.config.alpha_k * self.scores)).float()
+        return self._factors()[0].exp().float()
 
     @property
     def gamma_v(self) -> Tensor:
         """(K,) float32 means of the members' 1 + alpha_v s, weighted by their 1 + alpha_k s."""
-        alpha_k, alpha_v = self.config.alpha_k, self.config.alpha_v
-        return (1 + alpha_v * (self.scores + alpha_k * self.squares) / (1 + alpha_k * self.scores)).float()
+        return self._factors()[1].float()
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        return group_factors(self.counts.double(), self.scores, self.squares, self.config)
 
     def merged(self, k: int) -> "MergedTokens":
         """In at most k groups."""

@@ -53,6 +53,8 @@ def parse(build: Build, argv: Sequence[str] | None) -> argparse.Namespace:
         _require_nothing(command)
         command.format_help, command.format_usage = strict[name].format_help, strict[name].format_usage
     first = loose.parse_args(argv)
+    if first.config is None and not first.print_config:
+        return build().parse_args(argv)
     content = {} if first.config is None else _content(first.config)
     args = _arguments(build, argv, first, content)
     if first.print_config:

@@ -42,6 +42,10 @@ class TokenGrid:
         """Sampled frames that one step covers; the last step may cover fewer."""
         return -(-n_frames // self.t)
 
+    def some_steps(self, most: int) -> np.ndarray:
+        """int64, ascending: all steps, or `most` of them at even distances, the first and the last among them."""
+        return np.unique(np.linspace(0, self.t - 1, min(self.t, most)).round().astype(int))
+
     def first_frames(self, n_frames: int) -> np.ndarray:
         """(t,) int64 first sampled frame of each step."""
         return np.minimum(np.arange(self.t) * self.frames_per_step(n_frames), n_frames - 1)

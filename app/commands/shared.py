@@ -245,7 +245,8 @@ def add_score_options(parser: argparse.ArgumentParser) -> None:
         "--score",
         choices=("published", "size", "row_sum", "projector", "cross_frame", "permuted", "cross_frame_permuted"),
         help="of scorer ssc or knn: the paper's (default), its size of the subspace or row sum alone, with a size that "
-        "does not depend on labels, the share of a token that other frames express, or the paper's on tokens at random",
+        "does not depend on labels, the share of a token that other frames express, or the paper's or this share on "
+        "tokens at random",
     )
     scores.add_argument(
         "--n-clusters", type=_count_or_auto, metavar="N", help='subspaces, or "auto"; default: 24 (published)'

@@ -30,7 +30,7 @@ def draw(path: str | Path, clip: VideoClip, run: FinishedRun) -> None:
     grid, scores, labels = run.grid, run.scores, run.labels
     scorer = run.record["config"].get("scorer", "ssc")
     title = f"{run.caption}, {grid.n_tokens} visual tokens, scorer {scorer}"
-    steps = np.unique(np.linspace(0, grid.t - 1, min(grid.t, MAX_COLUMNS)).round().astype(int))
+    steps = grid.some_steps(MAX_COLUMNS)
     frame_of_step = grid.first_frames(len(clip.frames))[steps]
     in_grid = grid.arrange(scores)
     painted = SCORE_MAP(in_grid), SUBSPACE_MAP(grid.arrange(size_ranks(labels)))

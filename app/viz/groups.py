@@ -73,7 +73,7 @@ def draw(path: str | Path, clip: VideoClip, run: FinishedRun) -> None:
         f"{run.caption}\n{grid.n_tokens} visual tokens in {len(sizes)} groups of 1 to {sizes.max()} "
         f"(keep {config['keep']:g}, {config['group']}); the numbers: their members in the whole video, where several"
     )
-    steps = np.unique(np.linspace(0, grid.t - 1, min(grid.t, MAX_COLUMNS)).round().astype(int))
+    steps = grid.some_steps(MAX_COLUMNS)
     frame_of_step = grid.first_frames(len(clip.frames))[steps]
     height, width = clip.frames.shape[1:3]
     side = np.array([width / grid.w, height / grid.h])

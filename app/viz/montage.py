@@ -32,7 +32,7 @@ def draw(path: str | Path, clip: VideoClip, run: FinishedRun) -> None:
         clip: the run's frames.
     """
     ranks, sizes = by_size(run.labels)
-    steps = np.unique(np.linspace(0, run.grid.t - 1, min(run.grid.t, MAX_COLUMNS)).round().astype(int))
+    steps = run.grid.some_steps(MAX_COLUMNS)
     width = min(_MOST_WIDTH, _ALL_WIDTH // len(steps))
     frames = [_small(clip.frames[frame], width) for frame in run.grid.first_frames(len(clip.frames))[steps]]
     height, width = frames[0].shape[:2]

@@ -85,6 +85,7 @@ SCORES: dict[str, dict[str, Any]] = {
     "subspaces": {},
     "cross-frame": {"score": "cross_frame"},
     "permuted": {"score": "permuted"},
+    "cross-frame, permuted": {"score": "cross_frame_permuted"},
     "uniform": {"scorer": "uniform"},
 }
 TRUTH, CONTROL, OWN_CONTROL = "truth", "permuted", "cross-frame, permuted"
@@ -147,10 +148,6 @@ class Study:
             )
             for name, options in SCORES.items()
         }
-        order = torch.Generator().manual_seed(0)
-        self.scores[OWN_CONTROL] = torch.stack(
-            [one[torch.randperm(len(one), generator=order)] for one in self.scores["cross-frame"]]
-        )
         self.scores[TRUTH] = torch.stack([torch.from_numpy(s.objects_of_tokens().ravel() > 0).float() for s in scans])
 
     @torch.inference_mode()
@@ -220,7 +217,7 @@ def summary(rows: Sequence[Row], n_scans: int) -> str:
 def draw(rows: Sequence[Row], path: Path) -> None:
     """A panel a place: the difference of each form and score from no gate, a mark a checkpoint."""
     places = list(dict.fromkeys(row.place for row in rows))
-    scores = [*SCORES, OWN_CONTROL, TRUTH]
+    scores = [*SCORES, TRUTH]
     figure, panels = plt.subplots(1, len(places), figsize=(2.4 * len(places), 5), sharey=True, squeeze=False)
     labels = [f"{form}: {score}" for form in FORMS for score in scores]
     for panel, place in zip(panels[0], places, strict=True):

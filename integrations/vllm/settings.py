@@ -31,13 +31,12 @@ def settings_of(additional_config: Any) -> VideoAnchorConfig | None:
     except (TypeError, ValueError, ImportError, AttributeError) as error:
         raise ValueError(f"videoanchor: additional_config[{KEY!r}]: {error}") from error
     for name, refused, instead in (
-        ("decode", "prefill", 'leave it out: generated tokens are gated ("persist")'),
-        ("arithmetic", "authors", "leave it out: use va.enable to compare with the authors' code"),
-        ("score", "cross_frame", "leave it out: vLLM does not say to which frame a token belongs"),
-        ("score", "cross_frame_permuted", "leave it out: vLLM does not say to which frame a token belongs"),
+        ("decode", config.decode == "prefill", 'leave it out: generated tokens are gated ("persist")'),
+        ("arithmetic", config.arithmetic == "authors", "leave it out: use va.enable to compare with the authors' code"),
+        ("score", config.looks_at_frames, "leave it out: vLLM does not say to which frame a token belongs"),
     ):
-        if getattr(config, name) == refused:
-            raise ValueError(f'videoanchor: {name}="{refused}" cannot be served; {instead}')
+        if refused:
+            raise ValueError(f'videoanchor: {name}="{getattr(config, name)}" cannot be served; {instead}')
     if config.merges:
         raise ValueError(
             f"videoanchor: keep={config.keep} cannot be served: vLLM counts a prompt's tokens before it encodes them; "
