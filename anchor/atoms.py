@@ -1,6 +1,7 @@
 """The dual problem of a token's self-expression over atoms, and the certificate of what was found for it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Atoms:
         """(n, p) of weighted tokens (r, n)."""
         return _rows(tokens, self.scale[: len(self.limit)], self.affine)
 
-    @property
+    @cached_property
     def quadratic(self) -> Tensor:
         """(p,) q of the dual's <t, x> - <x, q x> / 2."""
         return torch.nn.functional.pad(self.scale[: len(self.limit)] ** -2, (0, int(self.affine)))

@@ -64,8 +64,10 @@ def over_changing_atoms(atoms: Atoms, start: Start, target: Tensor, own: Tensor 
     n_atoms, n_unknowns = atoms.rows.shape
     k = candidate_atoms(n_unknowns, n_atoms - (own is not None))
     admm = Admm(start, atoms, target, own)
-    admm.advance(START_ITERATIONS)
-    for left in range(start.rounds(k), 0, -1):
+    n_rounds = start.rounds(k)
+    # where steps are cheap, or atoms many, a better start costs more than the steps that it saves
+    admm.advance(START_ITERATIONS if n_rounds else START_ITERATIONS // 2)
+    for left in range(n_rounds, 0, -1):
         if admm.gap().median() > tol * 2**left:
             break
         admm.advance(HALVING)

@@ -235,7 +235,7 @@ def _embedding(graph: SparseMatrix, part: np.ndarray, n_parts: int, n_vectors: i
     known /= known.norm(dim=0)
     matrix = replace(graph, values=graph.values / root[graph.rows, 0] / root[graph.columns, 0])
     values, vectors = leading_eigenvectors(
-        lambda x: matrix.product(x) + x - 2 * (known @ (known.T @ x)),
+        lambda x: matrix.product(x).add_(x).addmm_(known, known.T @ x, alpha=-2),
         lambda: matrix.dense() + torch.eye(graph.size, dtype=root.dtype, device=root.device) - 2 * (known @ known.T),
         graph.size,
         n_vectors - n_parts,
