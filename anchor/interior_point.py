@@ -135,13 +135,13 @@ def over_settled_atoms(
         rest = (~good).nonzero()[:, 0]
         if len(rest) == 0:
             return
-        token, target, own = token[rest], target[rest], None if own is None else own[rest]
-        candidates, c, slopes = candidates[rest], c[rest], slopes[rest]
         if n_rounds < ROUNDS:  # later on nothing is left out: the set grows until it is enough
             heaviest = c.abs().nan_to_num(nan=0.0).topk(k - k // 2, sorted=False).indices
             candidates = candidates.gather(1, heaviest)
         room = min(k // 2, n_others - candidates.shape[1])
-        candidates = torch.cat([candidates, largest(slopes.scatter_(1, candidates, -1.0), room)], 1)
+        # of all tokens: those that are left would have to be copied out of the slopes
+        candidates = torch.cat([candidates, largest(slopes.scatter_(1, candidates, -1.0), room)], 1)[rest]
+        token, target, own = token[rest], target[rest], None if own is None else own[rest]
 
 
 def _nearest(atoms: Atoms, target: Tensor, own: Tensor | None, k: int) -> Tensor:

@@ -200,27 +200,43 @@ def _filled(like: Tensor, *numbers: float) -> Tensor:
 
 def largest_of_groups(slopes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """About the k largest of each row (b, N), descending, and their columns: the largest of each of GROUPS groups."""
-    groups = _groups(slopes)
-    value, group = groups.amax(1).topk(min(k, groups.shape[2]))
-    atom = groups.gather(2, group[:, None].expand(-1, groups.shape[1], -1)).argmax(1) * groups.shape[2] + group
+    top = _largest_in_groups(slopes)
+    value, group = top.topk(min(k, top.shape[1]))
+    atom = _members(slopes, group).argmax(1) * GROUPS + group
     return value, atom.clamp_max(slopes.shape[1] - 1)
 
 
 def largest(slopes: Tensor, k: int) -> Tensor:
     """(b, k) columns of the k largest of each row (b, N), which are all in the k groups of largest maximum."""
-    groups = _groups(slopes)
-    if k >= groups.shape[2]:
+    top = _largest_in_groups(slopes)
+    if k >= top.shape[1]:
         return slopes.topk(k, sorted=False).indices
-    group = groups.amax(1).topk(k, sorted=False).indices
-    members = groups.gather(2, group[:, None].expand(-1, groups.shape[1], -1)).flatten(1)
-    place = members.topk(k, sorted=False).indices
-    return place // k * groups.shape[2] + group.gather(1, place % k)
+    group = top.topk(k, sorted=False).indices
+    place = _members(slopes, group).flatten(1).topk(k, sorted=False).indices
+    return place // k * GROUPS + group.gather(1, place % k)
 
 
-def _groups(slopes: Tensor) -> Tensor:
-    """(b, size, at most GROUPS) with -1 for what is missing: columns that lie GROUPS apart are a group."""
-    size = -(-slopes.shape[1] // GROUPS)
-    return torch.nn.functional.pad(slopes, (0, -slopes.shape[1] % size), value=-1.0).view(len(slopes), size, -1)
+def _largest_in_groups(slopes: Tensor) -> Tensor:
+    """(b, at most GROUPS) the largest of each group: columns that lie GROUPS apart are a group."""
+    whole, rest = _split_in_groups(slopes)
+    if whole.shape[1] == 0:
+        return rest
+    top = whole.amax(1)
+    torch.maximum(top[:, : rest.shape[1]], rest, out=top[:, : rest.shape[1]])
+    return top
+
+
+def _members(slopes: Tensor, group: Tensor) -> Tensor:
+    """(b, size, k) the members of some groups (b, k), -1 for what is missing."""
+    whole, rest = _split_in_groups(slopes)
+    last = torch.nn.functional.pad(rest, (0, GROUPS - rest.shape[1]), value=-1.0).gather(1, group)
+    return torch.cat([whole.gather(2, group[:, None].expand(-1, whole.shape[1], -1)), last[:, None]], 1)
+
+
+def _split_in_groups(slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """Views: (b, size, GROUPS), and (b, fewer than GROUPS) what is left; nothing is copied."""
+    n = slopes.shape[1] // GROUPS * GROUPS
+    return slopes[:, :n].unflatten(1, (-1, GROUPS)), slopes[:, n:]
 
 
 def _step(relative: Tensor, part: float) -> Tensor:

@@ -218,12 +218,12 @@ def test_long_videos_have_no_time_without_certificates() -> None:
 
 
 def test_stability_runs(tmp_path: Path) -> None:
-    command = ["--out", str(tmp_path), "--tokens", "120", "--ranks", "3", "24", "--data", "vit", "--budgets", "4"]
+    command = ["--out", str(tmp_path), "--tokens", "300", "--ranks", "6", "24", "--data", "vit", "--budgets", "4"]
     assert stability.main(command) == 0, (tmp_path / "scores-stability.md").read_text()
     rows = [stability.Row(**x) for x in json.loads((tmp_path / "scores-stability.json").read_text())["rows"]]
     assert len(rows) == 2 * len(stability.changes([4]))
     assert all(row.row_sums == row.labels == 1 for row in rows if row.changed == "nothing")
-    assert {row.hull > 0.5 for row in rows if row.rank == 3} == {True}
+    assert {row.hull > 0.5 for row in rows if row.rank == 6} == {True}
     assert (tmp_path / "scores-stability.png").read_bytes().startswith(b"\x89PNG")
     assert stability.main([*command, "--least", "1.1"]) == 1
 

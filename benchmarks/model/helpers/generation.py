@@ -24,7 +24,7 @@ from benchmarks.scores.helpers import token_sets
 from videoanchor_triton.kernels.tolerance import allowed_error, error
 
 MODELS = ("qwen2_5_vl", "qwen3_vl", "internvl")
-PROMPT = [[3, 4, "V", 5, 6]]
+PROMPT = [[50, 60, "V", 70, 5]]
 MODES: dict[str, dict[str, Any]] = {
     "dynamic": {},
     "static": {"cache_implementation": "static"},
