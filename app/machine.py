@@ -40,6 +40,24 @@ def one_device(device: str) -> torch.device:
     return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
 
 
+def slow_arithmetic(dtype: torch.dtype, device: torch.device) -> str | None:
+    """A sentence where a CPU has no instructions for products in a model's dtype, and takes several times as long as in
+    float32; None where it has them, and where torch does not know (before `torch.cpu.get_capabilities`)."""
+    with_them = {
+        torch.bfloat16: {"avx512_bf16", "amx_bf16", "avx_ne_convert"},
+        torch.float16: {"avx512_fp16", "amx_fp16", "avx_ne_convert"},
+    }
+    if device.type != "cpu" or dtype not in with_them or not hasattr(torch.cpu, "get_capabilities"):
+        return None
+    able = torch.cpu.get_capabilities()
+    if able.get("architecture") != "x86_64" or any(able.get(one) for one in with_them[dtype]):
+        return None
+    return (
+        f"this CPU has no instructions for {str(dtype).removeprefix('torch.')}, and takes several times as long as in "
+        "float32: --dtype float32 is faster, in twice the memory"
+    )
+
+
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     found = {"python": platform.python_version()}

@@ -1,5 +1,6 @@
 """One question about videos and images through one checkpoint: the main job of the command line, as functions."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from ..integrations.transformers.visual_tokens import find_multimodal_model
 from .answer import Answer, GateEffect
 from .budget import check_fits
 from .checkpoint import cannot_load, check_dtype, check_splits, first_line, read_config, read_processor
-from .machine import devices_of
+from .machine import devices_of, slow_arithmetic
 from .output_size import largest_change, output_sizes
 from .prompt import Medium, Messages, build_inputs, place
 from .score_cache import ScoreCache
@@ -33,6 +34,8 @@ from .stage_times import gpus_of, stage_times
 from .token_grid import TokenGrid
 from .token_sampling import TokenSampling, drawing
 from .video.reader import Sampling, read_video
+
+logger = logging.getLogger(__name__)
 
 
 def ask(
@@ -153,6 +156,8 @@ def load(
             f"model {name_or_path} lacks {len(missing)} of its weights ({missing[0]}, ...), and would run with random "
             "ones: download or convert it again"
         )
+    if slow := slow_arithmetic(model.dtype, model.device):
+        logger.warning("%s: %s", name_or_path, slow)
     return model.eval(), read_processor(name_or_path)
 
 

@@ -33,7 +33,7 @@ def ask_about_a_scan(folder: Path, progress: Progress | None = None) -> dict[str
     asked = scan.questions()
     write_scans(folder, [scan], [asked])
     shutil.copytree(CHECKPOINT, folder / "checkpoint", dirs_exist_ok=True)
-    model, processor = pipeline.load(str(folder / "checkpoint"), "auto", "auto")
+    model, processor = pipeline.load(str(folder / "checkpoint"), "auto", "float32")
     clip = read_video(folder / "scan000.mp4", max_frames=len(scan.frames))
     questions: list[dict[str, Any]] = []
     for n, one in enumerate(asked):

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli_runs import GATE, run_arguments
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from videoanchor_triton.app import checkpoint, cli
+from videoanchor_triton.app import checkpoint, cli, pipeline
 from videoanchor_triton.integrations.errors import InputError
 
 
@@ -128,3 +129,31 @@ def test_weights_that_overflow(demo: tuple[Path, str], tmp_path: Path, capsys: p
     assert "X must be finite" in line
     assert "--dtype" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("able", "dtype", "warns"),
+    [
+        ({"architecture": "x86_64", "avx2": True}, "bfloat16", True),
+        ({"architecture": "x86_64", "avx512_bf16": True}, "float16", True),
+        ({"architecture": "x86_64", "avx512_bf16": True}, "bfloat16", False),
+        ({"architecture": "x86_64", "amx_fp16": True}, "float16", False),
+        ({"architecture": "x86_64", "avx2": True}, "float32", False),
+        ({"architecture": "aarch64"}, "bfloat16", False),
+        (None, "bfloat16", False),
+    ],
+)
+def test_a_dtype_that_is_slow_on_this_cpu_is_warned_of(
+    demo: tuple[Path, str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    able: dict[str, Any] | None,
+    dtype: str,
+    warns: bool,
+) -> None:
+    if able is None:  # an older torch
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    pipeline.load(str(demo[0] / "checkpoint"), "cpu", dtype)
+    assert [f"no instructions for {dtype}" in said.message for said in caplog.records] == [True] * warns
