@@ -8,7 +8,9 @@ from torch import Tensor
 
 from .atoms import Atoms, dual_value, objective, relative_gap
 
-START_ATOMS, START_ITERATIONS, RHO, RELAXATION = 2048, 60, 40.0, 1.9
+START_ATOMS, RHO, RELAXATION = 2048, 40.0, 1.9
+# Iterations: over all atoms where one costs less than a step of the interior point, and else.
+LONG, SHORT = 60, 30
 # More iterations that halve the gap, and interior-point steps that are worth the iterations which make them needless.
 HALVING, STEPS_SAVED = 15, 4
 
@@ -53,12 +55,13 @@ class Start:
         rows = (self.sample[place] == own).nonzero()[:, 0]
         return rows, place[rows]
 
-    def rounds(self, k: int) -> int:
-        """How many times HALVING more iterations cost no more than the interior-point steps over k atoms they save;
-        0 over a part of the atoms, where they have no certificate."""
-        (n_unknowns, n_sample), n_atoms = self.columns.shape, self.n_atoms
-        step = n_unknowns**2 * (2 * k + n_unknowns / 3)
-        return int(STEPS_SAVED * step / (4 * n_unknowns * (n_sample + n_unknowns)) / HALVING) * (n_sample == n_atoms)
+    def iterations(self, k: int) -> tuple[int, int]:
+        """How many to begin with, and how many times HALVING more cost no more than the interior-point steps over k
+        atoms that they save: none over a part of the atoms, where they have no certificate."""
+        n_unknowns, n_sample = self.columns.shape
+        step = n_unknowns**2 * (2 * k + n_unknowns / 3) / (4 * n_unknowns * (n_sample + n_unknowns))
+        whole = n_sample == self.n_atoms
+        return (LONG if step >= 1 and whole else SHORT), int(STEPS_SAVED * step / HALVING) * whole
 
 
 class Admm:

@@ -29,7 +29,7 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from .admm_start import HALVING, START_ITERATIONS, Admm, Start
+from .admm_start import HALVING, Admm, Start
 from .atoms import SMALLEST, Atoms, all_slopes, certificate, relative_gap
 from .iterates import Iterates, largest, swap_candidates
 from .memory import Plan, candidate_atoms
@@ -64,9 +64,8 @@ def over_changing_atoms(atoms: Atoms, start: Start, target: Tensor, own: Tensor 
     n_atoms, n_unknowns = atoms.rows.shape
     k = candidate_atoms(n_unknowns, n_atoms - (own is not None))
     admm = Admm(start, atoms, target, own)
-    n_rounds = start.rounds(k)
-    # where steps are cheap, or atoms many, a better start costs more than the steps that it saves
-    admm.advance(START_ITERATIONS if n_rounds else START_ITERATIONS // 2)
+    n_iter, n_rounds = start.iterations(k)
+    admm.advance(n_iter)
     for left in range(n_rounds, 0, -1):
         if admm.gap().median() > tol * 2**left:
             break
