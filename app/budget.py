@@ -16,7 +16,7 @@ from ..integrations.errors import InputError
 from ..integrations.transformers.backbones import softmax_layers
 from .checkpoint import check_dtype, read_config, read_processor, weight_bytes
 from .machine import devices_of
-from .prompt import build_inputs
+from .prompt import Messages, build_inputs
 from .token_grid import TokenGrid
 from .video.reader import VideoClip
 from .video.sampling import uniform
@@ -135,7 +135,7 @@ class Planner:
         stored = getattr(self._config, "dtype", None) or getattr(self._text, "dtype", None) or torch.float32
         self._itemsize = (stored if dtype == "auto" else getattr(torch, dtype)).itemsize
 
-    def budget(self, clip: VideoClip, question: str) -> Budget:
+    def budget(self, clip: VideoClip, question: Messages) -> Budget:
         """What `clip` and `question` take; `problem` says whether they fit.
 
         Raises:
@@ -159,7 +159,7 @@ class Planner:
         )
         return replace(budget, problem=_problem(budget) or problem)
 
-    def largest(self, clip: VideoClip, question: str) -> int:
+    def largest(self, clip: VideoClip, question: Messages) -> int:
         """The largest number of frames, below those of `clip`, that fits; 0 where not even one does. Each number that
         is tried goes through the processor."""
 
@@ -172,7 +172,7 @@ class Planner:
         # exact where tokens grow with frames
         return _largest(fits, n_frames, n_frames + room * n_frames // whole.n_visual_tokens)
 
-    def advice(self, clip: VideoClip, question: str) -> str:
+    def advice(self, clip: VideoClip, question: Messages) -> str:
         """What to change so that it fits."""
         return _advice(self.budget(clip, question), self.largest(clip, question))
 

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 import transformers
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import PretrainedConfig
 
@@ -132,7 +133,7 @@ def build_inputs(
     if len(clips) < len(items):
         given["images"] = [item for item in items if not isinstance(item, VideoClip)]
     try:
-        prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompt = chat_text(processor, messages)
         inputs = processor(text=[prompt], **given, return_tensors="pt")
     except (ValueError, ImportError, RuntimeError) as error:
         uneven = len({len(clip.frames) for clip in clips}) > 1
@@ -150,6 +151,32 @@ def build_inputs(
             f"the prompt of {type(processor).__name__} holds no visual token: its chat template takes no video"
         )
     return inputs, token_grids(inputs, visual.tolist(), items, config)
+
+
+def chat_text(processor: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+    """The prompt as its chat template writes it.
+
+    Args:
+        messages: of `place`.
+
+    Raises:
+        InputError: the template refuses the messages, or leaves a system prompt out.
+    """
+    try:
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise InputError(f"the chat template of {type(processor).__name__} refuses the messages: {error}") from error
+    for message in messages:
+        if message["role"] == "system" and not all(text.strip() in prompt for text in _texts(message["content"])):
+            raise InputError(
+                f"the chat template of {type(processor).__name__} takes no system prompt: put its words into the "
+                "question"
+            )
+    return prompt
+
+
+def _texts(content: str | Sequence[Mapping[str, Any]]) -> list[str]:
+    return [content] if isinstance(content, str) else [entry["text"] for entry in content if "text" in entry]
 
 
 def video_metadata(clip: VideoClip) -> Any:

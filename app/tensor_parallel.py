@@ -22,6 +22,7 @@ from .threads import usable_cpus
 
 if TYPE_CHECKING:  # these import torch
     from ..anchor.timing import Progress
+    from .prompt import Messages
     from .video.reader import VideoClip
     from .video_model import Answered, VideoModel
 
@@ -69,7 +70,7 @@ class SplitModel:
             self._start()
         self._clip = clip, share
 
-    def answer(self, question: str) -> "Answered":
+    def answer(self, question: "Messages") -> "Answered":
         """See `VideoModel.answer`; the memory is that of all processes."""
         assert self._clip is not None
         if self._clip[0] is not self._sent:

@@ -50,3 +50,18 @@ def check_question(question: str) -> None:
     """
     if not question.strip():
         raise InputError("the question is empty: ask something about the video")
+
+
+def asked(question: str, system: str | None) -> str | list[dict[str, Any]]:
+    """What `pipeline.answer` takes for a question about one video, after a system prompt if there is one.
+
+    Raises:
+        InputError: there is nothing to ask, or the system prompt is empty.
+    """
+    if system is None:
+        return question
+    check_question(question)
+    if not system.strip():
+        raise InputError("the system prompt is empty: leave it out, the chat template then decides")
+    user = [{"type": "video"}, {"type": "text", "text": question}]
+    return [{"role": "system", "content": [{"type": "text", "text": system}]}, {"role": "user", "content": user}]

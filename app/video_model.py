@@ -12,6 +12,7 @@ from . import pipeline
 from .answer import Answer
 from .batch.shared_prefill import SharedPrefill
 from .libraries import prepare_libraries
+from .prompt import Messages
 from .score_cache import ScoreCache
 from .token_sampling import TokenSampling
 from .video.reader import VideoClip
@@ -89,7 +90,7 @@ class VideoModel:
             self._shared = SharedPrefill(*arguments, **self._options) if share and not alone else None
             self._clip = clip
 
-    def answer(self, question: str) -> Answered:
+    def answer(self, question: Messages) -> Answered:
         """Asks one question.
 
         Raises:

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .progress import BatchProgress
@@ -82,9 +81,9 @@ class _Results:
 
     def __init__(self, job: BatchJob, rows: Sequence[BatchRow], log: ResultsLog, retry_failed: bool) -> None:
         self._log, self._settings_hash, self._columns = log, job.settings_hash(), job.columns()
-        copies: defaultdict[tuple[Path, str], list[BatchRow]] = defaultdict(list)
+        copies: defaultdict[tuple[str, str, str | None], list[BatchRow]] = defaultdict(list)
         for row in rows:
-            copies[row.video, row.question].append(row)
+            copies[row.asked].append(row)
         self._copies = {some[0].key(self._settings_hash): some for some in copies.values()}
         self.n_asked = len(copies)
         """Different questions."""

@@ -65,16 +65,16 @@ def matched(
         records: results by key.
 
     Returns:
-        the rows; and of each result of one of them (by path, question and settings) that was made from other content
-        its key, with the key of the row.
+        the rows; and of each result of one of them (by path, question, system prompt and settings) that was made from
+        other content its key, with the key of the row.
     """
-    results: defaultdict[tuple[str, str], list[Record]] = defaultdict(list)
+    results: defaultdict[tuple[str, str, str | None], list[Record]] = defaultdict(list)
     for record in records.values():
         if record["settings"] == settings_hash:
-            results[record["video"], record["question"]].append(record)
+            results[record["video"], record["question"], record.get("system")].append(record)
     current, replaced = [], {}
     for row in rows:
-        earlier = results[str(row.video), row.question]
+        earlier = results[row.asked]
         if row.fingerprint is None and earlier:
             row = replace(row, fingerprint=earlier[-1].get("fingerprint"))
         current.append(row)

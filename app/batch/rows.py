@@ -12,6 +12,7 @@ from typing import Any
 
 from ...integrations.errors import InputError
 from ..csv_text import text_of_cell
+from ..text import asked
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".ogv", ".3gp"}
@@ -32,7 +33,8 @@ class BatchRow:
         question: not empty.
         columns: what else the input says about it ("id" and any others), carried through to the results.
         fingerprint: of the video's content, see `matching.fingerprint`; None where it is not there.
-        copy: how many rows before it have the same video and question; they share an answer.
+        copy: how many rows before it have the same video, question and system prompt; they share an answer.
+        system: the system prompt, None for that of the chat template.
     """
 
     number: int
@@ -41,25 +43,37 @@ class BatchRow:
     columns: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
     copy: int = 0
+    system: str | None = None
+
+    @property
+    def asked(self) -> tuple[str, str, str | None]:
+        """What rows share that share an answer: video, question and system prompt."""
+        return str(self.video), self.question, self.system
+
+    def messages(self) -> str | list[dict[str, Any]]:
+        """See `text.asked`."""
+        return asked(self.question, self.system)
 
     def key(self, settings_hash: str) -> str:
-        """What tells a result apart: 32 hexadecimal digits of the video's path and content, the question, the settings
-        and which copy it is."""
+        """What tells a result apart: 32 hexadecimal digits of the video's path and content, the question, the system
+        prompt, the settings and which copy it is."""
         parts = [str(self.video), self.fingerprint, self.question, settings_hash, *([self.copy] if self.copy else [])]
+        parts += [] if self.system is None else [{"system": self.system}]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def read_rows(source: Path, questions: Sequence[str] = ()) -> list[BatchRow]:
+def read_rows(source: Path, questions: Sequence[str] = (), system: str | None = None) -> list[BatchRow]:
     """The rows of a `.jsonl` or `.csv` file, or every video in a folder with every one of `questions`.
 
     Args:
         source: a file whose rows have the columns `video` and `question` (and any others), or a folder. Relative paths
             of videos start at the file's folder. A CSV may have commas, semicolons or tabs between its columns.
         questions: for a folder only.
+        system: the system prompt of rows that have none of their own in the column `system`.
 
     Raises:
-        InputError: the source is missing or of another kind; rows of it cannot be read (their lines are named); it
-            holds no row.
+        InputError: the source is missing or of another kind; the system prompt is empty; rows of it cannot be read
+            (their lines are named); it holds no row.
     """
     if source.is_dir():
         rows = list(_folder_rows(source, questions))
@@ -74,10 +88,12 @@ def read_rows(source: Path, questions: Sequence[str] = ()) -> list[BatchRow]:
         rows = _file_rows(source, readers[source.suffix.lower()])
     if not rows:
         raise InputError(f"{source} holds no row: expected at least one video and question")
-    seen = Counter[tuple[Path, str]]()
+    asked("?", system)
+    seen = Counter[tuple[str, str, str | None]]()
     for n, row in enumerate(rows):
-        rows[n] = replace(row, copy=seen[row.video, row.question])
-        seen[row.video, row.question] += 1
+        row = replace(row, system=system if row.system is None else row.system)
+        rows[n] = replace(row, copy=seen[row.asked])
+        seen[row.asked] += 1
     return rows
 
 
@@ -133,12 +149,16 @@ def _row(number: int, content: Any, folder: Path) -> BatchRow:
             raise ValueError(f"{name}: expected text, got {content.get(name)!r}")
     if "\0" in content["video"]:
         raise ValueError(f"video: expected a path, got {content['video']!r}")
+    system = content.get("system")
+    if not isinstance(system, str | None):
+        raise ValueError(f"system: expected text, got {system!r}")
     try:
         json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:  # half of a character, or NaN
         raise ValueError(f"cannot be written as JSON: {error}") from error
-    columns = {name: value for name, value in content.items() if name not in ("video", "question")}
-    return BatchRow(number, without_dots(folder / content["video"]), content["question"], columns)
+    columns = {name: value for name, value in content.items() if name not in ("video", "question", "system")}
+    video = without_dots(folder / content["video"])
+    return BatchRow(number, video, content["question"], columns, system=system if system and system.strip() else None)
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[str]:

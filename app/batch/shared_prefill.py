@@ -16,6 +16,7 @@ from ...integrations.transformers.visual_tokens import find_multimodal_model
 from ..answer import Answer
 from ..budget import check_fits
 from ..pipeline import Prefix, gated, generate, prepare, scored
+from ..prompt import Messages
 from ..score_cache import ScoreCache
 from ..stage_times import stage_times
 from ..token_sampling import TokenSampling
@@ -54,7 +55,7 @@ class SharedPrefill:
         self._beginning: Tensor | None = None
         self._prefix: Prefix | Exception | None = None
 
-    def answer(self, question: str) -> Answer:
+    def answer(self, question: Messages) -> Answer:
         """Asks one question.
 
         Raises:

@@ -142,7 +142,7 @@ class _Answers:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            prompt = self._prompt(clip, row.question)
+            prompt = self._prompt(clip, row)
             outputs = [one async for one in engine.generate(prompt, self._sampling, row.key(self._settings_hash))]
             record = self._done(row, clip, outputs[-1], decoded)
         except EngineDeadError:
@@ -157,11 +157,11 @@ class _Answers:
         rows.remove(row)
         self.queue.put(record)
 
-    def _prompt(self, clip: "VideoClip", question: str) -> dict[str, Any]:
-        from ..prompt import place, video_metadata
+    def _prompt(self, clip: "VideoClip", row: BatchRow) -> dict[str, Any]:
+        from ..prompt import chat_text, place, video_metadata
 
-        _, messages = place(clip, question)
-        text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        _, messages = place(clip, row.messages())
+        text = chat_text(self._processor, messages)
         about_video = asdict(video_metadata(clip)) | {"do_sample_frames": False}
         return {"prompt": text, "multi_modal_data": {"video": [(clip.frames, about_video)]}}
 

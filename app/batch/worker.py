@@ -151,7 +151,7 @@ class BatchWorker:
                 continue
             self._model.open(clip, share=self._job.share_prefill and len(rows) > 1)
             try:
-                answered = self._model.answer(row.question)
+                answered = self._model.answer(row.messages())
             except Exception as error:
                 yield failed(row, self._settings_hash, error)
             else:
@@ -165,14 +165,15 @@ class BatchWorker:
         path, options = rows[0].video, self._job.video
         clip = read_video(path, **options, progress=self._progress)
         too_long: dict[int, str] = {}
-        for row in sorted(rows, key=lambda row: -len(row.question)):
-            problem = self._planner.budget(clip, row.question).problem
-            while problem is not None and self._job.fit and (n := self._planner.largest(clip, row.question)):
+        for row in sorted(rows, key=lambda row: -len(row.question) - len(row.system or "")):
+            question = row.messages()
+            problem = self._planner.budget(clip, question).problem
+            while problem is not None and self._job.fit and (n := self._planner.largest(clip, question)):
                 clip = read_video(path, **{**options, "max_frames": n}, progress=self._progress)
-                problem = self._planner.budget(clip, row.question).problem
+                problem = self._planner.budget(clip, question).problem
             if problem is None:
                 break  # shorter questions fit as well
-            too_long[row.number] = f"{problem}: {self._planner.advice(clip, row.question)}"
+            too_long[row.number] = f"{problem}: {self._planner.advice(clip, question)}"
         return clip, too_long
 
     def _done(self, row: BatchRow, clip: "VideoClip", answered: "Answered", decoded: float) -> Record:
@@ -233,6 +234,7 @@ def about(row: BatchRow, settings_hash: str) -> Record:
         "video": str(row.video),
         "fingerprint": row.fingerprint,
         "question": row.question,
+        "system": row.system,
         "settings": settings_hash,
         "line": row.number,
         "copy": row.copy,

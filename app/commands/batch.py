@@ -18,6 +18,7 @@ from .shared import (
     add_drawing_options,
     add_gate_effect_option,
     add_model_options,
+    add_system_option,
     add_tensor_parallel_option,
     add_video_options,
     check_extras,
@@ -67,6 +68,7 @@ def add(commands: Commands) -> None:
     batch.add_argument(
         "--question", action="append", default=[], metavar="TEXT", help="for a folder: of every video; may be repeated"
     )
+    add_system_option(batch)
     batch.add_argument("--out", required=True, type=Path, metavar="DIR")
     add_model_options(batch)
     add_video_options(batch)
@@ -140,7 +142,7 @@ def _batch(args: argparse.Namespace) -> int:
 
     _check(args)
     job = _job(args)
-    rows = read_rows(args.input, args.question)
+    rows = read_rows(args.input, args.question, args.system)
     check_folder(args.out)
     progress = BatchProgress(enabled=not args.json)
     stopped = None

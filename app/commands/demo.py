@@ -50,7 +50,7 @@ def _demo(args: argparse.Namespace) -> int:
     cameras = demo.make_clip(args.video)
     demo.write_cameras(args.out / "cameras.json", cameras)
     demo.make_checkpoint(args.model)
-    args.question, args.fps, args.max_frames = demo.QUESTION, None, 12
+    args.question, args.system, args.fps, args.max_frames = demo.QUESTION, None, None, 12
     args.sampling, args.timeout, args.fit = "uniform", 120.0, False
     args.max_pixels, args.strict = MAX_PIXELS, True
     args.device, args.dtype, args.max_new_tokens, args.gate_effect, args.drawn = "auto", "auto", 12, False, None

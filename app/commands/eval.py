@@ -24,6 +24,7 @@ from .shared import (
     add_config_options,
     add_drawing_options,
     add_model_options,
+    add_system_option,
     add_video_options,
     check_extras,
     config_of,
@@ -91,6 +92,7 @@ def add_questions_options(parser: argparse.ArgumentParser) -> None:
         "{question} and, on a line of its own, {options}; default: %(default)s, VSI-Bench's words for its own types of "
         "questions, plain for others"
     )
+    add_system_option(parser)
     parser.add_argument("--prompt", default="auto", metavar="plain|vsi-bench|FILE", help=about)
     parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of the table")
@@ -181,11 +183,13 @@ class Session:
         check_folder(args.out)
         names = ("model", "dtype", "prompt", "max_new_tokens", "fps", "sampling", "max_pixels", "strict", "fit")
         run = tuple((name, str(getattr(args, name))) for name in names)
+        if args.system is not None:
+            run += (("system", args.system),)
         if drawn is not None:
             run += tuple((name, str(value)) for name, value in asdict(drawn).items())
         self.drawn = drawn
         self.args, self.setting = args, Setting("gate", config, args.max_frames, run)
-        self.questions = read_questions(args.questions, args.prompt)
+        self.questions = read_questions(args.questions, args.prompt, args.system)
         prepare_libraries()
 
     @contextmanager
@@ -227,6 +231,7 @@ class Session:
                 "revision": revision_of(args.model),
                 "questions": str(args.questions),
                 "n_questions": len(self.questions),
+                "systems": sorted({question.system for question in self.questions if question.system is not None}),
                 "templates": sorted({question.template for question in self.questions}),
                 "n_videos": len({*videos_of(self.questions)}),
                 "questions_sha256": sha256,
@@ -243,7 +248,7 @@ class Session:
             def ask(question: "Question", setting: "Setting") -> str:
                 scores = None if setting.config.scorer == "uniform" else cache  # nothing to keep
                 frames = clip(question.video, setting.max_frames)
-                return answer(frames, question.prompt(), setting.config, scores=scores).text
+                return answer(frames, question.messages(), setting.config, scores=scores).text
 
             self.evaluate = partial(ev.evaluate, ask=ask, log=log, progress=progress, again=again)
             with shared_vision(model):
@@ -252,7 +257,7 @@ class Session:
     def _reader(self, progress: ProgressLine) -> "Callable[[Path, int], VideoClip]":
         """Reads clips that leave room for the longest of the questions, and keeps the last."""
         args, planner, told = self.args, make_planner(self.args, self.setting.config), set[tuple[Path, int]]()
-        longest = max((question.prompt() for question in self.questions), key=len)
+        longest = max(self.questions, key=lambda one: len(one.prompt()) + len(one.system or "")).messages()
 
         @lru_cache(maxsize=1)
         def read(video: Path, max_frames: int) -> "VideoClip":

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...integrations.errors import InputError
 from ..libraries import prepare_libraries
-from ..text import check_question, json_text, printable
+from ..text import asked, check_question, json_text, printable
 from .shared import (
     Commands,
     ProgressLine,
@@ -19,6 +19,7 @@ from .shared import (
     add_drawing_options,
     add_gate_effect_option,
     add_model_options,
+    add_system_option,
     add_tensor_parallel_option,
     add_video_options,
     check_extras,
@@ -45,6 +46,7 @@ def add(commands: Commands) -> None:
         "--video", required=True, type=Path, metavar="PATH", help="a video, an image, or a folder of images (views)"
     )
     run.add_argument("--question", required=True)
+    add_system_option(run, of_row=False)
     run.add_argument("--out", required=True, type=Path, metavar="DIR")
     add_video_options(run)
     run.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
@@ -64,6 +66,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens: expected 1 or more, got {args.max_new_tokens}")
     check_question(args.question)
+    asked(args.question, args.system)
     check_folder(args.out)
     check_path(args.video)
     args.drawn = drawing_of(args)
@@ -110,7 +113,8 @@ def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine, tenso
     stage("decode")
     clip = read_clip(args, args.video, progress)
     stage("budget")
-    clip, budget = fit_clip(args, args.video, clip, args.question, planner, progress)
+    question = asked(args.question, args.system)
+    clip, budget = fit_clip(args, args.video, clip, question, planner, progress)
     stage("load")
     names = ("model", "device", "dtype", "max_new_tokens", "gate_effect", "drawn")
     make = partial(VideoModel, **{name: getattr(args, name) for name in names}, config=config)
@@ -119,12 +123,13 @@ def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine, tenso
     with closing(model):
         progress.say(f"{args.model}: {model}")
         model.open(clip)
-        result = model.answer(args.question).result
+        result = model.answer(question).result
     names = ("import", "checkpoint", "decode_video", "budget", "load_model")
     about = {
         "model": str(Path(args.model).absolute()) if Path(args.model).exists() else str(args.model),
         "video": str(args.video.absolute()),
         "question": args.question,
+        "system": args.system,
         "notes": list(clip.notes),
         "max_pixels": args.max_pixels,
         "drawn": None if args.drawn is None else asdict(args.drawn),

@@ -11,6 +11,7 @@ from .progress_line import ProgressLine
 
 if TYPE_CHECKING:  # these import torch and transformers
     from ..budget import Budget, Planner
+    from ..prompt import Messages
     from ..token_sampling import TokenSampling
     from ..video.reader import VideoClip
 
@@ -25,6 +26,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16; default: the checkpoint's")
+
+
+def add_system_option(parser: argparse.ArgumentParser, of_row: bool = True) -> None:
+    """--system.
+
+    Args:
+        of_row: rows may have one of their own.
+    """
+    own = '; a row\'s own "system" goes first' if of_row else ""
+    about = f"system prompt, before video and question{own}; default: the chat template's, if it has one"
+    parser.add_argument("--system", metavar="TEXT", help=about)
 
 
 def add_tensor_parallel_option(parser: argparse.ArgumentParser) -> None:
@@ -152,7 +164,12 @@ def make_planner(args: argparse.Namespace, config: Any, tensor_parallel: int = 1
 
 
 def fit_clip(
-    args: argparse.Namespace, path: Path, clip: "VideoClip", question: str, planner: "Planner", progress: ProgressLine
+    args: argparse.Namespace,
+    path: Path,
+    clip: "VideoClip",
+    question: "Messages",
+    planner: "Planner",
+    progress: ProgressLine,
 ) -> "tuple[VideoClip, Budget]":
     """Prints the budget of `clip`; where it does not fit, with --fit, reads `path` again with as many frames as do.
 

@@ -79,7 +79,10 @@ def protocol_card(
         },
         "frames": {name: _value(run[name]) for name in ("fps", "sampling", "fit", "strict")},
         "resolution": checkpoint["resolution"],
-        "prompt": {"asked": run["prompt"], "templates": facts["templates"], "sha256": _sha256(facts["templates"])},
+        "prompt": {
+            **{"asked": run["prompt"], "templates": facts["templates"], "sha256": _sha256(facts["templates"])},
+            "systems": facts["systems"],
+        },
         "chat_template_sha256": checkpoint["chat_template_sha256"],
         "generation": checkpoint["generation"],
         "seeds": {"bootstrap": SEED},
@@ -107,6 +110,8 @@ def _setting(setting: Setting) -> dict[str, Any]:
 def card_facts(card: Mapping[str, Any]) -> dict[str, Any]:
     """What a card has beside the facts that reports give anyway; prompts in one line."""
     prompt = {**card["prompt"], "templates": [text.replace("\n", "\\n") for text in card["prompt"]["templates"]]}
+    if not prompt.get("systems"):
+        prompt.pop("systems", None)
     names = ("class", "frames", "resolution", "chat_template_sha256", "generation", "seeds")
     return {"prompt": prompt, **{name: card[name] for name in names}}
 
@@ -150,6 +155,7 @@ def answered(
                 "metric": question.metric,
                 "answer": question.answer,
                 "prompt": question.prompt(),
+                "system": question.system,
                 "replies": replies,
             }
         )

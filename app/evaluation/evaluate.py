@@ -95,10 +95,10 @@ def refresh(questions: Sequence[Question], log: ResultsLog) -> set[str]:
     Returns:
         keys of the questions without a reply.
     """
-    asked = {(str(question.video), question.prompt()): question for question in questions}
+    asked = {(str(question.video), question.prompt(), question.system): question for question in questions}
     current = dict(log.records)
     for key, record in log.records.items():
-        question = asked.get((record.get("video", ""), record.get("prompt", "")))
+        question = asked.get((record.get("video", ""), record.get("prompt", ""), record.get("system")))
         if question is not None:
             current[key] = {**record, **_about(question, record.get("reply"))}
     if current != log.records:
@@ -118,6 +118,7 @@ def _record(question: Question, setting: Setting, ask: Ask) -> dict[str, Any]:
         "video": str(question.video),
         "question": question.text,
         "prompt": question.prompt(),
+        "system": question.system,
     }
     try:
         reply = ask(question, setting)

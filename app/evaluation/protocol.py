@@ -38,13 +38,16 @@ def compare_protocols(a: Result, b: Result) -> Protocol:
         flags += prompts
     for section in SECTIONS:
         ours, theirs = a.card.get(section), b.card.get(section)
-        if section == "prompt" and prompts is not None:
+        whole = section != "prompt" or prompts is None
+        if not whole and not (isinstance(ours, Mapping) and isinstance(theirs, Mapping)):
             continue
         if not isinstance(ours, Mapping) or not isinstance(theirs, Mapping):
             unchecked.append(f"{section}: {_who_lacks(ours, theirs)}")
             continue
-        for name in dict.fromkeys([*ours, *theirs]):
+        for name in dict.fromkeys([*ours, *theirs] if whole else ["systems"]):
             what = f"{section}.{name}"
+            if name not in ours and name not in theirs:
+                continue
             if name not in ours or name not in theirs:
                 who, value = ("A", ours[name]) if name in ours else ("B", theirs[name])
                 unchecked.append(f"{what}: only the card of {who} has it ({_short(value)})")

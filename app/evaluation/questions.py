@@ -15,6 +15,7 @@ from ...integrations.errors import InputError
 from ...integrations.lmms_eval.metrics import Metric, choice_letter, exact_match, number_in, score
 from ..batch.matching import with_fingerprints
 from ..batch.rows import BatchRow, read_rows
+from ..text import asked
 from ..video.reader import refuse_url
 from .wording import PLAIN, VSI_BENCH_TYPES, filled, templates_of
 
@@ -31,6 +32,7 @@ class Question:
         type: the kind of question; results are given for each.
         fingerprint: of the video's content, see `batch.matching.fingerprint`.
         template: how it is put to a model, see `wording.templates_of`.
+        system: the system prompt, None for that of the chat template.
     """
 
     id: str
@@ -42,11 +44,16 @@ class Question:
     type: str
     fingerprint: str | None = None
     template: str = PLAIN["short"]
+    system: str | None = None
 
     def prompt(self) -> str:
         """What a model is asked."""
         options = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, self.options, strict=False)]
         return filled(self.template, self.text, "\n".join(options))
+
+    def messages(self) -> str | list[dict[str, Any]]:
+        """The same after the system prompt, see `text.asked`."""
+        return asked(self.prompt(), self.system)
 
     def score(self, reply: str) -> float | None:
         """See `metrics.score`."""
@@ -57,7 +64,7 @@ class Question:
         return read_answer(reply, self.answer, self.metric, self.options)
 
 
-def read_questions(source: Path, prompt: str = "auto") -> list[Question]:
+def read_questions(source: Path, prompt: str = "auto", system: str | None = None) -> list[Question]:
     """Reads a JSONL file of rows {video, question, answer} and, as wanted, options, type, id and metric.
 
     With `options` (a list, with or without leading letters) the question is multiple choice and `answer` is a letter or
@@ -69,6 +76,7 @@ def read_questions(source: Path, prompt: str = "auto") -> list[Question]:
     Args:
         source: the file.
         prompt: see `wording.templates_of`.
+        system: see `read_rows`.
 
     Raises:
         InputError: a row cannot be read (its line is named) or repeats another; no video is there; see `templates_of`.
@@ -77,7 +85,7 @@ def read_questions(source: Path, prompt: str = "auto") -> list[Question]:
     if source.suffix.lower() != ".jsonl":
         raise InputError(f"{source}: expected a .jsonl file of questions with answers")
     questions: dict[str, Question] = {}
-    for row in with_fingerprints(read_rows(source)):
+    for row in with_fingerprints(read_rows(source, system=system)):
         try:
             question = _question(row, templates)
         except ValueError as error:
@@ -98,12 +106,13 @@ def _question(row: BatchRow, templates: tuple[Mapping[str, str], Mapping[str, st
     kind = columns.get("type", columns.get("question_type", "all"))
     if not isinstance(kind, str) or not kind.strip():
         raise ValueError(f"type: expected text, got {kind!r}")
-    name = str(columns.get("id", digest(str(row.video), row.question, options)[:12]))
+    own = () if row.system is None else (row.system,)
+    name = str(columns.get("id", digest(str(row.video), row.question, options, *own)[:12]))
     kind, text = kind.strip(), row.question.strip()
     template = templates[kind not in VSI_BENCH_TYPES].get("choice" if options else "short")
     if template is None:
         raise ValueError("the question has options, and the text of --prompt no line {options} for them")
-    return Question(name, row.video, text, answer, metric, options, kind, row.fingerprint, template)
+    return Question(name, row.video, text, answer, metric, options, kind, row.fingerprint, template, row.system)
 
 
 def answer_key(answer: Any, options: Sequence[str], metric: Any = None) -> tuple[Metric, str | float]:

@@ -45,7 +45,8 @@ class Setting:
         """32 hexadecimal digits that differ where the reply may."""
         config = {name: value for name, value in self.config.to_dict().items() if name != "memory_budget"}
         video = [str(question.video), question.fingerprint]
-        return digest(video, question.prompt(), config, self.max_frames, self.run, version("videoanchor-triton"))
+        prompt = question.prompt() if question.system is None else [question.system, question.prompt()]
+        return digest(video, prompt, config, self.max_frames, self.run, version("videoanchor-triton"))
 
     def columns(self) -> dict[str, Any]:
         """What tells it from others in a table, named as in the results of a batch."""

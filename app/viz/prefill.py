@@ -18,6 +18,7 @@ from ...integrations.transformers.backbones import visual_token_ids
 from ...integrations.transformers.enable import enable
 from ...integrations.transformers.visual_tokens import find_multimodal_model
 from .. import pipeline
+from ..text import asked
 from ..video.reader import VideoClip
 from .attention_share import SharesRecord, record_visual_share
 from .finished_run import FinishedRun
@@ -71,7 +72,7 @@ def prefill(
         raise InputError(
             f"{run.folder / 'result.json'}: config cannot be read ({error}): run `videoanchor run` again"
         ) from error
-    inputs, _ = pipeline.prepare(model, processor, clip, run.record["question"])
+    inputs, _ = pipeline.prepare(model, processor, clip, asked(run.record["question"], run.record.get("system")))
     base = find_multimodal_model(model)
     ids = torch.tensor(list(visual_token_ids(base.config).values()), device=inputs["input_ids"].device)
     visual = torch.isin(inputs["input_ids"][0], ids)

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..atomic_write import replacing
+from ..text import asked
 from ..video.reader import Progress, VideoClip, add_sound
 from ..video.views import is_views
 from . import contact_sheet, groups, montage, overlay, table
@@ -170,7 +171,7 @@ class Gallery:
         answer = None
         if ungated:
             n_most = run.record["budget"]["max_new_tokens"]
-            question = run.record["question"]
+            question = asked(run.record["question"], run.record.get("system"))
             drawn = TokenSampling(**run.record["drawn"]) if run.record.get("drawn") else None
             options = {"max_new_tokens": n_most, "drawn": drawn}
             answer = pipeline.answer(loaded, processor, clip, question, UNGATED, **options).text

@@ -216,6 +216,7 @@ def _settings(run: FinishedRun, video: Path) -> str:
         "video": Path(record["video"]).name,
         "sha256 of the video": video_sha256(video),
         "model": Path(record["model"]).name if Path(record["model"]).is_absolute() else record["model"],
+        "system prompt": record.get("system") or "",
         "device": record.get("device", ""),
         "visual tokens": f"{run.grid.n_tokens}: {run.grid.t} steps of {run.grid.h} rows and {run.grid.w} columns",
         **record["config"],

@@ -38,7 +38,7 @@ def test_the_card_says_what_the_numbers_depend_on(clips: Path, evaluated: Path) 
     assert card["questions"] == {"file": str(clips / "questions.jsonl"), "sha256": sha256, "n": 4, "n_videos": 2}
     templates = sorted(PLAIN.values())
     prompts = hashlib.sha256(json.dumps(templates).encode()).hexdigest()
-    assert card["prompt"] == {"asked": "auto", "templates": templates, "sha256": prompts}
+    assert card["prompt"] == {"asked": "auto", "templates": templates, "sha256": prompts, "systems": []}
     template = json.loads((clips / "checkpoint" / "tokenizer_config.json").read_text()).get("chat_template")
     if template is None:
         template = (clips / "checkpoint" / "chat_template.jinja").read_text()
