@@ -41,7 +41,8 @@ class AnchorResult:
         converged: every token came within the tolerance.
         duality_gap: (N,) float64 relative duality gap of each token, see `SelfExpression`; None where no such solver
             ran.
-        groups: (N,) int64 the group of each token where `generate()` merged them, see `VideoAnchorConfig.keep`.
+        groups: (N,) int64 the group of each token where `generate()` merged them, see `VideoAnchorConfig.keep`; -1
+            of one that merge="drop" dropped.
         seconds: wall time of each stage, by the device's own clock on CUDA: "pca", "solve", "spectral", "cluster",
             "score", those that ran.
 

@@ -45,7 +45,8 @@ def check_folder(path: Path) -> None:
 
 def _tensors(result: "AnchorResult", grid: TokenGrid, clip: VideoClip) -> dict[str, Tensor]:
     """What `anchors.safetensors` holds: scores (N,) fp32, labels (N,) int64, grid (3,) int64 as t, h, w, timestamps
-    (T,) fp64 seconds and frame_indices (T,) int64 of the sampled frames; where tokens were merged, groups (N,) int64.
+    (T,) fp64 seconds and frame_indices (T,) int64 of the sampled frames; where tokens were merged, groups (N,) int64,
+    -1 of those that were dropped.
     """
     groups = {} if result.groups is None else {"groups": result.groups.long().cpu().contiguous()}
     return {

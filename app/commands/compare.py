@@ -38,7 +38,11 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("a", type=Path, metavar="A", help="see below")
     parser.add_argument("b", type=Path, metavar="B", help="see below")
-    parser.add_argument("--setting-a", metavar="NAME", help="of a `videoanchor eval` with several; default: gate")
+    parser.add_argument(
+        "--setting-a",
+        metavar="NAME",
+        help="of a `videoanchor eval` with several; default: gate, or the only one with a gate",
+    )
     parser.add_argument("--setting-b", metavar="NAME", help="the same for B")
     parser.add_argument("--metric", metavar="NAME", help="of lmms-eval's samples, where they have several")
     parser.add_argument(

@@ -28,7 +28,7 @@ class FinishedRun:
         labels: (N,) int64 subspace of each token.
         timestamps: (T,) float64 seconds of the sampled frames.
         indices: (T,) int64 positions of the sampled frames in the video.
-        groups: (N,) int64 group of each token; None where none were merged.
+        groups: (N,) int64 group of each token, -1 of one that was dropped; None where none were merged.
     """
 
     folder: Path

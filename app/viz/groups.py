@@ -22,8 +22,9 @@ class GroupMaps(NamedTuple):
     """Groups by place.
 
     Attributes:
-        groups: (t, h, w) int64 the group at each place.
-        counts: (t, h, w) int64 the tokens of that group in the whole video, those without a place among them.
+        groups: (t, h, w) int64 the group at each place, -1 where the token was dropped.
+        counts: (t, h, w) int64 the tokens of that group in the whole video, those without a place among them; 0 of
+            dropped ones.
     """
 
     groups: np.ndarray
@@ -32,12 +33,13 @@ class GroupMaps(NamedTuple):
 
 def group_maps(groups: np.ndarray, grid: TokenGrid) -> GroupMaps:
     """Of the group (N,) of each token."""
-    return GroupMaps(grid.arrange(groups), grid.arrange(np.bincount(groups)[groups]))
+    counts = np.where(groups < 0, 0, np.bincount(groups[groups >= 0])[groups])
+    return GroupMaps(grid.arrange(groups), grid.arrange(counts))
 
 
 def outlines(groups: np.ndarray) -> np.ndarray:
     """(E, 2, 2) ends (column, row) of the sides between places of a step (h, w) that are of different groups, and of
-    the sides around all, in places from the upper left corner."""
+    the sides around all groups, in places from the upper left corner."""
     around = np.pad(groups, 1, constant_values=-1)
     rows, columns = np.nonzero(around[1:-1, :-1] != around[1:-1, 1:])  # to the left of each column
     upright = np.stack([np.stack([columns, rows], 1), np.stack([columns, rows + 1], 1)], 1)
@@ -68,11 +70,16 @@ def draw(path: str | Path, clip: VideoClip, run: FinishedRun) -> None:
     """
     assert run.groups is not None
     grid, maps = run.grid, group_maps(run.groups, run.grid)
-    config, sizes = run.record["config"], np.bincount(run.groups)
-    title = (
-        f"{run.caption}\n{grid.n_tokens} visual tokens in {len(sizes)} groups of 1 to {sizes.max()} "
-        f"(keep {config['keep']:g}, {config['group']}); the numbers: their members in the whole video, where several"
-    )
+    config, sizes = run.record["config"], np.bincount(run.groups[run.groups >= 0])
+    how = f"keep {config['keep']:g}, {config['group']}"
+    if (run.groups < 0).any():
+        said = f"{len(sizes)} of {grid.n_tokens} visual tokens ({how}); the others were dropped: dark"
+    else:
+        said = (
+            f"{grid.n_tokens} visual tokens in {len(sizes)} groups of 1 to {sizes.max()} ({how}); the numbers: their "
+        )
+        said += "members in the whole video, where several"
+    title = f"{run.caption}\n{said}"
     steps = grid.some_steps(MAX_COLUMNS)
     frame_of_step = grid.first_frames(len(clip.frames))[steps]
     height, width = clip.frames.shape[1:3]
@@ -89,6 +96,9 @@ def draw(path: str | Path, clip: VideoClip, run: FinishedRun) -> None:
             axis.imshow(clip.frames[frame])
             axis.set(xticks=[], yticks=[])
         top.set_title(f"{clip.timestamps[frame]:.2f} s", fontsize=9)
+        dark = np.zeros((grid.h, grid.w, 4))
+        dark[..., 3] = np.where(maps.groups[step] < 0, 0.8, 0)
+        below.imshow(dark, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
         lines = outlines(maps.groups[step]) * side - 0.5
         below.add_collection(LineCollection(list(lines), colors="white", linewidths=0.8, path_effects=_CASING))
         for row, column, members in numbered(maps.groups[step], maps.counts[step]):

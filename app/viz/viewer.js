@@ -54,7 +54,8 @@ function attentionLevels(which) {
 // For a cell: its colour, and how much of the opacity it gets, from 0 to 1.
 function paint() {
   if (state.view === "groups" && (state.token !== null || state.rank === null))
-    return cell => [[0, 0, 0], state.token === null || groups.of[cell] === groups.of[state.token] ? 0 : 0.8];
+    return cell => [[0, 0, 0], cell === state.token || groups.of[cell] >= 0 &&
+      (state.token === null || groups.of[cell] === groups.of[state.token]) ? 0 : 0.8];
   if (state.rank !== null) return cell => ranks[cell] === state.rank ? [colours[state.rank], 0.75] : [[0, 0, 0], 0.8];
   if (state.view === "subspaces") return cell => [colours[ranks[cell]], 0.9];
   if (state.view === "before" || state.view === "after") {
@@ -166,8 +167,9 @@ function say() {
   scale.replaceChildren();
   const bar = element("span", undefined, "ramp");
   const gradient = (from, ...to) => { bar.style.background = `linear-gradient(to right, ${[from, ...to].join(",")})`; };
-  if (state.view === "groups" && (state.token !== null || state.rank === null)) return scale.append("Outlined: tokens " +
-    "for which one stands; in groups of several the number of their tokens in the whole video.");
+  if (state.view === "groups" && (state.token !== null || state.rank === null)) return scale.append(
+    groups.of.some(one => one < 0) ? "Outlined: tokens that were kept. Dark: tokens that were dropped." :
+    "Outlined: tokens for which one stands; in groups of several the number of their tokens in the whole video.");
   if (state.rank !== null) return scale.append("Bright: the tokens of the chosen subspace.");
   if (state.view === "subspaces") return scale.append("A subspace has one colour in all frames.");
   if (state.view === "scores") {
@@ -196,7 +198,8 @@ function choose(cell) {
   const one = data.subspaces[state.rank];
   find("token").replaceChildren(element("p", `Token at ${where(cell)}: score ${scores[cell].toFixed(3)}, ` +
     `subspace ${one.name} (${one.size} tokens, ${percent(one.share)}).` +
-    (groups ? ` One token stands for it and ${groups.members[cell] - 1} others.` : "")));
+    (!groups ? "" : groups.of[cell] < 0 ? " It was dropped." :
+      ` One token stands for it and ${groups.members[cell] - 1} others.`)));
   const found = linksOf(cell), list = element("ol");
   for (const link of found) {
     const button = element("button", `${where(link.cell)}: weight ${link.weight.toFixed(3)}`);

@@ -216,13 +216,15 @@ class Merging:
                 found[name].append(groups)
                 at = places[mine]
                 kept = at[groups.kept]
-                noted[mine] = mine[groups.kept][groups.member]
+                of = mine[groups.kept][groups.member]
+                noted[mine] = of.where(of == mine, -1) if self.config.merge == "drop" else of
                 stay[row, at] = False
                 stay[row, kept] = True
                 for whole, part in zip(moments, group_moments(scores[row, at], groups, self.config.merge), strict=True):
                     whole[row, kept] = part
             if result is not None:
-                self.last()[row] = replace(result, groups=noted.unique(return_inverse=True)[1])
+                names = noted.unique(return_inverse=True)[1]
+                self.last()[row] = replace(result, groups=names - (noted.amin() < 0).long())
         counted = replace(counted, most=int(counted.counts.amax()))
         features = {
             name: features_of_groups(encoded[name], groups, self.config.merge) for name, groups in found.items()

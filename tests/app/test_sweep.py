@@ -11,7 +11,8 @@ from eval_runs import STRENGTHS, run
 from torch import nn
 
 from videoanchor_triton.anchor.config import VideoAnchorConfig
-from videoanchor_triton.app import demo, pipeline
+from videoanchor_triton.app import cli, demo, pipeline
+from videoanchor_triton.app.evaluation.readers.reading import read_result
 from videoanchor_triton.app.evaluation.settings import Setting, sweep
 from videoanchor_triton.app.shared_vision import shared_vision, tower_of
 from videoanchor_triton.integrations.errors import InputError
@@ -52,6 +53,18 @@ def test_a_sweep_as_a_user_runs_it(
     assert {row["baseline_setting"] for row in record["results"]} == {"baseline, 2 frames"}
     assert n_scored == [12, 2]  # four questions in three settings; each clip scored once
     assert len(seen) == 2  # and seen once
+
+    assert cli.main(["compare", str(tmp_path / "both"), str(tmp_path / "both")]) == 2
+    assert (
+        f"choose one by --setting-a or --setting-b from 'baseline, 2 frames', '{names[0]}'" in capsys.readouterr().err
+    )
+    chosen = ("--setting-a", names[0], "--setting-b", names[1], "--json")
+    assert cli.main(["compare", str(tmp_path / "both"), str(tmp_path / "both"), *chosen]) == 0
+    capsys.readouterr()
+    (tmp_path / "none").mkdir()
+    without = {**record, "settings": {name: record["settings"][name] for name in ("baseline, 2 frames", names[1])}}
+    (tmp_path / "none" / "eval.json").write_text(json.dumps(without))
+    assert read_result(tmp_path / "none").setting == names[1]
 
     assert run("eval", clips, tmp_path / "one", *STRENGTHS, "--json") == 0
     alone = json.loads(capsys.readouterr().out)

@@ -30,6 +30,9 @@ GRID = TokenGrid(2, 2, 3, n_extra=1, row_newlines=True)
 # step 0: 0 0 1 / 0 2 1, step 1: 0 3 3 / 4 3 5; newlines and the last token are of group 1
 GROUPS = np.array([0, 0, 1, 1, 0, 2, 1, 1, 0, 3, 3, 1, 4, 3, 5, 1, 1])
 
+# the first of each group stays, the others are dropped: step 0: 0 . 1 / . 2 ., step 1: . 3 . / 4 . .
+DROPPED = np.array([0, -1, 1, -1, -1, 2, -1, -1, -1, 3, -1, -1, 4, -1, -1, -1, -1])
+
 
 @pytest.fixture
 def video(tmp_path: Path) -> Path:
@@ -46,6 +49,16 @@ def test_maps_count_tokens_without_a_place() -> None:
     maps = group_maps(GROUPS, GRID)
     assert maps.groups.tolist() == [[[0, 0, 1], [0, 2, 1]], [[0, 3, 3], [4, 3, 5]]]
     assert maps.counts.tolist() == [[[4, 4, 7], [4, 1, 7]], [[4, 3, 3], [1, 3, 1]]]
+
+
+def test_dropped_tokens_are_of_no_group() -> None:
+    maps = group_maps(np.where(GROUPS == 1, -1, GROUPS), GRID)
+    assert maps.groups.tolist() == [[[0, 0, -1], [0, 2, -1]], [[0, 3, 3], [4, 3, 5]]]
+    assert maps.counts.tolist() == [[[4, 4, 0], [4, 1, 0]], [[4, 3, 3], [1, 3, 1]]]
+    found = {tuple(map(tuple, ends)) for ends in outlines(maps.groups[0]).tolist()}
+    assert ((2, 0), (2, 1)) in found
+    assert not {((3, 0), (3, 1)), ((2, 0), (3, 0)), ((2, 1), (3, 1))} & found
+    assert numbered(maps.groups[0], maps.counts[0]) == [(0, 0, 4)]
 
 
 def test_outlines_are_the_sides_between_groups_and_around_all() -> None:
@@ -91,6 +104,26 @@ def test_the_picture_has_the_outlines_and_the_numbers(
     assert (video.parent / "groups.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_of_dropped_tokens_is_dark_there(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+
+    def recorded(*args: Any, **kwargs: Any) -> Figure:
+        figures.append(Figure(*args, **kwargs))
+        return figures[-1]
+
+    monkeypatch.setattr(module, "Figure", recorded)
+    run = replace(merged_run(), groups=DROPPED)
+    draw(video.parent / "groups.png", clip_of(run), run)
+    for step, axis in enumerate(figures[0].axes[2:]):
+        _, dark = axis.images
+        assert (np.asarray(dark.get_array())[..., 3] > 0).tolist() == (
+            group_maps(DROPPED, GRID).groups[step] < 0
+        ).tolist()
+        assert not axis.texts
+    said = " ".join(text.get_text() for text in figures[0].findobj(Text)).replace("\n", " ")
+    assert "5 of 17 visual tokens (keep 0.3, ward); the others were dropped: dark" in said
+
+
 ACTS = """
 const said = {}, find = id => document.getElementById(id), over = document.querySelector("#stage .over");
 const copy = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
@@ -126,9 +159,8 @@ def test_the_page_has_the_groups(video: Path) -> None:
     assert data_of(run_page(replace(run, groups=None), clip_of(run), video))["groups"] is None
 
 
-@needs_browser
-def test_the_page_outlines_them(video: Path) -> None:
-    run = merged_run()
+def acted(run: FinishedRun, video: Path) -> dict[str, Any]:
+    """What the page says after `ACTS`."""
     text = run_page(run, clip_of(run), video)
     digest = b64encode(hashlib.sha256(ACTS.encode()).digest()).decode()
     acting = text.replace("script-src ", f"script-src 'sha256-{digest}' ").replace(
@@ -139,14 +171,29 @@ def test_the_page_outlines_them(video: Path) -> None:
     done = chromium(page, "--dump-dom", "--window-size=1280,1600")
     assert "CONSOLE" not in done.stderr
     (said,) = re.findall(r'<pre id="said">(.*?)</pre>', done.stdout)
-    found = json.loads(said)
+    return json.loads(said)
+
+
+@needs_browser
+def test_the_page_outlines_them(video: Path) -> None:
+    found = acted(merged_run(), video)
     assert found["before"] == 0 < found["outlined"]
     assert found["between"] == [True, False, True]
     assert found["scale"].startswith("Outlined: tokens for which one stands")
     assert found["token"].endswith("One token stands for it and 3 others.")
     assert found["dark"] == [False, False, True, False, True, True]
     assert found["steps"] == GRID.t
-    keep_screenshot(page, "viz-groups.png")
+    keep_screenshot(video.parent / "viz.html", "viz-groups.png")
+
+
+@needs_browser
+def test_the_page_darkens_dropped_ones(video: Path) -> None:
+    run = replace(merged_run(), groups=DROPPED)
+    found = acted(run, video)
+    assert found["between"] == [True, True, True]
+    assert found["scale"].startswith("Outlined: tokens that were kept. Dark: tokens that were dropped.")
+    assert found["token"].endswith("It was dropped.")  # the one that is chosen, which alone is bright then
+    assert found["dark"] == [True, False, True, True, True, True]
 
 
 @pytest.mark.skipif(not tiny.V5, reason="transformers 4.57 merges nothing")
@@ -163,6 +210,10 @@ def test_a_run_with_keep_from_end_to_end(viz_run: Path, tmp_path: Path) -> None:
     assert run.groups is not None
     assert np.array_equal(run.groups, tensors["groups"])
     assert data_of((tmp_path / "viz.html").read_text(encoding="utf-8"))["groups"] is not None
+    assert cli.main([*map(str, options), "--merge", "drop", "--out", str(tmp_path / "drop")]) == 0
+    dropped = load_file(tmp_path / "drop" / "anchors.safetensors")["groups"]
+    k = len(np.unique(tensors["groups"]))
+    assert sorted(dropped) == [-1] * (n - k) + [*range(k)]
     assert cli.main(["viz", str(tmp_path), "--what", "sheet,page"]) == 0
     assert {path.name for path in (tmp_path / "viz").iterdir()} == {"anchors.png", "groups.png", "viz.html"}
     save_file({**tensors, "groups": tensors["groups"][1:]}, tmp_path / "anchors.safetensors")

@@ -19,7 +19,7 @@ def read_own(path: Path, setting: str | None = None) -> Result:
     """
     Args:
         path: an eval.json.
-        setting: whose replies; None for "gate".
+        setting: whose replies; None for "gate", or the only one with a gate.
 
     Raises:
         InputError: it is no such file, or of a version that left replies out of it; it has no such setting.
@@ -27,7 +27,12 @@ def read_own(path: Path, setting: str | None = None) -> Result:
     record = json.loads(path.read_text(encoding="utf-8"))
     if not {"card", "answered"} <= record.keys():
         raise InputError(f"{path} is of a version that kept no replies in it: run the same videoanchor eval again")
-    setting = "gate" if setting is None else setting
+    if setting is None:
+        gates = [name for name in record["settings"] if not name.startswith("baseline")]
+        if "gate" not in gates and len(gates) != 1:
+            names = ", ".join(map(repr, record["settings"]))
+            raise InputError(f"{path} has several settings: choose one by --setting-a or --setting-b from {names}")
+        setting = "gate" if "gate" in gates else gates[0]
     if setting not in record["settings"]:
         raise InputError(f"{path} has no setting {setting!r}: give one of {', '.join(map(repr, record['settings']))}")
     return result_of(record, setting, str(path))

@@ -18,7 +18,7 @@ def read_result(path: Path, setting: str | None = None, metric: str | None = Non
 
     Args:
         path: a folder, or a file of it.
-        setting: of our own `eval`; None for "gate".
+        setting: of our own `eval`; None for "gate", or the only one with a gate.
         metric: of lmms-eval's samples; None where there is one.
 
     Raises:
