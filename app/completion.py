@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .settings_file import commands_of
+from .video.remote import path_or_url
 
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -21,7 +22,7 @@ class PrintCompletion(argparse.Action):
 
         for command in commands_of(parser).values():
             for action in command._actions:
-                if action.type is Path:
+                if action.type in (Path, path_or_url):
                     action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]
         sys.stdout.write(shtab.complete(parser, shell=values))
         parser.exit()

@@ -122,11 +122,12 @@ def write_run(
     return record
 
 
-def draw_run(folder: Path, result: "Answer", clip: VideoClip, record: dict[str, Any]) -> None:
+def draw_run(folder: Path, result: "Answer", clip: VideoClip, record: dict[str, Any], video: Path) -> None:
     """Adds `anchors.png` and `viz.html` to what `write_run` has written.
 
     Args:
         record: what `write_run` has returned.
+        video: where it lies on this machine.
     """
     # these import matplotlib, and the folder is checked before that
     from .viz import contact_sheet, run_page
@@ -139,4 +140,4 @@ def draw_run(folder: Path, result: "Answer", clip: VideoClip, record: dict[str, 
     with replacing(folder / "anchors.png") as path:
         contact_sheet.draw(path, clip, run)
     with replacing(folder / "viz.html") as path:
-        path.write_text(run_page.run_page(run, clip, Path(record["video"])), encoding="utf-8")
+        path.write_text(run_page.run_page(run, clip, video), encoding="utf-8")

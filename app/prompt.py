@@ -78,14 +78,14 @@ def _entry(entry: dict[str, Any], waiting: Any, found: list[Any], read: _Read) -
         item = next(waiting, None)
         if item is None:
             raise InputError(f"messages: more entries of type video or image than media; give one for each {kind}")
-    elif held[0] in (kind, "path") and len(held) == 1:
+    elif held[0] in (kind, "path", "url") and len(held) == 1:
         item = entry[held[0]]
         if isinstance(item, str | Path):
             item = read(item) if kind == "video" else read(item).frames[0]
     else:
         raise InputError(
             f'messages: expected {{"type": "{kind}", "{kind}": PATH}} or {{"type": "{kind}"}} beside media, got '
-            f"{', '.join(map(repr, held))}; URLs are not read, download them first"
+            f"{', '.join(map(repr, held))}"
         )
     if _kind(item) != kind:
         raise InputError(f"messages: an entry of type {kind} meets {_kind(item)} data; give media in the same order")

@@ -6,24 +6,31 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..video.remote import is_url, url_fingerprint
 from .results import Record
 from .rows import BatchRow
 
 _END = 2**20
+_ASKED_AT_ONCE = 16
 _IMAGE_END = 2**14
 """Bytes of each end of a file that a fingerprint reads; of an image in a folder fewer, as there may be many."""
 
 
-def fingerprint(video: Path) -> str | None:
+def fingerprint(video: Path | str) -> str | None:
     """32 hexadecimal digits that differ where the size, the first or the last MiB of a file do; of a folder of views
     the names and sizes of its images, or the first or last 16 KiB of one. None for what is not there or cannot be read.
 
-    Nothing else is read: a change in the middle of a file that keeps its size is not seen.
+    Nothing else is read: a change in the middle of a file that keeps its size is not seen. Of a URL that of what its
+    server says of the content, see `url_fingerprint`.
     """
+    if is_url(video):
+        return url_fingerprint(str(video))
+    video = Path(video)
     try:
         if video.is_dir():
             from ..video.views import images_of
@@ -49,7 +56,9 @@ def _size_and_ends(path: Path, n_bytes: int) -> tuple[int, str]:
 
 def with_fingerprints(rows: Sequence[BatchRow]) -> list[BatchRow]:
     """The rows with the fingerprints of their videos, each read once."""
-    fingerprints = {video: fingerprint(video) for video in dict.fromkeys(row.video for row in rows)}
+    videos = [*dict.fromkeys(row.video for row in rows)]
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+        fingerprints = dict(zip(videos, pool.map(fingerprint, videos), strict=True))
     return [replace(row, fingerprint=fingerprints[row.video]) for row in rows]
 
 

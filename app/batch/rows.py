@@ -13,6 +13,7 @@ from typing import Any
 from ...integrations.errors import InputError
 from ..csv_text import text_of_cell
 from ..text import asked
+from ..video.remote import is_url, shown_url
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".ogv", ".3gp"}
@@ -29,7 +30,7 @@ class BatchRow:
 
     Args:
         number: its line in the input file, or its place among the rows of a folder, from 1.
-        video: absolute path.
+        video: absolute path, or a URL.
         question: not empty.
         columns: what else the input says about it ("id" and any others), carried through to the results.
         fingerprint: of the video's content, see `matching.fingerprint`; None where it is not there.
@@ -38,7 +39,7 @@ class BatchRow:
     """
 
     number: int
-    video: Path
+    video: Path | str
     question: str
     columns: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
@@ -48,7 +49,12 @@ class BatchRow:
     @property
     def asked(self) -> tuple[str, str, str | None]:
         """What rows share that share an answer: video, question and system prompt."""
-        return str(self.video), self.question, self.system
+        return self.video_name, self.question, self.system
+
+    @property
+    def video_name(self) -> str:
+        """The path, or the URL as `shown_url` shows it."""
+        return shown_url(self.video)
 
     def messages(self) -> str | list[dict[str, Any]]:
         """See `text.asked`."""
@@ -57,7 +63,7 @@ class BatchRow:
     def key(self, settings_hash: str) -> str:
         """What tells a result apart: 32 hexadecimal digits of the video's path and content, the question, the system
         prompt, the settings and which copy it is."""
-        parts = [str(self.video), self.fingerprint, self.question, settings_hash, *([self.copy] if self.copy else [])]
+        parts = [self.video_name, self.fingerprint, self.question, settings_hash, *([self.copy] if self.copy else [])]
         parts += [] if self.system is None else [{"system": self.system}]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -108,7 +114,7 @@ def without_dots(path: Path) -> Path:
 
 def by_video(rows: Iterable[BatchRow]) -> list[list[BatchRow]]:
     """The rows of each video, videos in the order in which they first come."""
-    groups: dict[Path, list[BatchRow]] = {}
+    groups: dict[Path | str, list[BatchRow]] = {}
     for row in rows:
         groups.setdefault(row.video, []).append(row)
     return list(groups.values())
@@ -157,7 +163,8 @@ def _row(number: int, content: Any, folder: Path) -> BatchRow:
     except ValueError as error:  # half of a character, or NaN
         raise ValueError(f"cannot be written as JSON: {error}") from error
     columns = {name: value for name, value in content.items() if name not in ("video", "question", "system")}
-    video = without_dots(folder / content["video"])
+    given = content["video"].strip() if is_url(content["video"].strip()) else content["video"]
+    video = given if is_url(given) else without_dots(folder / given)
     return BatchRow(number, video, content["question"], columns, system=system if system and system.strip() else None)
 
 

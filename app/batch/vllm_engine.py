@@ -19,6 +19,7 @@ from ...integrations.errors import InputError
 from ...integrations.transformers.backbones import visual_token_ids
 from ...integrations.vllm.plugin import ENDS_WITH_PARENT
 from ..checkpoint import first_line, read_config, read_processor
+from ..video.remote import sha256_of
 from .job import Groups
 from .results import Record
 from .rows import BatchRow
@@ -171,6 +172,7 @@ class _Answers:
         return {
             **about(row, self._settings_hash),
             "status": "done",
+            "sha256": sha256_of(row.video),
             "answer": self._processor.batch_decode([tokens], skip_special_tokens=True)[0].strip(),
             "failure": None,
             "reason": None,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ...integrations.errors import InputError
 from ..libraries import prepare_libraries
 from ..video.limits import MAX_PIXELS
+from ..video.remote import sha256_of
 from .results import Record
 from .rows import BatchRow
 from .stopping import Failure, failure_of
@@ -78,7 +79,7 @@ class BatchJob:
             "video": {
                 name: value
                 for name, value in self.video.items()
-                if name != "timeout" and value != _LATER_DEFAULTS.get(name, ...)
+                if name not in ("timeout", "max_download") and value != _LATER_DEFAULTS.get(name, ...)
             },
             "fit": self.fit,
             "max_new_tokens": self.max_new_tokens,
@@ -182,6 +183,7 @@ class BatchWorker:
         return {
             **about(row, self._settings_hash),
             "status": "done",
+            "sha256": sha256_of(row.video),
             "answer": result.text,
             "gate_effect": None if result.gate_effect is None else asdict(result.gate_effect),
             "failure": None,
@@ -231,7 +233,7 @@ def about(row: BatchRow, settings_hash: str) -> Record:
     """What a result says of its row."""
     return {
         "key": row.key(settings_hash),
-        "video": str(row.video),
+        "video": row.video_name,
         "fingerprint": row.fingerprint,
         "question": row.question,
         "system": row.system,

@@ -24,6 +24,7 @@ from .shared import (
     check_extras,
     check_tensor_parallel,
     config_of,
+    download_limit,
     drawing_of,
 )
 
@@ -296,7 +297,8 @@ def _job(args: argparse.Namespace) -> "BatchJob":
             for name in ("model", "device", "dtype", "fit", "max_new_tokens", "tensor_parallel")
         },
         config=config_of(args),
-        video={name: getattr(args, name) for name in (*VIDEO_COLUMNS, "timeout")},
+        video={name: getattr(args, name) for name in (*VIDEO_COLUMNS, "timeout")}
+        | {"max_download": download_limit(args)},
         score_folder=(args.cache or args.out / "scores").absolute(),
         score_bytes=int(args.cache_size * 2**30),
         share_prefill=not args.whole_prompts,

@@ -18,6 +18,7 @@ from ..batch.stopping import StoppedError
 from ..csv_text import csv_text
 from ..libraries import prepare_libraries
 from ..text import json_text, printable
+from ..video.remote import shown_url
 from .shared import (
     Commands,
     ProgressLine,
@@ -207,7 +208,7 @@ class Session:
         from ..checkpoint import revision_of
         from ..evaluation import evaluate as ev
         from ..evaluation.card import checkpoint_card
-        from ..evaluation.questions import digest, videos_of
+        from ..evaluation.questions import digest, may_be_there, videos_of
         from ..machine import versions
         from ..score_cache import ScoreCache
         from ..shared_vision import shared_vision
@@ -216,7 +217,7 @@ class Session:
         with ResultsLog(args.out / "replies.jsonl") as log, closing(progress):
             again = ev.refresh(self.questions, log)
             videos = {question.video for question in self.questions}
-            if missing := sorted(str(video) for video in videos if not video.exists()):
+            if missing := sorted(str(video) for video in videos if not may_be_there(video)):
                 some = ", ".join(missing[:3])
                 progress.say(f"{len(missing)} of {len(videos)} videos are missing, their questions fail: {some}")
             clip, cache = self._reader(progress), ScoreCache(args.out / "scores", max_bytes=2**30)
@@ -254,21 +255,22 @@ class Session:
             with shared_vision(model):
                 yield log
 
-    def _reader(self, progress: ProgressLine) -> "Callable[[Path, int], VideoClip]":
+    def _reader(self, progress: ProgressLine) -> "Callable[[Path | str, int], VideoClip]":
         """Reads clips that leave room for the longest of the questions, and keeps the last."""
-        args, planner, told = self.args, make_planner(self.args, self.setting.config), set[tuple[Path, int]]()
+        args, planner, told = self.args, make_planner(self.args, self.setting.config), set[tuple[Path | str, int]]()
         longest = max(self.questions, key=lambda one: len(one.prompt()) + len(one.system or "")).messages()
 
         @lru_cache(maxsize=1)
-        def read(video: Path, max_frames: int) -> "VideoClip":
+        def read(video: Path | str, max_frames: int) -> "VideoClip":
             line = _Quiet(False) if told else progress  # frames and memory of the first clip stand for the others
             clip = read_clip(args, video, line, max_frames)
             fitted = fit_clip(args, video, clip, longest, planner, line)[0]
             if told and (video, max_frames) not in told:
                 for note in clip.notes:
-                    progress.say(f"{video}: {note}")
+                    progress.say(f"{shown_url(video)}: {note}")
                 if len(fitted.frames) < len(clip.frames):
-                    progress.say(f"{video}: --fit took {len(fitted.frames)} frames in place of {len(clip.frames)}")
+                    taken = f"{len(fitted.frames)} frames in place of {len(clip.frames)}"
+                    progress.say(f"{shown_url(video)}: --fit took {taken}")
             told.add((video, max_frames))
             return fitted
 

@@ -12,6 +12,7 @@ from typing import Any
 from ...integrations.errors import InputError
 from ..libraries import prepare_libraries
 from ..text import asked, check_question, json_text, printable
+from ..video.remote import is_url, located, path_or_url, sha256_of, shown_url
 from .shared import (
     Commands,
     ProgressLine,
@@ -25,6 +26,7 @@ from .shared import (
     check_extras,
     check_tensor_parallel,
     config_of,
+    download_limit,
     drawing_of,
     fit_clip,
     make_planner,
@@ -43,7 +45,11 @@ def add(commands: Commands) -> None:
     add_model_options(run)
     add_tensor_parallel_option(run)
     run.add_argument(
-        "--video", required=True, type=Path, metavar="PATH", help="a video, an image, or a folder of images (views)"
+        "--video",
+        required=True,
+        type=path_or_url,
+        metavar="PATH",
+        help="a video, an image, or a folder of images (views); a video or an image also by URL (http, s3, hf, ...)",
     )
     run.add_argument("--question", required=True)
     add_system_option(run, of_row=False)
@@ -68,10 +74,12 @@ def _run(args: argparse.Namespace) -> int:
     check_question(args.question)
     asked(args.question, args.system)
     check_folder(args.out)
-    check_path(args.video)
     args.drawn = drawing_of(args)
     check_tensor_parallel(args)
-    _, result, record = answer(args, config, ProgressLine(not args.json), args.tensor_parallel)
+    progress = ProgressLine(not args.json)
+    args.local = located(args.video, download_limit(args), progress)
+    check_path(args.local)
+    _, result, record = answer(args, config, progress, args.tensor_parallel)
     if args.json:
         print(json_text(record))
     else:
@@ -111,10 +119,10 @@ def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine, tenso
     stage("checkpoint")
     planner = make_planner(args, config, tensor_parallel)
     stage("decode")
-    clip = read_clip(args, args.video, progress)
+    clip = read_clip(args, args.local, progress)
     stage("budget")
     question = asked(args.question, args.system)
-    clip, budget = fit_clip(args, args.video, clip, question, planner, progress)
+    clip, budget = fit_clip(args, args.local, clip, question, planner, progress)
     stage("load")
     names = ("model", "device", "dtype", "max_new_tokens", "gate_effect", "drawn")
     make = partial(VideoModel, **{name: getattr(args, name) for name in names}, config=config)
@@ -127,7 +135,8 @@ def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine, tenso
     names = ("import", "checkpoint", "decode_video", "budget", "load_model")
     about = {
         "model": str(Path(args.model).absolute()) if Path(args.model).exists() else str(args.model),
-        "video": str(args.video.absolute()),
+        "video": shown_url(args.video) if is_url(args.video) else str(args.video.absolute()),
+        "sha256": sha256_of(args.video),
         "question": args.question,
         "system": args.system,
         "notes": list(clip.notes),
@@ -142,7 +151,7 @@ def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine, tenso
         progress.say(f"not written, so here: answer    {result.text}")
         raise
     try:
-        output.draw_run(args.out, result, clip, record)
+        output.draw_run(args.out, result, clip, record, args.local)
     except Exception as error:
         progress.say(f"pictures could not be made ({type(error).__name__}: {error}); the results are written")
     return clip, result, record

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...integrations.errors import InputError
 from ..libraries import prepare_libraries
+from ..video.remote import MAX_DOWNLOAD, shown_url
 from .progress_line import ProgressLine
 
 if TYPE_CHECKING:  # these import torch and transformers
@@ -95,7 +96,7 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_timeout_option(parser: argparse.ArgumentParser) -> None:
-    """--timeout and --strict, of `read_video`."""
+    """--timeout, --strict and --max-download, of `read_video`."""
     parser.add_argument(
         "--strict",
         action="store_true",
@@ -108,15 +109,27 @@ def add_timeout_option(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="give a video up that cannot be read any further for so long; default: %(default)g",
     )
+    parser.add_argument(
+        "--max-download",
+        type=float,
+        default=MAX_DOWNLOAD / 2**30,
+        metavar="GIB",
+        help="of a video that is given by a URL: refuse larger ones; default: %(default)g",
+    )
+
+
+def download_limit(args: argparse.Namespace) -> int:
+    """Bytes, of --max-download."""
+    return int(args.max_download * 2**30)
 
 
 def read_clip(
-    args: argparse.Namespace, path: Path, progress: ProgressLine, max_frames: int | None = None
+    args: argparse.Namespace, path: Path | str, progress: ProgressLine, max_frames: int | None = None
 ) -> "VideoClip":
     """The frames that the options of `add_video_options` ask for, and a word about them on standard error.
 
     Args:
-        path: a video, an image, or a folder of images.
+        path: a video, an image, or a folder of images; or a URL.
         max_frames: instead of --max-frames.
 
     Raises:
@@ -132,12 +145,14 @@ def read_clip(
         max_pixels=args.max_pixels,
         strict=args.strict,
         timeout=args.timeout,
+        max_download=download_limit(args),
         progress=progress,
     )
     what = "images" if clip.names else f"frames, {clip.duration:.1f} s"
-    progress.say(f"{path}: {len(clip.frames)} of {clip.n_source_frames} {what}")
+    name = shown_url(path)
+    progress.say(f"{name}: {len(clip.frames)} of {clip.n_source_frames} {what}")
     for note in clip.notes:
-        progress.say(f"{path}: {note}")
+        progress.say(f"{name}: {note}")
     return clip
 
 
@@ -165,7 +180,7 @@ def make_planner(args: argparse.Namespace, config: Any, tensor_parallel: int = 1
 
 def fit_clip(
     args: argparse.Namespace,
-    path: Path,
+    path: Path | str,
     clip: "VideoClip",
     question: "Messages",
     planner: "Planner",

@@ -6,7 +6,8 @@ from pathlib import Path
 from ...integrations.errors import InputError
 from ..libraries import prepare_libraries
 from ..text import json_text, printable
-from .shared import Commands, ProgressLine, add_timeout_option, check_extras
+from ..video.remote import path_or_url
+from .shared import Commands, ProgressLine, add_timeout_option, check_extras, download_limit
 
 MODEL_FREE = ("sheet", "montage", "overlay", "csv", "page")
 PARTS = (*MODEL_FREE, "frames", "affinity", "attention")
@@ -42,7 +43,9 @@ def add(commands: Commands) -> None:
         help="of what is listed below, or all; default: %(default)s",
     )
     viz.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/viz")
-    viz.add_argument("--video", type=Path, metavar="FILE", help="where the video is now; default: where the run had it")
+    viz.add_argument(
+        "--video", type=path_or_url, metavar="FILE", help="where the video is now; default: where the run had it"
+    )
     add_timeout_option(viz)
     viz.add_argument("--format", choices=("png", "pdf"), default="png", help="of the figures; default: %(default)s")
     viz.add_argument(
@@ -81,7 +84,7 @@ def _viz(args: argparse.Namespace) -> int:
         read_config(model)  # what is refused is refused before a picture is drawn
         read_processor(model)
     progress = ProgressLine(not args.json)
-    reading = {"timeout": args.timeout, "strict": args.strict}
+    reading = {"timeout": args.timeout, "strict": args.strict, "max_download": download_limit(args)}
     gallery = Gallery(run, out, args.video, args.format, progress, progress.say, **reading)
     found = None
     try:

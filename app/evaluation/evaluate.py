@@ -55,7 +55,7 @@ def evaluate(
     again = set() if again is None else again
     rule = StopRule(len({question.video for question in questions}))
     pairs = [(setting.key(question), question, setting) for question in questions for setting in settings]
-    pairs.sort(key=lambda pair: (pair[0] in again, str(pair[1].video), pair[2].max_frames))  # each is decoded once
+    pairs.sort(key=lambda pair: (pair[0] in again, pair[1].video_name, pair[2].max_frames))  # each is decoded once
     for done, (key, question, setting) in enumerate(pairs, 1):
         if key not in log.records or key in again:
             record = {"key": key, **_record(question, setting, ask)}
@@ -95,7 +95,7 @@ def refresh(questions: Sequence[Question], log: ResultsLog) -> set[str]:
     Returns:
         keys of the questions without a reply.
     """
-    asked = {(str(question.video), question.prompt(), question.system): question for question in questions}
+    asked = {(question.video_name, question.prompt(), question.system): question for question in questions}
     current = dict(log.records)
     for key, record in log.records.items():
         question = asked.get((record.get("video", ""), record.get("prompt", ""), record.get("system")))
@@ -115,7 +115,7 @@ def _record(question: Question, setting: Setting, ask: Ask) -> dict[str, Any]:
     record = {
         "setting": setting.name,
         "settings": setting.columns(),
-        "video": str(question.video),
+        "video": question.video_name,
         "question": question.text,
         "prompt": question.prompt(),
         "system": question.system,

@@ -17,6 +17,7 @@ from ..batch.matching import with_fingerprints
 from ..batch.rows import BatchRow, read_rows
 from ..text import asked
 from ..video.reader import refuse_url
+from ..video.remote import is_url, shown_url
 from .wording import PLAIN, VSI_BENCH_TYPES, filled, templates_of
 
 
@@ -26,7 +27,7 @@ class Question:
 
     Args:
         id: how reports name it.
-        video: absolute path.
+        video: absolute path, or a URL.
         text: the question alone.
         answer, metric, options: see `metrics.score`.
         type: the kind of question; results are given for each.
@@ -36,7 +37,7 @@ class Question:
     """
 
     id: str
-    video: Path
+    video: Path | str
     text: str
     answer: str | float
     metric: Metric
@@ -45,6 +46,11 @@ class Question:
     fingerprint: str | None = None
     template: str = PLAIN["short"]
     system: str | None = None
+
+    @property
+    def video_name(self) -> str:
+        """The path, or the URL as `shown_url` shows it."""
+        return shown_url(self.video)
 
     def prompt(self) -> str:
         """What a model is asked."""
@@ -93,10 +99,16 @@ def read_questions(source: Path, prompt: str = "auto", system: str | None = None
         if questions.setdefault(question.id, question) is not question:
             raise InputError(f"{source}, line {row.number}: repeats the id or the content of {question.id!r}")
     videos = {question.video for question in questions.values()}
-    if not any(video.exists() for video in videos):
-        refuse_url(min(videos))
-        raise InputError(f"{source}: no video at {min(videos)}, nor at any other path: they start at the file's folder")
+    if not any(may_be_there(video) for video in videos):
+        first = min(map(str, videos))
+        refuse_url(Path(first))
+        raise InputError(f"{source}: no video at {first}, nor at any other path: they start at the file's folder")
     return list(questions.values())
+
+
+def may_be_there(video: Path | str) -> bool:
+    """Whether a path exists; of a URL that shows when it is fetched."""
+    return is_url(video) or Path(video).exists()
 
 
 def _question(row: BatchRow, templates: tuple[Mapping[str, str], Mapping[str, str]]) -> Question:
@@ -107,7 +119,7 @@ def _question(row: BatchRow, templates: tuple[Mapping[str, str], Mapping[str, st
     if not isinstance(kind, str) or not kind.strip():
         raise ValueError(f"type: expected text, got {kind!r}")
     own = () if row.system is None else (row.system,)
-    name = str(columns.get("id", digest(str(row.video), row.question, options, *own)[:12]))
+    name = str(columns.get("id", digest(row.video_name, row.question, options, *own)[:12]))
     kind, text = kind.strip(), row.question.strip()
     template = templates[kind not in VSI_BENCH_TYPES].get("choice" if options else "short")
     if template is None:
@@ -204,7 +216,10 @@ def _number(answer: str | float) -> float:
 
 def videos_of(questions: Sequence[Question]) -> np.ndarray:
     """(N,) the video of each question, by its real path: one name for one video however rows spell it."""
-    real = {video: str(video.resolve()) for video in {question.video for question in questions}}
+    real = {
+        video: shown_url(video) if is_url(video) else str(Path(video).resolve())
+        for video in {question.video for question in questions}
+    }
     return np.array([real[question.video] for question in questions])
 
 

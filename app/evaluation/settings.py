@@ -44,7 +44,7 @@ class Setting:
     def key(self, question: Question) -> str:
         """32 hexadecimal digits that differ where the reply may."""
         config = {name: value for name, value in self.config.to_dict().items() if name != "memory_budget"}
-        video = [str(question.video), question.fingerprint]
+        video = [question.video_name, question.fingerprint]
         prompt = question.prompt() if question.system is None else [question.system, question.prompt()]
         return digest(video, prompt, config, self.max_frames, self.run, version("videoanchor-triton"))
 

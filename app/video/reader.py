@@ -13,6 +13,7 @@ from ...integrations.errors import InputError
 from ..atomic_write import replacing
 from . import process
 from .limits import MAX_PIXELS
+from .remote import MAX_DOWNLOAD, located
 from .sampling import Progress, Request, Sampling, SoundRequest
 from .views import SUFFIXES, is_views
 
@@ -95,6 +96,7 @@ def read_video(
     max_pixels: int = MAX_PIXELS,
     strict: bool = False,
     timeout: float = DEFAULT_TIMEOUT,
+    max_download: int = MAX_DOWNLOAD,
     progress: Progress | None = None,
 ) -> VideoClip:
     """Decodes a video, in a process of its own, and keeps some of its frames; or reads images as the views of a scene.
@@ -105,7 +107,9 @@ def read_video(
 
     Args:
         path: a file that FFmpeg can read, an image, a folder of images (in natural order of their names: view2 before
-            view10), or a list of images. Several videos are several clips: read each by itself.
+            view10), or a list of images; or the URL of a video or an image (`http`, `s3`, `hf` and whatever fsspec
+            knows), which is fetched into a folder of this machine, see `remote.located`. Several videos are several
+            clips: read each by itself.
         fps: frames to keep per second of video; None for `max_frames` over the whole video.
         max_frames: at most so many frames, then spread over the whole video.
         sampling: "uniform" keeps the middles of equal shares of the duration; "scene" (videos only) at least one frame
@@ -120,6 +124,7 @@ def read_video(
         strict: refuse a file that shows a sign of damage, of which there is a note otherwise. Not every damage shows:
             there is no sign of it inside the frames of VP8 and VP9, mostly none in HEVC and AV1, and none in JPEG.
         timeout: seconds without progress after which the process is ended.
+        max_download: bytes that the file of a URL may have.
         progress: see `Progress`.
 
     Returns:
@@ -127,7 +132,7 @@ def read_video(
         cannot be decoded are left out, which a note says; images of several sizes get black bars.
 
     Raises:
-        InputError: (a ValueError) when the file is missing, a URL, no video, or too large, or holds no frame that can
+        InputError: (a ValueError) when the file is missing, no video, or too large, or holds no frame that can
             be decoded; when it is damaged and `strict` is set; when the process that reads it crashes or hangs; when an
             argument is out of its range; when the frames would not fit the memory.
 
@@ -143,7 +148,8 @@ def read_video(
         >>> clip.indices.tolist(), clip.timestamps.tolist(), clip.duration
         ([2, 6, 10], [0.5, 1.5, 2.5], 3.0)
     """
-    request = Request(_source(path), max_pixels, strict, fps, max_frames, sampling, indices, dict(known_times or {}))
+    source = _source(located(path, max_download, progress) if isinstance(path, str) else path)
+    request = Request(source, max_pixels, strict, fps, max_frames, sampling, indices, dict(known_times or {}))
     frames, n_frames, fields = np.empty((0, 0, 0, 3), np.uint8), 0, dict[str, Any]()
     with closing(_answers(request, timeout, progress)) as answers:
         for kind, *content in answers:
@@ -252,7 +258,7 @@ def refuse_url(path: Path) -> None:
         InputError: it is a URL.
     """
     if url := _URL.search(str(path)):
-        raise InputError(f"{url[1]}//{url[2]}: URLs are not supported: download it first, and give the file's path")
+        raise InputError(f"{url[1]}//{url[2]}: a URL goes in as text, alone and not as a Path")
 
 
 def _empty_frames(name: str, count: int, height: int, width: int) -> np.ndarray:

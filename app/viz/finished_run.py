@@ -14,6 +14,8 @@ from ..text import printable
 from ..token_grid import TokenGrid
 from ..video.limits import MAX_PIXELS
 from ..video.reader import VideoClip, read_video, refuse_url, stream_video
+from ..video.remote import MAX_DOWNLOAD, located
+from ..video.sampling import Progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,13 +109,15 @@ def read_run(folder: Path) -> FinishedRun:
     return FinishedRun(folder, record, grid, scores, labels, timestamps, indices, groups)
 
 
-def video_of(run: FinishedRun, asked: Path | None) -> Path:
-    """Where the run's video, or folder of views, is: `asked`, else where the run had it.
+def video_of(
+    run: FinishedRun, asked: Path | str | None, max_download: int = MAX_DOWNLOAD, progress: Progress | None = None
+) -> Path:
+    """Where the run's video, or folder of views, is: `asked`, else where the run had it; of a URL its copy.
 
     Raises:
         InputError: when nothing is there.
     """
-    path = Path(run.record["video"]) if asked is None else asked
+    path = located(run.record["video"] if asked is None else asked, max_download, progress)
     if not path.exists():
         refuse_url(path)
         known = "the video of this run is no longer at" if asked is None else "no video at"

@@ -38,23 +38,24 @@ class Gallery:
         self,
         run: FinishedRun,
         out: Path,
-        video: Path | None,
+        video: Path | str | None,
         suffix: str,
         progress: Progress,
         say: Callable[[str], None],
         *,
         timeout: float,
         strict: bool,
+        max_download: int,
     ) -> None:
         self._run, self._out, self._asked_video, self._suffix = run, out, video, suffix
-        self._progress, self._say = progress, say
+        self._progress, self._say, self._max_download = progress, say, max_download
         self._reading = {"timeout": timeout, "strict": strict, "progress": progress}
         self.report: dict[str, Any] = {"files": []}
         self._said = set[str]()
 
     @cached_property
     def _video(self) -> Path:
-        return video_of(self._run, self._asked_video)
+        return video_of(self._run, self._asked_video, self._max_download, self._progress)
 
     @cached_property
     def _clip(self) -> VideoClip:

@@ -135,7 +135,7 @@ def test_videos_that_cannot_be_told_apart(folder: Path) -> None:
         ([IMAGE, IMAGE], [say(entry("image"), "?")], "1 of 2 media have no entry"),
         (IMAGE, [say(entry("image"), entry("image"))], "more entries of type video or image than media"),
         (IMAGE, [say(entry("video"), "?")], "an entry of type video meets image data"),
-        (None, [say(entry("image", url="http://a/b.png"), "?")], "URLs are not read, download them first"),
+        (None, [say(entry("image", url="nope://a/b.png"), "?")], "nope://a/b.png: fsspec knows no such protocol"),
         (None, [say(entry("video", video="missing.mp4"), "?")], "missing.mp4"),
         (IMAGE.astype(np.float32), "Why?", r"got float32 \(112, 168, 3\)"),
         (IMAGE[..., 0], "Why?", r"got uint8 \(112, 168\)"),

@@ -28,7 +28,7 @@ def test_without_shtab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     ("words", "expected"),
     [
         (("ev",), {"eval"}),
-        (("run", "--max"), {"--max-frames", "--max-pixels", "--max-new-tokens"}),
+        (("run", "--max"), {"--max-frames", "--max-pixels", "--max-new-tokens", "--max-download"}),
         (("run", "--no"), set()),
         (("eval", "--sampling", "s"), {"scene"}),
         (("run", "--video", "clip"), {"clip.mp4"}),

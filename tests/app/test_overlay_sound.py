@@ -72,7 +72,8 @@ def overlays(video: Path, out: Path) -> list[str]:
     record = {"video": str(video), "model": "m", "question": "q", "answer": "a", "config": {}}
     run = FinishedRun(out, record, grid, scores, np.arange(12) % 3, np.array(times)[indices], indices)
     said: list[str] = []
-    Gallery(run, out, None, "png", lambda *_: None, said.append, timeout=60, strict=False).overlay(all_frames=True)
+    reading = {"timeout": 60, "strict": False, "max_download": 0}
+    Gallery(run, out, None, "png", lambda *_: None, said.append, **reading).overlay(all_frames=True)
     assert {path.name for path in out.iterdir()} == {"overlay_scores.mp4", "overlay_subspaces.mp4"}
     return said
 

@@ -207,7 +207,7 @@ def test_a_strict_batch(tmp_path: Path) -> None:
     save_checkpoint("internvl", tmp_path / "checkpoint")
     write(tmp_path / "whole.mkv")
     (tmp_path / "cut.mkv").write_bytes((tmp_path / "whole.mkv").read_bytes()[:-1000])
-    names = ("whole.mkv", "cut.mkv", "https://example.org/v/a.mp4", "s3://bucket/a.mp4")
+    names = ("whole.mkv", "cut.mkv", "nope://example.org/v/a.mp4", "rtsp://camera/a.mp4")
     rows = [json.dumps({"video": name, "question": "word5"}) for name in names]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     scores = ("--alpha-k", "2", "--alpha-v", "1", "--scorer", "kmeans", "--n-clusters", "3", "--pca-rank", "8")
@@ -218,7 +218,7 @@ def test_a_strict_batch(tmp_path: Path) -> None:
     reasons = {Path(record["video"]).name: record["reason"] for record in records if record["status"] == "failed"}
     assert len(reasons) == 2  # both URLs end in a.mp4
     assert "cut.mkv is refused (--strict): cut short: it says that it lasts 6.0 s" in reasons["cut.mkv"]
-    assert "URLs are not supported: download it first" in reasons["a.mp4"]
+    assert "fsspec knows no such protocol" in reasons["a.mp4"]
 
 
 def test_the_benchmark_counts_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
