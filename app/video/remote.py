@@ -18,6 +18,8 @@ from .sampling import Progress
 MAX_DOWNLOAD = 2**33
 """Default of `read_video`, bytes of a file."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SECRET = re.compile(r"//[^/?#\s]*@")
+"""User and password, also of a URL within another."""
 _CHUNK = 2**20
 _VALIDATORS = (
     *("ETag", "etag", "Content-MD5", "Digest", "Last-Modified", "LastModified", "last_modified", "mtime", "created"),
@@ -55,9 +57,8 @@ def shown_url(video: Path | str) -> str:
     stand for its query and fragment, which may hold a signature."""
     if not is_url(video):
         return str(video)
-    parts = urlsplit(str(video))
-    host, rest = parts.netloc.rpartition("@")[2], "?".join(filter(None, (parts.query, parts.fragment)))
-    return f"{parts.scheme}://{host}{parts.path}" + (f"?{_digest(rest)[:8]}" if rest else "")
+    name, *rest = re.split(r"[?#]", _SECRET.sub("//", str(video)), maxsplit=1)
+    return name + "".join(f"?{_digest(one)[:8]}" for one in rest if one)
 
 
 def url_fingerprint(url: str) -> str | None:
@@ -149,6 +150,7 @@ def _about(url: str) -> tuple[int | None, dict[str, str], dict[str, str], Any, s
         raise InputError(f"{name}: URLs need fsspec: pip install 'videoanchor-triton[remote]'") from error
     try:
         filesystem, path = url_to_fs(url)
+        filesystem.invalidate_cache()  # of what it was told before
         info: Mapping[str, Any] = filesystem.info(path)
     except ImportError as error:
         raise InputError(f"{name}: {error}: pip install 'videoanchor-triton[remote]'") from error
@@ -173,9 +175,11 @@ def _about(url: str) -> tuple[int | None, dict[str, str], dict[str, str], Any, s
 
 
 def _said(error: BaseException, url: str) -> str:
-    """The first line of what an exception says, without the URL, which may hold a secret."""
+    """The first line of what an exception says, without what `shown_url` leaves out."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text.replace(url, shown_url(url)).replace(unquote(url), shown_url(url))
+    for one in (url, unquote(url)):
+        text = text.replace(one, shown_url(url))
+    return _SECRET.sub("//", text)
 
 
 def _check_size(name: str, n_bytes: int, most: int) -> None:

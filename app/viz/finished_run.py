@@ -14,7 +14,7 @@ from ..text import printable
 from ..token_grid import TokenGrid
 from ..video.limits import MAX_PIXELS
 from ..video.reader import VideoClip, read_video, refuse_url, stream_video
-from ..video.remote import MAX_DOWNLOAD, located
+from ..video.remote import MAX_DOWNLOAD, located, sha256_of
 from ..video.sampling import Progress
 
 
@@ -117,7 +117,10 @@ def video_of(
     Raises:
         InputError: when nothing is there.
     """
-    path = located(run.record["video"] if asked is None else asked, max_download, progress)
+    recorded = run.record["video"]
+    path = located(recorded if asked is None else asked, max_download, progress)
+    if asked is None and sha256_of(recorded) != run.record.get("sha256"):
+        raise InputError(f"the video at {recorded} is not the one of this run: give --video FILE")
     if not path.exists():
         refuse_url(path)
         known = "the video of this run is no longer at" if asked is None else "no video at"

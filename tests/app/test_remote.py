@@ -165,6 +165,7 @@ def test_names_tell_nothing_that_is_private() -> None:
     assert "secret" not in shown_url(url) + str(remote._target(url))
     assert shown_url(url) != shown_url(url.replace("t=3", "t=4")) != shown_url(url.replace("X-S", "Y-S"))
     assert shown_url("s3://bucket/b.mp4") == "s3://bucket/b.mp4"
+    assert shown_url("zip://b.mp4::https://me:secret@host/a.zip") == "zip://b.mp4::https://host/a.zip"
     rows = [BatchRow(1, one, "?") for one in (url, url.replace("me:secret@", ""))]
     assert rows[0].key("") == rows[1].key("")
 
@@ -199,7 +200,13 @@ def test_run_and_viz(demo: tuple[Path, str], site: Site, tmp_path: Path, capsys:
     assert found["answer"] == expected["answer"]
     assert found["sha256"] in (tmp_path / "out" / "viz.html").read_text()
     assert cli.main(["viz", str(tmp_path / "out"), "--what", "sheet"]) == 0
+    (tmp_path / "out" / "viz" / "anchors.png").unlink()
+    content = site.files["/clip.mp4"]
+    site.files["/clip.mp4"], site.headers["ETag"] = b"another", '"2"'
+    assert cli.main(["viz", str(tmp_path / "out"), "--what", "sheet"]) == 2
+    site.files["/clip.mp4"] = content
     shown = capsys.readouterr()
+    assert f"the video at {url} is not the one of this run: give --video FILE" in shown.err
     assert "secret" not in shown.out + shown.err
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
     assert cli.main(run_arguments(demo[0], tmp_path / "small", "--video", f"{url}?2", "--max-download", "0.00001")) == 2
