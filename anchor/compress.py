@@ -53,7 +53,7 @@ class Compressed:
         features: (k, D) in the precision of the tokens: what takes the place of the visual embeddings.
         kept: (k,) int64 the token that represents each group, ascending: its place in the prompt, and its position ids,
             are the group's.
-        groups: (n,) int64 the group of each token.
+        groups: (n,) int64 the group of each token, -1 of one that merge="drop" dropped.
         counts: (k,) int64 the members of each group; with merge="mean" and "drop" they do not weigh.
         log_gamma_k: (k,) float32 log of the factor of the group's key, its count included.
         gamma_v: (k,) float32 factor of its value.
@@ -93,7 +93,8 @@ def compress(
 
     Put `features` in place of the visual embeddings, leave the other placeholders out, keep the position ids of `kept`
     and give attention the factors, 0 and 1 for text. Layers whose features come from elsewhere (deepstack) take the
-    means by `groups`. Where decoding steps are not gated (decode="prefill"), the log of the counts stays in them.
+    means by `groups`, or with merge="drop" what they have at `kept`. Where decoding steps are not gated
+    (decode="prefill"), the log of the counts stays in them.
 
     Args:
         features: (n, D) floating-point, the visual tokens of one prompt, n >= 1, of images or of videos: a group mixes
@@ -163,7 +164,9 @@ def compress(
     log_gamma_k, gamma_v = group_factors(counts, means, squares, config)
     gamma_q = 1.0 + config.alpha_q * means
     merged = groups.reduced(tokens, config.merge)
-    return Compressed(merged, groups.kept, groups.member, groups.counts(), log_gamma_k, gamma_v, gamma_q, means)
+    return Compressed(
+        merged, groups.kept, groups.of(config.merge), groups.counts(), log_gamma_k, gamma_v, gamma_q, means
+    )
 
 
 def numbers_kept(keep: float, sizes: list[int]) -> list[int]:

@@ -32,6 +32,12 @@ class Groups(NamedTuple):
     member: Tensor
     kept: Tensor
 
+    def of(self, merge: Merge) -> Tensor:
+        """(n,) int64: `member`, but with merge="drop" -1 of what is no representative."""
+        if merge != "drop":
+            return self.member
+        return torch.full_like(self.member, -1).index_copy_(0, self.kept, self.member[self.kept])
+
     def means(self, x: Tensor) -> Tensor:
         """(k, D) of x (n, D): the mean over each group, summed in float32 and in one order."""
         return group_means(x, self.member, len(self.kept))

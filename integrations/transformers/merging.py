@@ -216,8 +216,8 @@ class Merging:
                 found[name].append(groups)
                 at = places[mine]
                 kept = at[groups.kept]
-                of = mine[groups.kept][groups.member]
-                noted[mine] = of.where(of == mine, -1) if self.config.merge == "drop" else of
+                of = groups.of(self.config.merge)
+                noted[mine] = mine[groups.kept][of].where(of >= 0, -1)
                 stay[row, at] = False
                 stay[row, kept] = True
                 for whole, part in zip(moments, group_moments(scores[row, at], groups, self.config.merge), strict=True):
