@@ -1,4 +1,4 @@
-"""How many tokens and how much memory a clip will take, before any weight is loaded, and how many frames would fit."""
+"""How many tokens and how much memory clips will take, before any weight is loaded, and how many frames would fit."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +18,7 @@ from .checkpoint import check_dtype, read_config, read_processor, weight_bytes
 from .machine import devices_of
 from .prompt import Messages, build_inputs
 from .token_grid import TokenGrid
-from .video.reader import VideoClip
+from .video.reader import Clips, VideoClip, each_clip
 from .video.sampling import uniform
 
 _GIB = 2**30
@@ -26,7 +26,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Budget:
-    """What one clip and one question take. Memory is in bytes and estimated; only the tokens are exact.
+    """What the clips of a prompt and one question take. Memory is in bytes and estimated; only the tokens are exact.
 
     Args:
         n_frames, n_visual_tokens, n_prompt_tokens, max_new_tokens: counts; the prompt holds the visual tokens.
@@ -135,18 +135,18 @@ class Planner:
         stored = getattr(self._config, "dtype", None) or getattr(self._text, "dtype", None) or torch.float32
         self._itemsize = (stored if dtype == "auto" else getattr(torch, dtype)).itemsize
 
-    def budget(self, clip: VideoClip, question: Messages) -> Budget:
-        """What `clip` and `question` take; `problem` says whether they fit.
+    def budget(self, clips: Clips, question: Messages) -> Budget:
+        """What `clips` and `question` take; `problem` says whether they fit.
 
         Raises:
-            InputError: when the processor cannot place the video in the prompt.
+            InputError: when the processor cannot place the clips in the prompt.
         """
-        inputs, (grid,) = build_inputs(self._processor, self._config, clip, question)
-        n_prompt = inputs["input_ids"].shape[1]
-        scores, problem = self._scores(grid.n_tokens)
+        inputs, grids = build_inputs(self._processor, self._config, clips, question)
+        n_prompt, n_visual = inputs["input_ids"].shape[1], sum(grid.n_tokens for grid in grids)
+        scores, problem = self._scores(n_visual)
         budget = Budget(
-            n_frames=len(clip.frames),
-            n_visual_tokens=grid.n_tokens,
+            n_frames=sum(len(clip.frames) for clip in each_clip(clips)),
+            n_visual_tokens=n_visual,
             n_prompt_tokens=n_prompt,
             max_new_tokens=self._max_new_tokens,
             context=getattr(self._text, "max_position_embeddings", None),
@@ -159,22 +159,22 @@ class Planner:
         )
         return replace(budget, problem=_problem(budget) or problem)
 
-    def largest(self, clip: VideoClip, question: Messages) -> int:
-        """The largest number of frames, below those of `clip`, that fits; 0 where not even one does. Each number that
-        is tried goes through the processor."""
+    def largest(self, clips: Clips, question: Messages) -> int:
+        """The largest number of frames of each clip, below those of the longest, that fits; 0 where not even one does.
+        Each number that is tried goes through the processor."""
 
         def fits(n: int) -> bool:
-            positions = uniform(np.arange(len(clip.frames), dtype=np.float64), n)
-            return self.budget(clip.take(positions), question).problem is None
+            fewer = [clip if len(clip.frames) <= n else clip.take(_spread(clip, n)) for clip in each_clip(clips)]
+            return self.budget(fewer, question).problem is None
 
-        whole, n_frames = self.budget(clip, question), len(clip.frames)
+        whole, n_frames = self.budget(clips, question), max(len(clip.frames) for clip in each_clip(clips))
         room = (whole.context or whole.n_prompt_tokens) - self._max_new_tokens - whole.n_prompt_tokens
         # exact where tokens grow with frames
         return _largest(fits, n_frames, n_frames + room * n_frames // whole.n_visual_tokens)
 
-    def advice(self, clip: VideoClip, question: Messages) -> str:
+    def advice(self, clips: Clips, question: Messages) -> str:
         """What to change so that it fits."""
-        return _advice(self.budget(clip, question), self.largest(clip, question))
+        return _advice(self.budget(clips, question), self.largest(clips, question))
 
     def _kv_cache(self, n_tokens: int) -> int:
         """Linear attention and convolutions keep a state of fixed size, left out here."""
@@ -302,6 +302,10 @@ def _problem(budget: Budget) -> str | None:
             f"{_gib(budget.available)} are free on {budget.device} ({budget._parts()})"
         )
     return None
+
+
+def _spread(clip: VideoClip, n_frames: int) -> np.ndarray:
+    return uniform(np.arange(len(clip.frames), dtype=np.float64), n_frames)
 
 
 def _largest(fits: Callable[[int], bool], n_frames: int, probe: int = 1) -> int:

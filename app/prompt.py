@@ -18,7 +18,7 @@ from ..integrations.errors import InputError
 from ..integrations.transformers.backbones import visual_token_ids
 from ..integrations.transformers.convert.llava import insert_grid_newlines
 from .checkpoint import first_line
-from .text import check_question
+from .text import ALL_MEDIA, check_question
 from .token_grid import TokenGrid
 from .video.reader import VideoClip, read_video
 
@@ -38,6 +38,8 @@ def place(
     Args:
         media: one for each `{"type": "video"}` and `{"type": "image"}` entry of the messages, in their order; None
             where the entries hold them, as `{"type": "video", "video": PATH}` and `{"type": "image", "image": PATH}`.
+        messages: a question is put after all media, as the entry `ALL_MEDIA` does. An image's path is then an image
+            beside others, and alone a video of one frame, which all models take.
         read: reads a path.
 
     Raises:
@@ -47,13 +49,18 @@ def place(
     items = [read(one) if isinstance(one, str | Path) else one for one in given]
     if isinstance(messages, str):
         check_question(messages)
-        entries: list[dict[str, Any]] = [{"type": _kind(item)} for item in items]
-        messages = [{"role": "user", "content": [*entries, {"type": "text", "text": messages}]}]
+        messages = [{"role": "user", "content": [ALL_MEDIA, {"type": "text", "text": messages}]}]
+    contents = [message["content"] for message in messages]
+    if len(items) > 1 and any(ALL_MEDIA in content for content in contents if not isinstance(content, str)):
+        items = [_image(one.frames[0]) if isinstance(one, VideoClip) and one.is_image else one for one in items]
     waiting, found, placed = iter(items), [], []
-    for message in messages:
-        content = message["content"]
+    for message, content in zip(messages, contents, strict=True):
         if not isinstance(content, str):
-            content = [_entry(dict(entry), waiting, found, read) for entry in content]
+            entries = [dict(entry) for entry in content]
+            if ALL_MEDIA in entries:
+                at = entries.index(ALL_MEDIA)
+                entries[at : at + 1] = [{"type": _kind(item)} for item in items]
+            content = [_entry(entry, waiting, found, read) for entry in entries]
         placed.append({**message, "content": content})
     if (n_left := len(list(waiting))) or not found:
         raise InputError(

@@ -151,7 +151,8 @@ def _read(path: Path, content: dict[str, Any], command: argparse.ArgumentParser)
 
 def _tokens(name: str, action: argparse.Action, value: Any, refuse: Callable[[str], NoReturn]) -> list[str]:
     """The setting as it stands on a command line."""
-    if not (action.nargs == "*" or _appends(action)):
+    one = not isinstance(value, list) and action.nargs == "+"
+    if one or not (action.nargs in ("*", "+") or _appends(action)):
         return [f"--{name}={_text(name, value, refuse)}"]
     if not isinstance(value, list):
         refuse(f"{name}: expected a list, got {value!r}")

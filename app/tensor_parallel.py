@@ -23,7 +23,7 @@ from .threads import usable_cpus
 if TYPE_CHECKING:  # these import torch
     from ..anchor.timing import Progress
     from .prompt import Messages
-    from .video.reader import VideoClip
+    from .video.reader import Clips
     from .video_model import Answered, VideoModel
 
 _SILENCE = 3600.0
@@ -57,25 +57,25 @@ class SplitModel:
         self._make, self._size, self._device, self._progress = make, size, device, progress
         self._parts: dict[Connection, BaseProcess] = {}
         self._store: Any = None
-        self._clip: tuple[VideoClip, bool] | None = None
-        self._sent: VideoClip | None = None
+        self._clips: tuple[Clips, bool] | None = None
+        self._sent: Clips | None = None
         self._start()
 
     def __str__(self) -> str:
         return self._call("__str__")[0]
 
-    def open(self, clip: "VideoClip", share: bool = False) -> None:
+    def open(self, clips: "Clips", share: bool = False) -> None:
         """See `VideoModel.open`."""
         if not self._parts:
             self._start()
-        self._clip = clip, share
+        self._clips = clips, share
 
     def answer(self, question: "Messages") -> "Answered":
         """See `VideoModel.answer`; the memory is that of all processes."""
-        assert self._clip is not None
-        if self._clip[0] is not self._sent:
-            self._call("open", *self._clip)
-            self._sent = self._clip[0]
+        assert self._clips is not None
+        if self._clips[0] is not self._sent:
+            self._call("open", *self._clips)
+            self._sent = self._clips[0]
         answers: list[Answered] = self._call("answer", question)
         results = [answered.result for answered in answers]
         if len({(result.text, result.n_generated_tokens) for result in results}) > 1:

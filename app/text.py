@@ -52,8 +52,12 @@ def check_question(question: str) -> None:
         raise InputError("the question is empty: ask something about the video")
 
 
+ALL_MEDIA = {"type": "all media"}
+"""Of a message: in its place go entries of all media, see `prompt.place`."""
+
+
 def asked(question: str, system: str | None) -> str | list[dict[str, Any]]:
-    """What `pipeline.answer` takes for a question about one video, after a system prompt if there is one.
+    """What `pipeline.answer` takes for a question about all media, after a system prompt if there is one.
 
     Raises:
         InputError: there is nothing to ask, or the system prompt is empty.
@@ -63,5 +67,5 @@ def asked(question: str, system: str | None) -> str | list[dict[str, Any]]:
     check_question(question)
     if not system.strip():
         raise InputError("the system prompt is empty: leave it out, the chat template then decides")
-    user = [{"type": "video"}, {"type": "text", "text": question}]
+    user = [ALL_MEDIA, {"type": "text", "text": question}]
     return [{"role": "system", "content": [{"type": "text", "text": system}]}, {"role": "user", "content": user}]

@@ -15,7 +15,7 @@ from .libraries import prepare_libraries
 from .prompt import Messages
 from .score_cache import ScoreCache
 from .token_sampling import TokenSampling
-from .video.reader import VideoClip
+from .video.reader import Clips
 
 
 class Answered(NamedTuple):
@@ -70,25 +70,25 @@ class VideoModel:
             "progress": progress,
         }
         self._config, self._gate_effect = config, gate_effect
-        self._clip: VideoClip | None = None
+        self._clips: Clips | None = None
         self._shared: SharedPrefill | None = None
 
     def __str__(self) -> str:
         model = self._model
         return f"{type(model).__name__} on {model.device}, {str(model.dtype).removeprefix('torch.')}"
 
-    def open(self, clip: VideoClip, share: bool = False) -> None:
-        """Has the next questions be about `clip`, as long as it is the same object.
+    def open(self, clips: Clips, share: bool = False) -> None:
+        """Has the next questions be about `clips`, as long as it is the same object.
 
         Args:
             share: several questions will come, see `SharedPrefill`; False, and tokens that are merged, which only
                 `generate()` does, compute every prompt whole.
         """
-        if clip is not self._clip:
-            arguments = self._model, self._processor, clip, self._config
+        if clips is not self._clips:
+            arguments = self._model, self._processor, clips, self._config
             alone = self._gate_effect or self._config.merges
             self._shared = SharedPrefill(*arguments, **self._options) if share and not alone else None
-            self._clip = clip
+            self._clips = clips
 
     def answer(self, question: Messages) -> Answered:
         """Asks one question.
@@ -96,12 +96,12 @@ class VideoModel:
         Raises:
             InputError: see `pipeline.answer`.
         """
-        assert self._clip is not None
+        assert self._clips is not None
         hits = 0 if self._scores is None else self._scores.hits
         if self._shared is not None:
             result = self._shared.answer(question)
         else:
-            arguments = self._model, self._processor, self._clip, question, self._config
+            arguments = self._model, self._processor, self._clips, question, self._config
             result = pipeline.answer(*arguments, gate_effect=self._gate_effect, **self._options)
         anchor = result.anchor
         found = {name: getattr(anchor, name) for name in ("scores", "labels", "duality_gap")}

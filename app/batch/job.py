@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+from ..video.names import name_of
 from .progress import BatchProgress
 from .results import Record, ResultsLog
 from .rows import BatchRow, by_video
@@ -66,7 +67,7 @@ def run_batch(
             if record["status"] == "done":
                 rule.answered()
             else:
-                rule.failed(record.get("failure"), record["reason"], record["video"])
+                rule.failed(record.get("failure"), record["reason"], name_of(record["video"]))
     finally:
         if isinstance(answers, Generator):
             answers.close()

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..video.names import Video, each, name_of
 from ..video.remote import is_url, url_fingerprint
 from .results import Record
 from .rows import BatchRow
@@ -21,7 +22,7 @@ _IMAGE_END = 2**14
 """Bytes of each end of a file that a fingerprint reads; of an image in a folder fewer, as there may be many."""
 
 
-def fingerprint(video: Path | str) -> str | None:
+def fingerprint(video: Video) -> str | None:
     """32 hexadecimal digits that differ where the size, the first or the last MiB of a file do; of a folder of views
     the names and sizes of its images, or the first or last 16 KiB of one. None for what is not there or cannot be read.
 
@@ -55,11 +56,17 @@ def _size_and_ends(path: Path, n_bytes: int) -> tuple[int, str]:
 
 
 def with_fingerprints(rows: Sequence[BatchRow]) -> list[BatchRow]:
-    """The rows with the fingerprints of their videos, each read once."""
-    videos = [*dict.fromkeys(row.video for row in rows)]
+    """The rows with the fingerprints of their videos, each read once; of several one of all, None where one lacks."""
+    videos = [*dict.fromkeys(video for row in rows for video in each(row.video))]
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
         fingerprints = dict(zip(videos, pool.map(fingerprint, videos), strict=True))
-    return [replace(row, fingerprint=fingerprints[row.video]) for row in rows]
+    return [replace(row, fingerprint=_together([fingerprints[one] for one in each(row.video)])) for row in rows]
+
+
+def _together(fingerprints: Sequence[str | None]) -> str | None:
+    if len(fingerprints) == 1 or None in fingerprints:
+        return None if None in fingerprints else fingerprints[0]
+    return hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()[:32]
 
 
 def matched(
@@ -80,7 +87,7 @@ def matched(
     results: defaultdict[tuple[str, str, str | None], list[Record]] = defaultdict(list)
     for record in records.values():
         if record["settings"] == settings_hash:
-            results[record["video"], record["question"], record.get("system")].append(record)
+            results[name_of(record["video"]), record["question"], record.get("system")].append(record)
     current, replaced = [], {}
     for row in rows:
         earlier = results[row.asked]

@@ -19,7 +19,7 @@ from ..text import json_text
 
 Record = dict[str, Any]
 SCHEMA = Path(__file__).with_name("results.schema.json")
-VERSION = "2"
+VERSION = "3"
 """Of `SCHEMA`: it changes when a column goes, or changes its type or what it means."""
 VERSION_KEY = b"videoanchor.results"
 """Of the metadata of a Parquet file."""

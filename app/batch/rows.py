@@ -13,7 +13,8 @@ from typing import Any
 from ...integrations.errors import InputError
 from ..csv_text import text_of_cell
 from ..text import asked
-from ..video.remote import is_url, shown_url
+from ..video.names import Video, Videos, name_of, names_in, shown
+from ..video.remote import is_url
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".ogv", ".3gp"}
@@ -26,20 +27,20 @@ OWN_COLUMNS = frozenset({"key", "settings", "status", "fingerprint"})
 
 @dataclass(frozen=True)
 class BatchRow:
-    """One question about one video.
+    """One question about one video, or several videos and images.
 
     Args:
         number: its line in the input file, or its place among the rows of a folder, from 1.
-        video: absolute path, or a URL.
+        video: absolute path, or a URL, or several of these.
         question: not empty.
         columns: what else the input says about it ("id" and any others), carried through to the results.
-        fingerprint: of the video's content, see `matching.fingerprint`; None where it is not there.
+        fingerprint: of the content, see `matching.fingerprint`; None where it is not there.
         copy: how many rows before it have the same video, question and system prompt; they share an answer.
         system: the system prompt, None for that of the chat template.
     """
 
     number: int
-    video: Path | str
+    video: Videos
     question: str
     columns: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
@@ -53,8 +54,8 @@ class BatchRow:
 
     @property
     def video_name(self) -> str:
-        """The path, or the URL as `shown_url` shows it."""
-        return shown_url(self.video)
+        """What tells its video from others, see `names.name_of`."""
+        return name_of(shown(self.video))
 
     def messages(self) -> str | list[dict[str, Any]]:
         """See `text.asked`."""
@@ -72,8 +73,9 @@ def read_rows(source: Path, questions: Sequence[str] = (), system: str | None = 
     """The rows of a `.jsonl` or `.csv` file, or every video in a folder with every one of `questions`.
 
     Args:
-        source: a file whose rows have the columns `video` and `question` (and any others), or a folder. Relative paths
-            of videos start at the file's folder. A CSV may have commas, semicolons or tabs between its columns.
+        source: a file whose rows have the columns `video` (a path or URL, or a list of several; in a CSV as JSON) and
+            `question` (and any others), or a folder. Relative paths of videos start at the file's folder. A CSV may
+            have commas, semicolons or tabs between its columns.
         questions: for a folder only.
         system: the system prompt of rows that have none of their own in the column `system`.
 
@@ -114,7 +116,7 @@ def without_dots(path: Path) -> Path:
 
 def by_video(rows: Iterable[BatchRow]) -> list[list[BatchRow]]:
     """The rows of each video, videos in the order in which they first come."""
-    groups: dict[Path | str, list[BatchRow]] = {}
+    groups: dict[Videos, list[BatchRow]] = {}
     for row in rows:
         groups.setdefault(row.video, []).append(row)
     return list(groups.values())
@@ -150,11 +152,9 @@ def _row(number: int, content: Any, folder: Path) -> BatchRow:
         raise content
     if not isinstance(content, dict):
         raise ValueError(f"expected an object with video and question, got {type(content).__name__}")
-    for name in ("video", "question"):
-        if not isinstance(content.get(name), str) or not content[name].strip():
-            raise ValueError(f"{name}: expected text, got {content.get(name)!r}")
-    if "\0" in content["video"]:
-        raise ValueError(f"video: expected a path, got {content['video']!r}")
+    if not isinstance(content.get("question"), str) or not content["question"].strip():
+        raise ValueError(f"question: expected text, got {content.get('question')!r}")
+    videos = _videos(content.get("video"), folder)
     system = content.get("system")
     if not isinstance(system, str | None):
         raise ValueError(f"system: expected text, got {system!r}")
@@ -163,9 +163,19 @@ def _row(number: int, content: Any, folder: Path) -> BatchRow:
     except ValueError as error:  # half of a character, or NaN
         raise ValueError(f"cannot be written as JSON: {error}") from error
     columns = {name: value for name, value in content.items() if name not in ("video", "question", "system")}
-    given = content["video"].strip() if is_url(content["video"].strip()) else content["video"]
-    video = given if is_url(given) else without_dots(folder / given)
-    return BatchRow(number, video, content["question"], columns, system=system if system and system.strip() else None)
+    return BatchRow(number, videos, content["question"], columns, system=system if system and system.strip() else None)
+
+
+def _videos(given: Any, folder: Path) -> Videos:
+    names = names_in(given) if isinstance(given, str) else given
+    if not isinstance(names, list) or not names or not all(isinstance(one, str) and one.strip() for one in names):
+        raise ValueError(f"video: expected text, or a list of texts, got {given!r}")
+    found: list[Video] = []
+    for name in names:
+        if "\0" in name:
+            raise ValueError(f"video: expected a path, got {name!r}")
+        found.append(name.strip() if is_url(name.strip()) else without_dots(folder / name))
+    return found[0] if len(found) == 1 else tuple(found)
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[str]:

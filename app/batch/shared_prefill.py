@@ -1,5 +1,5 @@
-"""Several questions about one video: the prompt up to the end of the video is prefilled once, and its cache, which
-carries the scores, is continued by each question."""
+"""Several questions about the same video or videos: the prompt up to the end of the last is prefilled once, and its
+cache, which carries the scores, is continued by each question."""
 
 import copy
 from dataclasses import replace
@@ -20,7 +20,7 @@ from ..prompt import Messages
 from ..score_cache import ScoreCache
 from ..stage_times import stage_times
 from ..token_sampling import TokenSampling
-from ..video.reader import VideoClip
+from ..video.reader import Clips
 
 
 class SharedPrefill:
@@ -41,7 +41,7 @@ class SharedPrefill:
         self,
         model: PreTrainedModel,
         processor: Any,
-        clip: VideoClip,
+        clips: Clips,
         config: VideoAnchorConfig,
         *,
         max_new_tokens: int = 128,
@@ -49,7 +49,7 @@ class SharedPrefill:
         drawn: TokenSampling | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self._model, self._processor, self._clip = model, processor, clip
+        self._model, self._processor, self._clips = model, processor, clips
         self._config, self._scores = config, scores
         self._max_new_tokens, self._drawn, self._progress = max_new_tokens, drawn, progress
         self._beginning: Tensor | None = None
@@ -61,9 +61,9 @@ class SharedPrefill:
         Raises:
             InputError: see `pipeline.answer`; where the shared beginning fails, the same for every question.
         """
-        inputs, grids = prepare(self._model, self._processor, self._clip, question)
+        inputs, grids = prepare(self._model, self._processor, self._clips, question)
         n_prompt = inputs["input_ids"].shape[1]
-        check_fits(self._model, n_prompt, self._max_new_tokens, self._clip, grids, self._config)
+        check_fits(self._model, n_prompt, self._max_new_tokens, self._clips, grids, self._config)
         options: dict[str, Any] = {
             "max_new_tokens": self._max_new_tokens,
             "scores": self._scores,

@@ -4,6 +4,7 @@ import re
 from typing import Literal
 
 from ...integrations.errors import InputError
+from ..video.names import names_in
 
 SAME_FAILURES = 5
 """Equal failures in a row that end a batch, where they are not the input's."""
@@ -80,7 +81,9 @@ class StopRule:
             raise StoppedError(f"stopped, as the device failed and this process cannot use it any more ({line})")
         if kind == "input":
             return
-        same = re.sub(r"0x[0-9a-f]+|\d+", "#", reason.replace(video, "#"))
+        for name in names_in(video):
+            reason = reason.replace(name, "#")
+        same = re.sub(r"0x[0-9a-f]+|\d+", "#", reason)
         if same != self._reason:
             self._reason, self._count, self._videos = same, 0, set()
         self._count += 1

@@ -19,7 +19,7 @@ from ...integrations.errors import InputError
 from ...integrations.transformers.backbones import visual_token_ids
 from ...integrations.vllm.plugin import ENDS_WITH_PARENT
 from ..checkpoint import first_line, read_config, read_processor
-from ..video.remote import sha256_of
+from ..video.names import each, sha256s_of
 from .job import Groups
 from .results import Record
 from .rows import BatchRow
@@ -136,7 +136,8 @@ class _Answers:
     def _read(self, row: BatchRow) -> "VideoClip":
         from ..video.reader import read_video
 
-        return read_video(row.video, **self._job.video)
+        (video,) = each(row.video)
+        return read_video(video, **self._job.video)
 
     async def _ask(self, engine: Any, rows: list[BatchRow], row: BatchRow, clip: "VideoClip", decoded: float) -> None:
         from vllm.exceptions import VLLMClientError
@@ -172,7 +173,7 @@ class _Answers:
         return {
             **about(row, self._settings_hash),
             "status": "done",
-            "sha256": sha256_of(row.video),
+            "sha256": sha256s_of(row.video),
             "answer": self._processor.batch_decode([tokens], skip_special_tokens=True)[0].strip(),
             "failure": None,
             "reason": None,

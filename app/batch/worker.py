@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ...integrations.errors import InputError
 from ..libraries import prepare_libraries
 from ..video.limits import MAX_PIXELS
-from ..video.remote import sha256_of
+from ..video.names import each, notes_of, sha256s_of, shown
 from .results import Record
 from .rows import BatchRow
 from .stopping import Failure, failure_of
@@ -138,10 +138,12 @@ class BatchWorker:
         self.close = self._model.close
 
     def answer(self, rows: Sequence[BatchRow]) -> Iterator[Record]:
-        """Results of the rows of one video, each as it is there. What goes wrong with a row becomes its result."""
+        """Results of the rows of one video, or of the same several, each as it is there.
+
+        What goes wrong with a row becomes its result."""
         start = time.perf_counter()
         try:
-            clip, too_long = self._read(rows)
+            clips, too_long = self._read(rows)
         except Exception as error:
             yield from (failed(row, self._settings_hash, error) for row in rows)
             return
@@ -150,40 +152,43 @@ class BatchWorker:
             if row.number in too_long:
                 yield failed(row, self._settings_hash, InputError(too_long[row.number]))
                 continue
-            self._model.open(clip, share=self._job.share_prefill and len(rows) > 1)
+            self._model.open(clips, share=self._job.share_prefill and len(rows) > 1)
             try:
                 answered = self._model.answer(row.messages())
             except Exception as error:
                 yield failed(row, self._settings_hash, error)
             else:
-                yield self._done(row, clip, answered, decoded)
+                yield self._done(row, clips, answered, decoded)
                 decoded = 0.0
 
-    def _read(self, rows: Sequence[BatchRow]) -> "tuple[VideoClip, dict[int, str]]":
-        """The clip, and the numbers of the rows whose question does not fit beside it, with what would."""
+    def _read(self, rows: Sequence[BatchRow]) -> "tuple[list[VideoClip], dict[int, str]]":
+        """The clips, and the numbers of the rows whose question does not fit beside them, with what would."""
         from ..video.reader import read_video
 
-        path, options = rows[0].video, self._job.video
-        clip = read_video(path, **options, progress=self._progress)
+        def read(**options: Any) -> "list[VideoClip]":
+            options = {**self._job.video, **options, "progress": self._progress}
+            return [read_video(video, **options) for video in each(rows[0].video)]
+
+        clips = read()
         too_long: dict[int, str] = {}
         for row in sorted(rows, key=lambda row: -len(row.question) - len(row.system or "")):
             question = row.messages()
-            problem = self._planner.budget(clip, question).problem
-            while problem is not None and self._job.fit and (n := self._planner.largest(clip, question)):
-                clip = read_video(path, **{**options, "max_frames": n}, progress=self._progress)
-                problem = self._planner.budget(clip, question).problem
+            problem = self._planner.budget(clips, question).problem
+            while problem is not None and self._job.fit and (n := self._planner.largest(clips, question)):
+                clips = read(max_frames=n)
+                problem = self._planner.budget(clips, question).problem
             if problem is None:
                 break  # shorter questions fit as well
-            too_long[row.number] = f"{problem}: {self._planner.advice(clip, question)}"
-        return clip, too_long
+            too_long[row.number] = f"{problem}: {self._planner.advice(clips, question)}"
+        return clips, too_long
 
-    def _done(self, row: BatchRow, clip: "VideoClip", answered: "Answered", decoded: float) -> Record:
+    def _done(self, row: BatchRow, clips: "list[VideoClip]", answered: "Answered", decoded: float) -> Record:
         result, cached, host_memory = answered
         anchor = result.anchor
         return {
             **about(row, self._settings_hash),
             "status": "done",
-            "sha256": sha256_of(row.video),
+            "sha256": sha256s_of(row.video),
             "answer": result.text,
             "gate_effect": None if result.gate_effect is None else asdict(result.gate_effect),
             "failure": None,
@@ -193,8 +198,8 @@ class BatchWorker:
                 "visual": result.n_visual_tokens,
                 "generated": result.n_generated_tokens,
             },
-            "frames": len(clip.frames),
-            "notes": list(clip.notes),
+            "frames": sum(len(clip.frames) for clip in clips),
+            "notes": notes_of(each(row.video), clips),
             "ssc": {
                 "eigengap": anchor.eigengap,
                 "in_gap": anchor.in_gap,
@@ -233,7 +238,7 @@ def about(row: BatchRow, settings_hash: str) -> Record:
     """What a result says of its row."""
     return {
         "key": row.key(settings_hash),
-        "video": row.video_name,
+        "video": shown(row.video),
         "fingerprint": row.fingerprint,
         "question": row.question,
         "system": row.system,

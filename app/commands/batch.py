@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...integrations.errors import InputError
 from ..text import json_text, printable
+from ..video.names import each
 from .shared import (
     Commands,
     add_config_options,
@@ -39,6 +40,7 @@ examples:
   videoanchor batch videos/ --question "What happens?" --model NAME_OR_PATH --preset internvl2-8b --out results
 
 A line of questions.jsonl: {"id": "a1", "video": "clips/a.mp4", "question": "What is left of the door?"}
+Several videos and images: "video": ["clips/a.mp4", "views/door.jpg"], each one of the prompt, in this order.
 Paths start at the file's folder. A CSV has the same columns. Other columns are carried to the results as input.NAME.
 
 --out gets results.jsonl (a line a row, written as each finishes), results.csv, results.parquet (when the run ends, is
@@ -144,6 +146,11 @@ def _batch(args: argparse.Namespace) -> int:
     _check(args)
     job = _job(args)
     rows = read_rows(args.input, args.question, args.system)
+    if args.engine == "vllm" and (several := [row.number for row in rows if len(each(row.video)) > 1]):
+        raise InputError(
+            f"line {several[0]}: several videos, not with --engine vllm, whose plug-in scores each by itself: use "
+            "--engine local or ray"
+        )
     check_folder(args.out)
     progress = BatchProgress(enabled=not args.json)
     stopped = None

@@ -46,9 +46,10 @@ def _demo(args: argparse.Namespace) -> int:
     if not args.json:
         progress.close()
         print("\n".join(room_scan_demo.lines(scan)), end="\n\n")
-    args.video = args.local = args.out / "clip.mp4"
+    video = args.out / "clip.mp4"
+    args.video = args.local = [video]
     args.model = args.out / "checkpoint"
-    cameras = demo.make_clip(args.video)
+    cameras = demo.make_clip(video)
     demo.write_cameras(args.out / "cameras.json", cameras)
     demo.make_checkpoint(args.model)
     args.question, args.system, args.fps, args.max_frames = demo.QUESTION, None, None, 12
@@ -56,7 +57,7 @@ def _demo(args: argparse.Namespace) -> int:
     args.max_pixels, args.strict, args.max_download = MAX_PIXELS, True, 0.0
     args.device, args.dtype, args.max_new_tokens, args.gate_effect, args.drawn = "auto", "auto", 12, False, None
     with demo.record_attention() as calls:
-        clip, result, record = answer(args, VideoAnchorConfig.preset("internvl2-8b"), progress)
+        (clip,), result, record = answer(args, VideoAnchorConfig.preset("internvl2-8b"), progress)
     kernels: dict[str, dict[str, Any]] = {}
     interpreted = not torch.cuda.is_available()
     for backend in ("sdpa", "triton"):

@@ -18,6 +18,7 @@ from ..batch.stopping import StoppedError
 from ..csv_text import csv_text
 from ..libraries import prepare_libraries
 from ..text import json_text, printable
+from ..video.names import each
 from ..video.remote import shown_url
 from .shared import (
     Commands,
@@ -30,9 +31,9 @@ from .shared import (
     check_extras,
     config_of,
     drawing_of,
-    fit_clip,
+    fit_clips,
     make_planner,
-    read_clip,
+    read_clips,
 )
 
 if TYPE_CHECKING:  # they import torch
@@ -40,6 +41,7 @@ if TYPE_CHECKING:  # they import torch
     from ..evaluation.questions import Question
     from ..evaluation.settings import Setting
     from ..token_sampling import TokenSampling
+    from ..video.names import Videos
     from ..video.reader import VideoClip
 
 QUESTIONS_HELP = (
@@ -47,6 +49,7 @@ QUESTIONS_HELP = (
     '  {"video": "a.mp4", "question": "Which is nearer?", "options": ["sofa", "lamp"], "answer": "B"}\n'
     '  {"video": "a.mp4", "question": "How many chairs are there?", "answer": 4, "type": "counting"}\n'
     '  {"video": "b.mp4", "question": "Which room comes last?", "answer": "kitchen"}\n'
+    '  {"video": ["a.mp4", "b.jpg"], "question": "Is the lamp of the picture in the video?", "answer": "yes"}\n'
     "options: multiple choice, by accuracy. A number: by VSI-Bench's mean relative accuracy. Text and 0: by exact\n"
     'match (also other numbers with "metric": "exact"). Results are given by "type".\n'
 )
@@ -216,11 +219,11 @@ class Session:
         args, progress = self.args, ProgressLine(not self.args.json)
         with ResultsLog(args.out / "replies.jsonl") as log, closing(progress):
             again = ev.refresh(self.questions, log)
-            videos = {question.video for question in self.questions}
+            videos = {video for question in self.questions for video in each(question.video)}
             if missing := sorted(str(video) for video in videos if not may_be_there(video)):
                 some = ", ".join(missing[:3])
                 progress.say(f"{len(missing)} of {len(videos)} videos are missing, their questions fail: {some}")
-            clip, cache = self._reader(progress), ScoreCache(args.out / "scores", max_bytes=2**30)
+            clips, cache = self._reader(progress), ScoreCache(args.out / "scores", max_bytes=2**30)
             model, processor = pipeline.load(args.model, args.device, args.dtype)
             dtype = str(model.dtype).removeprefix("torch.")
             progress.say(f"{args.model}: {type(model).__name__} on {model.device}, {dtype}")
@@ -248,30 +251,31 @@ class Session:
 
             def ask(question: "Question", setting: "Setting") -> str:
                 scores = None if setting.config.scorer == "uniform" else cache  # nothing to keep
-                frames = clip(question.video, setting.max_frames)
-                return answer(frames, question.messages(), setting.config, scores=scores).text
+                media = clips(question.video, setting.max_frames)
+                return answer(media, question.messages(), setting.config, scores=scores).text
 
             self.evaluate = partial(ev.evaluate, ask=ask, log=log, progress=progress, again=again)
             with shared_vision(model):
                 yield log
 
-    def _reader(self, progress: ProgressLine) -> "Callable[[Path | str, int], VideoClip]":
+    def _reader(self, progress: ProgressLine) -> "Callable[[Videos, int], list[VideoClip]]":
         """Reads clips that leave room for the longest of the questions, and keeps the last."""
-        args, planner, told = self.args, make_planner(self.args, self.setting.config), set[tuple[Path | str, int]]()
+        args, planner, told = self.args, make_planner(self.args, self.setting.config), set[tuple[Any, int]]()
         longest = max(self.questions, key=lambda one: len(one.prompt()) + len(one.system or "")).messages()
 
         @lru_cache(maxsize=1)
-        def read(video: Path | str, max_frames: int) -> "VideoClip":
+        def read(videos: "Videos", max_frames: int) -> "list[VideoClip]":
             line = _Quiet(False) if told else progress  # frames and memory of the first clip stand for the others
-            clip = read_clip(args, video, line, max_frames)
-            fitted = fit_clip(args, video, clip, longest, planner, line)[0]
-            if told and (video, max_frames) not in told:
-                for note in clip.notes:
-                    progress.say(f"{shown_url(video)}: {note}")
-                if len(fitted.frames) < len(clip.frames):
-                    taken = f"{len(fitted.frames)} frames in place of {len(clip.frames)}"
-                    progress.say(f"{shown_url(video)}: --fit took {taken}")
-            told.add((video, max_frames))
+            clips = read_clips(args, videos, line, max_frames)
+            fitted = fit_clips(args, videos, clips, longest, planner, line)[0]
+            if told and (videos, max_frames) not in told:
+                for video, clip, taken in zip(each(videos), clips, fitted, strict=True):
+                    for note in clip.notes:
+                        progress.say(f"{shown_url(video)}: {note}")
+                    if len(taken.frames) < len(clip.frames):
+                        n = f"{len(taken.frames)} frames in place of {len(clip.frames)}"
+                        progress.say(f"{shown_url(video)}: --fit took {n}")
+            told.add((videos, max_frames))
             return fitted
 
         return read

@@ -7,12 +7,13 @@ from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...integrations.errors import InputError
 from ..libraries import prepare_libraries
 from ..text import asked, check_question, json_text, printable
-from ..video.remote import is_url, located, path_or_url, sha256_of, shown_url
+from ..video.names import notes_of, sha256s_of, shown
+from ..video.remote import is_url, located, path_or_url
 from .shared import (
     Commands,
     ProgressLine,
@@ -28,28 +29,33 @@ from .shared import (
     config_of,
     download_limit,
     drawing_of,
-    fit_clip,
+    fit_clips,
     make_planner,
-    read_clip,
+    read_clips,
 )
+
+if TYPE_CHECKING:
+    from ..token_grid import TokenGrid
 
 
 def add(commands: Commands) -> None:
     """Adds the command."""
     run = commands.add_parser(
         "run",
-        help="one video, one question, one checkpoint",
-        description="Asks a checkpoint about a video with the gate on. Writes result.json, anchors.safetensors "
-        "(scores, labels, grid, timestamps), anchors.png and viz.html to --out.",
+        help="one video (or several), one question, one checkpoint",
+        description="Asks a checkpoint about a video, or several videos and images, with the gate on. Writes "
+        "result.json, anchors.safetensors (scores, labels, grid, timestamps), anchors.png and viz.html to --out.",
     )
     add_model_options(run)
     add_tensor_parallel_option(run)
     run.add_argument(
         "--video",
         required=True,
+        nargs="+",
         type=path_or_url,
         metavar="PATH",
-        help="a video, an image, or a folder of images (views); a video or an image also by URL (http, s3, hf, ...)",
+        help="a video, an image, or a folder of images (views); a video or an image also by URL (http, s3, hf, ...); "
+        "of several each is one of the prompt, in their order",
     )
     run.add_argument("--question", required=True)
     add_system_option(run, of_row=False)
@@ -77,8 +83,9 @@ def _run(args: argparse.Namespace) -> int:
     args.drawn = drawing_of(args)
     check_tensor_parallel(args)
     progress = ProgressLine(not args.json)
-    args.local = located(args.video, download_limit(args), progress)
-    check_path(args.local)
+    args.local = [located(video, download_limit(args), progress) for video in args.video]
+    for path in args.local:
+        check_path(path)
     _, result, record = answer(args, config, progress, args.tensor_parallel)
     if args.json:
         print(json_text(record))
@@ -95,7 +102,7 @@ def answer(args: argparse.Namespace, config: Any, progress: ProgressLine, tensor
         tensor_parallel: processes among which the model is split.
 
     Returns:
-        the clip, the result, and what `result.json` holds.
+        the clips, the result, and what `result.json` holds.
     """
     try:
         return _answer(args, config, progress, tensor_parallel)
@@ -119,10 +126,10 @@ def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine, tenso
     stage("checkpoint")
     planner = make_planner(args, config, tensor_parallel)
     stage("decode")
-    clip = read_clip(args, args.local, progress)
+    clips = read_clips(args, args.local, progress)
     stage("budget")
     question = asked(args.question, args.system)
-    clip, budget = fit_clip(args, args.local, clip, question, planner, progress)
+    clips, budget = fit_clips(args, args.local, clips, question, planner, progress)
     stage("load")
     names = ("model", "device", "dtype", "max_new_tokens", "gate_effect", "drawn")
     make = partial(VideoModel, **{name: getattr(args, name) for name in names}, config=config)
@@ -130,31 +137,31 @@ def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine, tenso
     times.append(time.perf_counter())
     with closing(model):
         progress.say(f"{args.model}: {model}")
-        model.open(clip)
+        model.open(clips)
         result = model.answer(question).result
     names = ("import", "checkpoint", "decode_video", "budget", "load_model")
     about = {
         "model": str(Path(args.model).absolute()) if Path(args.model).exists() else str(args.model),
-        "video": shown_url(args.video) if is_url(args.video) else str(args.video.absolute()),
-        "sha256": sha256_of(args.video),
+        "video": shown([video if is_url(video) else Path(video).absolute() for video in args.video]),
+        "sha256": sha256s_of(args.video),
         "question": args.question,
         "system": args.system,
-        "notes": list(clip.notes),
+        "notes": notes_of(args.video, clips),
         "max_pixels": args.max_pixels,
         "drawn": None if args.drawn is None else asdict(args.drawn),
         "budget": budget.to_dict(),
         "seconds": {name: end - start for name, (start, end) in zip(names, pairwise(times), strict=True)},
     }
     try:
-        record = output.write_run(args.out, result, clip, config, about)
+        record = output.write_run(args.out, result, clips, config, about)
     except OSError:
         progress.say(f"not written, so here: answer    {result.text}")
         raise
     try:
-        output.draw_run(args.out, result, clip, record, args.local)
+        output.draw_run(args.out, result, clips, record, args.local)
     except Exception as error:
         progress.say(f"pictures could not be made ({type(error).__name__}: {error}); the results are written")
-    return clip, result, record
+    return clips, result, record
 
 
 def report(result: Any, record: dict[str, Any], out: Path) -> None:
@@ -162,7 +169,6 @@ def report(result: Any, record: dict[str, Any], out: Path) -> None:
 
     seconds = record["seconds"]
     scores, sizes = result.anchor.scores, result.anchor.labels.bincount()
-    grid = result.grid
     print(f"answer    {printable(result.text, lines=True)}")
     if (effect := result.gate_effect) is not None:
         print(
@@ -173,8 +179,8 @@ def report(result: Any, record: dict[str, Any], out: Path) -> None:
         if (warning := output_warning([effect.output_size])) is not None:
             print(f"          {warning}")
     print(
-        f"tokens    {result.n_prompt_tokens} in the prompt, {result.n_visual_tokens} visual ({grid.t} x {grid.h} x "
-        f"{grid.w}{f' + {grid.n_extra}' if grid.n_extra else ''}), {result.n_generated_tokens} generated"
+        f"tokens    {result.n_prompt_tokens} in the prompt, {result.n_visual_tokens} visual "
+        f"({', '.join(map(_size, result.grids))}), {result.n_generated_tokens} generated"
     )
     print(
         f"scores    min {float(scores.min()):.3f}, median {float(scores.median()):.3f}, max {float(scores.max()):.3f}; "
@@ -199,3 +205,8 @@ def report(result: Any, record: dict[str, Any], out: Path) -> None:
     for name in ("result.json", "anchors.safetensors", "anchors.png", "viz.html"):
         if (out / name).exists():
             print(f"wrote     {printable(out / name)}")
+
+
+def _size(grid: "TokenGrid") -> str:
+    places = f"{grid.t} x {grid.h} x {grid.w}" if grid.t else ""
+    return " + ".join(part for part in (places, str(grid.n_extra) if grid.n_extra else "") if part)

@@ -2,7 +2,6 @@
 
 import argparse
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...integrations.errors import InputError
@@ -14,6 +13,7 @@ if TYPE_CHECKING:  # these import torch and transformers
     from ..budget import Budget, Planner
     from ..prompt import Messages
     from ..token_sampling import TokenSampling
+    from ..video.names import Videos
     from ..video.reader import VideoClip
 
 Commands = Any
@@ -67,7 +67,7 @@ def check_tensor_parallel(args: argparse.Namespace, here: bool = True) -> None:
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
-    """What `read_clip` and `fit_clip` use."""
+    """What `read_clips` and `fit_clips` use."""
     parser.add_argument(
         "--fps", type=float, metavar="N", help="frames per second of video; default: --max-frames over all of it"
     )
@@ -123,37 +123,41 @@ def download_limit(args: argparse.Namespace) -> int:
     return int(args.max_download * 2**30)
 
 
-def read_clip(
-    args: argparse.Namespace, path: Path | str, progress: ProgressLine, max_frames: int | None = None
-) -> "VideoClip":
+def read_clips(
+    args: argparse.Namespace, videos: "Videos", progress: ProgressLine, max_frames: int | None = None
+) -> "list[VideoClip]":
     """The frames that the options of `add_video_options` ask for, and a word about them on standard error.
 
     Args:
-        path: a video, an image, or a folder of images; or a URL.
+        videos: each a video, an image, or a folder of images; or a URL.
         max_frames: instead of --max-frames.
 
     Raises:
         InputError: see `read_video`.
     """
+    from ..video.names import each
     from ..video.reader import read_video
 
-    clip = read_video(
-        path,
-        fps=args.fps,
-        max_frames=args.max_frames if max_frames is None else max_frames,
-        sampling=args.sampling,
-        max_pixels=args.max_pixels,
-        strict=args.strict,
-        timeout=args.timeout,
-        max_download=download_limit(args),
-        progress=progress,
-    )
-    what = "images" if clip.names else f"frames, {clip.duration:.1f} s"
-    name = shown_url(path)
-    progress.say(f"{name}: {len(clip.frames)} of {clip.n_source_frames} {what}")
-    for note in clip.notes:
-        progress.say(f"{name}: {note}")
-    return clip
+    clips = []
+    for video in each(videos):
+        clip = read_video(
+            video,
+            fps=args.fps,
+            max_frames=args.max_frames if max_frames is None else max_frames,
+            sampling=args.sampling,
+            max_pixels=args.max_pixels,
+            strict=args.strict,
+            timeout=args.timeout,
+            max_download=download_limit(args),
+            progress=progress,
+        )
+        what = "images" if clip.names else f"frames, {clip.duration:.1f} s"
+        name = shown_url(video)
+        progress.say(f"{name}: {len(clip.frames)} of {clip.n_source_frames} {what}")
+        for note in clip.notes:
+            progress.say(f"{name}: {note}")
+        clips.append(clip)
+    return clips
 
 
 def make_planner(args: argparse.Namespace, config: Any, tensor_parallel: int = 1) -> "Planner":
@@ -178,33 +182,34 @@ def make_planner(args: argparse.Namespace, config: Any, tensor_parallel: int = 1
     )
 
 
-def fit_clip(
+def fit_clips(
     args: argparse.Namespace,
-    path: Path | str,
-    clip: "VideoClip",
+    videos: "Videos",
+    clips: "list[VideoClip]",
     question: "Messages",
     planner: "Planner",
     progress: ProgressLine,
-) -> "tuple[VideoClip, Budget]":
-    """Prints the budget of `clip`; where it does not fit, with --fit, reads `path` again with as many frames as do.
+) -> "tuple[list[VideoClip], Budget]":
+    """Prints the budget of `clips`; where they do not fit, with --fit, reads `videos` again with as many frames of each
+    as do.
 
     Returns:
-        the clip to ask about, and its budget.
+        the clips to ask about, and their budget.
 
     Raises:
         InputError: it does not fit, with what would.
     """
-    budget = planner.budget(clip, question)
+    budget = planner.budget(clips, question)
     while budget.problem is not None:
-        n = planner.largest(clip, question) if args.fit else 0
+        n = planner.largest(clips, question) if args.fit else 0
         if n == 0:
-            raise InputError(f"{budget.problem}: {planner.advice(clip, question)}")
+            raise InputError(f"{budget.problem}: {planner.advice(clips, question)}")
         progress.say(f"--fit chose --max-frames {n}: {budget.problem}")
-        clip = read_clip(args, path, progress, max_frames=n)
-        budget = planner.budget(clip, question)
+        clips = read_clips(args, videos, progress, max_frames=n)
+        budget = planner.budget(clips, question)
     for line in budget.lines():
         progress.say(line)
-    return clip, budget
+    return clips, budget
 
 
 def add_config_options(parser: argparse.ArgumentParser, several: bool = False) -> None:

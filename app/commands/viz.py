@@ -44,7 +44,11 @@ def add(commands: Commands) -> None:
     )
     viz.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/viz")
     viz.add_argument(
-        "--video", type=path_or_url, metavar="FILE", help="where the video is now; default: where the run had it"
+        "--video",
+        nargs="+",
+        type=path_or_url,
+        metavar="FILE",
+        help="where the run's video is now, of several all in their order; default: where the run had it",
     )
     add_timeout_option(viz)
     viz.add_argument("--format", choices=("png", "pdf"), default="png", help="of the figures; default: %(default)s")

@@ -10,6 +10,7 @@ from ...integrations.lmms_eval.metrics import ExactAnswers
 from ..batch.results import ResultsLog
 from ..batch.stopping import StopRule, failure_of
 from ..batch.worker import reason_of
+from ..video.names import name_of, shown
 from .questions import Question
 from .settings import Setting
 
@@ -62,7 +63,7 @@ def evaluate(
             log.append(record, again=True)
             again.discard(key)
             if "error" in record:
-                rule.failed(record["failure"], record["error"], record["video"])
+                rule.failed(record["failure"], record["error"], question.video_name)
             else:
                 rule.answered()
         if progress is not None:
@@ -98,7 +99,7 @@ def refresh(questions: Sequence[Question], log: ResultsLog) -> set[str]:
     asked = {(question.video_name, question.prompt(), question.system): question for question in questions}
     current = dict(log.records)
     for key, record in log.records.items():
-        question = asked.get((record.get("video", ""), record.get("prompt", ""), record.get("system")))
+        question = asked.get((name_of(record.get("video", "")), record.get("prompt", ""), record.get("system")))
         if question is not None:
             current[key] = {**record, **_about(question, record.get("reply"))}
     if current != log.records:
@@ -115,7 +116,7 @@ def _record(question: Question, setting: Setting, ask: Ask) -> dict[str, Any]:
     record = {
         "setting": setting.name,
         "settings": setting.columns(),
-        "video": question.video_name,
+        "video": shown(question.video),
         "question": question.text,
         "prompt": question.prompt(),
         "system": question.system,

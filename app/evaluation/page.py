@@ -6,6 +6,7 @@ from typing import Any
 
 from ..pages.html import escape, folded, number_cell, paragraph, table, text_cell
 from ..text import shown
+from ..video.names import names_in
 from .report import beginning
 
 MOST_ENTRIES = 1000
@@ -93,15 +94,21 @@ def listed(entries: Sequence[Sequence[Any]], header: Sequence[str], what: str) -
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Paths without the folders that all of them share."""
-    unique = [*dict.fromkeys(names)]
-    parts = [name.split("/") for name in unique]
+    """Paths without the folders that all of them share; of several in one name each, with + between."""
+    names = [*dict.fromkeys(names)]
+    unique = [*dict.fromkeys(path for name in names for path in names_in(name))]
+    parts = [path.split("/") for path in unique]
     shared = 0
     while len(unique) > 1 and all(len(one) > shared + 1 and one[shared] == parts[0][shared] for one in parts):
         shared += 1
     if len(unique) == 1:
         shared = len(parts[0]) - 1
-    return {name: "/".join(one[shared:]) for name, one in zip(unique, parts, strict=True)}
+    short = {path: "/".join(one[shared:]) for path, one in zip(unique, parts, strict=True)}
+    found = {name: [short[path] for path in names_in(name)] for name in names}
+    return {
+        name: " + ".join(some[:3]) + (f" and {len(some) - 3} more" if len(some) > 3 else "")
+        for name, some in found.items()
+    }
 
 
 def _cut(n: int) -> str:

@@ -16,6 +16,7 @@ from ...integrations.lmms_eval.metrics import Metric, choice_letter, exact_match
 from ..batch.matching import with_fingerprints
 from ..batch.rows import BatchRow, read_rows
 from ..text import asked
+from ..video.names import Video, Videos, each, name_of, shown
 from ..video.reader import refuse_url
 from ..video.remote import is_url, shown_url
 from .wording import PLAIN, VSI_BENCH_TYPES, filled, templates_of
@@ -27,17 +28,17 @@ class Question:
 
     Args:
         id: how reports name it.
-        video: absolute path, or a URL.
+        video: absolute path, or a URL, or several of these.
         text: the question alone.
         answer, metric, options: see `metrics.score`.
         type: the kind of question; results are given for each.
-        fingerprint: of the video's content, see `batch.matching.fingerprint`.
+        fingerprint: of the content, see `batch.matching.fingerprint`.
         template: how it is put to a model, see `wording.templates_of`.
         system: the system prompt, None for that of the chat template.
     """
 
     id: str
-    video: Path | str
+    video: Videos
     text: str
     answer: str | float
     metric: Metric
@@ -49,8 +50,8 @@ class Question:
 
     @property
     def video_name(self) -> str:
-        """The path, or the URL as `shown_url` shows it."""
-        return shown_url(self.video)
+        """What tells its video from others, see `names.name_of`."""
+        return name_of(shown(self.video))
 
     def prompt(self) -> str:
         """What a model is asked."""
@@ -98,7 +99,7 @@ def read_questions(source: Path, prompt: str = "auto", system: str | None = None
             raise InputError(f"{source}, line {row.number}: {error}") from error
         if questions.setdefault(question.id, question) is not question:
             raise InputError(f"{source}, line {row.number}: repeats the id or the content of {question.id!r}")
-    videos = {question.video for question in questions.values()}
+    videos = {video for question in questions.values() for video in each(question.video)}
     if not any(may_be_there(video) for video in videos):
         first = min(map(str, videos))
         refuse_url(Path(first))
@@ -106,7 +107,7 @@ def read_questions(source: Path, prompt: str = "auto", system: str | None = None
     return list(questions.values())
 
 
-def may_be_there(video: Path | str) -> bool:
+def may_be_there(video: Video) -> bool:
     """Whether a path exists; of a URL that shows when it is fetched."""
     return is_url(video) or Path(video).exists()
 
@@ -215,12 +216,18 @@ def _number(answer: str | float) -> float:
 
 
 def videos_of(questions: Sequence[Question]) -> np.ndarray:
-    """(N,) the video of each question, by its real path: one name for one video however rows spell it."""
+    """(N,) the video of each question, by its real path: one name for one video however rows spell it. Questions that
+    share one of several videos stand or fall together: they have the name of all that are linked so."""
     real = {
         video: shown_url(video) if is_url(video) else str(Path(video).resolve())
-        for video in {question.video for question in questions}
+        for video in {video for question in questions for video in each(question.video)}
     }
-    return np.array([real[question.video] for question in questions])
+    linked = {name: {name} for name in real.values()}
+    for question in questions:
+        together = set[str]().union(*(linked[real[video]] for video in each(question.video)))
+        linked |= dict.fromkeys(together, together)
+    groups = [sorted(linked[real[each(question.video)[0]]]) for question in questions]
+    return np.array([name_of(group[0] if len(group) == 1 else group) for group in groups])
 
 
 def digest(*parts: Any) -> str:

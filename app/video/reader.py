@@ -5,7 +5,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -69,6 +69,11 @@ class VideoClip:
         return self.n_source_frames / self.source_fps
 
     @property
+    def is_image(self) -> bool:
+        """It is one image, not a video or one view of several."""
+        return self.n_source_frames == len(self.names) == 1
+
+    @property
     def sampled_fps(self) -> float:
         """Sampled frames per second of video."""
         return len(self.frames) / self.duration
@@ -83,6 +88,20 @@ class VideoClip:
             indices=self.indices[positions],
             names=names,
         )
+
+
+Clips: TypeAlias = VideoClip | Sequence[VideoClip]
+"""What a prompt is about: one, or several in its order."""
+
+
+def each_clip(clips: Clips) -> Sequence[VideoClip]:
+    """All of them, also where there is one."""
+    return [clips] if isinstance(clips, VideoClip) else clips
+
+
+def frames_of(clips: Clips) -> list[np.ndarray]:
+    """Each (H, W, 3) uint8, of all clips after one another."""
+    return [frame for clip in each_clip(clips) for frame in clip.frames]
 
 
 def read_video(

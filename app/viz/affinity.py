@@ -1,6 +1,6 @@
 """How much the tokens of one frame express those of another: W's mass between the frames."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..token_grid import TokenGrid
+from ..token_grid import Grid
 from .plain_text import plain_text, wrapped
 from .table import Row
 
@@ -37,7 +37,7 @@ class FrameAffinity:
         return float(self.share.sum() - np.trace(self.share))
 
 
-def frame_affinity(indices: Tensor, values: Tensor, grid: TokenGrid) -> FrameAffinity:
+def frame_affinity(indices: Tensor, values: Tensor, grid: Grid) -> FrameAffinity:
     """Adds up sparse coefficients by step; never (N, N).
 
     Args:
@@ -60,22 +60,22 @@ def frame_affinity(indices: Tensor, values: Tensor, grid: TokenGrid) -> FrameAff
     placed = (by >= 0) & (expressed >= 0)
     share = np.bincount(by[placed] * grid.t + expressed[placed], mass[placed], grid.t**2).reshape(grid.t, grid.t)
     inside, outside = float(share.sum()), float(mass[~placed].sum())
-    n = int((step >= 0).sum())
-    per_step = n // grid.t
-    chance = (n - per_step) / max(n - 1, 1)
+    per_step = np.bincount(step[step >= 0])
+    n = int(per_step.sum())
+    chance = float((per_step * (n - per_step)).sum()) / max(n * (n - 1), 1)
     return FrameAffinity(share / (inside or 1.0), outside / (inside + outside or 1.0), chance)
 
 
 @plain_text()
-def draw(path: Path, affinity: FrameAffinity, seconds: np.ndarray, caption: str) -> None:
-    """Draws the matrix. `seconds` (t,) is the time of each step; the suffix of `path` is the format."""
+def draw(path: Path, affinity: FrameAffinity, moments: Sequence[str], caption: str) -> None:
+    """Draws the matrix. `moments` (t,) names the time of each step; the suffix of `path` is the format."""
     percent = 100 * affinity.share
     norm = PowerNorm(0.5, vmin=0, vmax=float(percent.max()) or 1.0)
     figure = Figure((5.4, 4.8), layout="constrained")
     axis = figure.subplots()
     picture = axis.imshow(percent, cmap="viridis", norm=norm, interpolation="nearest")
-    ticks = np.arange(0, len(seconds), -(-len(seconds) // MAX_TICKS))
-    names = [f"{seconds[tick]:.{0 if seconds[-1] >= 100 else 2}f}" for tick in ticks]
+    ticks = np.arange(0, len(moments), -(-len(moments) // MAX_TICKS))
+    names = [moments[tick].removesuffix(" s") for tick in ticks.tolist()]
     axis.set_xticks(ticks, names, fontsize=8, rotation=90 if len(ticks) > 6 else 0)
     axis.set_yticks(ticks, names, fontsize=8)
     axis.set_xlabel("time of the expressed tokens (s)")

@@ -9,8 +9,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..video.reader import VideoClip
-from .finished_run import FinishedRun
+from .finished_run import FinishedRun, Frames
 from .palette import ALPHA, SCORE_ALPHA, SCORE_MAP, SCORE_SCALE, SUBSPACE_MAP, backdrop, size_ranks, subspace_names
 from .plain_text import plain_text, wrapped
 
@@ -20,36 +19,38 @@ MAX_ROW_HEIGHT = 3.5
 
 
 @plain_text()
-def draw(path: str | Path, clip: VideoClip, run: FinishedRun) -> None:
+def draw(path: str | Path, frames: Frames, run: FinishedRun) -> None:
     """Writes the contact sheet, in the format of the suffix of `path`.
 
     Args:
         path: file to write.
-        clip: the run's frames.
+        frames: the run's, each (H, W, 3) uint8.
     """
     grid, scores, labels = run.grid, run.scores, run.labels
     scorer = run.record["config"].get("scorer", "ssc")
     title = f"{run.caption}, {grid.n_tokens} visual tokens, scorer {scorer}"
     steps = grid.some_steps(MAX_COLUMNS)
-    frame_of_step = grid.first_frames(len(clip.frames))[steps]
+    frame_of_step = run.first_frames[steps]
     in_grid = grid.arrange(scores)
     painted = SCORE_MAP(in_grid), SUBSPACE_MAP(grid.arrange(size_ranks(labels)))
     painted[0][..., 3] = SCORE_ALPHA * in_grid
     painted[1][..., 3] = ALPHA
 
-    height, width = clip.frames.shape[1:3]
-    figure_width, row_height = 1.75 * len(steps) + 1.9, min(max(1.75 * height / width, 0.55), MAX_ROW_HEIGHT)
+    highest = max(frames[frame].shape[0] / frames[frame].shape[1] for frame in frame_of_step)
+    figure_width, row_height = 1.75 * len(steps) + 1.9, min(max(1.75 * highest, 0.55), MAX_ROW_HEIGHT)
     figure = Figure((figure_width, 3 * row_height + 1.6), layout="constrained")  # no pyplot: a notebook keeps its own
     axes = figure.subplots(3, len(steps), squeeze=False)
     axes[0, 0].set(ylabel="frame")
     axes[1, 0].set(ylabel="score")
     axes[2, 0].set(ylabel="subspace")
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    for (top, *below), step, frame in zip(axes.T, steps, frame_of_step, strict=True):
-        picture = clip.frames[frame]
+    moments = run.moments(frame_of_step)
+    for (top, *below), step, frame, moment in zip(axes.T, steps, frame_of_step, moments, strict=True):
+        picture = frames[frame]
+        height, width = picture.shape[:2]
+        extent = (-0.5, width - 0.5, height - 0.5, -0.5)
         grey = np.repeat(backdrop(picture) / 255, 3, -1)
         top.imshow(picture)
-        top.set_title(f"{clip.timestamps[frame]:.2f} s", fontsize=9)
+        top.set_title(moment, fontsize=9)
         for axis, backdrop_of, colours in zip(below, (picture, grey), painted, strict=True):
             axis.imshow(backdrop_of)
             axis.imshow(colours[step], extent=extent, interpolation="nearest")

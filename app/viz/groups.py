@@ -8,10 +8,9 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from ..token_grid import TokenGrid
-from ..video.reader import VideoClip
+from ..token_grid import Grid
 from .contact_sheet import MAX_COLUMNS, MAX_ROW_HEIGHT
-from .finished_run import FinishedRun
+from .finished_run import FinishedRun, Frames
 from .plain_text import plain_text, wrapped
 
 _CASING = [withStroke(linewidth=2.0, foreground="black")]
@@ -31,7 +30,7 @@ class GroupMaps(NamedTuple):
     counts: np.ndarray
 
 
-def group_maps(groups: np.ndarray, grid: TokenGrid) -> GroupMaps:
+def group_maps(groups: np.ndarray, grid: Grid) -> GroupMaps:
     """Of the group (N,) of each token."""
     counts = np.where(groups < 0, 0, np.bincount(groups[groups >= 0])[groups])
     return GroupMaps(grid.arrange(groups), grid.arrange(counts))
@@ -60,12 +59,12 @@ def numbered(groups: np.ndarray, counts: np.ndarray) -> list[tuple[int, int, int
 
 
 @plain_text()
-def draw(path: str | Path, clip: VideoClip, run: FinishedRun) -> None:
+def draw(path: str | Path, frames: Frames, run: FinishedRun) -> None:
     """Writes frames without and with the groups' outlines, in the format of the suffix of `path`.
 
     Args:
         path: file to write.
-        clip: the run's frames.
+        frames: the run's, each (H, W, 3) uint8.
         run: a run with groups.
     """
     assert run.groups is not None
@@ -81,21 +80,23 @@ def draw(path: str | Path, clip: VideoClip, run: FinishedRun) -> None:
         said += "members in the whole video, where several"
     title = f"{run.caption}\n{said}"
     steps = grid.some_steps(MAX_COLUMNS)
-    frame_of_step = grid.first_frames(len(clip.frames))[steps]
-    height, width = clip.frames.shape[1:3]
-    side = np.array([width / grid.w, height / grid.h])
-    figure_width, row_height = 2.4 * len(steps) + 0.6, min(max(2.4 * height / width, 0.75), MAX_ROW_HEIGHT)
+    frame_of_step = run.first_frames[steps]
+    highest = max(frames[frame].shape[0] / frames[frame].shape[1] for frame in frame_of_step)
+    figure_width, row_height = 2.4 * len(steps) + 0.6, min(max(2.4 * highest, 0.75), MAX_ROW_HEIGHT)
     figure = Figure((figure_width, 2 * row_height + 1.3), layout="constrained")
     axes = figure.subplots(2, len(steps), squeeze=False)
     axes[0, 0].set(ylabel="frame")
     axes[1, 0].set(ylabel="groups")
     # a digit is some 0.6 as wide as high, and a number stays within its token
     points = 72 * min(2.4 / grid.w / 2.2, row_height / grid.h / 1.3)
-    for (top, below), step, frame in zip(axes.T, steps, frame_of_step, strict=True):
+    moments = run.moments(frame_of_step)
+    for (top, below), step, frame, moment in zip(axes.T, steps, frame_of_step, moments, strict=True):
+        height, width = frames[frame].shape[:2]
+        side = np.array([width / grid.w, height / grid.h])
         for axis in (top, below):
-            axis.imshow(clip.frames[frame])
+            axis.imshow(frames[frame])
             axis.set(xticks=[], yticks=[])
-        top.set_title(f"{clip.timestamps[frame]:.2f} s", fontsize=9)
+        top.set_title(moment, fontsize=9)
         dark = np.zeros((grid.h, grid.w, 4))
         dark[..., 3] = np.where(maps.groups[step] < 0, 0.8, 0)
         below.imshow(dark, extent=(-0.5, width - 0.5, height - 0.5, -0.5))

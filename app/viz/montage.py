@@ -7,8 +7,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..video.reader import VideoClip
-from .finished_run import FinishedRun
+from .finished_run import FinishedRun, Frames
 from .palette import COLOURS, OTHER, by_size
 from .plain_text import plain_text, wrapped
 
@@ -23,34 +22,33 @@ _FADED = 0.18
 
 
 @plain_text()
-def draw(path: str | Path, clip: VideoClip, run: FinishedRun) -> None:
+def draw(path: str | Path, frames: Frames, run: FinishedRun) -> None:
     """Writes the montage, in the format of the suffix of `path`: the largest subspace first, a column a step in time,
     of many some at even distances; a frame is as it is where its tokens are of the subspace, and faded elsewhere.
 
     Args:
         path: file to write.
-        clip: the run's frames.
+        frames: the run's, each (H, W, 3) uint8.
     """
     ranks, sizes = by_size(run.labels)
     steps = run.grid.some_steps(MAX_COLUMNS)
     width = min(_MOST_WIDTH, _ALL_WIDTH // len(steps))
-    frames = [_small(clip.frames[frame], width) for frame in run.grid.first_frames(len(clip.frames))[steps]]
-    height, width = frames[0].shape[:2]
-    of_rows = np.arange(height) * run.grid.h // height
-    of_columns = np.arange(width) * run.grid.w // width
-    placed = run.grid.arrange(ranks)[steps]
-    seen = np.bincount(placed.ravel(), minlength=len(sizes))
-    in_frames = placed[:, of_rows][:, :, of_columns]
+    small = [_small(frames[frame], width) for frame in run.first_frames[steps]]
+    height, width = (max(one.shape[side] for one in small) for side in (0, 1))
+    in_small = [_enlarged(one, picture) for one, picture in zip(run.grid.arrange(ranks)[steps], small, strict=True)]
+    step, _, column = run.grid.places().T
+    seen = np.bincount(ranks[np.isin(step, steps) & (column >= 0)], minlength=len(sizes))
     n_rows = min(len(sizes), MAX_ROWS)
     pitch_y, pitch_x = max(height, _LEAST_HEIGHT) + _GAP, max(width, _LEAST_WIDTH) + _GAP
     canvas = np.ones((n_rows * pitch_y - _GAP, _BAND + len(steps) * pitch_x, 3))
     for rank in range(n_rows):
         top = rank * pitch_y
         canvas[top : top + pitch_y - _GAP, :_BAND] = to_rgb(COLOURS[rank] if rank < len(COLOURS) else OTHER)
-        for column, (frame, ranks_here) in enumerate(zip(frames, in_frames, strict=True)):
+        for column, (frame, ranks_here) in enumerate(zip(small, in_small, strict=True)):
             left, its = _BAND + _GAP + column * pitch_x, (ranks_here == rank)[..., None]
+            height_here, width_here = frame.shape[:2]
             faded = 1 - _FADED * (1 - frame.mean(-1, keepdims=True))
-            canvas[top : top + height, left : left + width] = np.where(its, frame, faded)
+            canvas[top : top + height_here, left : left + width_here] = np.where(its, frame, faded)
 
     several = "s" * (len(sizes) > 1)
     title = f"{run.caption}, {len(sizes)} subspace{several} of {run.grid.n_tokens} visual tokens"
@@ -70,13 +68,19 @@ def draw(path: str | Path, clip: VideoClip, run: FinishedRun) -> None:
     ]
     axis.set_yticks(middles, names, fontsize=8)
     places = _BAND + _GAP + np.arange(len(steps)) * pitch_x + width / 2
-    seconds = run.timestamps[run.first_frames[steps]]
-    axis.set_xticks(places, [f"{one:.{0 if seconds[-1] >= 100 else 2}f} s" for one in seconds], fontsize=8)
+    shown = run.first_frames[steps]
+    axis.set_xticks(places, run.moments(shown, 0 if run.timestamps[shown].max() >= 100 else 2), fontsize=8)
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=_DPI)
+
+
+def _enlarged(values: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """(h, w) -> (H, W) of a picture (H, W, 3)."""
+    rows, columns = (np.arange(n) * m // n for n, m in zip(picture.shape, values.shape, strict=False))
+    return values[rows][:, columns]
 
 
 def _small(frame: np.ndarray, most: int) -> np.ndarray:

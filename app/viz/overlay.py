@@ -1,6 +1,6 @@
 """Frames with the scores and with the subspaces painted over them, as a video and as single pictures."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from ..video.views import letterbox
 from .finished_run import FinishedRun
 from .palette import (
     ALPHA,
@@ -47,11 +48,15 @@ class Painter:
         self.weights = SCORE_ALPHA * in_grid if kind == "scores" else np.full(in_grid.shape, ALPHA)
         self.names = subspace_names(run.labels)
         self._run, self._kind = run, kind
+        self._steps = run.grid.steps_of_frames(len(run.indices))
 
     def step_at(self, seconds: float) -> int:
-        """The step of the sampled frame that is nearest in time, the earlier of two."""
-        nearest = int(np.abs(self._run.timestamps - seconds).argmin())
-        return nearest // self._run.grid.frames_per_step(len(self._run.indices))
+        """The step of the sampled frame that is nearest in time, the earlier of two; of a run about one video."""
+        return int(self._steps[np.abs(self._run.timestamps - seconds).argmin()])
+
+    def paint_sampled(self, n: int, frame: np.ndarray) -> np.ndarray:
+        """Sampled frame `n`, see `paint`."""
+        return self._paint(frame, int(self._steps[n]), self._run.moments(np.array([n]))[0])
 
     def paint(self, frame: np.ndarray, seconds: float) -> np.ndarray:
         """The frame, and beside it the frame with the colours of its tokens over it, for subspaces in grey. Below is a
@@ -65,10 +70,12 @@ class Painter:
             (H', W', 3) uint8: both, each enlarged by a whole number as `MIN_WIDTH` and `MAX_HEIGHT` say, its right and
             bottom edge repeated where that makes a side even, white beside it where it stays narrower; and the line.
         """
+        return self._paint(frame, self.step_at(seconds), f"{seconds:.2f} s")
+
+    def _paint(self, frame: np.ndarray, step: int, moment: str) -> np.ndarray:
         times = max(min(-(-MIN_WIDTH // frame.shape[1]), MAX_HEIGHT // frame.shape[0]), 1)
         frame = frame.repeat(times, 0).repeat(times, 1)
         height, width = frame.shape[:2]
-        step = self.step_at(seconds)
         colours, weights = self.colours[step], self.weights[step]
         rows = np.arange(height) * colours.shape[0] // height
         columns = np.arange(width) * colours.shape[1] // width
@@ -79,15 +86,15 @@ class Painter:
         wide = ((0, 0), (0, max(MIN_WIDTH - width, 0) // 2 * 2), (0, 0))
         both = (np.pad(picture, even, mode="edge") for picture in (frame, painted))
         painted = np.concatenate([np.pad(picture, wide, constant_values=255) for picture in both], 1)
-        return np.concatenate([painted, self._legend(painted.shape[1], seconds)])
+        return np.concatenate([painted, self._legend(painted.shape[1], moment)])
 
-    def _legend(self, width: int, seconds: float) -> np.ndarray:
+    def _legend(self, width: int, moment: str) -> np.ndarray:
         height = width // 96 * 2 + 4
         line = Image.new("RGB", (width, height), "white")
         draw = ImageDraw.Draw(line)
         font = _font(height * 0.6)
         middle, gap = height / 2, height // 4
-        draw.text((gap, middle), f"{seconds:.2f} s", fill="black", font=font, anchor="lm")
+        draw.text((gap, middle), moment, fill="black", font=font, anchor="lm")
         right = width - gap
         if self._kind == "scores":
             draw.text((right, middle), "1", fill="black", font=font, anchor="rm")
@@ -112,12 +119,28 @@ def _font(size: float) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 
 
-def write_video(path: Path, painter: Painter, frames: Iterable[tuple[float, np.ndarray]], *, slides: bool) -> float:
+def largest(painter: Painter, frames: Sequence[np.ndarray]) -> tuple[int, int]:
+    """Height and width that every painted frame fits in."""
+    shapes = {frame.shape: n for n, frame in enumerate(frames)}
+    painted = [painter.paint_sampled(n, frames[n]).shape for n in shapes.values()]
+    return max(shape[0] for shape in painted), max(shape[1] for shape in painted)
+
+
+def write_video(
+    path: Path,
+    painter: Painter,
+    frames: Iterable[tuple[float, np.ndarray]],
+    *,
+    slides: bool,
+    size: tuple[int, int] | None = None,
+) -> float:
     """Writes painted frames as H.264 in MP4, one at a time.
 
     Args:
         frames: (seconds, (H, W, 3) uint8 RGB) in order of time.
-        slides: show each for a quarter of a second, else at its own time, the last as long as the one before it.
+        slides: they are the sampled ones; show each for a quarter of a second, else at its own time, the last as long
+            as the one before it.
+        size: height and width, with black bars; None for those of the first.
 
     Returns:
         seconds of the first frame, which is shown at 0.
@@ -128,7 +151,9 @@ def write_video(path: Path, painter: Painter, frames: Iterable[tuple[float, np.n
         stream.codec_context.time_base = Fraction(1, _TICKS)
         start, shown, lasts = 0.0, 0, _TICKS // SLIDES_PER_SECOND
         for n, (seconds, frame) in enumerate(frames, 1):
-            picture = painter.paint(frame, seconds)
+            picture = painter.paint_sampled(n - 1, frame) if slides else painter.paint(frame, seconds)
+            if size is not None:
+                picture = letterbox(picture, *size)
             if n == 1:
                 stream.height, stream.width = picture.shape[:2]  # pyright: ignore[reportAttributeAccessIssue]
                 start = seconds

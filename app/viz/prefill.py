@@ -19,7 +19,7 @@ from ...integrations.transformers.enable import enable
 from ...integrations.transformers.visual_tokens import find_multimodal_model
 from .. import pipeline
 from ..text import asked
-from ..video.reader import VideoClip
+from ..video.reader import Clips
 from .attention_share import SharesRecord, record_visual_share
 from .finished_run import FinishedRun
 
@@ -39,14 +39,12 @@ class Prefilled:
     shares: SharesRecord | None
 
 
-def prefill(
-    model: PreTrainedModel, processor: Any, clip: VideoClip, run: FinishedRun, *, with_shares: bool
-) -> Prefilled:
+def prefill(model: PreTrainedModel, processor: Any, clips: Clips, run: FinishedRun, *, with_shares: bool) -> Prefilled:
     """One prefill of the run's prompt, gated by the run's scores; nothing is scored again.
 
     Args:
         model, processor: of `pipeline.load`.
-        clip: the run's frames.
+        clips: the run's frames.
         with_shares: record the share of attention on the visual tokens.
 
     Raises:
@@ -72,7 +70,7 @@ def prefill(
         raise InputError(
             f"{run.folder / 'result.json'}: config cannot be read ({error}): run `videoanchor run` again"
         ) from error
-    inputs, _ = pipeline.prepare(model, processor, clip, asked(run.record["question"], run.record.get("system")))
+    inputs, _ = pipeline.prepare(model, processor, clips, asked(run.record["question"], run.record.get("system")))
     base = find_multimodal_model(model)
     ids = torch.tensor(list(visual_token_ids(base.config).values()), device=inputs["input_ids"].device)
     visual = torch.isin(inputs["input_ids"][0], ids)

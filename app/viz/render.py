@@ -1,6 +1,6 @@
 """What `videoanchor viz` makes of a finished run, file by file: one that was finished stays, whatever happens later."""
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...integrations.errors import InputError
 from ..atomic_write import replacing
 from ..text import asked
-from ..video.reader import Progress, VideoClip, add_sound
+from ..video.names import Video
+from ..video.reader import Progress, VideoClip, add_sound, frames_of
 from ..video.views import is_views
 from . import contact_sheet, groups, montage, overlay, table
-from .finished_run import FinishedRun, read_clip, source_frames, video_of
+from .finished_run import FinishedRun, read_clip, source_frames, videos_of
 from .overlay import Painter
 from .run_page import FromModel, run_page
 
@@ -25,7 +27,7 @@ class Gallery:
     Args:
         run: the run.
         out: folder of the files, made if missing.
-        video: where the video is now; None for where the run had it.
+        videos: where the run's videos are now; None for where it had them.
         suffix: format of the figures, "png" or "pdf".
         progress, timeout, strict: see `read_video`.
         say: called with what the user should know.
@@ -38,7 +40,7 @@ class Gallery:
         self,
         run: FinishedRun,
         out: Path,
-        video: Path | str | None,
+        videos: Sequence[Video] | None,
         suffix: str,
         progress: Progress,
         say: Callable[[str], None],
@@ -47,22 +49,27 @@ class Gallery:
         strict: bool,
         max_download: int,
     ) -> None:
-        self._run, self._out, self._asked_video, self._suffix = run, out, video, suffix
+        self._run, self._out, self._asked_videos, self._suffix = run, out, videos, suffix
         self._progress, self._say, self._max_download = progress, say, max_download
         self._reading = {"timeout": timeout, "strict": strict, "progress": progress}
         self.report: dict[str, Any] = {"files": []}
         self._said = set[str]()
 
     @cached_property
-    def _video(self) -> Path:
-        return video_of(self._run, self._asked_video, self._max_download, self._progress)
+    def _videos(self) -> list[Path]:
+        return videos_of(self._run, self._asked_videos, self._max_download, self._progress)
 
     @cached_property
-    def _clip(self) -> VideoClip:
-        clip = read_clip(self._run, self._video, **self._reading)
-        for note in clip.notes:
-            self._say(f"{self._video}: {note}")
-        return clip
+    def _clips(self) -> list[VideoClip]:
+        clips = [read_clip(self._run, video, n, **self._reading) for n, video in enumerate(self._videos)]
+        for video, clip in zip(self._videos, clips, strict=True):
+            for note in clip.notes:
+                self._say(f"{video}: {note}")
+        return clips
+
+    @cached_property
+    def _frames(self) -> list[np.ndarray]:
+        return frames_of(self._clips)
 
     def _write(self, name: str, write: Callable[..., None], *args: Any, **options: Any) -> None:
         """Calls `write` with a path that becomes `name` in the output folder when all went well."""
@@ -77,13 +84,13 @@ class Gallery:
     def sheet(self) -> None:
         """anchors.png or .pdf, and groups.png or .pdf of a run with merged tokens."""
         run = self._run
-        self._write(f"anchors.{self._suffix}", contact_sheet.draw, self._clip, run)
+        self._write(f"anchors.{self._suffix}", contact_sheet.draw, self._frames, run)
         if run.groups is not None:
-            self._write(f"groups.{self._suffix}", groups.draw, self._clip, run)
+            self._write(f"groups.{self._suffix}", groups.draw, self._frames, run)
 
     def montage(self) -> None:
         """subspaces.png or .pdf."""
-        self._write(f"subspaces.{self._suffix}", montage.draw, self._clip, self._run)
+        self._write(f"subspaces.{self._suffix}", montage.draw, self._frames, self._run)
 
     def csv(self) -> None:
         """tokens.csv."""
@@ -91,38 +98,44 @@ class Gallery:
 
     def page(self, found: FromModel | None = None) -> None:
         """viz.html, with what the run's model told where it was asked."""
-        text = run_page(self._run, self._clip, self._video, found)
+        text = run_page(self._run, self._frames, self._videos, found)
         self._write("viz.html", lambda path: path.write_text(text, encoding="utf-8"))
 
     def overlay(self, *, all_frames: bool) -> None:
-        """overlay_scores.mp4 and overlay_subspaces.mp4, of the sampled frames or of all of the video with its sound."""
+        """overlay_scores.mp4 and overlay_subspaces.mp4, of the sampled frames or of all of the video with its sound.
+
+        Raises:
+            InputError: all frames of several videos.
+        """
+        if all_frames and len(self._run.n_frames) > 1:
+            raise InputError("--all-frames: this run is about several videos, of which the sampled frames are shown")
         for kind in overlay.KINDS:
             write = self._whole_video if all_frames else self._slides
             self._write(f"overlay_{kind}.mp4", write, Painter(self._run, kind), kind)
 
     def _slides(self, path: Path, painter: Painter, kind: str) -> None:
-        overlay.write_video(path, painter, self._counted(self._sampled(), kind), slides=True)
+        frames = zip(self._run.timestamps.tolist(), self._frames, strict=True)
+        size = overlay.largest(painter, self._frames)
+        overlay.write_video(path, painter, self._counted(frames, kind), slides=True, size=size)
 
     def _whole_video(self, path: Path, painter: Painter, kind: str) -> None:
-        with closing(source_frames(self._run, self._video, **self._reading)) as frames:
+        with closing(source_frames(self._run, self._videos[0], **self._reading)) as frames:
             start = overlay.write_video(path, painter, self._counted(frames, kind), slides=False)
-        if self._video.is_file() and not is_views(self._video):
+        (video,) = self._videos
+        if video.is_file() and not is_views(video):
             options = {"timeout": self._reading["timeout"], "progress": self._progress}
-            note = add_sound(path, self._video, start, **options)
+            note = add_sound(path, video, start, **options)
             if note is not None and note not in self._said:
                 self._said.add(note)
-                self._say(f"{self._video}: {note}")
+                self._say(f"{video}: {note}")
 
     def frames(self) -> None:
         """frames/NNNN_scores.png and frames/NNNN_subspaces.png, numbered as the sampled frames are."""
         for kind in overlay.KINDS:
             painter = Painter(self._run, kind)
-            for n, (seconds, frame) in enumerate(self._sampled()):
-                picture = Image.fromarray(painter.paint(frame, seconds))
+            for n, frame in enumerate(self._frames):
+                picture = Image.fromarray(painter.paint_sampled(n, frame))
                 self._write(f"frames/{n:04d}_{kind}.png", picture.save)
-
-    def _sampled(self) -> Generator[tuple[float, np.ndarray]]:
-        yield from zip(self._run.timestamps.tolist(), self._clip.frames, strict=True)
 
     def _counted(self, frames: Iterable[Any], kind: str) -> Generator[Any]:
         for n, frame in enumerate(frames, 1):
@@ -146,9 +159,9 @@ class Gallery:
         from . import affinity as step_affinity
         from . import attention_share, prefill
 
-        run, clip = self._run, self._clip
+        run, clips = self._run, self._clips
         loaded, processor = pipeline.load(model, device, dtype)
-        found = prefill.prefill(loaded, processor, clip, run, with_shares=attention)
+        found = prefill.prefill(loaded, processor, clips, run, with_shares=attention)
         if found.shares is not None:
             self._write(f"attention.{self._suffix}", attention_share.draw, found.shares, run.caption)
             self._write("attention.csv", table.write, attention_share.rows(found.shares))
@@ -158,7 +171,8 @@ class Gallery:
             solution = prefill.coefficients(found, run, self._progress)
             result = step_affinity.frame_affinity(solution.indices, solution.values, run.grid)
             seconds = run.timestamps[run.first_frames]
-            self._write(f"affinity.{self._suffix}", step_affinity.draw, result, seconds, run.caption)
+            moments = run.moments(run.first_frames, 0 if seconds.max() >= 100 else 2)
+            self._write(f"affinity.{self._suffix}", step_affinity.draw, result, moments, run.caption)
             self._write("affinity.csv", table.write, step_affinity.rows(result, seconds))
             self.report["affinity"] = {"between_steps": result.between, "outside_grid": result.outside}
             difference = prefill.difference_to_recorded(solution, run)
@@ -175,5 +189,5 @@ class Gallery:
             question = asked(run.record["question"], run.record.get("system"))
             drawn = TokenSampling(**run.record["drawn"]) if run.record.get("drawn") else None
             options = {"max_new_tokens": n_most, "drawn": drawn}
-            answer = pipeline.answer(loaded, processor, clip, question, UNGATED, **options).text
+            answer = pipeline.answer(loaded, processor, clips, question, UNGATED, **options).text
         return FromModel(solution, found.shares, answer)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from base64 import b64encode
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,10 +15,10 @@ from PIL import Image
 
 from ...anchor.solver import SelfExpression
 from ..pages.html import escape, folded, page, paragraph, section, table, text_cell
-from ..token_grid import TokenGrid
-from ..video.reader import VideoClip
+from ..token_grid import Grid, JoinedGrid
+from ..video.names import each
 from .attention_share import SharesRecord
-from .finished_run import FinishedRun
+from .finished_run import FinishedRun, Frames
 from .groups import group_maps
 from .palette import COLOURS, OTHER, SCORE_MAP, by_size
 
@@ -45,12 +46,12 @@ class FromModel:
     ungated: str | None = None
 
 
-def run_page(run: FinishedRun, clip: VideoClip, video: Path, found: FromModel | None = None) -> str:
+def run_page(run: FinishedRun, frames: Frames, videos: Sequence[Path], found: FromModel | None = None) -> str:
     """
     Args:
         run: the run.
-        clip: its frames.
-        video: where they were read.
+        frames: its own, each (H, W, 3) uint8.
+        videos: where they were read.
         found: what the page shows beside scores and subspaces.
 
     Returns:
@@ -60,9 +61,7 @@ def run_page(run: FinishedRun, clip: VideoClip, video: Path, found: FromModel | 
     record, here = run.record, Path(__file__)
     data = {
         "grid": {"t": run.grid.t, "h": run.grid.h, "w": run.grid.w},
-        "framesPerStep": run.grid.frames_per_step(len(run.indices)),
-        "size": clip.frames.shape[1:3],
-        "frames": _frames(run, clip),
+        "frames": _frames(run, frames),
         "scores": _packed(run.grid.arrange(run.scores), np.float32),
         "ramp": [to_hex(SCORE_MAP(level)) for level in range(256)],
         "links": None if found.expression is None else strongest_links(found.expression, run.grid),
@@ -76,11 +75,11 @@ def run_page(run: FinishedRun, clip: VideoClip, video: Path, found: FromModel | 
     return page(
         title,
         [
-            f"<header><h1>{escape(record['question'])}</h1>{_answers(record, found)}</header>",
+            f"<header><h1>{escape(record['question'])}</h1>{_names(run)}{_answers(record, found)}</header>",
             here.with_name("viewer.html").read_text(encoding="utf-8"),
             _missing(found),
             "" if found.shares is None else _left_out(found.shares, maps),
-            section("settings", "Settings", _settings(run, video)),
+            section("settings", "Settings", _settings(run, videos)),
             section("times", "Frames", _times(run)),
         ],
         style=here.with_name("viewer.css").read_text(encoding="utf-8"),
@@ -89,22 +88,23 @@ def run_page(run: FinishedRun, clip: VideoClip, video: Path, found: FromModel | 
     )
 
 
-def strongest_links(expression: SelfExpression, grid: TokenGrid) -> dict[str, Any]:
+def strongest_links(expression: SelfExpression, grid: Grid) -> dict[str, Any]:
     """For each place of the grid the places whose tokens express its token most strongly, and with which weights.
 
     Returns:
         "each", how many; "cells" int32 and "weights" float32, both (t * h * w, each) packed; -1 is no place.
     """
     values = expression.values.detach().cpu().float().numpy()
-    each = min(LINKS_EACH, values.shape[1], max(1, _MOST_BYTES["links"] // (8 * grid.n_tokens)))
-    order = np.argsort(-np.abs(values), axis=1, kind="stable")[:, :each]
+    token_at = grid.arrange(np.arange(grid.n_tokens)).ravel()
+    most = min(LINKS_EACH, values.shape[1], max(1, _MOST_BYTES["links"] // (8 * len(token_at))))
+    order = np.argsort(-np.abs(values), axis=1, kind="stable")[:, :most]
     by = np.take_along_axis(expression.indices.cpu().numpy(), order, 1)
     weights = np.take_along_axis(values, order, 1)
-    step, row, column = grid.places().T
-    cells = np.where(column >= 0, (step * grid.h + row) * grid.w + column, -1)
-    placed = cells >= 0
+    cells = np.full(grid.n_tokens, -1)
+    cells[token_at[::-1]] = np.arange(len(token_at))[::-1]  # of several places the first
     linked = np.where(weights != 0, cells[by], -1)
-    return {"each": each, "cells": _packed(linked[placed], np.int32), "weights": _packed(weights[placed], np.float32)}
+    packed = {"cells": _packed(linked[token_at], np.int32), "weights": _packed(weights[token_at], np.float32)}
+    return {"each": most, **packed}
 
 
 def _groups(run: FinishedRun) -> dict[str, str] | None:
@@ -115,13 +115,13 @@ def _groups(run: FinishedRun) -> dict[str, str] | None:
     return {"of": _packed(maps.groups, np.int32), "members": _packed(maps.counts, np.int32)}
 
 
-def _attention(record: SharesRecord, grid: TokenGrid, most: int) -> list[dict[str, Any]]:
+def _attention(record: SharesRecord, grid: Grid, most: int) -> list[dict[str, Any]]:
     """By layer; only the means of the heads where the maps of all heads are more than `most` bytes, and of fewer layers
     where those are."""
-    shown = record.layers
-    is_whole = sum(one.levels.size for one in shown) <= most
+    shown, n_places = record.layers, grid.t * grid.h * grid.w
+    is_whole = sum(one.levels[:, :, 0].size for one in shown) * n_places <= most
     if not is_whole:
-        fitting = min(len(shown), max(1, most // (2 * record.n_visual)))
+        fitting = min(len(shown), max(1, most // (2 * n_places)))
         shown = [shown[n] for n in np.linspace(0, len(shown) - 1, fitting).round().astype(int)]
     layers = []
     for one in shown:
@@ -154,15 +154,22 @@ def _subspaces(run: FinishedRun) -> dict[str, Any]:
     }
 
 
-def _frames(run: FinishedRun, clip: VideoClip) -> list[dict[str, Any]]:
+def _frames(run: FinishedRun, frames: Frames) -> list[dict[str, Any]]:
     pictures: list[bytes] = []
     for side, quality in _SIZES:
-        pictures = [_webp(frame, side, quality) for frame in clip.frames]
+        pictures = [_webp(frame, side, quality) for frame in frames]
         if sum(map(len, pictures)) <= _MOST_BYTES["frames"]:
             break
+    moments = run.moments(np.arange(len(pictures)))
+    steps = run.grid.steps_of_frames(len(pictures)).tolist()
     return [
-        {"image": f"data:image/webp;base64,{b64encode(picture).decode()}", "seconds": seconds}
-        for picture, seconds in zip(pictures, run.timestamps.tolist(), strict=True)
+        {
+            "image": f"data:image/webp;base64,{b64encode(picture).decode()}",
+            "moment": moment,
+            "step": step,
+            "size": frame.shape[:2],
+        }
+        for picture, moment, step, frame in zip(pictures, moments, steps, frames, strict=True)
     ]
 
 
@@ -176,6 +183,11 @@ def _webp(frame: np.ndarray, side: int, quality: int) -> bytes:
 
 def _packed(values: np.ndarray, dtype: Any) -> str:
     return b64encode(np.ascontiguousarray(values, np.dtype(dtype).newbyteorder("<")).tobytes()).decode()
+
+
+def _names(run: FinishedRun) -> str:
+    """Of several videos, by the numbers that moments have."""
+    return paragraph(run.video_name, "quiet") if len(run.n_frames) > 1 else ""
 
 
 def _answers(record: dict[str, Any], found: FromModel) -> str:
@@ -210,15 +222,17 @@ def _left_out(record: SharesRecord, shown: list[dict[str, Any]]) -> str:
     return paragraph(f"Left out, for the size of the page: {'; '.join(said)}.", "quiet") if said else ""
 
 
-def _settings(run: FinishedRun, video: Path) -> str:
+def _settings(run: FinishedRun, videos: Sequence[Path]) -> str:
     record = run.record
+    pairs = zip(each(record["video"]), videos, strict=True)
+    facts = [{"video": Path(name).name, "sha256 of the video": video_sha256(path)} for name, path in pairs]
+    numbered = ((fact, f" {n}" * (len(facts) > 1)) for n, one in enumerate(facts, 1) for fact in one.items())
     about = {
-        "video": Path(record["video"]).name,
-        "sha256 of the video": video_sha256(video),
+        **{name + number: value for (name, value), number in numbered},
         "model": Path(record["model"]).name if Path(record["model"]).is_absolute() else record["model"],
         "system prompt": record.get("system") or "",
         "device": record.get("device", ""),
-        "visual tokens": f"{run.grid.n_tokens}: {run.grid.t} steps of {run.grid.h} rows and {run.grid.w} columns",
+        "visual tokens": f"{run.grid.n_tokens}: {_sizes(run.grid)}",
         **record["config"],
         **record.get("versions", {}),
         "notes": "; ".join(record.get("notes", [])),
@@ -227,12 +241,16 @@ def _settings(run: FinishedRun, video: Path) -> str:
     return table("What was run", ("setting", "value"), rows)
 
 
+def _sizes(grid: Grid) -> str:
+    grids = grid.grids if isinstance(grid, JoinedGrid) else [grid]
+    return "; ".join(f"{one.t} steps of {one.h} rows and {one.w} columns" for one in grids)
+
+
 def _times(run: FinishedRun) -> str:
-    frames = enumerate(zip(run.timestamps.tolist(), run.indices.tolist(), strict=True), 1)
-    rows = ([str(n), text_cell(f"{seconds:.3f}"), text_cell(position)] for n, (seconds, position) in frames)
-    return folded(
-        "Times of the frames", table("Sampled frames", ("frame", "seconds", "position in the video"), rows), False
-    )
+    frames = enumerate(zip(run.video_of_frame.tolist(), run.timestamps.tolist(), run.indices.tolist(), strict=True), 1)
+    rows = ([str(n), str(of + 1), text_cell(f"{at:.3f}"), text_cell(index)] for n, (of, at, index) in frames)
+    titles = ("frame", "video", "seconds", "position in the video")
+    return folded("Times of the frames", table("Sampled frames", titles, rows), False)
 
 
 def video_sha256(path: Path) -> str:

@@ -119,13 +119,22 @@ function drawGroups(box, step) {
   }
 }
 // The canvas of the outlines, finer than a pixel a token.
-function addOver(box, width) {
+function addOver(box, width, frame) {
   const canvas = element("canvas", undefined, "over");
-  Object.assign(canvas, { width, height: Math.round(width * data.size[0] / data.size[1]) });
   box.append(canvas);
+  fitOver(box, width, frame);
+}
+function fitOver(box, width, frame) {
+  const canvas = box.querySelector(".over");
+  if (canvas) Object.assign(canvas, { width, height: Math.round(width * frame.size[0] / frame.size[1]) });
 }
 
-function stepOf(frame) { return Math.floor(frame / data.framesPerStep); }
+// The first frame of each step; a step without one is shown by the last frame there is.
+const firstFrames = Array.from({ length: nSteps }, (_, step) => {
+  const found = data.frames.findIndex(one => one.step === step);
+  return found < 0 ? data.frames.length - 1 : found;
+});
+function stepOf(frame) { return data.frames[frame].step; }
 function linksOf(cell) {
   const found = [];
   for (let n = 0; links && n < data.links.each; n++) {
@@ -189,8 +198,7 @@ function say() {
 
 function where(cell) {
   const step = Math.floor(cell / perStep), place = cell % perStep;
-  const seconds = data.frames[Math.min(step * data.framesPerStep, data.frames.length - 1)].seconds;
-  return `${seconds.toFixed(2)} s, row ${Math.floor(place / w) + 1}, column ${place % w + 1}`;
+  return `${data.frames[firstFrames[step]].moment}, row ${Math.floor(place / w) + 1}, column ${place % w + 1}`;
 }
 function choose(cell) {
   state.token = cell;
@@ -225,18 +233,25 @@ function chooseSubspace(rank) {
 function release() { state.token = state.rank = null; find("token").replaceChildren(); find("links").replaceChildren();
   drawAll(); }
 
+let shown = null;
 function show(frame) {
   state.frame = Math.max(0, Math.min(frame, data.frames.length - 1));
   const one = data.frames[state.frame];
   stage.image.src = one.image;
+  if (shown !== one.size.join()) {
+    shown = one.size.join();
+    stage.box.style.maxWidth = `calc(80vh * ${one.size[1] / one.size[0]})`;
+    Object.assign(stage.image, { width: one.size[1], height: one.size[0] });
+    fitOver(stage.box, 960, one);
+  }
   find("frame").value = state.frame;
-  find("when").textContent = `${one.seconds.toFixed(2)} s, frame ${state.frame + 1} of ${data.frames.length}`;
+  find("when").textContent = `${one.moment}, frame ${state.frame + 1} of ${data.frames.length}`;
   find("frame").setAttribute("aria-valuetext", find("when").textContent);
   const now = stepOf(state.frame);
   steps.forEach((step, n) => step.button.setAttribute("aria-pressed", String(n === now)));
   drawStage();
 }
-function goTo(step) { show(step * data.framesPerStep); }
+function goTo(step) { show(firstFrames[step]); }
 function play(go) {
   clearInterval(state.timer);
   state.timer = go ? setInterval(() => show((state.frame + 1) % data.frames.length), 250) : null;
@@ -265,22 +280,20 @@ data.subspaces.forEach((one, rank) => {
 });
 const steps = Array.from({ length: nSteps }, (_, step) => {
   const button = element("button"), box = element("span", undefined, "picture"), canvas = element("canvas");
-  const first = data.frames[Math.min(step * data.framesPerStep, data.frames.length - 1)], image = element("img");
+  const first = data.frames[firstFrames[step]], image = element("img");
   button.type = "button";
   box.style.display = "block";
-  Object.assign(image, { src: first.image, alt: "", loading: "lazy", width: data.size[1], height: data.size[0] });
+  Object.assign(image, { src: first.image, alt: "", loading: "lazy", width: first.size[1], height: first.size[0] });
   Object.assign(canvas, { width: w, height: h });
   box.append(image, canvas);
-  if (groups) addOver(box, 320);
-  button.append(box, `${first.seconds.toFixed(2)} s`);
+  if (groups) addOver(box, 320, first);
+  button.append(box, first.moment);
   button.addEventListener("click", () => goTo(step));
   find("steps").append(button);
   return { button, box, canvas };
 });
-stage.box.style.maxWidth = `calc(80vh * ${data.size[1] / data.size[0]})`;
 Object.assign(stage.canvas, { width: w, height: h });
-if (groups) addOver(stage.box, 960);
-Object.assign(stage.image, { width: data.size[1], height: data.size[0] });
+if (groups) addOver(stage.box, 960, data.frames[0]);
 find("frame").max = data.frames.length - 1;
 for (const layer of data.attention || []) find("layer").append(element("option", layer.layer));
 for (const name of data.attention ? data.attention[0].heads : []) find("head").append(element("option", name));

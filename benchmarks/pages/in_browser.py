@@ -53,7 +53,7 @@ def made_page(grid: TokenGrid, video: Path) -> str:
     levels = rng.integers(0, 256, (2, 1 + N_HEADS, n), dtype=np.uint8)
     ones = np.ones(N_HEADS)
     layers = [VisualShare(layer, ones, ones, levels, np.ones(1 + N_HEADS)) for layer in range(N_LAYERS)]
-    return run_page(run, clip, video, FromModel(links, SharesRecord(layers, 9, 2 * n, n), "right"))
+    return run_page(run, clip.frames, [video], FromModel(links, SharesRecord(layers, 9, 2 * n, n), "right"))
 
 
 def find_chromium() -> str:

@@ -79,7 +79,7 @@ class FakePart:
         return "a part"
 
     def open(self, clip: Any, share: bool) -> None:
-        assert clip == ("a clip",)
+        assert clip == [("a clip",)]
         assert share
         self._clips += 1
 
@@ -177,7 +177,7 @@ def use_fakes(setattr: Any) -> None:
     setattr(tensor_parallel, "_run_part", run_fake_part)
     setattr(video_model, "VideoModel", FakePart)
     setattr(budget, "Planner", FakePlanner)
-    setattr(BatchWorker, "_read", lambda *_: (FakeClip(("a clip",)), {}))
+    setattr(BatchWorker, "_read", lambda *_: ([FakeClip(("a clip",))], {}))
 
 
 def fake_worker(job: BatchJob) -> BatchWorker:

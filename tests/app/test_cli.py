@@ -108,7 +108,7 @@ def test_the_report_says_where_the_tokens_do_not_choose_the_number(
 ) -> None:
     anchor = AnchorResult(torch.tensor([0.0, 1.0]), torch.tensor([0, 1]), in_gap=in_gap)
     counts = {"n_prompt_tokens": 3, "n_visual_tokens": 2, "n_generated_tokens": 1}
-    result: Any = SimpleNamespace(text="left", anchor=anchor, grid=TokenGrid(1, 1, 2), gate_effect=None, **counts)
+    result: Any = SimpleNamespace(text="left", anchor=anchor, grids=[TokenGrid(1, 1, 2)], gate_effect=None, **counts)
     run_command.report(result, {"seconds": defaultdict(float)}, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     (number,) = (number for number, line in enumerate(lines) if line.startswith("scores "))

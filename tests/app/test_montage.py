@@ -21,7 +21,7 @@ def test_tokens_of_a_subspace_are_as_they_are_and_others_faded(figures: list[Fig
     run = finished(grid, 4, labels)
     frames = np.full((4, 40, 60, 3), (200, 40, 40), np.uint8)
     clip = VideoClip(frames, run.timestamps, run.indices, 20, 10.0)
-    montage.draw(tmp_path / "subspaces.png", clip, run)
+    montage.draw(tmp_path / "subspaces.png", clip.frames, run)
     (axis,) = figures[0].axes
     picture: Any = axis.images[0].get_array()
     names = [label.get_text() for label in axis.get_yticklabels()]
@@ -40,7 +40,7 @@ def test_small_subspaces_beyond_the_rows_are_counted(figures: list[Figure], tmp_
     grid = TokenGrid(1, 6, 10)
     labels = np.minimum(np.arange(60) // 2, 27)  # 27 of 2 tokens, one of 6
     clip = VideoClip(np.zeros((1, 30, 50, 3), np.uint8), np.zeros(1), np.zeros(1, int), 1, 1.0)
-    montage.draw(tmp_path / "subspaces.png", clip, finished(grid, 1, labels))
+    montage.draw(tmp_path / "subspaces.png", clip.frames, finished(grid, 1, labels))
     title = figures[0].get_suptitle().replace("\n", " ")
     assert "28 subspaces of 60 visual tokens; the 4 smallest, 8 tokens in all, are not shown" in title
     assert len(figures[0].axes[0].get_yticklabels()) == montage.MAX_ROWS
@@ -56,6 +56,6 @@ def test_no_overlap(
     grid = TokenGrid(n_frames, 5, 6, row_newlines=True)
     run = finished(grid, n_frames, np.arange(grid.n_tokens) % n_clusters)
     clip = VideoClip(np.zeros((n_frames, *shape, 3), np.uint8), run.timestamps, run.indices, 200, 10.0)
-    montage.draw(tmp_path / "subspaces.png", clip, run)
+    montage.draw(tmp_path / "subspaces.png", clip.frames, run)
     check_texts(figures[0])
     assert max(figures[0].get_size_inches()) < 50

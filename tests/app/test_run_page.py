@@ -69,7 +69,8 @@ def video(tmp_path: Path) -> Path:
 def whole_page(video: Path, /, **record: Any) -> str:
     run = run_of(**record)
     n = GRID.n_tokens
-    return run_page(run, clip_of(run), video, FromModel(expression_of(n), shares_of(n), record.get("answer", "right")))
+    found = FromModel(expression_of(n), shares_of(n), record.get("answer", "right"))
+    return run_page(run, clip_of(run).frames, [video], found)
 
 
 def data_of(text: str) -> dict[str, Any]:
@@ -90,12 +91,12 @@ def test_data_of_the_page_against_the_run(video: Path) -> None:
     assert [one["size"] for one in data["subspaces"]] == sorted(sizes, reverse=True)
     assert [one["share"] for one in data["subspaces"]] == pytest.approx(np.sort(sizes)[::-1] / len(LABELS))
     assert [data["subspaces"][rank]["size"] for rank in ranks] == sizes[LABELS[cells]].tolist()
-    assert [frame["seconds"] for frame in data["frames"]] == run.timestamps.tolist()
+    assert [frame["moment"] for frame in data["frames"]] == [f"{seconds:.2f} s" for seconds in run.timestamps]
     with Image.open(BytesIO(b64decode(data["frames"][2]["image"].split(",")[1]))) as picture:
         assert picture.format == "WEBP"
         error = np.abs(np.asarray(picture).astype(float) - clip_of(run).frames[2])
     assert error.mean() < 12
-    assert data["framesPerStep"] == 2
+    assert [frame["step"] for frame in data["frames"]] == [n // 2 for n in range(len(run.timestamps))]
 
 
 def test_links_are_the_strongest_by_size_of_their_weight(video: Path) -> None:
@@ -146,7 +147,7 @@ def test_what_was_run_is_on_the_page_and_folders_are_not(video: Path) -> None:
 
 def test_without_the_model_the_page_says_what_it_lacks(video: Path) -> None:
     run = run_of()
-    text = run_page(run, clip_of(run), video)
+    text = run_page(run, clip_of(run).frames, [video])
     assert data_of(text)["links"] is data_of(text)["attention"] is None
     assert "videoanchor viz RUN --what page,affinity,attention adds them." in text
     assert "without the gate</strong>" not in text
@@ -169,7 +170,7 @@ def test_a_large_run_stays_below_15_mb(video: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "_SIZES", ((512, 90), (96, 40)))  # the best that fits, not all that were tried
     frames = np.random.default_rng(0).integers(0, 256, (64, 256, 512, 3), dtype=np.uint8)  # noise: nothing is larger
     clip = VideoClip(frames, run.timestamps, run.indices, 100, 10.0)
-    text = run_page(run, clip, video, FromModel(links, SharesRecord(layers, 9, n, n), "right"))
+    text = run_page(run, clip.frames, [video], FromModel(links, SharesRecord(layers, 9, n, n), "right"))
     data = data_of(text)
     assert 5_000_000 < len(text.encode()) < 15_000_000
     assert data["attention"][0]["heads"] == ["mean of all"]

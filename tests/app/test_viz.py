@@ -343,8 +343,8 @@ def test_other_visual_tokens_are_refused(
 ) -> None:
     half = pipeline.prepare
 
-    def fewer(model: Any, processor: Any, clip: VideoClip, question: str) -> Any:
-        return half(model, processor, replace(clip, frames=clip.frames[:2]), question)
+    def fewer(model: Any, processor: Any, clips: list[VideoClip], question: str) -> Any:
+        return half(model, processor, [replace(clip, frames=clip.frames[:2]) for clip in clips], question)
 
     monkeypatch.setattr(pipeline, "prepare", fewer)
     assert cli.main(["viz", str(viz_run), "--what", "attention", "--out", str(tmp_path)]) == 2

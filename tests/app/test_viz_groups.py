@@ -87,7 +87,7 @@ def test_the_picture_has_the_outlines_and_the_numbers(
 
     monkeypatch.setattr(module, "Figure", recorded)
     run = merged_run()
-    draw(video.parent / "groups.png", clip_of(run), run)
+    draw(video.parent / "groups.png", clip_of(run).frames, run)
     (figure,) = figures
     below = figure.axes[2:]
     assert [axis.get_title() for axis in figure.axes[:2]] == ["0.10 s", "0.70 s"]
@@ -113,7 +113,7 @@ def test_the_picture_of_dropped_tokens_is_dark_there(video: Path, monkeypatch: p
 
     monkeypatch.setattr(module, "Figure", recorded)
     run = replace(merged_run(), groups=DROPPED)
-    draw(video.parent / "groups.png", clip_of(run), run)
+    draw(video.parent / "groups.png", clip_of(run).frames, run)
     for step, axis in enumerate(figures[0].axes[2:]):
         _, dark = axis.images
         assert (np.asarray(dark.get_array())[..., 3] > 0).tolist() == (
@@ -153,15 +153,15 @@ document.body.append(left);
 
 def test_the_page_has_the_groups(video: Path) -> None:
     run, maps = merged_run(), group_maps(GROUPS, GRID)
-    data = data_of(run_page(run, clip_of(run), video))["groups"]
+    data = data_of(run_page(run, clip_of(run).frames, [video]))["groups"]
     assert unpacked(data["of"], np.int32).tolist() == maps.groups.ravel().tolist()
     assert unpacked(data["members"], np.int32).tolist() == maps.counts.ravel().tolist()
-    assert data_of(run_page(replace(run, groups=None), clip_of(run), video))["groups"] is None
+    assert data_of(run_page(replace(run, groups=None), clip_of(run).frames, [video]))["groups"] is None
 
 
 def acted(run: FinishedRun, video: Path) -> dict[str, Any]:
     """What the page says after `ACTS`."""
-    text = run_page(run, clip_of(run), video)
+    text = run_page(run, clip_of(run).frames, [video])
     digest = b64encode(hashlib.sha256(ACTS.encode()).digest()).decode()
     acting = text.replace("script-src ", f"script-src 'sha256-{digest}' ").replace(
         "</body>", f"<script>{ACTS}</script></body>"

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_first_frames_of_steps_of_one_or_two_frames(n_frames: int, t: int) -> No
     """Frame n lies in step n // 2 where two frames make a step, as the processors pair them."""
     grid = TokenGrid(t, 2, 2)
     per_step = 1 if t == n_frames else 2
-    assert grid.frames_per_step(n_frames) == per_step
+    np.testing.assert_array_equal(grid.steps_of_frames(n_frames), np.arange(n_frames) // per_step)
     steps = np.arange(n_frames) // per_step
     np.testing.assert_array_equal(grid.first_frames(n_frames), [np.flatnonzero(steps == step)[0] for step in range(t)])
 
@@ -79,7 +80,7 @@ def test_table_leaves_cells_empty_where_a_token_has_no_place(tmp_path: Path) -> 
     run = finished(grid, 3)
     table.write(tmp_path / "tokens.csv", table.token_rows(run))
     lines = (tmp_path / "tokens.csv").read_text().splitlines()
-    assert lines[0] == "token,step,frame,time_s,row,column,score,subspace,label"
+    assert lines[0] == "token,step,frame,time_s,row,column,score,subspace,label,video"
     cells = [line.split(",") for line in lines[1:]]
     assert len(cells) == 13
     assert cells[1][:6] == ["1", "0", "1", "0.100000", "0", "1"]
@@ -88,6 +89,7 @@ def test_table_leaves_cells_empty_where_a_token_has_no_place(tmp_path: Path) -> 
     assert cells[12][:6] == ["12", "", "", "", "", ""]
     assert [np.float32(row[6]) for row in cells] == run.scores.tolist()
     assert [int(row[8]) for row in cells] == run.labels.tolist()
+    assert {row[9] for row in cells} == {"1"}
 
 
 def test_table_names_subspaces_as_the_legend_does(tmp_path: Path) -> None:
@@ -275,7 +277,7 @@ def test_sheet_has_no_overlap(
     grid = TokenGrid(n_frames, 5, 6, row_newlines=True)
     run = finished(grid, n_frames, np.arange(grid.n_tokens) % n_clusters, LONG)
     clip = VideoClip(np.zeros((n_frames, *shape, 3), np.uint8), run.timestamps + 3600, run.indices, 200, 10.0)
-    contact_sheet.draw(tmp_path / "sheet.png", clip, run)
+    contact_sheet.draw(tmp_path / "sheet.png", clip.frames, run)
     check_texts(figures[0])
     assert figures[0].get_figheight() < 13, "however tall the frames are"
     for said in ("Where is", "→", "alpha_k 9.5, alpha_v 2.5", f"{grid.n_tokens} visual"):
@@ -286,9 +288,10 @@ def test_sheet_has_no_overlap(
 def test_affinity_has_no_overlap(t: int, last: float, figures: list[Figure], tmp_path: Path) -> None:
     share = np.random.default_rng(0).random((t, t)) ** 8
     run = finished(TokenGrid(t, 1, 1), t, video=LONG)
-    seconds = np.linspace(0, last, t)
-    affinity.draw(tmp_path / "a.pdf", FrameAffinity(share / share.sum(), 0.0, 0.9), seconds, run.caption)
-    affinity.draw(tmp_path / "b.png", FrameAffinity(share * 0, 0.0, 0.0), seconds, run.caption)
+    run = replace(run, timestamps=np.linspace(0, last, t))
+    moments = run.moments(np.arange(t), 0 if last >= 100 else 2)
+    affinity.draw(tmp_path / "a.pdf", FrameAffinity(share / share.sum(), 0.0, 0.9), moments, run.caption)
+    affinity.draw(tmp_path / "b.png", FrameAffinity(share * 0, 0.0, 0.0), moments, run.caption)
     for figure in figures:
         check_texts(figure)
 
@@ -308,7 +311,7 @@ def test_the_frame_of_a_step_is_its_own(figures: list[Figure], tmp_path: Path) -
     frames = np.repeat(np.array([10, 60, 110, 160, 210], np.uint8), 12).reshape(5, 2, 2, 3)
     run = finished(TokenGrid(3, 1, 1), 5)
     clip = VideoClip(frames, run.timestamps, run.indices, 20, 10.0)
-    contact_sheet.draw(tmp_path / "sheet.png", clip, run)
+    contact_sheet.draw(tmp_path / "sheet.png", clip.frames, run)
     shown = [axis.images[0].get_array()[0, 0, 0] for axis in figures[0].axes[:3]]  # pyright: ignore
     assert shown == [10, 110, 210]
     assert [axis.get_title() for axis in figures[0].axes[:3]] == ["0.10 s", "0.70 s", "1.30 s"]

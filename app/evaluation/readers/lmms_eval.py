@@ -9,7 +9,7 @@ from typing import Any
 
 from ....integrations.errors import InputError
 from .plain import json_lines
-from .result import ANSWERS, SCORES, TYPES, VIDEOS, Answered, Result, by_id, first_of, number_of, options_of, text_of
+from .result import ANSWERS, SCORES, TYPES, Answered, Result, by_id, first_of, number_of, options_of, text_of, video_of
 
 HARNESS = "lmms-eval"
 _NAME = re.compile(r"(?P<date>.+?)_samples_(?P<task>.+)\.jsonl$")
@@ -90,7 +90,7 @@ def _answered(sample: dict[str, Any], prefix: str, task: str, path: Path, metric
     return Answered(
         id=name,
         score=next(iter(scores.values())),
-        video=text_of(first_of(known, VIDEOS)),
+        video=video_of(known),
         type=kind if kind is not None else task if prefix else "all",
         question=text_of(known.get("question")),
         options=options_of(known),

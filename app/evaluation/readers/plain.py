@@ -12,7 +12,6 @@ from .result import (
     REPLIES,
     SCORES,
     TYPES,
-    VIDEOS,
     Answered,
     Result,
     by_id,
@@ -21,6 +20,7 @@ from .result import (
     options_of,
     scored,
     text_of,
+    video_of,
 )
 
 _IDS = ("id", "question_id", "index")
@@ -85,7 +85,7 @@ def from_columns(row: dict[str, Any], name: str) -> Answered:
     return Answered(
         id=name,
         score=number_of(first_of(row, SCORES)),
-        video=text_of(first_of(row, VIDEOS)),
+        video=video_of(row),
         type="all" if kind is None else kind,
         question=text_of(row.get("question")),
         options=options_of(row),

@@ -8,7 +8,7 @@ from ....integrations.errors import InputError
 from .lmms_eval import find_samples, is_sample, read_lmms_eval
 from .own import is_own, read_own
 from .plain import json_lines, read_plain
-from .result import VIDEOS, Result, first_of, text_of
+from .result import Result, text_of, video_of
 from .table_file import SUFFIXES
 from .vlmevalkit import find_table, read_vlmevalkit
 
@@ -77,7 +77,7 @@ def with_videos(result: Result, file: Path) -> Result:
     Raises:
         InputError: it lacks a question.
     """
-    videos = {text_of(row.get("id")): text_of(first_of(row, VIDEOS)) for row in json_lines(file)}
+    videos = {text_of(row.get("id")): video_of(row) for row in json_lines(file)}
     if missing := [name for name in result.rows if videos.get(name) is None]:
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         raise InputError(f"--videos {file}: no video for the id {missing[0]!r}{others} of {result.source}")

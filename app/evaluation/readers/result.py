@@ -10,6 +10,7 @@ from typing import Any
 
 from ....integrations.errors import InputError
 from ....integrations.lmms_eval.metrics import score
+from ...video.names import name_of
 from ..questions import answer_key, parse_options, read_answer
 
 SCORES = ("score", "hit", "accuracy", "acc", "correct", "exact_match", "MRA:.5:.95:.05", "mra")
@@ -94,6 +95,14 @@ def first_of(columns: Mapping[str, Any], names: Iterable[str]) -> Any:
 
 def is_missing(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def video_of(row: Mapping[str, Any]) -> str | None:
+    """What names the video of a row, or of several all."""
+    found = first_of(row, VIDEOS)
+    if not isinstance(found, list):
+        return text_of(found)
+    return name_of([str(one) for one in found] if len(found) > 1 else str(found[0]))
 
 
 def text_of(value: Any) -> str | None:
