@@ -162,14 +162,16 @@ def _frames(run: FinishedRun, frames: Frames) -> list[dict[str, Any]]:
             break
     moments = run.moments(np.arange(len(pictures)))
     steps = run.grid.steps_of_frames(len(pictures)).tolist()
+    grids = run.grid.grids if isinstance(run.grid, JoinedGrid) else [run.grid]
     return [
         {
             "image": f"data:image/webp;base64,{b64encode(picture).decode()}",
             "moment": moment,
             "step": step,
             "size": frame.shape[:2],
+            "grid": (grids[of].h, grids[of].w),
         }
-        for picture, moment, step, frame in zip(pictures, moments, steps, frames, strict=True)
+        for picture, moment, step, frame, of in zip(pictures, moments, steps, frames, run.video_of_frame, strict=True)
     ]
 
 

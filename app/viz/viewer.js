@@ -198,7 +198,9 @@ function say() {
 
 function where(cell) {
   const step = Math.floor(cell / perStep), place = cell % perStep;
-  return `${data.frames[firstFrames[step]].moment}, row ${Math.floor(place / w) + 1}, column ${place % w + 1}`;
+  const { moment, grid } = data.frames[firstFrames[step]];  // whose own rows and columns may be fewer
+  const [row, column] = [Math.floor(Math.floor(place / w) * grid[0] / h), Math.floor(place % w * grid[1] / w)];
+  return `${moment}, row ${row + 1}, column ${column + 1}`;
 }
 function choose(cell) {
   state.token = cell;

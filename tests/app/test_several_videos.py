@@ -1,7 +1,10 @@
 """Questions about several videos and images, in every command: each is one of the prompt, in its order."""
 
+import hashlib
+import html
 import json
-from base64 import b64decode
+import re
+from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browser import chromium, needs_browser
 from PIL import Image
 from safetensors.numpy import load_file
 from tiny_models_checkpoint import save_checkpoint
@@ -118,6 +122,48 @@ def test_pictures_of_several(finished: Path, tmp_path: Path, capsys: pytest.Capt
         assert text in page
     assert cli.main(["viz", str(finished), "--all-frames", "--out", str(tmp_path)]) == 2
     assert "--all-frames: this run is about several videos" in capsys.readouterr().err
+
+
+ACTS = """
+const seen = {}, stage = document.getElementById("stage"), slider = document.getElementById("frame");
+const ratio = () => { const box = stage.getBoundingClientRect(); return box.width / box.height; };
+const at = frame => { slider.value = frame; slider.dispatchEvent(new Event("input")); };
+seen.first = [document.getElementById("when").textContent, ratio()];
+at(4);
+seen.image = [document.getElementById("when").textContent, ratio()];
+const box = stage.querySelector("canvas").getBoundingClientRect();
+const [x, y] = [box.left + 0.9 * box.width, box.top + 0.9 * box.height];
+stage.dispatchEvent(new MouseEvent("click", { clientX: x, clientY: y, bubbles: true }));
+seen.token = document.getElementById("token").textContent;
+seen.lit = [...document.querySelectorAll("#steps canvas")].map(canvas => {
+  const { width, height } = canvas, found = canvas.getContext("2d").getImageData(0, 0, width, height).data, lit = [];
+  for (let n = 0; n < width * height; n++) lit.push(found[4 * n] + found[4 * n + 1] + found[4 * n + 2] > 0);
+  return lit;
+});
+const said = document.createElement("pre");
+said.id = "said";
+said.textContent = JSON.stringify(seen);
+document.body.append(said);
+"""
+
+
+@needs_browser
+def test_the_page_of_several(finished: Path, tmp_path: Path) -> None:
+    """Each frame in its own shape, a token by its place in its own video, its subspace lit in all of them."""
+    digest = b64encode(hashlib.sha256(ACTS.encode()).digest()).decode()
+    text = (finished / "viz.html").read_text().replace("script-src ", f"script-src 'sha256-{digest}' ")
+    (tmp_path / "viz.html").write_text(text.replace("</body>", f"<script>{ACTS}</script></body>"))
+    done = chromium(tmp_path / "viz.html", "--dump-dom", "--window-size=1280,1600")
+    assert "CONSOLE" not in done.stderr
+    (said,) = re.findall(r'<pre id="said">(.*?)</pre>', done.stdout)
+    found, run = json.loads(html.unescape(said)), read_run(finished)
+    assert found["first"] == [f"1: {run.timestamps[0]:.2f} s, frame 1 of 7", pytest.approx(56 / 168, rel=0.02)]
+    assert found["image"] == ["2, frame 5 of 7", pytest.approx(168 / 112, rel=0.02)]
+    tokens = run.grid.arrange(np.arange(60))  # (4, 6, 6)
+    assert found["token"].startswith("Token at 2, row 4, column 6: score ")
+    assert f"score {run.scores[tokens[2, 5, 5]]:.3f}" in found["token"]
+    lit = run.grid.arrange(run.labels) == run.labels[tokens[2, 5, 5]]
+    np.testing.assert_array_equal(np.reshape(found["lit"], lit.shape), lit)
 
 
 def test_moved_videos_are_given_in_their_order(
