@@ -26,6 +26,8 @@ from videoanchor_triton.app.evaluation.page import short_names
 from videoanchor_triton.app.evaluation.questions import read_questions, videos_of
 from videoanchor_triton.app.evaluation.readers.plain import read_plain
 from videoanchor_triton.app.output import draw_run
+from videoanchor_triton.app.prompt import place
+from videoanchor_triton.app.text import asked
 from videoanchor_triton.app.token_grid import JoinedGrid, TokenGrid, joined
 from videoanchor_triton.app.video.names import name_of, names_in
 from videoanchor_triton.app.video.reader import VideoClip, read_video, write_video
@@ -88,6 +90,24 @@ def test_run_is_ask(folder: Path, loaded: tuple[Any, Any], finished: Path) -> No
     np.testing.assert_array_equal(tensors["scores"], expected.anchor.scores.numpy())
     assert tensors["grid"].tolist() == [[2, 6, 2], [1, 4, 6], [1, 3, 4]]
     assert tensors["timestamps"].tolist() == [*clips[0].timestamps, 0.0, *clips[1].timestamps]
+
+
+@pytest.mark.parametrize("system", [None, "Be short."])
+def test_an_image_is_an_image_beside_others(folder: Path, system: str | None) -> None:
+    """Also one that is read as a clip; alone, and as a folder of two views, it is a video."""
+    video, image = (read_video(folder / name, max_frames=2) for name in ("a.mp4", "view.png"))
+    views = read_video([folder / "view.png", folder / "view.png"])
+    for media, kinds in (
+        ([video, image, views, image], ["video", "image", "video", "image"]),
+        ([image, image], ["image", "image"]),
+        ([image], ["video"]),
+        (image, ["video"]),
+    ):
+        items, messages = place(media, asked("Which?", system))
+        entries = messages[-1]["content"]
+        assert entries == [*({"type": kind} for kind in kinds), {"type": "text", "text": "Which?"}]
+        assert ["video" if isinstance(item, VideoClip) else "image" for item in items] == kinds
+    np.testing.assert_array_equal(np.asarray(items[0].frames[0]), np.asarray(Image.open(folder / "view.png")))
 
 
 def test_the_order_of_the_prompt_is_that_of_the_paths(folder: Path, tmp_path: Path) -> None:
