@@ -107,7 +107,9 @@ def test_an_image_is_an_image_beside_others(folder: Path, system: str | None) ->
         entries = messages[-1]["content"]
         assert entries == [*({"type": kind} for kind in kinds), {"type": "text", "text": "Which?"}]
         assert ["video" if isinstance(item, VideoClip) else "image" for item in items] == kinds
-    np.testing.assert_array_equal(np.asarray(items[0].frames[0]), np.asarray(Image.open(folder / "view.png")))
+    (clip,) = items
+    assert isinstance(clip, VideoClip)
+    np.testing.assert_array_equal(clip.frames[0], np.asarray(Image.open(folder / "view.png")))
 
 
 def test_the_order_of_the_prompt_is_that_of_the_paths(folder: Path, tmp_path: Path) -> None:
