@@ -59,7 +59,8 @@ def ask(
         model: a folder or a name on the Hugging Face hub, or a model that is loaded: faster from the second question
             on.
         video: a path (a video, an image, or a folder of images, the views of a scene), what `read_video` returns, an
-            image ((height, width, 3) uint8 or Pillow's), or several of these; None where the messages hold them.
+            image ((height, width, 3) uint8 or Pillow's), or several of these; None where the messages hold them. A path
+            of an image is an image beside others, and alone a video of one frame.
         question: asked after all of them; or chat messages in transformers' format, whose entries of type "video" and
             "image" are filled in their order.
         config: strength of the gate, and how tokens are scored.

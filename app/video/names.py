@@ -35,9 +35,11 @@ def name_of(videos: str | Sequence[str]) -> str:
 
 def names_in(name: str) -> list[str]:
     """The texts that `name_of` was made of."""
-    if name.startswith("["):
+    if name.startswith('["'):
         with suppress(ValueError):
-            return json.loads(name)
+            found = json.loads(name)
+            if all(isinstance(one, str) for one in found):
+                return found
     return [name]
 
 

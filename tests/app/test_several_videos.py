@@ -331,6 +331,8 @@ def test_csv_cells_hold_lists_as_json(tmp_path: Path) -> None:
     assert second.video == tmp_path / "[odd].mp4"
     assert names_in(first.video_name) == [str(tmp_path / "a.mp4"), "https://x.org/b.mp4"]
     assert name_of("x") == "x"
+    for name in ("[1, 2]", '["a", 1]', '["a"'):
+        assert names_in(name) == [name]
 
 
 def test_vllm_refuses_before_anything_is_loaded(
