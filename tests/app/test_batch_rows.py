@@ -66,7 +66,7 @@ def test_folder(tmp_path: Path) -> None:
     for name in ("b.MKV", "a.mp4", "sub/c.webm", "notes.txt"):
         (tmp_path / name).touch()
     rows = read_rows(tmp_path, ["One?", "Two?"])
-    assert [(row.number, Path(row.video).name, row.question) for row in rows] == [
+    assert [(row.number, Path(row.video_name).name, row.question) for row in rows] == [
         (1, "a.mp4", "One?"),
         (2, "a.mp4", "Two?"),
         (3, "b.MKV", "One?"),

@@ -211,7 +211,7 @@ def test_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
     def ask(one: Question, how: Setting) -> str:
         if len(asked) == 5:
             raise KeyboardInterrupt
-        asked.append((Path(one.video).name, one.id, how.name))
+        asked.append((Path(one.video_name).name, one.id, how.name))
         return "A" if how == setting else "(B)."
 
     with ResultsLog(tmp_path / "replies.jsonl") as log, pytest.raises(KeyboardInterrupt):

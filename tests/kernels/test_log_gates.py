@@ -139,7 +139,7 @@ def test_caches_match_the_specification(
     """Gates are slices of a larger buffer, which are read by their strides; NaN lies around them and in unused keys."""
     problem = small(f"cache-{gate}", queries=queries, keys=48, gate=gate)
     (q, k, v), options = problem.make(device)
-    options.pop("gamma_q"), options.pop("window")
+    del options["gamma_q"], options["window"]
     lengths = [37, 48]
     for name in options.keys() & {"gamma_k", "log_gamma_k", "gamma_v"}:
         value = options[name]
