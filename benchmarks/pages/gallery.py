@@ -1,4 +1,4 @@
-"""Makes docs/gallery, with the picture of README.md: what the commands draw of three clips made here. Needs Chromium.
+"""Makes docs/gallery, with the picture of README.md: what the commands draw of clips made here. Needs Chromium.
 
 python benchmarks/pages/gallery.py
 """
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,24 +41,34 @@ KEPT = {
     },
     "room": {"viz.html": "room.html", "subspaces.png": "room-subspaces.webp"},
     "cuts": {"viz.html": "cuts.html", "subspaces.png": "cuts-subspaces.webp", "affinity.png": "cuts-affinity.webp"},
+    "two": {"viz.html": "two.html", "subspaces.png": "two-subspaces.webp"},
 }
 """What of a run's pictures is kept, and under which name."""
 
 
-def room() -> tuple[np.ndarray, str, str]:
+Clips = Sequence[np.ndarray]
+"""Frames (T, H, W, 3) uint8 of each video of a prompt."""
+
+
+def room() -> tuple[Clips, str, str]:
     """Frames of a scan, a question about it and the right answer."""
     scan = RoomScan(SEED)
     asked = next(one for one in scan.questions() if one.kind == "first")
-    return scan.frames, asked.text, asked.answer
+    return [scan.frames], asked.text, asked.answer
 
 
-def cuts() -> tuple[np.ndarray, str, str]:
+def cuts() -> tuple[Clips, str, str]:
     """A scan with another in its middle; asked for is what only the other shows."""
+    (first, other), question, truth = two()
+    return [np.concatenate([first[:4], other, first[4:]])], question, truth
+
+
+def two() -> tuple[Clips, str, str]:
+    """Two scans, each a video; asked for is what only the second shows."""
     first, other = RoomScan(SEED), RoomScan(SEED + 5)
-    frames = np.concatenate([first.frames[:4], other.frames, first.frames[4:]])
     known = first.objects.tolist()
     colour, shape = next(pair for pair in other.objects.tolist() if pair not in known)
-    return frames, f"Is there a {list(COLOURS)[colour]} {SHAPES[shape]}?", "yes"
+    return [first.frames, other.frames], f"Is there a {list(COLOURS)[colour]} {SHAPES[shape]}?", "yes"
 
 
 def command(*words: object) -> None:
@@ -70,17 +81,18 @@ def command(*words: object) -> None:
         raise SystemExit(code)
 
 
-def asked_about(name: str, frames: np.ndarray, question: str, truth: str, folder: Path) -> Path:
-    """A run of the trained model on a clip of these frames.
+def asked_about(name: str, clips: Clips, question: str, truth: str, folder: Path) -> Path:
+    """A run of the trained model on these clips.
 
     Raises:
         SystemExit: its answer is not the truth.
     """
-    video, out = folder / f"{name}.mp4", folder / name
-    write_video(video, frames, FPS)
-    files = ("--model", CHECKPOINT, "--video", video, "--question", question, "--out", out)
+    out, videos = folder / name, [folder / f"{name}{n}.mp4" for n in ([""] if len(clips) == 1 else range(1, 3))]
+    for video, frames in zip(videos, clips, strict=True):
+        write_video(video, frames, FPS)
+    files = ("--model", CHECKPOINT, "--video", *videos, "--question", question, "--out", out)
     gate = ("--alpha-k", 1, "--alpha-v", 0, "--n-clusters", 12, "--pca-rank", 32)
-    command("run", *files, *gate, "--max-frames", len(frames), "--max-new-tokens", 4)
+    command("run", *files, *gate, "--max-frames", len(clips[0]), "--max-new-tokens", 4)
     answer = json.loads((out / "result.json").read_text())["answer"]
     if answer != truth:
         raise SystemExit(f"{name}: {question} {answer!r}, and the truth is {truth!r}: show another question")
@@ -117,7 +129,7 @@ def main() -> None:
         folder = Path(scratch)
         command("demo", "--out", folder / "demo")
         runs = {"demo": folder / "demo"}
-        runs |= {name: asked_about(name, *make(), folder) for name, make in (("room", room), ("cuts", cuts))}
+        runs |= {make.__name__: asked_about(make.__name__, *make(), folder) for make in (room, cuts, two)}
         for name, run in runs.items():
             command("viz", run, "--what", "page,sheet,montage,frames,affinity,attention")
             for made, kept in KEPT[name].items():

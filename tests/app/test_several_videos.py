@@ -2,6 +2,7 @@
 
 import hashlib
 import html
+import itertools
 import json
 import re
 from base64 import b64decode, b64encode
@@ -27,6 +28,8 @@ from videoanchor_triton.app.evaluation.questions import read_questions, videos_o
 from videoanchor_triton.app.evaluation.readers.plain import read_plain
 from videoanchor_triton.app.output import draw_run
 from videoanchor_triton.app.prompt import place
+from videoanchor_triton.app.room_scan_demo import SEED
+from videoanchor_triton.app.room_scans import CHECKPOINT, COLOURS, FPS, SHAPES, RoomScan
 from videoanchor_triton.app.text import asked
 from videoanchor_triton.app.token_grid import JoinedGrid, TokenGrid, joined
 from videoanchor_triton.app.video.names import name_of, names_in
@@ -261,6 +264,25 @@ def test_fit_takes_fewer_frames_of_the_longer(folder: Path, tmp_path: Path, caps
     texts = [*map(str, (*command, "--question", "Which?", "--out", tmp_path, *GATE, *options, "--device", "cpu"))]
     assert cli.main(texts) == 2
     assert f"try --max-frames {best}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_trained_model_sees_both_videos(number: int) -> None:
+    """What is in the first, in the second and in neither, though no prompt of its training had two videos."""
+    model, processor = pipeline.load(str(CHECKPOINT), "cpu", "float32")
+    scans = [RoomScan(SEED + number), RoomScan(SEED + number + 5)]
+    clips = [VideoClip(scan.frames, np.arange(8) / FPS, np.arange(8), 8, FPS) for scan in scans]
+    first, second = ({tuple(one) for one in scan.objects.tolist()} for scan in scans)
+    config = va.VideoAnchorConfig(alpha_k=1, alpha_v=0, n_clusters=12, pca_rank=32)
+    every = {*itertools.product(range(len(COLOURS)), range(len(SHAPES)))}
+    for some, truth in (
+        (shown[0] - shown[1], "yes"),
+        (shown[1] - shown[0], "yes"),
+        (every - shown[0] - shown[1], "no"),
+    ):
+        colour, shape = min(some)
+        question = f"Is there a {list(COLOURS)[colour]} {SHAPES[shape]}?"
+        assert pipeline.answer(model, processor, clips, question, config, max_new_tokens=4).text == truth
 
 
 def write(path: Path, *rows: dict[str, Any]) -> Path:

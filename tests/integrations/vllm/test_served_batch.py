@@ -38,7 +38,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"video": f"clips/{name}.mp4", "question": text} for name in ("a", "b", "broken", "c") for text in questions
     ]
     rows.append({"video": "clips/a.mp4", "question": "left " * 2000})
-    rows = [{"id": str(n), **row} for n, row in enumerate(rows)]
+    rows = [{"id": str(n), **row, **({"system": "Answer from left to right."} if n % 3 == 0 else {})}
+            for n, row in enumerate(rows)]  # fmt: skip
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -64,7 +65,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
 def answered(out: Path) -> dict[str, Any]:
     records = lines(out)
     assert set(Counter(record["input"]["id"] for record in records).values()) == {1}
-    return {record["input"]["id"]: (record["status"], record["answer"], record["failure"]) for record in records}
+    return {one["input"]["id"]: (one["status"], one["answer"], one["failure"], one.get("tokens")) for one in records}
 
 
 def run(job: Path, out: Path, *options: str) -> subprocess.Popen[str]:
@@ -118,7 +119,8 @@ def test_answers_of_the_local_engine(job: Path, local: dict[str, Any], tmp_path:
     assert process.returncode == 1, said[-3000:]
     found = answered(tmp_path)
     assert found == local
-    assert Counter(status for status, _, _ in found.values()) == {"done": 36, "failed": 13}
+    assert Counter(status for status, *_ in found.values()) == {"done": 36, "failed": 13}
+    assert {one["system"] for one in lines(tmp_path)} == {None, "Answer from left to right."}
     record = next(one for one in lines(tmp_path) if one["status"] == "done")
     assert record["engine"] == "vllm"
     assert record["tokens"]["visual"] > 0
