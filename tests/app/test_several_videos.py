@@ -276,9 +276,9 @@ def test_a_trained_model_sees_both_videos(number: int) -> None:
     config = va.VideoAnchorConfig(alpha_k=1, alpha_v=0, n_clusters=12, pca_rank=32)
     every = {*itertools.product(range(len(COLOURS)), range(len(SHAPES)))}
     for some, truth in (
-        (shown[0] - shown[1], "yes"),
-        (shown[1] - shown[0], "yes"),
-        (every - shown[0] - shown[1], "no"),
+        (first - second, "yes"),
+        (second - first, "yes"),
+        (every - first - second, "no"),
     ):
         colour, shape = min(some)
         question = f"Is there a {list(COLOURS)[colour]} {SHAPES[shape]}?"
