@@ -51,6 +51,8 @@ class Gated:
         items = super().embed_multimodal(**kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if self.step_gates is None or items is None:
             return items
+        # LLaVA-OneVision's have a leading axis of one where videos of several lengths are encoded together
+        items = [item.flatten(0, -2) for item in items]
         if self._layers[0].kv_cache.numel() == 0:  # vLLM measures memory with items of nothing, before there is a cache
             return tuple(attach(item, item.new_zeros(len(item))) for item in items)
         return tuple(attach(item, self._score(item)) for item in items)

@@ -68,9 +68,14 @@ def answered(out: Path) -> dict[str, Any]:
     return {one["input"]["id"]: (one["status"], one["answer"], one["failure"], one.get("tokens")) for one in records}
 
 
-def run(job: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+def run(job: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
     command = [*COMMAND, *arguments(job, out, *options)]
-    return subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with said_by(out).open("a") as said:  # a pipe that nobody reads would stop it
+        return subprocess.Popen(command, env=environment(), stdout=said, stderr=subprocess.STDOUT)
+
+
+def said_by(out: Path) -> Path:
+    return out.with_name(f"{out.name}.said")
 
 
 def of_engine(pid: int) -> list[int]:
@@ -96,10 +101,10 @@ def runs(pid: int) -> bool:
     return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def wait_for(n: int, out: Path, process: "subprocess.Popen[str]") -> None:
+def wait_for(n: int, out: Path, process: "subprocess.Popen[bytes]") -> None:
     end = time.monotonic() + 500
     while len(lines(out)) < n:
-        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert process.poll() is None, said_by(out).read_text()[-3000:]
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -115,8 +120,7 @@ def test_answers_of_the_local_engine(job: Path, local: dict[str, Any], tmp_path:
     """And the same command again asks nothing, in no time."""
     options = ("--scorer", "uniform", "--max-new-tokens", "24", *VLLM)
     process = run(job, tmp_path, *options)
-    said = process.communicate()[0]
-    assert process.returncode == 1, said[-3000:]
+    assert process.wait() == 1, said_by(tmp_path).read_text()[-3000:]
     found = answered(tmp_path)
     assert found == local
     assert Counter(status for status, *_ in found.values()) == {"done": 36, "failed": 13}
@@ -139,13 +143,13 @@ def test_kill_9(job: Path, local: dict[str, Any], tmp_path: Path, whole: bool) -
     assert engine
     for pid in [process.pid] if whole else engine:
         os.kill(pid, signal.SIGKILL)
-    said = process.communicate(timeout=500)[0]
+    process.wait(500)
     if whole:
         assert len(lines(tmp_path)) < 49
         assert not [pid for pid in engine if runs(pid)]
         process = run(job, tmp_path, *options)
-        said = process.communicate(timeout=500)[0]
-    assert process.returncode == 1, said[-3000:]
+        process.wait(500)
+    assert process.returncode == 1, said_by(tmp_path).read_text()[-3000:]
     assert answered(tmp_path) == local
 
 
