@@ -32,7 +32,7 @@ from videoanchor_triton.app.room_scan_demo import SEED
 from videoanchor_triton.app.room_scans import CHECKPOINT, COLOURS, FPS, SHAPES, RoomScan
 from videoanchor_triton.app.text import asked
 from videoanchor_triton.app.token_grid import JoinedGrid, TokenGrid, joined
-from videoanchor_triton.app.video.names import name_of, names_in
+from videoanchor_triton.app.video.names import each, name_of, names_in
 from videoanchor_triton.app.video.reader import VideoClip, read_video, write_video
 from videoanchor_triton.app.viz.finished_run import read_run
 from videoanchor_triton.app.viz.run_page import strongest_links
@@ -329,7 +329,7 @@ def test_batch(folder: Path, loaded: tuple[Any, Any], tmp_path: Path) -> None:
     assert (tmp_path / "results.jsonl").read_bytes() == before
     cells = (tmp_path / "results.csv").read_text()
     assert json.dumps(both).replace('"', '""') in cells
-    assert len(read_rows(tmp_path / "results.csv")[0].video) == 2, "tables are input again"  # type: ignore
+    assert len(each(read_rows(tmp_path / "results.csv")[0].video)) == 2, "tables are input again"
 
 
 def test_a_change_in_any_of_them_is_asked_anew(folder: Path, tmp_path: Path) -> None:
