@@ -1,4 +1,4 @@
-"""Questions about several videos and images, in every command: each is one of the prompt, in its order."""
+"""Several videos and images in one prompt: what `run` says of them, its page and its pictures."""
 
 import hashlib
 import html
@@ -16,66 +16,42 @@ import torch
 from browser import chromium, needs_browser
 from PIL import Image
 from safetensors.numpy import load_file
+from several_videos import CONFIG, GATE, SIZE
 from tiny_models_checkpoint import save_checkpoint
 
 import videoanchor_triton as va
 from videoanchor_triton.anchor.solver import SelfExpression
-from videoanchor_triton.app import cli, demo, pipeline
-from videoanchor_triton.app.batch.rows import read_rows
+from videoanchor_triton.app import cli, pipeline
 from videoanchor_triton.app.budget import Planner
-from videoanchor_triton.app.evaluation.page import short_names
-from videoanchor_triton.app.evaluation.questions import read_questions, videos_of
-from videoanchor_triton.app.evaluation.readers.plain import read_plain
 from videoanchor_triton.app.output import draw_run
 from videoanchor_triton.app.prompt import place
 from videoanchor_triton.app.room_scan_demo import SEED
 from videoanchor_triton.app.room_scans import CHECKPOINT, COLOURS, FPS, SHAPES, RoomScan
 from videoanchor_triton.app.text import asked
 from videoanchor_triton.app.token_grid import JoinedGrid, TokenGrid, joined
-from videoanchor_triton.app.video.names import each, name_of, names_in
-from videoanchor_triton.app.video.reader import VideoClip, read_video, write_video
+from videoanchor_triton.app.video.reader import VideoClip, read_video
 from videoanchor_triton.app.viz.finished_run import read_run
 from videoanchor_triton.app.viz.run_page import strongest_links
 from videoanchor_triton.integrations.errors import InputError
 
-CONFIG = va.VideoAnchorConfig(alpha_k=2, alpha_v=1, scorer="kmeans", n_clusters=3, pca_rank=8)
-GATE = ("--alpha-k", "2", "--alpha-v", "1", "--scorer", "kmeans", "--n-clusters", "3", "--pca-rank", "8")
-SIZE = ("--max-frames", "4", "--max-new-tokens", "3", "--device", "cpu")
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, a video of 8 frames, a longer and taller one, one of 2 frames, and an image."""
-    path, rng = tmp_path_factory.mktemp("several"), np.random.default_rng(0)
-    demo.make_checkpoint(path / "checkpoint")
-    for name, n, height, width in (("a", 8, 84, 112), ("b", 12, 168, 56), ("short", 2, 84, 112)):
-        write_video(path / f"{name}.mp4", rng.integers(0, 255, (n, height, width, 3), dtype=np.uint8), fps=4)
-    Image.fromarray(rng.integers(0, 255, (112, 168, 3), dtype=np.uint8)).save(path / "view.png")
-    return path
-
-
-@pytest.fixture(scope="module")
-def loaded(folder: Path) -> tuple[Any, Any]:
-    return pipeline.load(str(folder / "checkpoint"), "cpu")
-
-
-def run(folder: Path, out: Path, *options: Any, videos: Sequence[str] = ("b.mp4", "view.png", "short.mp4")) -> int:
-    command = ["run", "--model", folder / "checkpoint", "--video", *(folder / video for video in videos)]
+def run(several: Path, out: Path, *options: Any, videos: Sequence[str] = ("b.mp4", "view.png", "short.mp4")) -> int:
+    command = ["run", "--model", several / "checkpoint", "--video", *(several / video for video in videos)]
     return cli.main([*map(str, (*command, "--question", "Which?", "--out", out, *GATE, *SIZE, *options))])
 
 
 @pytest.fixture(scope="module")
-def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(several: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished")
-    assert run(folder, out, "--json", "--system", "Be short.") == 0
+    assert run(several, out, "--json", "--system", "Be short.") == 0
     return out
 
 
-def test_run_is_ask(folder: Path, loaded: tuple[Any, Any], finished: Path) -> None:
+def test_run_is_ask(several: Path, loaded_several: tuple[Any, Any], finished: Path) -> None:
     """With an image as an image: the same answer, scores and grids, the record's lists in the order of the prompt."""
-    model, _ = loaded
-    clips = [read_video(folder / name, max_frames=4) for name in ("b.mp4", "short.mp4")]
-    image = Image.open(folder / "view.png")
+    model, _ = loaded_several
+    clips = [read_video(several / name, max_frames=4) for name in ("b.mp4", "short.mp4")]
+    image = Image.open(several / "view.png")
     entries = [{"type": "video"}, {"type": "image"}, {"type": "video"}, {"type": "text", "text": "Which?"}]
     messages = [
         {"role": "system", "content": [{"type": "text", "text": "Be short."}]}, {"role": "user", "content": entries}
@@ -83,7 +59,7 @@ def test_run_is_ask(folder: Path, loaded: tuple[Any, Any], finished: Path) -> No
     expected = va.ask(model, [clips[0], image, clips[1]], messages, CONFIG, max_new_tokens=3)
     record = json.loads((finished / "result.json").read_text())
     assert (record["answer"], record["tokens"]["prompt"]) == (expected.text, expected.n_prompt_tokens)
-    assert record["video"] == [str(folder / name) for name in ("b.mp4", "view.png", "short.mp4")]
+    assert record["video"] == [str(several / name) for name in ("b.mp4", "view.png", "short.mp4")]
     assert record["sha256"] == [None] * 3
     assert [TokenGrid(**grid) for grid in record["grid"]] == expected.grids
     assert [(grid.t, grid.h, grid.w) for grid in expected.grids] == [(2, 6, 2), (1, 4, 6), (1, 3, 4)]
@@ -96,10 +72,10 @@ def test_run_is_ask(folder: Path, loaded: tuple[Any, Any], finished: Path) -> No
 
 
 @pytest.mark.parametrize("system", [None, "Be short."])
-def test_an_image_is_an_image_beside_others(folder: Path, system: str | None) -> None:
-    """Also one that is read as a clip; alone, and as a folder of two views, it is a video."""
-    video, image = (read_video(folder / name, max_frames=2) for name in ("a.mp4", "view.png"))
-    views = read_video([folder / "view.png", folder / "view.png"])
+def test_an_image_is_an_image_beside_others(several: Path, system: str | None) -> None:
+    """Also one that is read as a clip; alone, and as a several of two views, it is a video."""
+    video, image = (read_video(several / name, max_frames=2) for name in ("a.mp4", "view.png"))
+    views = read_video([several / "view.png", several / "view.png"])
     for media, kinds in (
         ([video, image, views, image], ["video", "image", "video", "image"]),
         ([image, image], ["image", "image"]),
@@ -112,20 +88,20 @@ def test_an_image_is_an_image_beside_others(folder: Path, system: str | None) ->
         assert ["video" if isinstance(item, VideoClip) else "image" for item in items] == kinds
     (clip,) = items
     assert isinstance(clip, VideoClip)
-    np.testing.assert_array_equal(clip.frames[0], np.asarray(Image.open(folder / "view.png")))
+    np.testing.assert_array_equal(clip.frames[0], np.asarray(Image.open(several / "view.png")))
 
 
-def test_the_order_of_the_prompt_is_that_of_the_paths(folder: Path, tmp_path: Path) -> None:
-    assert run(folder, tmp_path, "--max-frames", "2", videos=("view.png", "b.mp4")) == 0
+def test_the_order_of_the_prompt_is_that_of_the_paths(several: Path, tmp_path: Path) -> None:
+    assert run(several, tmp_path, "--max-frames", "2", videos=("view.png", "b.mp4")) == 0
     record = json.loads((tmp_path / "result.json").read_text())
     assert [(grid["t"], grid["h"], grid["w"]) for grid in record["grid"]] == [(1, 4, 6), (1, 6, 2)]
 
 
-def test_one_video_is_as_it_was(folder: Path, tmp_path: Path) -> None:
+def test_one_video_is_as_it_was(several: Path, tmp_path: Path) -> None:
     """Text and objects, no lists; a single image is a video of one frame."""
-    assert run(folder, tmp_path, videos=["view.png"]) == 0
+    assert run(several, tmp_path, videos=["view.png"]) == 0
     record = json.loads((tmp_path / "result.json").read_text())
-    assert record["video"] == str(folder / "view.png")
+    assert record["video"] == str(several / "view.png")
     assert record["grid"] == {"t": 1, "h": 4, "w": 6, "n_extra": 0, "row_newlines": False}
     assert load_file(tmp_path / "anchors.safetensors")["grid"].tolist() == [1, 4, 6]
 
@@ -192,14 +168,14 @@ def test_the_page_of_several(finished: Path, tmp_path: Path) -> None:
 
 
 def test_moved_videos_are_given_in_their_order(
-    folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    several: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["viz", str(finished), "--what", "sheet", "--out", str(tmp_path), "--video"]
-    assert cli.main([*command, str(folder / "b.mp4")]) == 2
+    assert cli.main([*command, str(several / "b.mp4")]) == 2
     assert "--video: expected the 3 of the run, in their order, got 1" in capsys.readouterr().err
-    assert cli.main([*command, *(str(folder / name) for name in ("a.mp4", "view.png", "short.mp4"))]) == 2
+    assert cli.main([*command, *(str(several / name) for name in ("a.mp4", "view.png", "short.mp4"))]) == 2
     assert "video" in capsys.readouterr().err
-    assert cli.main([*command, *(str(folder / name) for name in ("b.mp4", "view.png", "short.mp4"))]) == 0
+    assert cli.main([*command, *(str(several / name) for name in ("b.mp4", "view.png", "short.mp4"))]) == 0
 
 
 def test_grids_joined_for_pictures() -> None:
@@ -234,20 +210,22 @@ def test_links_lead_to_the_first_place_of_a_token() -> None:
     assert cells.tolist() == [[4, -1]] * 4 + [[0, 5], [0, -1], [0, 4], [4, -1]]
 
 
-def test_pictures_need_places(folder: Path, tmp_path: Path) -> None:
+def test_pictures_need_places(several: Path, tmp_path: Path) -> None:
     """Where an image's tiles are not known, the answer is written, and one sentence says why there is no picture."""
     save_checkpoint("internvl", tmp_path / "internvl")
-    command = ["run", "--model", tmp_path / "internvl", "--video", folder / "a.mp4", folder / "view.png"]
+    command = ["run", "--model", tmp_path / "internvl", "--video", several / "a.mp4", several / "view.png"]
     assert cli.main([*map(str, (*command, "--question", "word3", "--out", tmp_path / "out", *GATE, *SIZE))]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"result.json", "anchors.safetensors"}
     with pytest.raises(InputError, match="not known of this model's images"):
         read_run(tmp_path / "out")
 
 
-def test_fit_takes_fewer_frames_of_the_longer(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_takes_fewer_frames_of_the_longer(
+    several: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The number is the largest that fits, for all of them alike."""
-    clips = [read_video(folder / name, max_frames=12) for name in ("a.mp4", "b.mp4", "short.mp4")]
-    planner = Planner(str(folder / "checkpoint"), CONFIG, max_new_tokens=3, device="cpu")
+    clips = [read_video(several / name, max_frames=12) for name in ("a.mp4", "b.mp4", "short.mp4")]
+    planner = Planner(str(several / "checkpoint"), CONFIG, max_new_tokens=3, device="cpu")
     whole = planner.budget(clips, "Which?")
     assert whole.n_frames == 8 + 12 + 2
     tokens = {n: planner.budget([clip.take(np.arange(min(n, len(clip.frames)))) for clip in clips], "Which?")
@@ -259,8 +237,8 @@ def test_fit_takes_fewer_frames_of_the_longer(folder: Path, tmp_path: Path, caps
     assert planner.largest(clips, "Which?") == best
     n = whole.context - tokens[7].n_prompt_tokens
     options = ("--max-frames", "12", "--max-new-tokens", n)
-    command = ["run", "--model", folder / "checkpoint", "--video"]
-    command += [folder / name for name in ("a.mp4", "b.mp4", "short.mp4")]
+    command = ["run", "--model", several / "checkpoint", "--video"]
+    command += [several / name for name in ("a.mp4", "b.mp4", "short.mp4")]
     texts = [*map(str, (*command, "--question", "Which?", "--out", tmp_path, *GATE, *options, "--device", "cpu"))]
     assert cli.main(texts) == 2
     assert f"try --max-frames {best}" in capsys.readouterr().err
@@ -285,135 +263,13 @@ def test_a_trained_model_sees_both_videos(number: int) -> None:
         assert pipeline.answer(model, processor, clips, question, config, max_new_tokens=4).text == truth
 
 
-def write(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def batch(source: Path, folder: Path, out: Path, *options: Any) -> int:
-    command = ("batch", source, "--model", folder / "checkpoint", "--out", out, "--tables", "csv")
-    return cli.main([*map(str, (*command, *GATE, *SIZE, *options))])
-
-
-def test_batch(folder: Path, loaded: tuple[Any, Any], tmp_path: Path) -> None:
-    """Answers and shared prefill as of single prompts; a list of one is the video; the order counts; it resumes."""
-    source = write(
-        folder / "rows.jsonl",
-        {"video": ["b.mp4", "view.png"], "question": "Which?"},
-        {"video": ["b.mp4", "view.png"], "question": "How many?"},
-        {"video": ["view.png", "b.mp4"], "question": "Which?"},
-        {"video": ["a.mp4"], "question": "Which?"},
-        {"video": "a.mp4", "question": "Which?"},
-        {"video": ["a.mp4", "gone.mp4"], "question": "Which?"},
-    )
-    assert batch(source, folder, tmp_path) == 1
-    found = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    found = sorted(found, key=lambda one: one["line"])
-    both = [str(folder / "b.mp4"), str(folder / "view.png")]
-    assert [one["video"] for one in found[:3]] == [both, both, both[::-1]]
-    assert [one["video"] for one in found[3:5]] == [str(folder / "a.mp4")] * 2
-    assert len({one["key"] for one in found}) == 6
-    assert [one["copy"] for one in found] == [0, 0, 0, 0, 1, 0]
-    assert found[5]["failure"] == "input"
-    assert "gone.mp4" in found[5]["reason"]
-    assert [one["fingerprint"] is None for one in found] == [False] * 5 + [True]
-    model, _ = loaded
-    clip, image = read_video(folder / "b.mp4", max_frames=4), Image.open(folder / "view.png")
-    for one, media in zip(found, ([clip, image], [clip, image], [image, clip]), strict=False):
-        alone = va.ask(model, media, one["question"], CONFIG, max_new_tokens=3)
-        assert (one["answer"], one["tokens"]["prompt"]) == (alone.text, alone.n_prompt_tokens)
-        assert one["frames"] == 5
-    assert found[1]["ssc"]["cached"] is False or found[1]["seconds"]["vision"] == 0.0
-    before = (tmp_path / "results.jsonl").read_bytes()
-    assert batch(source, folder, tmp_path) == 1
-    assert (tmp_path / "results.jsonl").read_bytes() == before
-    cells = (tmp_path / "results.csv").read_text()
-    assert json.dumps(both).replace('"', '""') in cells
-    assert len(each(read_rows(tmp_path / "results.csv")[0].video)) == 2, "tables are input again"
-
-
-def test_a_change_in_any_of_them_is_asked_anew(folder: Path, tmp_path: Path) -> None:
-    for name in ("a.mp4", "view.png"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    source = write(tmp_path / "rows.jsonl", {"video": ["a.mp4", "view.png"], "question": "Which?"})
-    out = tmp_path / "out"
-    assert batch(source, folder, out) == 0
-    Image.new("RGB", (168, 112), "red").save(tmp_path / "view.png")
-    assert batch(source, folder, out) == 0
-    (record,) = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert record["line"] == 1
-    (tmp_path / "view.png").unlink()
-    assert batch(source, folder, out) == 0, "a missing part leaves the result as it is"
-
-
-def test_csv_cells_hold_lists_as_json(tmp_path: Path) -> None:
-    (tmp_path / "q.csv").write_text('video,question\n"[""a.mp4"", ""https://x.org/b.mp4""]",?\n[odd].mp4,?\n')
-    first, second = read_rows(tmp_path / "q.csv")
-    assert first.video == (tmp_path / "a.mp4", "https://x.org/b.mp4")
-    assert second.video == tmp_path / "[odd].mp4"
-    assert names_in(first.video_name) == [str(tmp_path / "a.mp4"), "https://x.org/b.mp4"]
-    assert name_of("x") == "x"
-    for name in ("[1, 2]", '["a", 1]', '["a"'):
-        assert names_in(name) == [name]
-
-
-def test_vllm_refuses_before_anything_is_loaded(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_pictures_of_clips_that_do_not_fit_the_grids(
+    several: Path, loaded_several: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    source = write(folder / "two.jsonl", {"video": ["a.mp4", "b.mp4"], "question": "?"})
-    monkeypatch.setattr("videoanchor_triton.app.commands.batch.find_spec", lambda _: True)
-    command = ["batch", source, "--model", folder / "checkpoint", "--out", tmp_path, "--engine", "vllm", *GATE]
-    assert cli.main([*map(str, command)]) == 2
-    assert "line 1: several videos, not with --engine vllm" in capsys.readouterr().err
-    assert not any(tmp_path.iterdir())
-
-
-def test_eval(folder: Path, tmp_path: Path) -> None:
-    """Each setting's reply is that of the prompt with all of them, under the names that questions link."""
-    source = write(
-        folder / "questions.jsonl",
-        {"id": "1", "video": ["a.mp4", "view.png"], "question": "Same?", "options": ["yes", "no"], "answer": "A"},
-        {"id": "2", "video": "a.mp4", "question": "How many?", "answer": 4},
-        {"id": "3", "video": "b.mp4", "question": "How many?", "answer": 4},
-    )
-    command = ("eval", source, "--model", folder / "checkpoint", "--out", tmp_path, *GATE, *SIZE)
-    assert cli.main([*map(str, command)]) == 0
-    record = json.loads((tmp_path / "eval.json").read_text())
-    linked = name_of([str(folder / "a.mp4"), str(folder / "view.png")])
-    assert [one["video"] for one in record["answered"]] == [linked, linked, str(folder / "b.mp4")]
-    assert record["n_videos"] == 2
-    assert "a.mp4 + view.png" in (tmp_path / "eval.html").read_text()
-    replies = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
-    assert {name_of(one["video"]) for one in replies} == {linked, str(folder / "a.mp4"), str(folder / "b.mp4")}
-    assert cli.main([*map(str, command)]) == 0
-    assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == len(replies), "no reply is asked again"
-
-
-def test_questions_that_share_a_video_stand_or_fall_together(tmp_path: Path) -> None:
-    for name in "abcdef":
-        (tmp_path / name).touch()
-    rows = [["a"], ["b", "c"], ["c", "d"], ["d"], ["e", "f"], ["f", "e"], ["a"]]
-    source = write(
-        tmp_path / "q.jsonl", *({"id": n, "video": one, "question": "?", "answer": 1} for n, one in enumerate(rows))
-    )
-    names = [[Path(path).name for path in names_in(name)] for name in videos_of(read_questions(source)).tolist()]
-    assert names == [["a"], [*"bcd"], [*"bcd"], [*"bcd"], [*"ef"], [*"ef"], ["a"]]
-    short = short_names([name_of(["/v/a", "/v/b"]), "/v/c", name_of(["/v/a", "/v/b", "/v/c", "/v/d", "/v/e"])])
-    assert [*short.values()] == ["a + b", "c", "a + b + c and 2 more"]
-
-
-def test_plain_results_name_several_alike(tmp_path: Path) -> None:
-    source = write(
-        tmp_path / "r.jsonl", {"id": 1, "video": ["a", "b"], "score": 1}, {"id": 2, "video": ["c"], "score": 0}
-    )
-    assert [row.video for row in read_plain(source).rows.values()] == ['["a", "b"]', "c"]
-
-
-def test_pictures_of_clips_that_do_not_fit_the_grids(folder: Path, loaded: tuple[Any, Any], tmp_path: Path) -> None:
     """A model that cannot tell its videos apart answers, and draws nothing."""
-    model, processor = loaded
-    clip: VideoClip = read_video(folder / "a.mp4", max_frames=2)
+    model, processor = loaded_several
+    clip: VideoClip = read_video(several / "a.mp4", max_frames=2)
     answer = pipeline.answer(model, processor, [clip, clip], "?", CONFIG, max_new_tokens=1)
     answer.grids[:] = [TokenGrid(0, 0, 0, answer.n_visual_tokens)]
     with pytest.raises(InputError, match="not known"):
-        draw_run(tmp_path, answer, [clip, clip], {}, [folder / "a.mp4"] * 2)
+        draw_run(tmp_path, answer, [clip, clip], {}, [several / "a.mp4"] * 2)
