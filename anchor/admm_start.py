@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .atoms import Atoms, dual_value, objective, relative_gap
+from .repeated import Repeated
 
 START_ATOMS, RHO, RELAXATION = 2048, 40.0, 1.9
 # Iterations: over all atoms where one costs less than a step of the interior point, and else.
@@ -86,18 +87,24 @@ class Admm:
 
     def advance(self, n_iter: int) -> None:
         """So many iterations."""
-        start, rank, bound = self.start, len(self.atoms.limit), self.atoms.bound
-        goal, offset, state, reflected = self.goal, self.offset, self.state, self.reflected
+        iterate = Repeated(self._iterate, self.goal.device)
         for _ in range(n_iter):
-            expressed = (reflected @ start.columns.T) * start.unit
-            self.step = (goal - offset - expressed) @ start.inverse
-            misfit = offset + RHO * self.step
-            offset[:, :rank] = misfit[:, :rank] - misfit[:, :rank].clamp(-bound, bound)
-            offset[:, rank:] -= RELAXATION * misfit[:, rank:]
-            state.lerp_(reflected, RELAXATION / 2).addmm_(self.step * start.unit, start.columns, alpha=RELAXATION)
-            torch.clamp(state, -1 / RHO, 1 / RHO, out=reflected)
-            torch.add(state, reflected, alpha=-2, out=reflected)  # 2 C - state
-            reflected[self.rows, self.places] = -state[self.rows, self.places]
+            self.step = iterate()
+
+    def _iterate(self) -> Tensor:
+        """One; the new step, all else in place."""
+        start, rank, bound = self.start, len(self.atoms.limit), self.atoms.bound
+        offset, state, reflected = self.offset, self.state, self.reflected
+        expressed = (reflected @ start.columns.T) * start.unit
+        step = (self.goal - offset - expressed) @ start.inverse
+        misfit = offset + RHO * step
+        offset[:, :rank] = misfit[:, :rank] - misfit[:, :rank].clamp(-bound, bound)
+        offset[:, rank:] -= RELAXATION * misfit[:, rank:]
+        state.lerp_(reflected, RELAXATION / 2).addmm_(step * start.unit, start.columns, alpha=RELAXATION)
+        torch.clamp(state, -1 / RHO, 1 / RHO, out=reflected)
+        torch.add(state, reflected, alpha=-2, out=reflected)  # 2 C - state
+        reflected[self.rows, self.places] = -state[self.rows, self.places]
+        return step
 
     def point(self, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(b, p) float64 dual point; (b, k) candidates and their float64 coefficients; (b, N) room for slopes."""

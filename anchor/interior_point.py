@@ -34,9 +34,11 @@ from .atoms import SMALLEST, Atoms, all_slopes, certificate, relative_gap
 from .iterates import Iterates, largest, swap_candidates
 from .memory import Plan, candidate_atoms
 from .problem import Problem
+from .repeated import Repeated
 
 STALLED, LONGEST = 25, 60  # iterations of a token over changing atoms, and over settled ones
 CHECK_ON_CUDA = 3  # iterations after which the host asks for those that have ended; on a CPU after each
+KEPT_ON_CUDA = 0.5  # part that is left when those that have ended leave, and the step is captured anew
 ROUNDS = 20  # of settled atoms, of which the light half leaves in each; then none leaves any more
 FINE = 1e-4  # below this tolerance float32 is not enough
 # Of settled atoms: the gap over them, |c|_1 - 1 in a hull, and slope - 1 of others.
@@ -87,15 +89,21 @@ def over_changing_atoms(atoms: Atoms, start: Start, target: Tensor, own: Tensor 
     it = Iterates(atoms, admm.target, admm.own, candidates, x, c)
     it.token = admm.token
     every = CHECK_ON_CUDA if x.is_cuda else 1
-    for n_iter in range(1, STALLED + 1):
-        found = it.candidates
+
+    def step() -> tuple[Tensor, Tensor, Tensor]:
+        found = it.candidates.clone() if it.is_fused else it.candidates  # which kernels change in place
         c, primal = it.advance()
-        swap_candidates(it, relative_gap(atoms, primal, it.dual()), tol, slopes[: len(c)])
+        swap_candidates(it, primal, tol, slopes[: len(c)])
+        return found, c, primal
+
+    advance, n_open = Repeated(step, x.device) if it.is_fused else step, len(x)
+    for n_iter in range(1, STALLED + 1):
+        found, c, primal = advance()
         if n_iter % every and n_iter < STALLED:
             continue
         gap = relative_gap(atoms, primal, it.dual())
         last = ~torch.isfinite(it.x).all(1) | (n_iter == STALLED)
-        ended = (last | (gap <= tol)).nonzero()[:, 0]
+        ended = ((last | (gap <= tol)) & (it.open > 0)).nonzero()[:, 0]
         if len(ended) == 0:
             continue
         rest = None if it.own is None else it.own[ended]
@@ -103,10 +111,13 @@ def over_changing_atoms(atoms: Atoms, start: Start, target: Tensor, own: Tensor 
         sure = last[ended] | (gap <= tol)
         ended = ended[sure]
         yield Found(it.token[ended], found[ended], c[ended], primal[sure], gap[sure], n_iter)
-        stay = torch.ones_like(last).index_fill_(0, ended, False)
-        if not stay.any():
+        it.open.index_fill_(0, ended, 0)
+        n_open -= len(ended)
+        if n_open == 0:
             return
-        it.keep(stay)
+        if n_open <= (KEPT_ON_CUDA if it.is_fused else 1) * len(it.x):
+            it.keep(it.open > 0)
+            advance = Repeated(step, x.device) if it.is_fused else step
 
 
 def over_settled_atoms(

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .atoms import SMALLEST, TINY, Atoms, dual_value, objective
+from .atoms import SMALLEST, TINY, Atoms, dual_value, objective, relative_gap
 
 if find_spec("triton"):  # not there on every platform
     from .newton_kernel import fits, newton_step
@@ -36,6 +36,7 @@ class Iterates:
     Attributes:
         u, v: (b, K + r) float64 > 0, multipliers of slope <= 1 and slope >= -1 for each candidate and the error term.
         g: (b, K + r) float64 slopes.
+        open: (b,) uint8, 0 for tokens that have ended but are kept, which the kernels leave as they are.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class Iterates:
         self.atoms, self.target, self.own, self.candidates, self.x = atoms, target, own, candidates, x
         self.token = torch.arange(len(target), device=x.device)
         self.matrix = torch.nn.functional.embedding(candidates, atoms.rows)  # faster than rows[candidates]
+        self.open = torch.ones(len(target), dtype=torch.uint8, device=x.device)
         self.taken: Tensor | None = None  # (b, N) uint8: what may not join the candidates, for the kernels
+        self.margins: Tensor | None = None  # of the swap
         self.weights: Tensor | None = None
         self.objectives: Tensor | None = None
         self.g = self._slopes(x)
@@ -67,7 +70,7 @@ class Iterates:
         rows = rows.nonzero()[:, 0]  # the host asks the device once, not for each array
         if len(rows) == len(self.x):
             return
-        for name in ("token", "own", "target", "candidates", "matrix", "x", "u", "v", "g", "taken"):
+        for name in ("token", "open", "own", "target", "candidates", "matrix", "x", "u", "v", "g", "taken"):
             if (of_all := getattr(self, name)) is not None:
                 setattr(self, name, of_all.index_select(0, rows))
 
@@ -83,7 +86,7 @@ class Iterates:
         atoms, u, v, g = self.atoms, self.u, self.v, self.g
         if self.scalars is not None:
             c, self.weights, self.objectives = newton_step(  # pyright: ignore[reportPossiblyUnboundVariable]
-                atoms, self.candidates, self.target, self.x, u, v, g, self.scalars, together=together
+                atoms, self.open, self.candidates, self.target, self.x, u, v, g, self.scalars, together=together
             )
             return c, self.objectives[:, 0]
         dtype, rank, k = self.matrix.dtype, len(atoms.limit), self.candidates.shape[1]
@@ -125,6 +128,11 @@ class Iterates:
         expressed = torch.bmm(c[:, None].to(dtype), self.matrix)[:, 0].double()
         return c, objective(atoms, expressed, c, self.target)
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether kernels make the step, in place and without asking the host."""
+        return self.scalars is not None
+
     def dual(self) -> Tensor:
         """(b,) the dual value of x."""
         return dual_value(self.atoms, self.x, self.target)
@@ -142,10 +150,10 @@ class Iterates:
         return y
 
 
-def swap_candidates(it: Iterates, gap: Tensor, tol: float, slopes: Tensor) -> None:
+def swap_candidates(it: Iterates, primal: Tensor, tol: float, slopes: Tensor) -> None:
     """Scale x to be feasible for all atoms, and let those of largest slope take the place of the lightest candidates.
 
-    slopes: (b, N) room for the slopes.
+    primal: (b,) objective that `advance` gave; slopes: (b, N) room for the slopes.
     """
     atoms, k = it.atoms, it.candidates.shape[1]
     n_atoms, n_unknowns = atoms.rows.shape
@@ -156,11 +164,12 @@ def swap_candidates(it: Iterates, gap: Tensor, tol: float, slopes: Tensor) -> No
         if taken is None:
             taken = torch.zeros(len(it.x), n_atoms, dtype=torch.uint8, device=it.x.device).scatter_(1, it.candidates, 1)
             it.taken = taken if it.own is None else taken.scatter_(1, it.own[:, None], 1)
+            it.margins = _filled(it.x, MARGIN, PART_OF_GAP * tol, PART_OF_GAP, SMALLEST, float(atoms.affine))
         assert it.weights is not None  # of the step before
         assert it.objectives is not None
-        scalars = _filled(it.x, MARGIN, PART_OF_GAP * tol, PART_OF_GAP, SMALLEST, float(atoms.affine))
+        assert it.margins is not None
         take_in_violators(  # pyright: ignore[reportPossiblyUnboundVariable]
-            *(atoms, it.candidates, taken, it.x, it.u, it.v, it.g, it.weights, it.objectives, scalars),
+            *(atoms, it.open, it.candidates, taken, it.x, it.u, it.v, it.g, it.weights, it.objectives, it.margins),
             n_swaps=n_unknowns // 2 or 1,
             tf32=tol >= TF32,
         )
@@ -171,6 +180,7 @@ def swap_candidates(it: Iterates, gap: Tensor, tol: float, slopes: Tensor) -> No
     slopes.scatter_(1, it.candidates, -1.0)
     value, atom = largest_of_groups(slopes, n_unknowns // 2 or 1)
     weights = torch.maximum(it.u / (1 - it.g), it.v / (1 + it.g))[:, :k]
+    gap = relative_gap(atoms, primal, it.dual())
     inside = 1 - (PART_OF_GAP * gap).clamp(PART_OF_GAP * tol, MARGIN)[:, None]
     shrink = inside / value[:, :1].double().maximum(inside)
     it.x, it.g = it.x * shrink, it.g * shrink

@@ -43,6 +43,7 @@ def _centred(u, v, above, below, dg, mu):
 
 @triton.jit
 def newton_kernel(
+    open_,
     rows,
     candidates,
     target,
@@ -64,12 +65,15 @@ def newton_kernel(
     RANK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: one token of `newton_step`, whose arguments these are, of n_candidates K and rank r <= RANK.
+    """One program: one token of `newton_step`, whose arguments these are, of n_candidates K and rank r <= RANK. Of one
+    that is not open (tokens,) nothing is written.
 
     u, v, g: (tokens, K + r); slopes: (tokens, 2, K + r) room for those of predictor and corrector; objectives: (tokens,
     2), primal and dual; scalars: (4,) float64 bound, step, distance of slopes from 1, and relative ridge.
     """
     i_token = tl.program_id(0).to(tl.int64)
+    if tl.load(open_ + i_token) == 0:
+        return
     dtype: tl.constexpr = rows.dtype.element_ty
     n_unknowns = rank + (1 if AFFINE else 0)
     width = n_candidates + rank
@@ -273,6 +277,7 @@ def _rank_tile(atoms: Atoms) -> int:
 
 def newton_step(
     atoms: Atoms,
+    open_: Tensor,
     candidates: Tensor,
     target: Tensor,
     x: Tensor,
@@ -287,6 +292,7 @@ def newton_step(
 
     Args:
         atoms: all of them, contiguous.
+        open_: (b,) uint8, 0 for tokens that are left as they are; nothing is returned of these.
         candidates: (b, K) int64.
         target, x: (b, p) float64.
         u, v, g: (b, K + r) float64.
@@ -304,6 +310,7 @@ def newton_step(
     objectives = x.new_empty(n_tokens, 2)
     with torch.cuda.device_of(x):  # Triton launches on the current card
         newton_kernel[(n_tokens,)](
+            open_,
             atoms.rows,
             candidates,
             target,

@@ -65,6 +65,7 @@ def slopes_kernel(
 
 @triton.jit
 def swap_kernel(
+    open_,
     rows,
     candidates,
     x,
@@ -91,9 +92,12 @@ def swap_kernel(
 
     value (tokens, n_swaps) descending, of the groups `groups` (tokens, n_swaps), whose atoms are in `atom` (tokens,
     n_groups); place (tokens, n_swaps) of the lightest candidates; objectives (tokens, 2) primal and dual; scalars (5,)
-    float64: margin, its least value, part of the gap, least objective and least dual value.
+    float64: margin, its least value, part of the gap, least objective and least dual value. Of a token that is not
+    open (tokens,) nothing is written.
     """
     i_token = tl.program_id(0).to(tl.int64)
+    if tl.load(open_ + i_token) == 0:
+        return
     dtype: tl.constexpr = rows.dtype.element_ty
     n_unknowns = rank + (1 if AFFINE else 0)
     width = n_candidates + rank
@@ -155,6 +159,7 @@ def swap_kernel(
 
 def take_in_violators(
     atoms: Atoms,
+    open_: Tensor,
     candidates: Tensor,
     taken: Tensor,
     x: Tensor,
@@ -174,6 +179,7 @@ def take_in_violators(
 
     Args:
         atoms: all of them, contiguous.
+        open_: (b,) uint8, 0 for tokens that are left as they are.
         candidates: (b, K) int64.
         taken: (b, N) uint8, 1 for the token itself and its candidates.
         x: (b, p) float64.
@@ -212,6 +218,7 @@ def take_in_violators(
         value, groups = value.topk(n_swaps)
         place = weights.topk(n_swaps, largest=False).indices
         swap_kernel[(n_tokens,)](
+            open_,
             atoms.rows,
             candidates,
             x,

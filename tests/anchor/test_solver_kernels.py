@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from videoanchor_triton.anchor import iterates as iterating
 from videoanchor_triton.anchor import newton_kernel, slopes_kernel
 from videoanchor_triton.anchor.admm_start import LONG, Admm, Start
-from videoanchor_triton.anchor.atoms import Atoms, all_slopes, objective, relative_gap
+from videoanchor_triton.anchor.atoms import Atoms, all_slopes, objective
 from videoanchor_triton.anchor.iterates import Iterates, swap_candidates
 from videoanchor_triton.anchor.memory import candidate_atoms
 from videoanchor_triton.anchor.options import SolverOptions
@@ -105,9 +105,8 @@ def test_violators_take_the_place_of_the_lightest(
         _, primal = it.advance()
         it.x = it.x * 1.3
         it.objectives = torch.stack([primal, it.dual()], 1) if it.scalars is not None else None
-        gap = relative_gap(it.atoms, primal, it.dual())
         room = torch.empty(N_TOKENS, n_atoms, dtype=torch.float64)
-        swap_candidates(it, gap, 1e-3, room)
+        swap_candidates(it, primal, 1e-3, room)
     assert (ours.candidates.sort(1).values.diff(dim=1) > 0).all()
     assert (ours.candidates != ours.own[:, None]).all()  # pyright: ignore[reportOptionalSubscript]
     torch.testing.assert_close(ours.x, expected.x, rtol=1e-9, atol=0)
@@ -121,6 +120,23 @@ def test_violators_take_the_place_of_the_lightest(
     taken = torch.zeros(N_TOKENS, n_atoms, dtype=torch.uint8).scatter_(1, ours.candidates, 1)
     taken.scatter_(1, ours.own[:, None], 1)  # pyright: ignore[reportOptionalSubscript]
     torch.testing.assert_close(ours.taken, taken)
+
+
+def test_tokens_that_have_ended_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(iterating, "_runs_triton", lambda _: True)
+    it = iterates(6, 150, affine=True, dtype=torch.float32)
+    room = torch.empty(N_TOKENS, 150)
+    swap_candidates(it, it.advance()[1], 1e-3, room)  # makes what is made once
+    it.open[1] = 0
+    names = ("x", "u", "v", "g", "candidates", "taken")
+    before = {name: getattr(it, name).clone() for name in names}
+    _, primal = it.advance()
+    before["x"][1] += (moved := normal(N_TOKENS, 7, seed=3))[1]  # for which other atoms have the largest slopes
+    it.x += moved
+    swap_candidates(it, primal, 1e-3, room)
+    for name, value in before.items():
+        assert torch.equal(getattr(it, name)[1], value[1]), name
+        assert not any(torch.equal(getattr(it, name)[i], value[i]) for i in (0, 2)), name
 
 
 @pytest.mark.parametrize(
@@ -193,15 +209,17 @@ for target, name, rank, dtype in json.loads(sys.argv[1]):
     k = candidate_atoms(rank + 1, 1024)
     candidates, x = torch.zeros(8, k, dtype=torch.int64), torch.zeros(8, rank + 1, dtype=torch.float64)
     state = [torch.zeros(8, k + rank, dtype=torch.float64) for _ in range(3)]
-    numbers = torch.zeros(8, dtype=torch.float64)
+    numbers, open_ = torch.zeros(8, dtype=torch.float64), torch.ones(8, dtype=torch.uint8)
     with compiling(target, name) as compiled:
         if name == "newton_kernel":
-            newton_kernel.newton_step(atoms, candidates, x, x.clone(), *state, numbers)
+            newton_kernel.newton_step(atoms, open_, candidates, x, x.clone(), *state, numbers)
         else:
             taken, pairs = torch.zeros(8, 1024, dtype=torch.uint8), torch.zeros(8, 2, dtype=torch.float64)
             weights = torch.zeros(8, k, dtype=torch.float64)
             slopes_kernel.take_in_violators(
-                atoms, candidates, taken, x, *state, weights, pairs, numbers, n_swaps=rank // 2, tf32=dtype == "float32"
+                *(atoms, open_, candidates, taken, x, *state, weights, pairs, numbers),
+                n_swaps=rank // 2,
+                tf32=dtype == "float32",
             )
     used = report(name, target, rank, dtype, compiled[0])
     print(json.dumps([used.shared <= used.limit, used.tensor_core, used.spills]))

@@ -89,10 +89,11 @@ def solver_calls() -> Iterator[tuple[str, Callable[[], object]]]:
         candidates = torch.zeros(5, k, dtype=torch.int64, device=DEVICE)
         x, u, weights, pairs = (torch.ones(5, n, dtype=torch.float64, device=DEVICE) for n in (65, k + 64, k, 2))
         taken = torch.zeros(5, 300, dtype=torch.uint8, device=DEVICE)
+        open_ = torch.ones(5, dtype=torch.uint8, device=DEVICE)
         numbers = torch.ones(5, dtype=torch.float64, device=DEVICE)
-        yield f"newton: {dtype}", partial(newton_step, atoms, candidates, x, x, u, u, u, numbers)
+        yield f"newton: {dtype}", partial(newton_step, atoms, open_, candidates, x, x, u, u, u, numbers)
         swap = partial(take_in_violators, n_swaps=32, tf32=dtype == torch.float32)
-        yield f"swap: {dtype}", partial(swap, atoms, candidates, taken, x, u, u, u, weights, pairs, numbers)
+        yield f"swap: {dtype}", partial(swap, atoms, open_, candidates, taken, x, u, u, u, weights, pairs, numbers)
 
 
 def main(target: str, *precisions: str) -> None:

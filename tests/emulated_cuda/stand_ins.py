@@ -78,6 +78,12 @@ class Graph:
     def __init__(self, *_: Any, **__: Any) -> None:
         self.calls: list[Any] = []
 
+    def capture_begin(self, *_: Any, **__: Any) -> None:
+        state.card().captured = self.calls = []
+
+    def capture_end(self) -> None:
+        state.card().captured = None
+
     def replay(self) -> None:
         for call in self.calls:
             call()
@@ -86,12 +92,11 @@ class Graph:
 @contextlib.contextmanager
 def graph(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
     """torch.cuda.graph."""
-    card = state.card()
-    card.captured = graph.calls = []
+    graph.capture_begin()
     try:
         yield
     finally:
-        card.captured = None
+        graph.capture_end()
 
 
 class Generator(torch.Generator):
