@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..text import shown
+from .paired import interval_text
 from .report import beginning, markdown_line, markdown_text
 
 COLUMNS = ("questions", "n", "videos", "A", "B", "B - A", "95% interval", "could show", "McNemar p", "")
@@ -22,7 +23,7 @@ def cells(record: dict[str, Any]) -> list[list[str]]:
         [
             *(row["type"], str(row["n"]), str(row["n_videos"]), number(row["a"]), number(row["b"])),
             number(row["difference"], "+"),
-            f"{number(row['low'], '+')} to {number(row['high'], '+')}",
+            interval_text(number(row["low"], "+"), number(row["high"], "+"), row["n_videos"]),
             number(row["detectable"]),
             "" if row["mcnemar"] is None else f"{row['mcnemar']['p']:.2g}",
             row["verdict"],

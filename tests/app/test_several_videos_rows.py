@@ -84,9 +84,10 @@ def test_csv_cells_hold_lists_as_json(tmp_path: Path) -> None:
     first, second = read_rows(tmp_path / "q.csv")
     assert first.video == (tmp_path / "a.mp4", "https://x.org/b.mp4")
     assert second.video == tmp_path / "[odd].mp4"
+    assert names_in(' [ "a.mp4",\n"b.mp4" ]') == ["a.mp4", "b.mp4"]
     assert names_in(first.video_name) == [str(tmp_path / "a.mp4"), "https://x.org/b.mp4"]
     assert name_of("x") == "x"
-    for name in ("[1, 2]", '["a", 1]', '["a"'):
+    for name in ("[1, 2]", '["a", 1]', '["a"', "[]", "[odd].mp4", "[" * 100_000):
         assert names_in(name) == [name]
 
 
@@ -116,6 +117,7 @@ def test_eval(several: Path, tmp_path: Path) -> None:
     assert [one["video"] for one in record["answered"]] == [linked, linked, str(several / "b.mp4")]
     assert record["n_videos"] == 2
     assert "a.mp4 + view.png" in (tmp_path / "eval.html").read_text()
+    assert len([*(tmp_path / "frames").iterdir()]) == 3, "frames of each that is asked about, linked or not"
     replies = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
     assert {name_of(one["video"]) for one in replies} == {linked, str(several / "a.mp4"), str(several / "b.mp4")}
     assert cli.main([*map(str, command)]) == 0
