@@ -11,6 +11,8 @@ from several_videos import CONFIG, GATE, SIZE
 import videoanchor_triton as va
 from videoanchor_triton.app import cli
 from videoanchor_triton.app.batch.rows import read_rows
+from videoanchor_triton.app.evaluation.comparison_report import comparison_markdown, comparison_text
+from videoanchor_triton.app.evaluation.head_to_head import head_to_head
 from videoanchor_triton.app.evaluation.page import short_names
 from videoanchor_triton.app.evaluation.questions import read_questions, videos_of
 from videoanchor_triton.app.evaluation.readers.plain import read_plain
@@ -142,3 +144,14 @@ def test_plain_results_name_several_alike(tmp_path: Path) -> None:
         tmp_path / "r.jsonl", {"id": 1, "video": ["a", "b"], "score": 1}, {"id": 2, "video": ["c"], "score": 0}
     )
     assert [row.video for row in read_plain(source).rows.values()] == ['["a", "b"]', "c"]
+
+
+def test_a_comparison_names_several_shortly(tmp_path: Path) -> None:
+    sides = [
+        read_plain(write(tmp_path / f"{n}.jsonl", {"id": 1, "video": ["/v/a.mp4", "/v/b.mp4"], "score": n}))
+        for n in range(2)
+    ]
+    record = head_to_head(*sides)
+    for text in (comparison_text(record), comparison_markdown(record)):
+        assert "a.mp4 + b.mp4" in text
+        assert '["/v' not in text
