@@ -297,3 +297,21 @@ def test_the_page_of_a_result_that_says_little() -> None:
     found = checked(comparison_page({**head_to_head(a, b), "date": "", "version": ""}))
     for text in ("Neither result carries a card", "neither result names the videos", "its text is not known"):
         assert text in found.text
+
+
+@needs_browser
+def test_tables_fit_a_usual_window(clips: Path, tmp_path: Path) -> None:
+    assert run("eval", clips, tmp_path, *STRENGTHS) == 0
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", (tmp_path / "eval.html").read_text())
+    row = "<td class='short'>nothing could be judged</td>"
+    measure = (
+        f'<script>document.querySelector("td.short").outerHTML = "{row}";'
+        'document.body.append([...document.querySelectorAll(".scroll")].map(one => one.scrollWidth > one.clientWidth))'
+        "</script></body>"
+    )
+    page = tmp_path / "wide.html"
+    page.write_text(text.replace("</body>", measure), encoding="utf-8")
+    (said,) = re.findall(
+        r"((?:true|false)(?:,(?:true|false))*)\s*</body>", chromium(page, "--dump-dom", "--window-size=1280,900").stdout
+    )
+    assert "true" not in said
