@@ -234,6 +234,8 @@ def _settings(run: FinishedRun, videos: Sequence[Path]) -> str:
         "model": Path(record["model"]).name if Path(record["model"]).is_absolute() else record["model"],
         "system prompt": record.get("system") or "",
         "device": record.get("device", ""),
+        "dtype": record.get("dtype", ""),
+        **record.get("sampled", {}),
         "visual tokens": f"{run.grid.n_tokens}: {_sizes(run.grid)}",
         "most tokens of the answer": record.get("budget", {}).get("max_new_tokens", ""),
         "most pixels of a frame": record.get("max_pixels", ""),
