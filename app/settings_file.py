@@ -135,8 +135,9 @@ def _read(path: Path, content: dict[str, Any], command: argparse.ArgumentParser)
     found = {}
     for name, value in content.items():
         if name not in settings:
-            near = get_close_matches(name, settings, n=1, cutoff=0) or [""]
-            refuse(f"{command.prog} has no setting {name!r}: did you mean {near[0]!r}?")
+            near = get_close_matches(name, settings, n=1)
+            ask = f"did you mean {near[0]!r}?" if near else "--print-config shows those there are"
+            refuse(f"{command.prog} has no setting {name!r}: {ask}")
         action = settings[name]
         if action.const is True:
             if not isinstance(value, bool):
@@ -151,6 +152,8 @@ def _read(path: Path, content: dict[str, Any], command: argparse.ArgumentParser)
 
 def _tokens(name: str, action: argparse.Action, value: Any, refuse: Callable[[str], NoReturn]) -> list[str]:
     """The setting as it stands on a command line."""
+    if isinstance(value, list) and action.metavar == "A,B,...":
+        return [f"--{name}={','.join(_text(name, one, refuse) for one in value)}"]
     one = not isinstance(value, list) and action.nargs == "+"
     if one or not (action.nargs in ("*", "+") or _appends(action)):
         return [f"--{name}={_text(name, value, refuse)}"]

@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # they import torch
     from ..batch.results import ResultsLog
     from ..evaluation.questions import Question
     from ..evaluation.settings import Setting
+    from ..evaluation.thumbnails import Thumbnails
     from ..token_sampling import TokenSampling
     from ..video.names import Videos
     from ..video.reader import VideoClip
@@ -114,7 +115,9 @@ def _eval(args: argparse.Namespace) -> int:
     from ..evaluation.evaluate import judge
     from ..evaluation.questions import videos_of
     from ..evaluation.settings import ablations, sweep
+    from ..evaluation.thumbnails import Thumbnails
 
+    thumbnails = session.thumbnails = Thumbnails(args.out / "frames", vars(args))
     setting, questions = session.setting, session.questions
     gates = sweep(setting, strengths)
     if len(gates) > 1 and args.ablate:
@@ -152,7 +155,8 @@ def _eval(args: argparse.Namespace) -> int:
         **{"run": setting.columns(), **card_facts(card)},
         **{name: results[name] for name in counts},
     }
-    page = eval_page({**results, **session.facts}).encode()
+    frames = {one.name: thumbnails.pictures(questions, one) for one in settings}
+    page = eval_page({**results, **session.facts}, frames).encode()
     session.leave(results, report.eval_markdown(about, table), table, {"png": pictures.draw_eval(table), "html": page})
     if stopped is not None:
         raise stopped
@@ -167,6 +171,7 @@ class Session:
         questions: of the file.
         evaluate, facts, checkpoint: once it is opened, `evaluate` of questions and settings, where the numbers come
             from, and what the checkpoint adds to their card.
+        thumbnails: where frames are kept for a page; None for nowhere.
 
     Args:
         drawn: see `pipeline.answer`.
@@ -192,6 +197,7 @@ class Session:
         if drawn is not None:
             run += tuple((name, str(value)) for name, value in asdict(drawn).items())
         self.drawn = drawn
+        self.thumbnails: Thumbnails | None = None
         self.args, self.setting = args, Setting("gate", config, args.max_frames, run)
         self.questions = read_questions(args.questions, args.prompt, args.system)
         prepare_libraries()
@@ -276,6 +282,8 @@ class Session:
                         n = f"{len(taken.frames)} frames in place of {len(clip.frames)}"
                         progress.say(f"{shown_url(video)}: --fit took {n}")
             told.add((videos, max_frames))
+            if self.thumbnails is not None:
+                self.thumbnails.keep(videos, max_frames, fitted)
             return fitted
 
         return read

@@ -148,6 +148,8 @@ def _answer(args: argparse.Namespace, config: Any, progress: ProgressLine, tenso
         "system": args.system,
         "notes": notes_of(args.video, clips),
         "max_pixels": args.max_pixels,
+        "sampled": {name: getattr(args, name) for name in ("fps", "max_frames", "sampling", "fit", "strict")},
+        "dtype": args.dtype,
         "drawn": None if args.drawn is None else asdict(args.drawn),
         "budget": budget.to_dict(),
         "seconds": {name: end - start for name, (start, end) in zip(names, pairwise(times), strict=True)},

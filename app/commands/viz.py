@@ -77,6 +77,8 @@ def _viz(args: argparse.Namespace) -> int:
 
     run, out = read_run(args.run), args.out or args.run / "viz"
     check_folder(out)
+    if args.all_frames and len(run.n_frames) > 1:
+        raise InputError("--all-frames: this run is about several videos, of which the sampled frames are shown")
     from ..viz.render import Gallery
 
     affinity, attention = "affinity" in parts, "attention" in parts

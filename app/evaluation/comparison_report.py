@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..text import shown
+from .page import short_names
+from .paired import interval_text
 from .report import beginning, markdown_line, markdown_text
 
 COLUMNS = ("questions", "n", "videos", "A", "B", "B - A", "95% interval", "could show", "McNemar p", "")
@@ -22,7 +24,7 @@ def cells(record: dict[str, Any]) -> list[list[str]]:
         [
             *(row["type"], str(row["n"]), str(row["n_videos"]), number(row["a"]), number(row["b"])),
             number(row["difference"], "+"),
-            f"{number(row['low'], '+')} to {number(row['high'], '+')}",
+            interval_text(number(row["low"], "+"), number(row["high"], "+"), row["n_videos"]),
             number(row["detectable"]),
             "" if row["mcnemar"] is None else f"{row['mcnemar']['p']:.2g}",
             row["verdict"],
@@ -73,9 +75,10 @@ def comparison_text(record: dict[str, Any]) -> str:
         lines += ["", title, *(f"  {entry}" for entry in entries)] if entries else []
     if flips := record["flipped"]:
         lines += ["", f"questions with another score: {len(flips)}"]
+        names = short_names([flip["video"] for flip in flips])
         for flip in flips[:_FLIPS_ON_TERMINAL]:
             a, b = ((flip[side]["score"], beginning(flip[side]["reply"] or "(no text)", 40)) for side in "ab")
-            lines.append(f"  {flip['id']}  {flip['video']}: A {a[0]:g} {a[1]} | B {b[0]:g} {b[1]}")
+            lines.append(f"  {flip['id']}  {names[flip['video']]}: A {a[0]:g} {a[1]} | B {b[0]:g} {b[1]}")
         if more := len(flips) - _FLIPS_ON_TERMINAL:
             lines += [f"  and {more} more: see --out"] if more > 0 else []
     return "\n".join(re.sub(r"[\r\n\t]", " ", line) for line in [*lines, "", record["conclusion"]])
@@ -95,13 +98,13 @@ def comparison_markdown(record: dict[str, Any]) -> str:
     ):
         lines += ["", f"**{title}**", "", *(f"- {markdown_text(entry)}" for entry in entries)] if entries else []
     if flips := record["flipped"]:
-        some = flips[:_FLIPS_IN_MARKDOWN]
+        some, names = flips[:_FLIPS_IN_MARKDOWN], short_names([flip["video"] for flip in flips])
         said = "" if len(some) == len(flips) else f", the first {len(some)} of them here and all in compare.json"
         lines += ["", f"**Questions with another score: {len(flips)}{said}**", ""]
         header = ("id", "video", "question", "answer", "A", "reply of A", "B", "reply of B")
         rows = [
             [
-                *(flip["id"], flip["video"], shown(flip["question"]), shown(flip["answer"])),
+                *(flip["id"], names[flip["video"]], shown(flip["question"]), shown(flip["answer"])),
                 *(part for side in "ab" for part in (f"{flip[side]['score']:g}", shown(flip[side]["reply"]))),
             ]
             for flip in some

@@ -6,9 +6,11 @@ from typing import Any
 from ...integrations.errors import InputError
 from ..pages.html import folded, number_cell, page, paragraph, section, table, text_cell, warning
 from .head_to_head import changes
-from .page import flips, interval_cell, listed, reach_of, videos_table
+from .page import MOST_ENTRIES, flips, interval_cell, listed, reach_of, videos_table
+from .paired import interval_text
 from .readers.own import result_of
 from .report import warnings_of
+from .thumbnails import OnPage
 
 _HEADER = (
     *("questions", "n", "videos", "without", "with gate", "difference", "", "95% interval", "videos changed", "failed"),
@@ -17,10 +19,11 @@ _HEADER = (
 _NOTHING = "Nothing could be judged: no question has a reply with the gate and without."
 
 
-def eval_page(record: dict[str, Any]) -> str:
+def eval_page(record: dict[str, Any], pictures: Mapping[str, Mapping[str, bytes]] | None = None) -> str:
     """
     Args:
         record: what eval.json holds.
+        pictures: of frames, by setting and by the questions' ids.
 
     Returns:
         HTML.
@@ -38,6 +41,9 @@ def eval_page(record: dict[str, Any]) -> str:
         for name, reply in question["replies"].items()
         if reply.get("read") == ""
     ]
+    on_page = OnPage()
+    details = [_details(record, n, *pair, on_page, (pictures or {}).get(pair[0], {})) for n, pair in enumerate(pairs)]
+    left_out_pictures = f"Left out, for the size of the page: the frames of {on_page.n_left_out} questions."
     failures = [(one["id"], one["setting"], one["error"]) for one in record["failures"]]
     return page(
         f"Evaluation of {record['card']['model']}",
@@ -47,7 +53,8 @@ def eval_page(record: dict[str, Any]) -> str:
             warning("Most replies are no answers", warnings_of(record["results"])),
             "" if pairs else paragraph(_NOTHING, "conclusion"),
             section("table", "Scores", *(_table(record, *pair) for pair in pairs), paragraph(record["note"], "quiet")),
-            *(_details(record, n, *pair) for n, pair in enumerate(pairs)),
+            *details,
+            paragraph(left_out_pictures, "quiet") if on_page.n_left_out else "",
             section("failures", "Failures", listed(failures, ("id", "setting", "why"), "Replies that failed")),
             section("unreadable", "Unreadable", listed(unreadable, ("id", "setting", "reply"), "Replies")),
             section("card", "Protocol card", _card(record["card"])),
@@ -71,7 +78,7 @@ def _table(record: Mapping[str, Any], setting: str, baseline: str) -> str:
     rows = []
     for row in mine:
         numbers = [f"{row['n']}", f"{row['n_videos']}", f"{100 * row['baseline']:.1f}", f"{100 * row['mean']:.1f}"]
-        interval = f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
+        interval = interval_text(f"{100 * row['low']:+.1f}", f"{100 * row['high']:+.1f}", row["n_videos"])
         after = (interval, str(row["n_videos_changed"]), str(row["n_failed"]))
         rows.append(
             [
@@ -85,16 +92,20 @@ def _table(record: Mapping[str, Any], setting: str, baseline: str) -> str:
     return table(f"{setting}, against {baseline}; scores in percent", _HEADER, rows)
 
 
-def _details(record: dict[str, Any], number: int, setting: str, baseline: str) -> str:
+def _details(
+    record: dict[str, Any], number: int, setting: str, baseline: str, on_page: OnPage, pictures: Mapping[str, bytes]
+) -> str:
     """Of one setting: questions that flipped, and means by video."""
     try:
         flipped, videos = changes(result_of(record, baseline), result_of(record, setting))
     except InputError:  # no question has two replies
         return ""
+    shown = [entry["id"] for entry in flipped[:MOST_ENTRIES]]
+    frames = {name: on_page.image(pictures.get(name), "Some of the frames that the model saw") for name in shown}
     return section(
         f"setting-{number}",
         f"{setting}, against {baseline}",
-        flips(flipped, "without", "with gate") or paragraph("No question has another score."),
+        flips(flipped, "without", "with gate", frames) or paragraph("No question has another score."),
         videos_table(videos, "without", "with gate", 100),
     )
 

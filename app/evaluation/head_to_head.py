@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...integrations.errors import InputError
-from .paired import LEAST_CHANGED, compare, groups_of
+from .paired import LEAST_CHANGED, compare, groups_of, interval_text
 from .protocol import compare_protocols
 from .questions import answer_key
 from .readers.result import Answered, Result
@@ -266,10 +266,10 @@ def _conclusion(row: dict[str, Any], percent: bool, flags: list[str]) -> str:
     def number(value: float) -> str:
         return f"{round(100 * value, 2) + 0.0:+.2f}" if percent else f"{value:+.4g}"
 
+    interval = interval_text(number(row["low"]), number(row["high"]), row["n_videos"])
     numbers = (
-        f"B - A = {number(row['difference'])}{' points' if percent else ''}, 95% interval {number(row['low'])} to "
-        f"{number(row['high'])}, on {row['n']} questions about {row['n_videos']} videos, {row['n_videos_changed']} of "
-        "which changed"
+        f"B - A = {number(row['difference'])}{' points' if percent else ''}, 95% interval {interval}, on {row['n']} "
+        f"questions about {row['n_videos']} videos, {row['n_videos_changed']} of which changed"
     )
     found = f"{row['verdict'].capitalize() if row['verdict'].startswith('no') else row['verdict']}: {numbers}."
     return f"{found} The protocols differ ({', '.join(flags)}): the difference may be due to that." if flags else found

@@ -50,8 +50,14 @@ def videos_table(videos: Sequence[Mapping[str, Any]], first: str, second: str, s
     return folded(title, table("Mean scores by video", header, rows), len(videos) <= 20)
 
 
-def flips(entries: Sequence[Mapping[str, Any]], first: str, second: str) -> str:
-    """Questions whose score differs: question, right answer, both replies, and what was read from them."""
+def flips(
+    entries: Sequence[Mapping[str, Any]], first: str, second: str, pictures: Mapping[str, str] | None = None
+) -> str:
+    """Questions whose score differs: question, right answer, both replies, and what was read from them.
+
+    Args:
+        pictures: HTML of frames, by the questions' ids.
+    """
     names = short_names([entry["video"] for entry in entries])
     pieces = []
     for entry in entries[:MOST_ENTRIES]:
@@ -65,7 +71,7 @@ def flips(entries: Sequence[Mapping[str, Any]], first: str, second: str) -> str:
         pieces.append(
             f'<details><summary><span class="{"up" if up else "down"}">{escape(scores)}</span> {escape(entry["id"])} '
             f'<span class="quiet">{escape(where)}</span> {escape(start)}</summary>'
-            f'<p class="question">{escape(question)}</p>'
+            f'<p class="question">{escape(question)}</p>{(pictures or {}).get(entry["id"], "")}'
             f"<p>Right answer: {escape(right)}</p>"
             f'<div class="replies">{_reply(first, entry["a"])}{_reply(second, entry["b"])}</div></details>'
         )

@@ -83,6 +83,11 @@ def interval(sums: np.ndarray, counts: np.ndarray, *, seed: int = SEED) -> tuple
     return float(low), float(high)
 
 
+def interval_text(low: str, high: str, n_videos: int) -> str:
+    """For people: with one video nothing is known of others."""
+    return f"{low} to {high}" if n_videos > 1 else "? (one video)"
+
+
 def compare(
     scores: np.ndarray, baseline: np.ndarray, videos: np.ndarray, groups: np.ndarray | None = None, *, seed: int = SEED
 ) -> Difference:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..viz.plain_text import plain_text
+from ..viz.plain_text import plain_text, wrapped
 from .paired import ALL, Difference
 from .report import Row
 from .tune import Trial
@@ -46,7 +46,7 @@ def draw_eval(table: Sequence[Row]) -> bytes:
 def draw_search(trials: Sequence[Trial], held_out: Difference | None, conclusion: str) -> bytes:
     """The last line search of each coordinate, a line a rung, and the difference on the questions held out."""
     figure = Figure((11, 3.8), layout="constrained")
-    figure.suptitle(conclusion, fontsize=10)
+    figure.suptitle(wrapped(conclusion, 140), fontsize=10)
     *searches, judged = figure.subplots(1, 3, width_ratios=(3, 3, 2))
     for axes, coordinate, colour in zip(searches, ("alpha_k", "alpha_v"), (BLUE, ORANGE), strict=True):
         mine = [trial for trial in trials if trial.coordinate == coordinate]

@@ -9,7 +9,7 @@ import numpy as np
 from ..batch.worker import CONFIG_COLUMNS, VIDEO_COLUMNS
 from ..text import shown
 from .evaluate import Judged
-from .paired import ALL, Difference, compare, groups_of
+from .paired import ALL, Difference, compare, groups_of, interval_text
 from .questions import Question, videos_of
 from .settings import Setting
 from .tune import Trial
@@ -56,7 +56,7 @@ _EVAL_TABLE = {
     "without gate": ("--:", "{baseline:.1f}"),
     "with gate": ("--:", "{mean:.1f}"),
     "difference": ("--:", "{difference:+.1f}"),
-    "95% interval": (":-:", "{low:+.1f} to {high:+.1f}"),
+    "95% interval": (":-:", "{interval}"),
     "changed": ("--:", "{n_changed}"),
     "videos changed": ("--:", "{n_videos_changed}"),
     "unreadable without / with gate": (":-:", "{baseline_unreadable} / {unreadable}"),
@@ -145,6 +145,8 @@ def _markdown(about: Mapping[str, Any], columns: Mapping[str, tuple[str, str]], 
     lines += ["", markdown_line(columns), f"|{'|'.join(alignment for alignment, _ in columns.values())}|"]
     for row in rows:
         percent = row | {name: 100 * row[name] for name in _SHARES if name in row}
+        if "low" in row:
+            percent["interval"] = interval_text(f"{percent['low']:+.1f}", f"{percent['high']:+.1f}", row["n_videos"])
         lines.append(markdown_line(content.format_map(percent) for _, content in columns.values()))
     return "\n".join(lines) + "\n"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...integrations.errors import InputError
-from .paired import Difference
+from .paired import Difference, interval_text
 
 Point = tuple[float, float]
 """alpha_k, alpha_v."""
@@ -166,10 +166,10 @@ def conclusion(
     none = "No gain shown: the search itself prefers no gate (alpha_k = alpha_v = 0)"
     if gate is None or held_out is None:
         return f"{none}."
+    interval = interval_text(f"{100 * held_out.low:+.1f}", f"{100 * held_out.high:+.1f}", held_out.n_videos)
     numbers = (
-        f"{100 * held_out.difference:+.1f} points, 95% interval {100 * held_out.low:+.1f} to "
-        f"{100 * held_out.high:+.1f}, on {held_out.n} questions about {held_out.n_videos} videos held out, "
-        f"{held_out.n_videos_changed} of which changed"
+        f"{100 * held_out.difference:+.1f} points, 95% interval {interval}, on {held_out.n} questions "
+        f"about {held_out.n_videos} videos held out, {held_out.n_videos_changed} of which changed"
     )
     if not any(point):
         return f"{none}; the best gate it tried, alpha_k = {gate[0]:g}, alpha_v = {gate[1]:g}: {numbers}."

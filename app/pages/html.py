@@ -23,10 +23,10 @@ def page(title: str, body: Iterable[str], *, style: str = "", script: str = "", 
         data: for the script, as JSON under the id "data".
     """
     pieces = [piece for piece in body if piece]
-    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     if script:
         digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
-        policy += f"; img-src data:; script-src 'sha256-{digest}'"
+        policy += f"; script-src 'sha256-{digest}'"
         inert = json_text(data, None).replace("<", r"\u003c")  # no end of the block, and no comment, begins in it
         pieces += [f'<script type="application/json" id="data">{inert}</script>', f"<script>{script}</script>"]
     template = Template(_TEMPLATE.read_text(encoding="utf-8"))

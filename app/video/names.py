@@ -35,10 +35,10 @@ def name_of(videos: str | Sequence[str]) -> str:
 
 def names_in(name: str) -> list[str]:
     """The texts that `name_of` was made of."""
-    if name.startswith('["'):
-        with suppress(ValueError):
+    if name.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
             found = json.loads(name)
-            if all(isinstance(one, str) for one in found):
+            if found and all(isinstance(one, str) for one in found):
                 return found
     return [name]
 

@@ -23,18 +23,23 @@ class FrameAffinity:
     Args:
         share: (t, t) float64, share[i, j] of the mass of |W| lies on coefficients W[a, b] by which a token a of step i
             expresses a token b of step j; sums to 1 (0 if W is 0).
-        chance: share of the mass that would join different steps if every token expressed any other as much.
+        by_chance: (t, t) float64, the share if every token expressed any other as much.
         outside: share of all of |W| that joins a token without a place in time (one after the grid) and is left out.
     """
 
     share: np.ndarray
     outside: float
-    chance: float
+    by_chance: np.ndarray
 
     @property
     def between(self) -> float:
         """Share of the mass that joins different steps."""
         return float(self.share.sum() - np.trace(self.share))
+
+    @property
+    def chance(self) -> float:
+        """`between`, by chance."""
+        return float(self.by_chance.sum() - np.trace(self.by_chance))
 
 
 def frame_affinity(indices: Tensor, values: Tensor, grid: Grid) -> FrameAffinity:
@@ -60,10 +65,9 @@ def frame_affinity(indices: Tensor, values: Tensor, grid: Grid) -> FrameAffinity
     placed = (by >= 0) & (expressed >= 0)
     share = np.bincount(by[placed] * grid.t + expressed[placed], mass[placed], grid.t**2).reshape(grid.t, grid.t)
     inside, outside = float(share.sum()), float(mass[~placed].sum())
-    per_step = np.bincount(step[step >= 0])
-    n = int(per_step.sum())
-    chance = float((per_step * (n - per_step)).sum()) / max(n * (n - 1), 1)
-    return FrameAffinity(share / (inside or 1.0), outside / (inside + outside or 1.0), chance)
+    per_step = np.bincount(step[step >= 0], minlength=grid.t)
+    pairs = np.outer(per_step, per_step) - np.diag(per_step)  # no token expresses itself
+    return FrameAffinity(share / (inside or 1.0), outside / (inside + outside or 1.0), pairs / max(pairs.sum(), 1))
 
 
 @plain_text()
@@ -82,7 +86,8 @@ def draw(path: Path, affinity: FrameAffinity, moments: Sequence[str], caption: s
     axis.set_ylabel("time of the tokens that express them (s)")
     said = f"{100 * affinity.between:.0f}% of |W| joins different time steps ({100 * affinity.chance:.0f}% by chance)"
     figure.suptitle(f"{wrapped(caption, 62)}\n{said}", fontsize=9)
-    label = f"share of |W| (%), square root scale; by chance {100 / affinity.share.size:.3g}"
+    least, most = (f"{100 * one:.2g}" for one in (affinity.by_chance.min(), affinity.by_chance.max()))
+    label = f"share of |W| (%), square root scale; by chance {least if least == most else f'{least} to {most}'}"
     figure.colorbar(picture, ax=axis, format="%.3g").set_label(label, labelpad=9)
     figure.savefig(path, dpi=300)
 

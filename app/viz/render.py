@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...integrations.errors import InputError
 from ..atomic_write import replacing
 from ..text import asked
 from ..video.names import Video
@@ -102,13 +101,7 @@ class Gallery:
         self._write("viz.html", lambda path: path.write_text(text, encoding="utf-8"))
 
     def overlay(self, *, all_frames: bool) -> None:
-        """overlay_scores.mp4 and overlay_subspaces.mp4, of the sampled frames or of all of the video with its sound.
-
-        Raises:
-            InputError: all frames of several videos.
-        """
-        if all_frames and len(self._run.n_frames) > 1:
-            raise InputError("--all-frames: this run is about several videos, of which the sampled frames are shown")
+        """overlay_scores.mp4 and overlay_subspaces.mp4, of the sampled frames or of all of one video with its sound."""
         for kind in overlay.KINDS:
             write = self._whole_video if all_frames else self._slides
             self._write(f"overlay_{kind}.mp4", write, Painter(self._run, kind), kind)

@@ -234,7 +234,12 @@ def _settings(run: FinishedRun, videos: Sequence[Path]) -> str:
         "model": Path(record["model"]).name if Path(record["model"]).is_absolute() else record["model"],
         "system prompt": record.get("system") or "",
         "device": record.get("device", ""),
+        "dtype": record.get("dtype", ""),
+        **record.get("sampled", {}),
         "visual tokens": f"{run.grid.n_tokens}: {_sizes(run.grid)}",
+        "most tokens of the answer": record.get("budget", {}).get("max_new_tokens", ""),
+        "most pixels of a frame": record.get("max_pixels", ""),
+        **(record.get("drawn") or {}),
         **record["config"],
         **record.get("versions", {}),
         "notes": "; ".join(record.get("notes", [])),
@@ -245,7 +250,7 @@ def _settings(run: FinishedRun, videos: Sequence[Path]) -> str:
 
 def _sizes(grid: Grid) -> str:
     grids = grid.grids if isinstance(grid, JoinedGrid) else [grid]
-    return "; ".join(f"{one.t} steps of {one.h} rows and {one.w} columns" for one in grids)
+    return "; ".join(f"{one.t} step{'s' * (one.t > 1)} of {one.h} rows and {one.w} columns" for one in grids)
 
 
 def _times(run: FinishedRun) -> str:

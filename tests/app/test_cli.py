@@ -37,6 +37,8 @@ def test_run_again_on_the_demo_checkpoint(demo: tuple[Path, str], tmp_path: Path
     assert result["question"] == "What is left?"
     assert result["config"]["scorer"] == "kmeans"
     assert len(result["frames"]["timestamps"]) == 6
+    sampled = {"fps": 1.0, "max_frames": 32, "sampling": "uniform", "fit": False, "strict": False}
+    assert (result["sampled"], result["dtype"]) == (sampled, "auto")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "result.json", "anchors.safetensors", "anchors.png", "viz.html",
     }  # fmt: skip

@@ -370,7 +370,7 @@ def test_table_by_type() -> None:
     table = compare_both(questions, setting, np.r_[np.zeros(9), np.ones(3)], np.zeros(12))
     found = {row["type"]: (row["n"], row["difference"]) for row in table}
     assert found == {ALL: (12, 0.25), MEAN_OF_TYPES: (12, 0.5), "far": (9, 0.0), "near": (3, 1.0)}
-    row = "| gate | near | 3 | 1 | 0.0 | 100.0 | +100.0 | +100.0 to +100.0 | 3 | 1 | 0 / 0 | 0 | no gain shown |"
+    row = "| gate | near | 3 | 1 | 0.0 | 100.0 | +100.0 | ? (one video) | 3 | 1 | 0 / 0 | 0 | no gain shown |"
     assert row in eval_markdown({}, table)
 
 

@@ -2,7 +2,9 @@
 
 import json
 import re
+from base64 import b64decode
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +14,29 @@ from browser import chromium, needs_browser
 from compare_files import write_lines
 from eval_runs import STRENGTHS, run
 from hostile_texts import HOSTILE
+from PIL import Image
 
 from videoanchor_triton.app import cli, pipeline
-from videoanchor_triton.app.evaluation import page
+from videoanchor_triton.app.evaluation import page, thumbnails
 from videoanchor_triton.app.evaluation.comparison_page import comparison_page
 from videoanchor_triton.app.evaluation.eval_page import eval_page
 from videoanchor_triton.app.evaluation.head_to_head import head_to_head
 from videoanchor_triton.app.evaluation.readers.result import Answered, Result
+from videoanchor_triton.app.evaluation.thumbnails import Thumbnails
 from videoanchor_triton.app.pages import html
+from videoanchor_triton.app.video.reader import VideoClip, read_video
 from videoanchor_triton.integrations.errors import InputError
 
 TAGS = {
     *("html", "head", "meta", "title", "style", "body", "header", "section", "h1", "h2", "p", "br", "div", "strong"),
     *("ul", "li", "table", "caption", "thead", "tbody", "tr", "th", "td", "details", "summary", "span", "pre"),
-    *("svg", "line", "circle"),
+    *("svg", "line", "circle", "img"),
 }
 ATTRIBUTES = {
     *("lang", "charset", "name", "content", "http-equiv", "class", "id", "role", "tabindex", "aria-label", "scope"),
-    *("open", "width", "height", "x1", "x2", "y1", "y2", "cx", "cy", "r"),
+    *("open", "width", "height", "x1", "x2", "y1", "y2", "cx", "cy", "r", "src", "alt"),
 }
-VOID = {"meta", "br", "line", "circle"}
+VOID = {"meta", "br", "line", "circle", "img"}
 
 
 class Parsed(HTMLParser):
@@ -42,6 +47,7 @@ class Parsed(HTMLParser):
         self.tags: list[str] = []
         self.attributes: set[str] = set()
         self.text, self.ids = "", []
+        self.sources: list[str] = []
         self._open: list[str] = []
         self.feed(text)
         self.close()
@@ -50,6 +56,7 @@ class Parsed(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes |= {name for name, _ in attrs}
+        self.sources += [value or "" for name, value in attrs if name == "src"]
         self.ids += [value for name, value in attrs if name == "id"]
         if tag not in VOID:
             self._open.append(tag)
@@ -72,6 +79,7 @@ def checked(text: str) -> Parsed:
     assert len(found.ids) == len({*found.ids})
     assert (found.tags.count("title"), found.tags.count("style"), found.tags.count("h1")) == (1, 1, 1)
     assert "default-src 'none'" in text
+    assert all(source.startswith("data:image/webp;base64,") for source in found.sources)
     assert not re.search(r"url\(|@import", text)
     text.encode()
     return found
@@ -187,6 +195,28 @@ def test_the_page_of_an_evaluation(
     ):
         assert shown in found.text
     assert "frames of a video.\nLeft?" not in found.text
+    assert len(found.sources) == 2, "the frames of each question that flipped, in each setting"
+    clip = read_video(clips / "0.mp4", max_frames=2)
+    with Image.open(BytesIO(b64decode(found.sources[0].split(",")[1]))) as strip:
+        assert strip.size == (2 * 90 + 4, 70)
+        halves = np.split(np.delete(np.asarray(strip).astype(float), np.s_[90:94], 1), 2, 1)
+    assert np.abs(np.stack(halves) - clip.frames).mean() < 20
+    monkeypatch.setattr(thumbnails, "_MOST_CHARACTERS", len(found.sources[0]))
+    assert run("eval", clips, tmp_path, *STRENGTHS, "--ablate", "terms=K") == 1, "answered, but for what failed"
+    again = checked((tmp_path / "eval.html").read_text(encoding="utf-8"))
+    assert again.sources == found.sources[:1]
+    assert "the frames of 1 questions" in again.text
+
+
+def test_some_frames_of_each_of_many_videos(tmp_path: Path) -> None:
+    frames = [np.full((3, 50, 90, 3), 6 * n, dtype=np.uint8) for n in range(40)]
+    clips = [VideoClip(some, np.arange(3.0), np.arange(3), 3, 1.0) for some in frames]
+    kept = Thumbnails(tmp_path, {"fps": None, "sampling": "uniform", "max_pixels": 1})
+    for n in (1, 3, 40):
+        kept.keep("a.mp4", 8, clips[:n])
+        (path,) = tmp_path.iterdir()
+        with Image.open(path) as strip:
+            assert (strip.width + 4) / 94 == {1: 3, 3: 6, 40: 32}[n]
 
 
 def test_an_evaluation_without_a_reply_has_a_page(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,3 +297,21 @@ def test_the_page_of_a_result_that_says_little() -> None:
     found = checked(comparison_page({**head_to_head(a, b), "date": "", "version": ""}))
     for text in ("Neither result carries a card", "neither result names the videos", "its text is not known"):
         assert text in found.text
+
+
+@needs_browser
+def test_tables_fit_a_usual_window(clips: Path, tmp_path: Path) -> None:
+    assert run("eval", clips, tmp_path, *STRENGTHS) == 0
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", (tmp_path / "eval.html").read_text())
+    row = "<td class='short'>nothing could be judged</td>"
+    measure = (
+        f'<script>document.querySelector("td.short").outerHTML = "{row}";'
+        'document.body.append([...document.querySelectorAll(".scroll")].map(one => one.scrollWidth > one.clientWidth))'
+        "</script></body>"
+    )
+    page = tmp_path / "wide.html"
+    page.write_text(text.replace("</body>", measure), encoding="utf-8")
+    (said,) = re.findall(
+        r"((?:true|false)(?:,(?:true|false))*)\s*</body>", chromium(page, "--dump-dom", "--window-size=1280,900").stdout
+    )
+    assert "true" not in said

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from videoanchor_triton.app.evaluation.paired import Difference, compare, tails
+from videoanchor_triton.app.evaluation.paired import Difference, compare, interval_text, tails
 
 
 def alone(scores: np.ndarray, baseline: np.ndarray, **options: Any) -> Difference:
@@ -152,6 +152,11 @@ def test_pairing_narrows_the_interval() -> None:
     paired, unpaired = alone(scores, baseline), alone(rng.permutation(scores), baseline)
     assert paired.high - paired.low < 0.2 * (unpaired.high - unpaired.low)
     assert (paired.verdict, unpaired.verdict) == ("gain", "no gain shown")
+
+
+def test_one_video_tells_nothing_of_others() -> None:
+    assert interval_text("-1", "+2", 2) == "-1 to +2"
+    assert interval_text("+1", "+1", 1) == "? (one video)"
 
 
 def test_verdicts() -> None:

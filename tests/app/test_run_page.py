@@ -145,6 +145,17 @@ def test_what_was_run_is_on_the_page_and_folders_are_not(video: Path) -> None:
     assert "Left out" not in text
 
 
+def test_how_frames_were_sampled_and_the_answer_drawn_is_on_the_page(video: Path) -> None:
+    sampled = {"fps": 2.5, "max_frames": 7, "sampling": "scene"}
+    drawn = {"temperature": 0.75, "top_p": 0.5, "top_k": 0, "seed": 77}
+    others = {"dtype": "float16", "max_pixels": 45678, "budget": {"max_new_tokens": 123}}
+    text = whole_page(video, sampled=sampled, drawn=drawn, **others)
+    numbers = {"dtype": "float16", "most tokens of the answer": 123, "most pixels of a frame": 45678}
+    for name, value in {**sampled, **drawn, **numbers}.items():
+        assert f'<th scope="row">{name}</th><td class="text">{value}</td>' in text
+    assert "temperature" not in whole_page(video, drawn=None)
+
+
 def test_without_the_model_the_page_says_what_it_lacks(video: Path) -> None:
     run = run_of()
     text = run_page(run, clip_of(run).frames, [video])

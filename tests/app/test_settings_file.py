@@ -73,11 +73,19 @@ def test_command_line_wins(tmp_path: Path) -> None:
         assert won == alone | changed
 
 
+def test_values_with_commas_may_be_lists(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('questions = "q"\nmodel = "m"\nout = "o"\nalpha-k = [2, 4.5]\nalpha-v = "0,1"\n')
+    found = parsed("eval", "--config", str(file))
+    assert (found["alpha_k"], found["alpha_v"]) == ([2.0, 4.5], [0.0, 1.0])
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("max_frames = 4", "videoanchor run has no setting 'max_frames': did you mean 'max-frames'?"),
         ("alpha = 4", "did you mean 'alpha-"),
+        ("nonsense = 4", "no setting 'nonsense': --print-config shows those there are"),
         ("config = 'x'", "no setting 'config'"),
         ("no-fit = true", "no setting 'no-fit'"),
         ("max-frames = 2.5", "argument --max-frames: invalid int value: '2.5'"),

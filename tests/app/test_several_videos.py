@@ -121,8 +121,9 @@ def test_pictures_of_several(finished: Path, tmp_path: Path, capsys: pytest.Capt
     times = json.loads((finished / "result.json").read_text())["frames"][0]["timestamps"]
     for text in ("1 b.mp4, 2 view.png, 3 short.mp4", "video 2", "sha256 of the video 3", f"1: {times[1]:.2f} s"):
         assert text in page
-    assert cli.main(["viz", str(finished), "--all-frames", "--out", str(tmp_path)]) == 2
+    assert cli.main(["viz", str(finished), "--all-frames", "--out", str(tmp_path / "all")]) == 2
     assert "--all-frames: this run is about several videos" in capsys.readouterr().err
+    assert not (tmp_path / "all").exists(), "refused before a picture is drawn"
 
 
 ACTS = """

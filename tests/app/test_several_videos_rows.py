@@ -11,6 +11,8 @@ from several_videos import CONFIG, GATE, SIZE
 import videoanchor_triton as va
 from videoanchor_triton.app import cli
 from videoanchor_triton.app.batch.rows import read_rows
+from videoanchor_triton.app.evaluation.comparison_report import comparison_markdown, comparison_text
+from videoanchor_triton.app.evaluation.head_to_head import head_to_head
 from videoanchor_triton.app.evaluation.page import short_names
 from videoanchor_triton.app.evaluation.questions import read_questions, videos_of
 from videoanchor_triton.app.evaluation.readers.plain import read_plain
@@ -84,9 +86,10 @@ def test_csv_cells_hold_lists_as_json(tmp_path: Path) -> None:
     first, second = read_rows(tmp_path / "q.csv")
     assert first.video == (tmp_path / "a.mp4", "https://x.org/b.mp4")
     assert second.video == tmp_path / "[odd].mp4"
+    assert names_in(' [ "a.mp4",\n"b.mp4" ]') == ["a.mp4", "b.mp4"]
     assert names_in(first.video_name) == [str(tmp_path / "a.mp4"), "https://x.org/b.mp4"]
     assert name_of("x") == "x"
-    for name in ("[1, 2]", '["a", 1]', '["a"'):
+    for name in ("[1, 2]", '["a", 1]', '["a"', "[]", "[odd].mp4", "[" * 100_000):
         assert names_in(name) == [name]
 
 
@@ -116,6 +119,7 @@ def test_eval(several: Path, tmp_path: Path) -> None:
     assert [one["video"] for one in record["answered"]] == [linked, linked, str(several / "b.mp4")]
     assert record["n_videos"] == 2
     assert "a.mp4 + view.png" in (tmp_path / "eval.html").read_text()
+    assert len([*(tmp_path / "frames").iterdir()]) == 3, "frames of each that is asked about, linked or not"
     replies = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
     assert {name_of(one["video"]) for one in replies} == {linked, str(several / "a.mp4"), str(several / "b.mp4")}
     assert cli.main([*map(str, command)]) == 0
@@ -140,3 +144,14 @@ def test_plain_results_name_several_alike(tmp_path: Path) -> None:
         tmp_path / "r.jsonl", {"id": 1, "video": ["a", "b"], "score": 1}, {"id": 2, "video": ["c"], "score": 0}
     )
     assert [row.video for row in read_plain(source).rows.values()] == ['["a", "b"]', "c"]
+
+
+def test_a_comparison_names_several_shortly(tmp_path: Path) -> None:
+    sides = [
+        read_plain(write(tmp_path / f"{n}.jsonl", {"id": 1, "video": ["/v/a.mp4", "/v/b.mp4"], "score": n}))
+        for n in range(2)
+    ]
+    record = head_to_head(*sides)
+    for text in (comparison_text(record), comparison_markdown(record)):
+        assert "a.mp4 + b.mp4" in text
+        assert '["/v' not in text

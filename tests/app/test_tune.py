@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from eval_runs import lose_the_device_after, run
+from matplotlib.figure import Figure
 
 from videoanchor_triton.app import pipeline
+from videoanchor_triton.app.evaluation import pictures
 from videoanchor_triton.app.evaluation.paired import compare
 from videoanchor_triton.app.evaluation.pictures import draw_search
 from videoanchor_triton.app.evaluation.report import COLUMNS
@@ -180,6 +182,19 @@ def test_picture_of_a_search_over_one_coordinate() -> None:
     picture = draw_search(trials, None, "No gain shown.")
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 10_000
+
+
+def test_a_long_conclusion_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(pictures, "_png", drawn.append)
+    said = conclusion((0.0, 0.0), (0.25, 0.125), compare(np.ones(300), np.zeros(300), np.arange(300)))
+    draw_search([Trial("alpha_k", 1, 1, 0.0, 1.0, 9, 0.1, True)], None, said)
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    (title,) = (text for text in figure.texts if text.get_text())
+    box = title.get_window_extent()
+    assert (box.x0 >= 0, box.x1 <= figure.bbox.width) == (True, True)
+    assert title.get_text().replace("\n", " ") == said
 
 
 @pytest.mark.parametrize(

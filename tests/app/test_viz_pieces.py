@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from torch import nn
 from torch.nn.modules.module import _global_forward_pre_hooks
 
-from videoanchor_triton.app.token_grid import TokenGrid
+from videoanchor_triton.app.token_grid import Grid, JoinedGrid, TokenGrid
 from videoanchor_triton.app.video.reader import VideoClip
 from videoanchor_triton.app.viz import affinity, attention_share, contact_sheet, table
 from videoanchor_triton.app.viz.affinity import FrameAffinity, frame_affinity
@@ -107,8 +107,8 @@ def test_table_names_subspaces_as_the_legend_does(tmp_path: Path) -> None:
         assert dict(painted.names)[row["subspace"]] == "#{:02X}{:02X}{:02X}".format(*colour)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_affinity_against_a_dense_matrix(grid: TokenGrid) -> None:
+@pytest.mark.parametrize("grid", [*GRIDS, JoinedGrid((TokenGrid(2, 3, 4), TokenGrid(1, 1, 2)), (2, 1))])
+def test_affinity_against_a_dense_matrix(grid: Grid) -> None:
     n, generator = grid.n_tokens, torch.Generator().manual_seed(0)
     k = min(4, n)
     indices = torch.stack([torch.randperm(n, generator=generator)[:k] for _ in range(n)])
@@ -123,6 +123,9 @@ def test_affinity_against_a_dense_matrix(grid: TokenGrid) -> None:
     others = ~np.eye(n, dtype=bool)[np.ix_(placed, placed)]
     apart = step[placed][:, None] != step[placed]
     assert found.chance == pytest.approx(apart[others].mean() if others.any() else 0)
+    alike = [[(step[placed] == i)[:, None] & (step[placed] == j) for j in range(grid.t)] for i in range(grid.t)]
+    by_chance = np.array([[(one & others).sum() for one in row] for row in alike]) / max(others.sum(), 1)
+    np.testing.assert_allclose(found.by_chance, by_chance)
     assert found.between == pytest.approx(1 - np.trace(expected) / expected.sum(), abs=1e-12)
 
 
@@ -290,8 +293,9 @@ def test_affinity_has_no_overlap(t: int, last: float, figures: list[Figure], tmp
     run = finished(TokenGrid(t, 1, 1), t, video=LONG)
     run = replace(run, timestamps=np.linspace(0, last, t))
     moments = run.moments(np.arange(t), 0 if last >= 100 else 2)
-    affinity.draw(tmp_path / "a.pdf", FrameAffinity(share / share.sum(), 0.0, 0.9), moments, run.caption)
-    affinity.draw(tmp_path / "b.png", FrameAffinity(share * 0, 0.0, 0.0), moments, run.caption)
+    even = np.full((t, t), 1 / t**2)
+    affinity.draw(tmp_path / "a.pdf", FrameAffinity(share / share.sum(), 0.0, even), moments, run.caption)
+    affinity.draw(tmp_path / "b.png", FrameAffinity(share * 0, 0.0, even), moments, run.caption)
     for figure in figures:
         check_texts(figure)
 
