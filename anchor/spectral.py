@@ -25,6 +25,7 @@ GAP_RATIO, GAP_NEIGHBOURS = 2.0, 2
 # Decimals to which eigengaps are compared; of equal ones the first is taken.
 EQUAL_GAPS = 9
 DISCRETIZE_ITERATIONS = 1000
+ROUNDS_OF_PARTS = 4  # before the host asks whether the connected parts are found
 # Affinities may differ from their transpose by roundoff, not more.
 ASYMMETRY = 1e-6
 
@@ -205,9 +206,29 @@ def _split(
 
 def _parts(graph: SparseMatrix) -> tuple[int, np.ndarray]:
     """How many connected parts there are, and (N,) the part of each token, 0, 1, ... by their first tokens."""
-    columns, offsets = (numbers.int().cpu().numpy() for numbers in (graph.columns, graph.offsets))
+    if graph.values.device.type != "cpu":
+        first, part = first_of_parts(graph.rows, graph.columns, graph.size).unique(return_inverse=True)
+        return len(first), part.cpu().numpy()
+    columns, offsets = graph.columns.int().numpy(), graph.offsets.int().numpy()
     links = scipy.sparse.csr_array((np.ones(len(columns)), columns, offsets), shape=(graph.size, graph.size))
     return connected_components(links, directed=False)
+
+
+def first_of_parts(rows: Tensor, columns: Tensor, size: int) -> Tensor:
+    """(N,) int64 the first token of the part that each token is connected with, on the device of the links.
+
+    Each token, and the one it stands for, take the least of its neighbours, until nothing changes (Shiloach and
+    Vishkin, 1982; of the forms for many processors that of Zhang, Azad and Hu, 2020).
+    """
+    first = torch.arange(size, device=rows.device)
+    while True:
+        before = first
+        for _ in range(ROUNDS_OF_PARTS):
+            least = first.scatter_reduce(0, rows, first[columns], "amin")
+            first = least.scatter_reduce(0, first, least, "amin")
+            first = first[first]
+        if torch.equal(before, first):
+            return first
 
 
 def _deal_parts(sizes: np.ndarray, n_clusters: int) -> np.ndarray:

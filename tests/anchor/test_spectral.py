@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
+from scipy.sparse.csgraph import connected_components
 from sklearn.cluster import SpectralClustering
 from sklearn.cluster._spectral import cluster_qr, discretize  # private: for comparison only
 from sklearn.metrics import adjusted_rand_score
@@ -334,3 +336,25 @@ def test_no_array_is_larger_than_the_coefficients_or_the_eigenvectors():
         labels = spectral_labels(affinity_matrix(indices, torch.ones(n_tokens, k)), n_clusters)
     assert adjusted_rand_score(truth, labels.numpy()) > 0.9
     assert largest.elements <= max(4 * n_tokens * k, n_tokens * (n_clusters + 1 + spectral.GAP_NEIGHBOURS))
+
+
+def scattered_links(random: np.random.Generator, n_tokens: int) -> np.ndarray:
+    """(2, m) links of which many parts stay apart."""
+    return random.integers(0, n_tokens, (2, n_tokens // 2))
+
+
+def one_path(random: np.random.Generator, n_tokens: int) -> np.ndarray:
+    """(2, n - 1) a path through all tokens in any order: nothing is farther from its first token."""
+    order = random.permutation(n_tokens)
+    return np.stack([order[:-1], order[1:]])
+
+
+@pytest.mark.parametrize("links_of", [scattered_links, one_path])
+@pytest.mark.parametrize("n_tokens", [2, 37, 5000])
+def test_parts_on_a_gpu_are_those_of_scipy(links_of, n_tokens: int) -> None:
+    links = links_of(np.random.default_rng(n_tokens), n_tokens)
+    rows, columns = np.concatenate([links, links[::-1]], 1)
+    first = spectral.first_of_parts(torch.from_numpy(rows), torch.from_numpy(columns), n_tokens).numpy()
+    graph = scipy.sparse.coo_array((np.ones(len(rows)), (rows, columns)), shape=(n_tokens, n_tokens)).tocsr()
+    _, part = connected_components(graph, directed=False)
+    np.testing.assert_array_equal(first, np.unique(part, return_index=True)[1][part])
