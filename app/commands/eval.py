@@ -117,7 +117,7 @@ def _eval(args: argparse.Namespace) -> int:
     from ..evaluation.settings import ablations, sweep
     from ..evaluation.thumbnails import Thumbnails
 
-    thumbnails = session.thumbnails = Thumbnails(args.out / "frames", vars(args))
+    thumbnails = session.thumbnails = Thumbnails(args.out, vars(args))
     setting, questions = session.setting, session.questions
     gates = sweep(setting, strengths)
     if len(gates) > 1 and args.ablate:
@@ -147,7 +147,7 @@ def _eval(args: argparse.Namespace) -> int:
         "note": report.NOTE,
         "stopped": None if stopped is None else str(stopped),
         "card": card,
-        "answered": answered(questions, videos_of(questions).tolist(), settings, log.records),
+        "answered": answered(questions, videos_of(questions).tolist(), settings, log.records, thumbnails),
     }
     counts = ("n_failed", "n_unasked", "n_unreadable")
     about = {
@@ -155,8 +155,7 @@ def _eval(args: argparse.Namespace) -> int:
         **{"run": setting.columns(), **card_facts(card)},
         **{name: results[name] for name in counts},
     }
-    frames = {one.name: thumbnails.pictures(questions, one) for one in settings}
-    page = eval_page({**results, **session.facts}, frames).encode()
+    page = eval_page({**results, **session.facts}, str(args.out / "eval.json")).encode()
     session.leave(results, report.eval_markdown(about, table), table, {"png": pictures.draw_eval(table), "html": page})
     if stopped is not None:
         raise stopped

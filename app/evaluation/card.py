@@ -9,6 +9,7 @@ from ..token_sampling import TokenSampling
 from .paired import SEED
 from .questions import Question
 from .settings import Setting
+from .thumbnails import Thumbnails
 
 RESOLUTION = (
     *("size", "crop_size", "min_pixels", "max_pixels", "max_video_tokens", "patch_size", "merge_size"),
@@ -127,9 +128,14 @@ def card_columns(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def answered(
-    questions: Sequence[Question], videos: Sequence[str], settings: Sequence[Setting], records: Mapping[str, Any]
+    questions: Sequence[Question],
+    videos: Sequence[str],
+    settings: Sequence[Setting],
+    records: Mapping[str, Any],
+    thumbnails: Thumbnails,
 ) -> list[dict[str, Any]]:
-    """Each question with its replies by setting: what was read from them and its score, or why there is none.
+    """Each question with its replies by setting: what was read from them, its score and the name of a strip of frames,
+    or why there is none.
 
     Args:
         videos: see `videos_of`.
@@ -142,7 +148,8 @@ def answered(
             record = records.get(setting.key(question), {})
             if (reply := record.get("reply")) is not None:
                 score = question.score(reply)
-                replies[setting.name] = {"reply": reply, "read": question.read(reply), "score": score or 0.0}
+                of_reply = {"reply": reply, "read": question.read(reply), "score": score or 0.0}
+                replies[setting.name] = {**of_reply, "frames": thumbnails.name(question, setting)}
             elif "error" in record:
                 replies[setting.name] = {"error": record["error"]}
         found.append(

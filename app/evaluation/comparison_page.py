@@ -7,6 +7,7 @@ from ..pages.html import bullets, escape, folded, number_cell, page, paragraph, 
 from .comparison_report import COLUMNS, cells, counts_lines, differing, side_line
 from .page import flips, interval_cell, listed, reach_of, videos_table
 from .protocol import SECTIONS
+from .thumbnails import OnPage
 
 
 def comparison_page(record: dict[str, Any]) -> str:
@@ -30,7 +31,7 @@ def comparison_page(record: dict[str, Any]) -> str:
             warning("The protocols differ, and the difference may be due to it", differing(record["flags"])),
             warning("Take care", record["warnings"]),
             section("table", "Scores", _table(record), bullets(counts_lines(record)), note),
-            section("flipped", "Questions with another score", flips(record["flipped"], "A", "B")),
+            section("flipped", "Questions with another score", flips(record["flipped"], "A", "B", OnPage())),
             section("videos", "By video", videos_table(record["videos"], "A", "B", scale)),
             section("failures", "Without a score", listed(failures, header, "Scores that are missing")),
             section("unreadable", "Unreadable", listed(unreadable, ("id", "result", "reply"), "Replies")),

@@ -6,7 +6,7 @@ from typing import Any
 from ...integrations.errors import InputError
 from ..pages.html import folded, number_cell, page, paragraph, section, table, text_cell, warning
 from .head_to_head import changes
-from .page import MOST_ENTRIES, flips, interval_cell, listed, reach_of, videos_table
+from .page import flips, interval_cell, listed, reach_of, videos_table
 from .paired import interval_text
 from .readers.own import result_of
 from .report import warnings_of
@@ -19,11 +19,11 @@ _HEADER = (
 _NOTHING = "Nothing could be judged: no question has a reply with the gate and without."
 
 
-def eval_page(record: dict[str, Any], pictures: Mapping[str, Mapping[str, bytes]] | None = None) -> str:
+def eval_page(record: dict[str, Any], source: str) -> str:
     """
     Args:
         record: what eval.json holds.
-        pictures: of frames, by setting and by the questions' ids.
+        source: its path, beside which frames are kept.
 
     Returns:
         HTML.
@@ -42,8 +42,6 @@ def eval_page(record: dict[str, Any], pictures: Mapping[str, Mapping[str, bytes]
         if reply.get("read") == ""
     ]
     on_page = OnPage()
-    details = [_details(record, n, *pair, on_page, (pictures or {}).get(pair[0], {})) for n, pair in enumerate(pairs)]
-    left_out_pictures = f"Left out, for the size of the page: the frames of {on_page.n_left_out} questions."
     failures = [(one["id"], one["setting"], one["error"]) for one in record["failures"]]
     return page(
         f"Evaluation of {record['card']['model']}",
@@ -53,8 +51,7 @@ def eval_page(record: dict[str, Any], pictures: Mapping[str, Mapping[str, bytes]
             warning("Most replies are no answers", warnings_of(record["results"])),
             "" if pairs else paragraph(_NOTHING, "conclusion"),
             section("table", "Scores", *(_table(record, *pair) for pair in pairs), paragraph(record["note"], "quiet")),
-            *details,
-            paragraph(left_out_pictures, "quiet") if on_page.n_left_out else "",
+            *(_details(record, source, n, *pair, on_page) for n, pair in enumerate(pairs)),
             section("failures", "Failures", listed(failures, ("id", "setting", "why"), "Replies that failed")),
             section("unreadable", "Unreadable", listed(unreadable, ("id", "setting", "reply"), "Replies")),
             section("card", "Protocol card", _card(record["card"])),
@@ -92,20 +89,16 @@ def _table(record: Mapping[str, Any], setting: str, baseline: str) -> str:
     return table(f"{setting}, against {baseline}; scores in percent", _HEADER, rows)
 
 
-def _details(
-    record: dict[str, Any], number: int, setting: str, baseline: str, on_page: OnPage, pictures: Mapping[str, bytes]
-) -> str:
+def _details(record: dict[str, Any], source: str, number: int, setting: str, baseline: str, on_page: OnPage) -> str:
     """Of one setting: questions that flipped, and means by video."""
     try:
-        flipped, videos = changes(result_of(record, baseline), result_of(record, setting))
+        flipped, videos = changes(result_of(record, baseline, source), result_of(record, setting, source))
     except InputError:  # no question has two replies
         return ""
-    shown = [entry["id"] for entry in flipped[:MOST_ENTRIES]]
-    frames = {name: on_page.image(pictures.get(name), "Some of the frames that the model saw") for name in shown}
     return section(
         f"setting-{number}",
         f"{setting}, against {baseline}",
-        flips(flipped, "without", "with gate", frames) or paragraph("No question has another score."),
+        flips(flipped, "without", "with gate", on_page) or paragraph("No question has another score."),
         videos_table(videos, "without", "with gate", 100),
     )
 

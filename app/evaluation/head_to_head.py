@@ -257,6 +257,7 @@ def _flip(before: Answered, after: Answered, kind: str, video: str) -> dict[str,
         "question": before.question or after.question or before.prompt or after.prompt,
         "options": list(before.options or after.options),
         "answer": before.answer if before.answer is not None else after.answer,
+        "frames": before.frames or after.frames,
         "a": {"score": before.score, "reply": before.reply, "read": before.read},
         "b": {"score": after.score, "reply": after.reply, "read": after.read},
     }

@@ -8,6 +8,7 @@ from ..pages.html import escape, folded, number_cell, paragraph, table, text_cel
 from ..text import shown
 from ..video.names import names_in
 from .report import beginning
+from .thumbnails import OnPage
 
 MOST_ENTRIES = 1000
 """Questions listed in one section: more make a page that no browser scrolls well."""
@@ -50,16 +51,10 @@ def videos_table(videos: Sequence[Mapping[str, Any]], first: str, second: str, s
     return folded(title, table("Mean scores by video", header, rows), len(videos) <= 20)
 
 
-def flips(
-    entries: Sequence[Mapping[str, Any]], first: str, second: str, pictures: Mapping[str, str] | None = None
-) -> str:
-    """Questions whose score differs: question, right answer, both replies, and what was read from them.
-
-    Args:
-        pictures: HTML of frames, by the questions' ids.
-    """
+def flips(entries: Sequence[Mapping[str, Any]], first: str, second: str, on_page: OnPage) -> str:
+    """Questions whose score differs: question, frames, right answer, both replies, and what was read from them."""
     names = short_names([entry["video"] for entry in entries])
-    pieces = []
+    pieces, n_left_out = [], on_page.n_left_out
     for entry in entries[:MOST_ENTRIES]:
         up = entry["b"]["score"] > entry["a"]["score"]
         scores = f"{entry['a']['score']:g} → {entry['b']['score']:g}"
@@ -71,7 +66,7 @@ def flips(
         pieces.append(
             f'<details><summary><span class="{"up" if up else "down"}">{escape(scores)}</span> {escape(entry["id"])} '
             f'<span class="quiet">{escape(where)}</span> {escape(start)}</summary>'
-            f'<p class="question">{escape(question)}</p>{(pictures or {}).get(entry["id"], "")}'
+            f'<p class="question">{escape(question)}</p>{on_page.image(entry["frames"])}'
             f"<p>Right answer: {escape(right)}</p>"
             f'<div class="replies">{_reply(first, entry["a"])}{_reply(second, entry["b"])}</div></details>'
         )
@@ -79,6 +74,8 @@ def flips(
         return ""
     n_up = sum(entry["b"]["score"] > entry["a"]["score"] for entry in entries)
     said = f"{second} higher in {n_up}, {first} in {len(entries) - n_up}{_cut(len(entries))}"
+    if n := on_page.n_left_out - n_left_out:
+        said += f"; the frames of {n} are left out, for the size of the page"
     return paragraph(said, "quiet") + "\n".join(pieces)
 
 

@@ -1,7 +1,7 @@
-"""Small frames of what was asked about, for the page, kept beside the replies: a rerun decodes nothing again."""
+"""Small frames of what was asked about, for pages, kept beside the replies: a rerun decodes nothing again."""
 
 from base64 import b64encode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ import numpy as np
 from PIL import Image
 
 from ..atomic_write import write_whole
-from ..pages.html import escape
 from ..video.names import Videos, name_of, shown
 from ..video.reader import VideoClip
 from .questions import Question, digest
 from .settings import Setting
 
+FOLDER = "frames"
+"""Beside the results."""
 MOST_FRAMES = 8
 """Of all videos of a question; of each of many at least one."""
 _MOST_PICTURES = 32
@@ -29,12 +30,12 @@ class Thumbnails:
     """A folder of strips of frames, one WebP for each clip or clips.
 
     Args:
-        folder: of the strips, made with the first.
+        folder: of the results; FOLDER in it is made with the first strip.
         run: what else of the settings says which frames are taken.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
-        self._folder = folder
+        self._folder = folder / FOLDER
         self._run = [str(run[name]) for name in ("fps", "sampling", "max_pixels")]
 
     def keep(self, videos: Videos, max_frames: int, clips: Sequence[VideoClip]) -> None:
@@ -57,17 +58,22 @@ class Thumbnails:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content.getvalue())
 
-    def pictures(self, questions: Iterable[Question], setting: Setting) -> dict[str, bytes]:
-        """The strips that are there, by the ids of the questions."""
-        paths = {question.id: self._path(question.video, setting.max_frames) for question in questions}
-        return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
+    def name(self, question: Question, setting: Setting) -> str | None:
+        """Of the strip in FOLDER; None where none was kept."""
+        path = self._path(question.video, setting.max_frames)
+        return path.name if path.is_file() else None
 
     def _path(self, videos: Videos, max_frames: int) -> Path:
         return self._folder / f"{digest(name_of(shown(videos)), max_frames, *self._run)}.webp"
 
 
+def strip_path(results: Path, name: str | None) -> str | None:
+    """Where `Thumbnails` keeps the strip of this name, for results that may be of anyone: never outside of FOLDER."""
+    return None if name is None else str(results.parent / FOLDER / Path(name).name)
+
+
 class OnPage:
-    """Pictures as HTML, until they are too many for one page.
+    """Strips as HTML, until they are too many for one page.
 
     Attributes:
         n_left_out: those that found no room.
@@ -76,13 +82,14 @@ class OnPage:
     def __init__(self) -> None:
         self._room, self.n_left_out = _MOST_CHARACTERS, 0
 
-    def image(self, picture: bytes | None, what: str) -> str:
-        """An element that shows `picture`, or nothing."""
-        if picture is None:
+    def image(self, path: str | None) -> str:
+        """An element that shows the strip, or nothing where there is none."""
+        picture = b"" if path is None or not Path(path).is_file() else Path(path).read_bytes()
+        if picture[8:12] != b"WEBP":
             return ""
         text = b64encode(picture).decode()
         if len(text) > self._room:
             self.n_left_out += 1
             return ""
         self._room -= len(text)
-        return f'<img class="frames" src="data:image/webp;base64,{text}" alt="{escape(what)}">'
+        return f'<img class="frames" src="data:image/webp;base64,{text}" alt="Some of the frames that the model saw">'

@@ -2,7 +2,7 @@
 
 import json
 import re
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -205,7 +205,31 @@ def test_the_page_of_an_evaluation(
     assert run("eval", clips, tmp_path, *STRENGTHS, "--ablate", "terms=K") == 1, "answered, but for what failed"
     again = checked((tmp_path / "eval.html").read_text(encoding="utf-8"))
     assert again.sources == found.sources[:1]
-    assert "the frames of 1 questions" in again.text
+    assert "the frames of 1 are left out" in again.text
+
+
+def test_a_comparison_shows_the_frames_of_an_evaluation(clips: Path, tmp_path: Path) -> None:
+    out, compared = tmp_path / "eval", tmp_path / "compared"
+    assert run("eval", clips, out, *STRENGTHS) == 0
+    strips = {b64encode(path.read_bytes()).decode() for path in (out / "frames").iterdir()}
+    evaluation = json.loads((out / "eval.json").read_text())
+    for question, score in zip(evaluation["answered"], (0.0, 1.0, 0.0, 1.0), strict=True):
+        question["replies"]["gate"]["score"] = score
+        question["replies"]["baseline, 2 frames"]["score"] = 0.5
+    (out / "eval.json").write_text(json.dumps(evaluation))
+    command = ["compare", out, out, "--setting-a", "baseline, 2 frames", "--out", compared]
+    assert cli.main([*map(str, command)]) == 0
+    record = json.loads((compared / "compare.json").read_text())
+    assert all(Path(flip["frames"]).parent == out / "frames" for flip in record["flipped"])
+    found = checked((compared / "compare.html").read_text(encoding="utf-8"))
+    assert [source.split(",")[1] in strips for source in found.sources] == [True] * 4
+    (tmp_path / "other.webp").write_bytes(next((out / "frames").iterdir()).read_bytes())
+    (out / "frames" / "text.webp").write_text("no picture")
+    for name in ("../../other.webp", str(tmp_path / "other.webp"), "text.webp", "gone.webp"):  # as somebody may send it
+        text = (out / "eval.json").read_text()
+        (out / "eval.json").write_text(re.sub(r'("frames": )"[^"]*"', rf"\1{json.dumps(name)}", text))
+        assert cli.main([*map(str, command)]) == 0
+        assert not checked((compared / "compare.html").read_text(encoding="utf-8")).sources
 
 
 def test_some_frames_of_each_of_many_videos(tmp_path: Path) -> None:
@@ -214,7 +238,7 @@ def test_some_frames_of_each_of_many_videos(tmp_path: Path) -> None:
     kept = Thumbnails(tmp_path, {"fps": None, "sampling": "uniform", "max_pixels": 1})
     for n in (1, 3, 40):
         kept.keep("a.mp4", 8, clips[:n])
-        (path,) = tmp_path.iterdir()
+        (path,) = (tmp_path / "frames").iterdir()
         with Image.open(path) as strip:
             assert (strip.width + 4) / 94 == {1: 3, 3: 6, 40: 32}[n]
 
@@ -248,7 +272,7 @@ def test_hostile_names_are_text_in_an_evaluation(clips: Path, tmp_path: Path) ->
     record["card"]["model"] = record["stopped"] = HOSTILE[0]
     record["results"][0]["type"] = HOSTILE[1]
     record["failures"] = [{"id": HOSTILE[0], "setting": HOSTILE[1], "error": HOSTILE[2]}]
-    found = checked(eval_page(record))
+    found = checked(eval_page(record, str(tmp_path / "eval.json")))
     for text in HOSTILE[:6]:
         assert text in found.text
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ....integrations.errors import InputError
+from ..thumbnails import strip_path
 from .result import OURS, Answered, Result, by_id, number_of, text_of
 
 HARNESS = "videoanchor eval"
@@ -38,17 +39,17 @@ def read_own(path: Path, setting: str | None = None) -> Result:
     return result_of(record, setting, str(path))
 
 
-def result_of(record: dict[str, Any], setting: str, source: str = "eval.json") -> Result:
+def result_of(record: dict[str, Any], setting: str, source: str) -> Result:
     """One setting of what eval.json holds.
 
     Raises:
         InputError: it has no question.
     """
-    rows = by_id((_answered(one, setting) for one in record["answered"]), source)
+    rows = by_id((_answered(one, setting, Path(source)) for one in record["answered"]), source)
     return Result(source, HARNESS, OURS, rows, _card(record["card"], setting), setting)
 
 
-def _answered(question: dict[str, Any], setting: str) -> Answered:
+def _answered(question: dict[str, Any], setting: str, source: Path) -> Answered:
     reply = question["replies"].get(setting, {"error": "not asked: the run stopped before"})
     return Answered(
         id=str(question["id"]),
@@ -63,6 +64,7 @@ def _answered(question: dict[str, Any], setting: str) -> Answered:
         reply=None if reply.get("reply") is None else str(reply["reply"]),
         read=None if reply.get("read") is None else str(reply["read"]),
         error=text_of(reply.get("error")),
+        frames=strip_path(source, text_of(reply.get("frames"))),
     )
 
 

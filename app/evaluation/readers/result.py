@@ -37,6 +37,7 @@ class Answered:
         reply: the generated text.
         read: what was read from it as the answer; "" where nothing could be.
         error: why there is no reply.
+        frames: path of a picture of some of the frames that the model saw.
     """
 
     id: str
@@ -51,6 +52,7 @@ class Answered:
     reply: str | None = None
     read: str | None = None
     error: str | None = None
+    frames: str | None = None
 
 
 @dataclass(frozen=True)
