@@ -1,6 +1,7 @@
 """A call that is made many times over the same memory: on a GPU a CUDA graph, one launch for all of its kernels."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Repeated:
         """Not by `torch.cuda.graph`, which first waits for the device and gives its free memory back."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
-            current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+            current, stream = torch.cuda.current_stream(), _capture_stream(self._device)
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 graph.capture_begin(capture_error_mode="thread_local")
@@ -44,3 +45,9 @@ class Repeated:
                     graph.capture_end()
             current.wait_stream(stream)
         self._graph = graph
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)
