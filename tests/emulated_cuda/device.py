@@ -39,7 +39,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils import dlpack
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from .stand_ins import Event, Generator, Graph, Stream, graph
 from .tensor import CudaTensor, Mode, unwrap
@@ -149,6 +149,8 @@ class EmulatedCuda(state.State):
                 with _disable_current_modes():
                     return launch(executor, *args, **kwargs)
 
+            with _disable_current_modes():
+                self.remember(x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor))
             self.capture(run)
             return run()
 

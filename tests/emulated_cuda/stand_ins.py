@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import state
 
@@ -82,7 +83,8 @@ class Graph:
         state.card().captured = self.calls = []
 
     def capture_end(self) -> None:
-        state.card().captured = None
+        with _disable_current_modes():
+            state.card().end_capture()
 
     def replay(self) -> None:
         for call in self.calls:

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class State:
         self.uploads: Counter[tuple[str, str]] = Counter()
         self.launches = 0
         self.captured: list[Callable[[], object]] | None = None
+        self.before: list[tuple[torch.Tensor, torch.Tensor]] = []  # a capture: what it would have written over
         self.generators: dict[int, torch.device] = {}  # by address
         self.clock = 0  # of events: what was recorded before the last wait is over
         self.finished = 0
@@ -102,6 +103,16 @@ class State:
     def refuse_to_capture(self, what: str) -> None:
         if self.captured is not None:
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
+
+    def remember(self, tensors: Iterable[torch.Tensor]) -> None:
+        """While a graph is captured: CPU tensors that a call may write to, which on a card it does at replays only."""
+        if self.captured is not None:
+            self.before += [(x, x.clone()) for x in tensors]
+
+    def end_capture(self) -> None:
+        for x, before in reversed(self.before):
+            x.copy_(before)
+        self.before, self.captured = [], None
 
     def capture(self, call: Callable[[], object]) -> None:
         """Keep what a graph has to run again."""

@@ -162,8 +162,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     _check_devices(func, name, args, tensors, device, making=asked is not None)
     _count_reads(name, args, kwargs)
 
-    out = func(*inner_args, **inner_kwargs)
-    _capture(func, inner_args, inner_kwargs, out)
+    out = _run(func, inner_args, inner_kwargs)
     if name == "aten::_local_scalar_dense":
         return out
     out = tree_map(lambda x: CudaTensor(x, device) if isinstance(x, torch.Tensor) else x, out)
@@ -192,8 +191,7 @@ def _copied(
             card.upload("upload")
         elif waits:
             card.read("upload of pinned memory without non_blocking")
-    out = func(*inner_args, **inner_kwargs)
-    _capture(func, inner_args, inner_kwargs, out)
+    out = _run(func, inner_args, inner_kwargs)
     if in_place:
         return args[0]
     if target.type == "cpu":
@@ -252,11 +250,15 @@ def _count_reads(name: str, args: Any, kwargs: dict[str, Any]) -> None:
             card.read("index by a mask")
 
 
-def _capture(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-    """While a graph is captured: keep the call, whose results go into the very memory they were in at first."""
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Call the operator. While a graph is captured: keep the call, whose results go into the very memory they were in
+    at first."""
     card = state.card()
+    if func._schema.is_mutable:
+        card.remember(x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor))
+    out = func(*args, **kwargs)
     if card.captured is None or func.is_view:
-        return
+        return out
     first = [x for x in tree_flatten(out)[0] if isinstance(x, torch.Tensor)]
 
     def again() -> None:
@@ -266,3 +268,4 @@ def _capture(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
                 old.copy_(new)
 
     card.capture(again)
+    return out

@@ -1,4 +1,4 @@
-"""Steps of the solver as CUDA graphs, on the emulated card (on which a capture also runs what it captures)."""
+"""Steps of the solver as CUDA graphs, on the emulated card."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +25,7 @@ def test_a_graph_from_the_second_time_on(card: EmulatedCuda) -> None:
     repeated = Repeated(call, x.device)
     assert repeated().tolist() == [2.0, 2.0, 2.0]
     second = repeated()
+    assert second.tolist() == [4.0, 4.0, 4.0], "a capture runs nothing, its replay once"
     x.fill_(10)
     assert repeated() is second
     assert second.tolist() == [22.0, 22.0, 22.0]
@@ -57,16 +58,16 @@ def test_solves_by_graphs(affine: bool, card: EmulatedCuda, monkeypatch: pytest.
 
     monkeypatch.setattr(interior_point, "Repeated", lambda *args: made.append(Repeated(*args)) or made[-1])
     generator = torch.Generator().manual_seed(0)
-    atoms, tokens = (torch.randn(4, n, dtype=torch.float64, generator=generator) for n in (120, 6))
-    tokens[:, 0] *= 0.1  # affine: in the hull of others, ends before them
-    options = SolverOptions(tol=1e-5, affine=affine)
+    atoms, tokens = (torch.randn(4, n, dtype=torch.float64, generator=generator) for n in (120, 7))
+    tokens *= torch.tensor([0.01, 0.1, 0.3, 0.01, 0.02, 3.0, 10.0])  # near 0, and in a hull, they end before others
+    options = SolverOptions(tol=1e-3, affine=affine)
     expected = self_expression(tokens, options, atoms=atoms)
     card.reset()
     monkeypatch.setattr(interior_point, "over_changing_atoms", recorded)
     ours = self_expression(tokens.to("cuda"), options, atoms=atoms.to("cuda"))
     assert ours.converged
-    assert sorted(token for _, tokens in ended for token in tokens) == [*range(6)], "each once"
+    assert sorted(token for _, tokens in ended for token in tokens) == [*range(7)], "each once"
     assert len({n_iter for n_iter, tokens in ended if tokens}) > 1
-    torch.testing.assert_close(ours.to_dense().cpu(), expected.to_dense(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours.to_dense().cpu(), expected.to_dense(), rtol=0, atol=1e-2)
     assert any(one._graph is not None for one in made)
     assert len(made) <= 1 + len(tokens).bit_length()
