@@ -52,7 +52,7 @@ class State:
         self.uploads: Counter[tuple[str, str]] = Counter()
         self.launches = 0
         self.captured: list[Callable[[], object]] | None = None
-        self.before: list[tuple[torch.Tensor, torch.Tensor]] = []  # a capture: what it would have written over
+        self.before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}  # a capture, by address
         self.generators: dict[int, torch.device] = {}  # by address
         self.clock = 0  # of events: what was recorded before the last wait is over
         self.finished = 0
@@ -106,13 +106,16 @@ class State:
 
     def remember(self, tensors: Iterable[torch.Tensor]) -> None:
         """While a graph is captured: CPU tensors that a call may write to, which on a card it does at replays only."""
-        if self.captured is not None:
-            self.before += [(x, x.clone()) for x in tensors]
+        if self.captured is None:
+            return
+        for storage in (x.untyped_storage() for x in tensors):
+            if storage.data_ptr() not in self.before:
+                self.before[storage.data_ptr()] = storage, storage.clone()
 
     def end_capture(self) -> None:
-        for x, before in reversed(self.before):
-            x.copy_(before)
-        self.before, self.captured = [], None
+        for storage, before in self.before.values():
+            storage.copy_(before)
+        self.before, self.captured = {}, None
 
     def capture(self, call: Callable[[], object]) -> None:
         """Keep what a graph has to run again."""
