@@ -10,7 +10,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from .affinity import affinity_matrix, coefficient_matrix, majority_labels, scipy_matrix
+from .affinity import coefficient_matrix, majority_labels, scipy_matrix
 from .options import SolverOptions
 from .problem import DLPackArray, as_tokens, fit_features
 from .solver import self_expression
@@ -52,7 +52,7 @@ class SparseSubspaceClustering(TransformerMixin, ClusterMixin, BaseEstimator):
         coef_[:, j] expresses sample j. Diagonal 0; columns sum to 1 when affine, unless all samples are equal: then
         all is 0.
     affinity_matrix_ : scipy.sparse array of shape (n_samples, n_samples)
-        |coef_| + |coef_|', float64.
+        |coef_| + |coef_|', float64, without what the tolerance leaves open, see `SelfExpression.affinity`.
     eigengap_ : float or None
         How far the eigenvalue of the last cluster is from the next, see `Subspaces`.
     duality_gap_ : ndarray of shape (n_samples,)
@@ -148,7 +148,7 @@ class SparseSubspaceClustering(TransformerMixin, ClusterMixin, BaseEstimator):
         with watch.stage("solve"):
             solution = self_expression(features.values, options, progress=_print_progress if self.verbose else None)
         with watch.stage("spectral"):
-            affinity = affinity_matrix(solution.indices, solution.values)
+            affinity = solution.affinity()
             found = spectral_subspaces(
                 affinity, self.n_clusters, assign_labels=self.assign_labels, random_state=self.random_state
             )

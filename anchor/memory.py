@@ -23,7 +23,7 @@ def chunk_rows(width: int) -> int:
 def candidate_atoms(n_unknowns: int, n_atoms: int) -> int:
     """K, the atoms that a token is expressed by: at most p are part of an optimum, which leaves room for others, for
     more of them where there are more atoms."""
-    return min(n_atoms, max(2 * n_unknowns, min(3 * n_unknowns, n_atoms // 8)) + 16)
+    return min(n_atoms, max(2 * n_unknowns, min(3 * n_unknowns, n_atoms // 16)) + 16)
 
 
 def token_bytes(n_atoms: int, rank: int) -> int:

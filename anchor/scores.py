@@ -8,7 +8,6 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from .affinity import affinity_matrix
 from .authors import authors_labels, authors_score, authors_self_expression, check_authors_memory
 from .config import Score, ScoreFunction, VideoAnchorConfig
 from .cross_frame import check_frames, cross_frame_score
@@ -265,7 +264,7 @@ def _subspace_scores(
             sizes = None
         else:
             found = spectral_subspaces(
-                affinity_matrix(solution.indices, solution.values),
+                solution.affinity(),
                 config.n_clusters,
                 assign_labels=config.assign_labels,
                 random_state=config.random_state,

@@ -9,7 +9,7 @@ import torch
 from scipy.sparse import csc_array
 from torch import Tensor
 
-from .affinity import affinity_matrix, coefficient_matrix, majority_labels
+from .affinity import coefficient_matrix, majority_labels
 from .compress import group_factors
 from .config import VideoAnchorConfig
 from .grouping import group_means, group_tokens
@@ -302,7 +302,7 @@ class AnchorStream:
 
     def _first_subspaces(self, solution: SelfExpression) -> Subspaces:
         return spectral_subspaces(
-            affinity_matrix(solution.indices, solution.values),
+            solution.affinity(),
             self.config.n_clusters,
             assign_labels=self.config.assign_labels,
             random_state=self.config.random_state,

@@ -42,7 +42,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.helpers import report
 from benchmarks.helpers.environment import environment, processor
 from benchmarks.scores.helpers.token_sets import POOLED, embedded
-from videoanchor_triton.anchor.affinity import affinity_matrix
 from videoanchor_triton.anchor.config import VideoAnchorConfig
 from videoanchor_triton.anchor.problem import token_features
 from videoanchor_triton.anchor.scores import anchor_scores, expression_score
@@ -210,7 +209,7 @@ def clip_rows(case: str, size: float, seed: int, clip: Clip) -> Iterator[Row]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         solution = self_expression(token_features(torch.from_numpy(clip.X), config.pca_rank), config)
-    found = spectral_subspaces(affinity_matrix(solution.indices, solution.values), config.n_clusters)
+    found = spectral_subspaces(solution.affinity(), config.n_clusters)
     seconds = time.perf_counter() - start
     for score in SCORES:
         scores = expression_score(solution, found.labels, score, frames=frames, sizes=found.projector_size)

@@ -38,7 +38,6 @@ from benchmarks.helpers.environment import environment, processor
 from benchmarks.helpers.resume import RefusedError
 from benchmarks.scores.helpers import token_sets
 from benchmarks.scores.helpers.resumed import Results
-from videoanchor_triton.anchor.affinity import affinity_matrix
 from videoanchor_triton.anchor.problem import token_features
 from videoanchor_triton.anchor.scores import shared_expression_score
 from videoanchor_triton.anchor.solver import SelfExpression, self_expression
@@ -108,7 +107,7 @@ def scored(
     try:
         Y = token_features(torch.from_numpy(X[kept]).to(dtype), rank)
         solution = self_expression(Y, va.SolverOptions(tol=tol, memory_budget=memory_budget))
-        subspaces = spectral_subspaces(affinity_matrix(solution.indices, solution.values), tokens.n_clusters)
+        subspaces = spectral_subspaces(solution.affinity(), tokens.n_clusters)
     finally:
         torch.set_num_threads(before)
     return Found(solution, subspaces, kept)
