@@ -9,9 +9,10 @@ from torch import Tensor
 from .atoms import Atoms, dual_value, objective, relative_gap
 from .repeated import Repeated
 
-START_ATOMS, RHO, RELAXATION = 2048, 40.0, 1.9
-# Iterations: over all atoms where one costs less than a step of the interior point, and else.
-LONG, SHORT = 60, 30
+START_ATOMS, RELAXATION = 2048, 1.9
+# Iterations and rho: over all atoms where one costs less than a step of the interior point; and else, where few of them
+# come further with a larger rho.
+LONG, SHORT = (60, 40.0), (20, 100.0)
 # More iterations that halve the gap, and interior-point steps that are worth the iterations which make them needless.
 HALVING, STEPS_SAVED = 15, 4
 
@@ -23,30 +24,40 @@ class Start:
     Attributes:
         sample: (m,) int64 atoms, ascending; of all atoms where these are few.
         columns: (p, m) of them.
-        inverse: (p, p) of gram + RHO I, in the units of `unit` (p,).
+        inverse: (p, p) of gram + rho I, in the units of `unit` (p,).
+        rho: the penalty of ADMM.
+        n_iter: iterations to begin with.
+        n_rounds: how many times HALVING more cost no more than the interior-point steps that they save.
     """
 
     sample: Tensor
     columns: Tensor
     inverse: Tensor
     unit: Tensor
-    n_atoms: int
+    rho: float
+    n_iter: int
+    n_rounds: int
 
     @classmethod
-    def of(cls, atoms: Atoms) -> "Start":
-        n_atoms, device = len(atoms.rows), atoms.rows.device
+    def of(cls, atoms: Atoms, k: int) -> "Start":
+        """That of an interior point over k candidates."""
+        (n_atoms, n_unknowns), device = atoms.rows.shape, atoms.rows.device
         sample = torch.arange(n_atoms)
         if n_atoms > START_ATOMS:
             sample = torch.randperm(n_atoms, generator=torch.Generator().manual_seed(0))[:START_ATOMS].sort().values
+        step = n_unknowns**2 * (2 * k + n_unknowns / 3) / (4 * n_unknowns * (len(sample) + n_unknowns))  # in iterations
+        whole = len(sample) == n_atoms  # else iterations have no certificate
+        n_iter, rho = LONG if step >= 1 and whole else SHORT
         sample = sample.to(device)
         unit = atoms.scale.clone()
-        unit[len(atoms.limit) :] = RHO**0.5
+        unit[len(atoms.limit) :] = rho**0.5
         rows = atoms.exact[sample] * unit
         gram = rows.T @ rows
-        inverse = torch.linalg.inv(gram + RHO * torch.eye(len(unit), dtype=unit.dtype, device=device))
+        inverse = torch.linalg.inv(gram + rho * torch.eye(len(unit), dtype=unit.dtype, device=device))
         dtype = atoms.rows.dtype
         columns = atoms.rows[sample].T.contiguous()
-        return cls(sample, columns, inverse.to(dtype), unit.to(dtype), n_atoms)
+        n_rounds = int(STEPS_SAVED * step / HALVING) * whole
+        return cls(sample, columns, inverse.to(dtype), unit.to(dtype), rho, n_iter, n_rounds)
 
     def places(self, own: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows whose own atom is in the sample, and its place there."""
@@ -55,14 +66,6 @@ class Start:
         place = torch.searchsorted(self.sample, own).clamp_max(len(self.sample) - 1)
         rows = (self.sample[place] == own).nonzero()[:, 0]
         return rows, place[rows]
-
-    def iterations(self, k: int) -> tuple[int, int]:
-        """How many to begin with, and how many times HALVING more cost no more than the interior-point steps over k
-        atoms that they save: none over a part of the atoms, where they have no certificate."""
-        n_unknowns, n_sample = self.columns.shape
-        step = n_unknowns**2 * (2 * k + n_unknowns / 3) / (4 * n_unknowns * (n_sample + n_unknowns))
-        whole = n_sample == self.n_atoms
-        return (LONG if step >= 1 and whole else SHORT), int(STEPS_SAVED * step / HALVING) * whole
 
 
 class Admm:
@@ -93,24 +96,25 @@ class Admm:
 
     def _iterate(self) -> Tensor:
         """One; the new step, all else in place."""
-        start, rank, bound = self.start, len(self.atoms.limit), self.atoms.bound
+        start, rank, bound, rho = self.start, len(self.atoms.limit), self.atoms.bound, self.start.rho
         offset, state, reflected = self.offset, self.state, self.reflected
         expressed = (reflected @ start.columns.T) * start.unit
         step = (self.goal - offset - expressed) @ start.inverse
-        misfit = offset + RHO * step
+        misfit = offset + rho * step
         offset[:, :rank] = misfit[:, :rank] - misfit[:, :rank].clamp(-bound, bound)
         offset[:, rank:] -= RELAXATION * misfit[:, rank:]
         state.lerp_(reflected, RELAXATION / 2).addmm_(step * start.unit, start.columns, alpha=RELAXATION)
-        torch.clamp(state, -1 / RHO, 1 / RHO, out=reflected)
+        torch.clamp(state, -1 / rho, 1 / rho, out=reflected)
         torch.add(state, reflected, alpha=-2, out=reflected)  # 2 C - state
         reflected[self.rows, self.places] = -state[self.rows, self.places]
         return step
 
     def point(self, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(b, p) float64 dual point; (b, k) candidates and their float64 coefficients; (b, N) room for slopes."""
-        x, sample = RHO * (self.step * self.start.unit).double(), self.start.sample
+        rho, sample = self.start.rho, self.start.sample
+        x = rho * (self.step * self.start.unit).double()
         slopes = (x.to(self.atoms.rows.dtype) @ self.atoms.rows.T).abs_()
-        slopes[:, sample] = self.state.abs() * RHO
+        slopes[:, sample] = self.state.abs() * rho
         if self.own is not None:
             slopes.scatter_(1, self.own[:, None], -1.0)
         candidates = slopes.topk(k, sorted=False).indices
@@ -121,7 +125,7 @@ class Admm:
     def gap(self) -> Tensor:
         """(b,) about the relative gap, where all atoms are in the sample."""
         atoms = self.atoms
-        x, c = RHO * (self.step * self.start.unit), (self.state + self.reflected) / 2
+        x, c = self.start.rho * (self.step * self.start.unit), (self.state + self.reflected) / 2
         slopes = (x @ self.start.columns).abs_()
         slopes[self.rows, self.places] = c[self.rows, self.places] = 0
         c = c / c.sum(1, keepdim=True) if atoms.affine else c

@@ -66,9 +66,8 @@ def over_changing_atoms(atoms: Atoms, start: Start, target: Tensor, own: Tensor 
     n_atoms, n_unknowns = atoms.rows.shape
     k = candidate_atoms(n_unknowns, n_atoms - (own is not None))
     admm = Admm(start, atoms, target, own)
-    n_iter, n_rounds = start.iterations(k)
-    admm.advance(n_iter)
-    for left in range(n_rounds, 0, -1):
+    admm.advance(start.n_iter)
+    for left in range(start.n_rounds, 0, -1):
         if admm.gap().median() > tol * 2**left:
             break
         admm.advance(HALVING)
@@ -249,7 +248,7 @@ def solve(
     def owned(part: Tensor) -> Tensor | None:
         return part if tokens is None else None
 
-    start, parts = Start.of(atoms), torch.arange(n_tokens, device=device).split(plan.block)
+    start, parts = Start.of(atoms, k), torch.arange(n_tokens, device=device).split(plan.block)
     passes = _side_by_side(
         lambda part: over_changing_atoms(atoms, start, target[part], owned(part), tol), parts, plan.threads
     )

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from videoanchor_triton.anchor import iterates as iterating
 from videoanchor_triton.anchor import newton_kernel, slopes_kernel
-from videoanchor_triton.anchor.admm_start import LONG, Admm, Start
+from videoanchor_triton.anchor.admm_start import Admm, Start
 from videoanchor_triton.anchor.atoms import Atoms, all_slopes, objective
 from videoanchor_triton.anchor.iterates import Iterates, swap_candidates
 from videoanchor_triton.anchor.memory import candidate_atoms
@@ -34,9 +34,10 @@ def iterates(rank: int, n_atoms: int, *, affine: bool, dtype: torch.dtype, alpha
     problem = Problem.of(normal(rank, n_atoms), affine=affine, alpha_e=alpha_e, alpha_z=800.0)
     atoms = Atoms.of(problem, dtype)
     target, own = atoms.exact[:N_TOKENS], torch.arange(N_TOKENS)
-    admm = Admm(Start.of(atoms), atoms, target, own)
-    admm.advance(LONG)
-    x, candidates, coefficients, _ = admm.point(candidate_atoms(rank + affine, n_atoms - 1))
+    k = candidate_atoms(rank + affine, n_atoms - 1)
+    admm = Admm(Start.of(atoms, k), atoms, target, own)
+    admm.advance(admm.start.n_iter)
+    x, candidates, coefficients, _ = admm.point(k)
     x *= 0.98 / all_slopes(atoms, x, own)[1].clamp_min(0.98)
     return Iterates(atoms, target, own, candidates, x, coefficients)
 
