@@ -109,20 +109,19 @@ class Iterates:
 
         dg = self._slopes(solved(slope))  # predictor
         a, b = dg / above, dg / below
-        primal, dual = _step(torch.maximum(1 - a, 1 + b), 1.0), _step(torch.maximum(a, -b), 1.0)
-        now = (u * above + v * below).sum(1, keepdim=True)
-        then = u * (1 - primal * (1 - a)) * (above - dual * dg) + v * (1 - primal * (1 + b)) * (below + dual * dg)
-        mu = (then.sum(1, keepdim=True) / now).clamp(0, 1) ** 3 * now / (2 * g.shape[1])
+        step = _step(torch.maximum(torch.maximum(a, 1 - a), torch.maximum(-b, 1 + b)), 1.0)  # primal and dual
+        mu = (1 - step) ** 3 * (u * above + v * below).mean(1, keepdim=True) / 2
         to_u, to_v = (mu - u * dg * (1 - a)) / above, (mu + v * dg * (1 + b)) / below  # centred, of second order
         dx = solved(slope - self._combined(to_u - to_v))
         dg = self._slopes(dx)
         a, b = dg / above, dg / below
-        du, dv = to_u - u + u * a, to_v - v - v * b
+        du, dv = torch.addcmul(to_u - u, u, a), torch.addcmul(to_v - v, v, b, value=-1)
         primal, dual = _step(torch.maximum(-du / u, -dv / v), STEP), _step(torch.maximum(a, -b), STEP)
         if together:
             primal = dual = primal.minimum(dual)
-        self.u, self.v = (u + primal * du).clamp_min_(TINY), (v + primal * dv).clamp_min_(TINY)
-        self.x, self.g = self.x + dual * dx, (g + dual * dg).clamp_(-1 + NEAREST_BOUNDARY, 1 - NEAREST_BOUNDARY)
+        self.u, self.v = torch.addcmul(u, primal, du).clamp_min_(TINY), torch.addcmul(v, primal, dv).clamp_min_(TINY)
+        self.x, self.g = torch.addcmul(self.x, dual, dx), torch.addcmul(g, dual, dg)
+        self.g.clamp_(-1 + NEAREST_BOUNDARY, 1 - NEAREST_BOUNDARY)
         c = (self.u - self.v)[:, :k]
         c = c / c.sum(1, keepdim=True) if atoms.affine else c
         expressed = torch.bmm(c[:, None].to(dtype), self.matrix)[:, 0].double()

@@ -29,10 +29,10 @@ def _solve(inverse, mean, total, right, right_mu, AFFINE: tl.constexpr):
 
 
 @triton.jit
-def _then(u, v, above, below, dg, primal, dual):
-    """Complementarity of candidates after a step."""
+def _used(above, below, dg):
+    """What a whole step, primal and dual, uses up of what there is to the boundary, the most of all."""
     a, b = dg / above, dg / below
-    return u * (1 - primal * (1 - a)) * (above - dual * dg) + v * (1 - primal * (1 + b)) * (below + dual * dg)
+    return tl.maximum(tl.maximum(a, 1 - a), tl.maximum(-b, 1 + b))
 
 
 @triton.jit
@@ -146,9 +146,7 @@ def newton_kernel(
     b_slope = tl.where(m_axes, b_target - b_quadratic * b_x, 0.0)
     b_dx, dmu = _solve(b_normal, b_mean, total.to(dtype), b_slope.to(dtype), mu_target.to(dtype), AFFINE)
     b_dge = b_dx.to(tl.float64) / b_limit
-    b_ae, b_be = b_dge / above_e, b_dge / below_e
-    primal = tl.max(tl.where(m_axes, tl.maximum(1 - b_ae, 1 + b_be), 0.0))
-    dual = tl.max(tl.where(m_axes, tl.maximum(b_ae, -b_be), 0.0))
+    used = tl.max(tl.where(m_axes, _used(above_e, below_e, b_dge), 0.0))
     now = tl.sum(b_ue * above_e + b_ve * below_e)
     for start in range(0, n_candidates, BLOCK):
         o = start + o_tile
@@ -158,21 +156,11 @@ def newton_kernel(
         b_g = tl.load(g + o, mask=m, other=0.0)
         b_dg = (tl.sum(b_atoms * b_dx[None, :], 1) + dmu).to(tl.float64)
         tl.store(p_first + o, b_dg, mask=m)
-        b_a, b_b = b_dg / (1 - b_g), b_dg / (1 + b_g)
-        primal = tl.maximum(primal, tl.max(tl.where(m, tl.maximum(1 - b_a, 1 + b_b), 0.0)))
-        dual = tl.maximum(dual, tl.max(tl.where(m, tl.maximum(b_a, -b_b), 0.0)))
+        used = tl.maximum(used, tl.max(tl.where(m, _used(1 - b_g, 1 + b_g, b_dg), 0.0)))
         now += tl.sum(b_u * (1 - b_g) + b_v * (1 + b_g))
     tl.debug_barrier()
-    primal, dual = 1 / tl.maximum(primal, 1.0), 1 / tl.maximum(dual, 1.0)
-    then = tl.sum(_then(b_ue, b_ve, above_e, below_e, b_dge, primal, dual))
-    for start in range(0, n_candidates, BLOCK):
-        o = start + o_tile
-        m = o < n_candidates
-        b_u, b_v = tl.load(u + o, mask=m, other=0.0), tl.load(v + o, mask=m, other=0.0)
-        b_g, b_dg = tl.load(g + o, mask=m, other=0.0), tl.load(p_first + o, mask=m, other=0.0)
-        then += tl.sum(_then(b_u, b_v, 1 - b_g, 1 + b_g, b_dg, primal, dual))
-    ratio = tl.minimum(tl.maximum(then / now, 0.0), 1.0)
-    mu = ratio * ratio * ratio * now / (2 * width)
+    rest = 1 - 1 / tl.maximum(used, 1.0)
+    mu = rest * rest * rest * now / (2 * width)
     # corrector
     b_to_ue, b_to_ve = _centred(b_ue, b_ve, above_e, below_e, b_dge, mu)
     b_right = b_slope - tl.where(m_axes, (b_to_ue - b_to_ve) / b_limit, 0.0)
