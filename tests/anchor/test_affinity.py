@@ -4,8 +4,11 @@ import scipy.sparse
 import torch
 
 from videoanchor_triton.anchor.affinity import affinity_matrix, coefficient_matrix, majority_labels, scipy_matrix
+from videoanchor_triton.anchor.options import SolverOptions
+from videoanchor_triton.anchor.problem import token_features
+from videoanchor_triton.anchor.solver import SelfExpression, self_expression
 
-from .tokens import DEVICES
+from .tokens import DEVICES, vit_like
 
 
 def sparse_rows(n_tokens: int, k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,6 +47,34 @@ def test_matrices_hold_the_rows(n_tokens, k, index_dtype, dtype, device):
     assert isinstance(copy, scipy.sparse.csr_array)
     assert copy.has_canonical_format
     np.testing.assert_array_equal(copy.toarray(), affinity.to_dense().cpu().numpy())
+
+
+@pytest.mark.parametrize("rank", [8, 24])
+def test_what_the_tolerance_leaves_open_is_no_link(rank):
+    features = token_features(vit_like(16), rank)
+    rough, exact = (self_expression(features, SolverOptions(tol=tol)) for tol in (1e-3, 1e-7))
+    found, everything, optimal = (
+        affinity.to_dense()
+        for affinity in (rough.affinity(), *(affinity_matrix(x.indices, x.values) for x in (rough, exact)))
+    )
+    assert ((found == everything) | (found < everything)).all()
+    assert (found > 0).sum() < 0.8 * (everything > 0).sum()
+    assert (found - optimal).abs().sum() < (everything - optimal).abs().sum()
+
+
+@pytest.mark.parametrize(
+    ("tol", "kept"), [(torch.inf, [3.0, 2.0]), (0.0, [3.0, 2.0]), (0.4, [3.0, 2.0]), (4.0, [3.0, 0.0])]
+)
+def test_links_are_left_out_by_the_tolerance(tol, kept):
+    indices, values = torch.tensor([[1, 2], [0, 2], [0, 1]]), torch.tensor([[3.0, -2.0], [0.0, 0.0], [0.0, 0.0]])
+    solution = SelfExpression(indices, values.double(), torch.zeros(3), 0, tol, 3)
+    assert solution.affinity().to_dense()[0].tolist() == [0.0, *kept]
+
+
+def test_affinity_of_coefficients_that_are_not_finite():
+    solution = SelfExpression(torch.tensor([[1], [0]]), torch.tensor([[torch.nan], [1.0]]), torch.zeros(2), 0, 1e-3, 2)
+    with pytest.raises(ValueError, match="got NaN"):
+        solution.affinity()
 
 
 def test_majority_labels():

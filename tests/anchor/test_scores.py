@@ -8,7 +8,6 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
 
 from videoanchor_triton.anchor import memory, scores
-from videoanchor_triton.anchor.affinity import affinity_matrix
 from videoanchor_triton.anchor.config import VideoAnchorConfig
 from videoanchor_triton.anchor.neighbors import neighbor_expression
 from videoanchor_triton.anchor.problem import token_features
@@ -95,7 +94,7 @@ def test_projector_score_and_eigengap_are_of_the_subspaces(scorer):
     result = anchor_scores(tokens, config(scorer=scorer, score="projector"))
     features = token_features(tokens, 16)
     solution = neighbor_expression(features) if scorer == "knn" else self_expression(features, config())
-    affinity = affinity_matrix(solution.indices, solution.values).to_dense().numpy()
+    affinity = solution.affinity().to_dense().numpy()
     degree = affinity.sum(0)
     values, vectors = np.linalg.eigh(affinity / np.sqrt(np.outer(degree, degree)))
     basis = np.linalg.qr(vectors[:, -8:] / np.sqrt(degree)[:, None])[0]
