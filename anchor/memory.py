@@ -11,8 +11,8 @@ CHUNK_ELEMENTS = 1 << 20
 # A block is not made smaller than this to fit: products of fewer rows are slow.
 SMALLEST_BLOCK = 16
 # What the candidates of a block take, (tokens, K, p) float32: enough tokens for fast products, few for the cache.
-CPU_BLOCK_BYTES, CUDA_BLOCK_BYTES = 16 << 20, 1 << 30
-LARGEST_BLOCK = 512  # on a CPU
+CPU_BLOCK_BYTES, CUDA_BLOCK_BYTES = 8 << 20, 1 << 30
+LARGEST_BLOCK = 1024  # on a CPU
 
 
 def chunk_rows(width: int) -> int:
