@@ -82,7 +82,7 @@ class SelfExpression:
         """
         size, n_slots = self.values.abs(), self.values.shape[1]
         if n_slots < 2 or not math.isfinite(self.tol):
-            return affinity_matrix(self.indices, size)
+            return affinity_matrix(self.indices, self.values)
         negligible = NEGLIGIBLE * self.tol * size.amax(1, keepdim=True)
         least = negligible.minimum(size.kthvalue(n_slots // 2 + 1, dim=1, keepdim=True).values)
         return affinity_matrix(self.indices, size.where(~(size < least), 0.0))

@@ -57,7 +57,7 @@ def test_what_the_tolerance_leaves_open_is_no_link(rank):
         affinity.to_dense()
         for affinity in (rough.affinity(), *(affinity_matrix(x.indices, x.values) for x in (rough, exact)))
     )
-    assert ((found == everything) | (found < everything)).all()
+    assert (found <= everything).all()
     assert (found > 0).sum() < 0.8 * (everything > 0).sum()
     assert (found - optimal).abs().sum() < (everything - optimal).abs().sum()
 

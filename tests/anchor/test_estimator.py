@@ -48,7 +48,7 @@ def test_finds_planted_subspaces(n_clusters, device):
     assert model.n_features_in_ == 40
     assert model.n_iter_ > 0
     expected = abs(model.coef_) + abs(model.coef_).T
-    np.testing.assert_allclose(model.affinity_matrix_.toarray(), expected.toarray(), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(model.affinity_matrix_.toarray(), expected.toarray(), rtol=1e-12, atol=5e-8)
     inside = truth[:, None] == truth[None, :]
     assert np.abs(model.coef_.toarray())[~inside].sum() < 1e-3
 
