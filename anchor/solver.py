@@ -73,13 +73,21 @@ class SelfExpression:
         return sums.index_add_(0, self.indices.flatten().cpu(), self.values.flatten().cpu()).to(self.gap.device)
 
     def affinity(self) -> Tensor:
-        """(N, N) `affinity_matrix` of tokens that express each other, on the device of the solution.
+        """(N, N) sparse float64 `affinity_matrix` of tokens that express each other, on the device of the solution.
 
         An interior point ends with a little weight on atoms that have no part in the optimum, half of all links. What
         lies below NEGLIGIBLE tol max|c| of its token is left out: that takes the affinity nearer to the optimum's. The
         heavier half of the slots always stays, more than an optimum needs: where copies of a token take all its weight,
         as in a video that stands still, the rest still says which tokens are its kin.
+
+        Raises:
+            ValueError: the tokens are expressed by atoms of another number, or a coefficient is not finite.
         """
+        if self.n_atoms != len(self.values):
+            raise ValueError(
+                f"an affinity is of tokens that express each other, got {len(self.values)} tokens over {self.n_atoms} "
+                "atoms: use coefficient_matrix"
+            )
         size, n_slots = self.values.abs(), self.values.shape[1]
         if n_slots < 2 or not math.isfinite(self.tol):
             return affinity_matrix(self.indices, self.values)

@@ -77,6 +77,12 @@ def test_affinity_of_coefficients_that_are_not_finite():
         solution.affinity()
 
 
+def test_tokens_over_other_atoms_have_no_affinity():
+    solution = self_expression(torch.randn(3, 9), atoms=torch.randn(3, 7))
+    with pytest.raises(ValueError, match="9 tokens over 7 atoms"):
+        solution.affinity()
+
+
 def test_majority_labels():
     weights = scipy.sparse.csr_array([[0.2, 0.3, 0.4, 0], [0.5, 0.25, 0.25, 9], [0, 0, 0, 9], [0, 0, 0, 0]])
     labels = np.array([0, 0, 1, -1])

@@ -13,7 +13,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from videoanchor_triton.anchor import estimator as estimator_module
 from videoanchor_triton.anchor.estimator import SparseSubspaceClustering
-from videoanchor_triton.anchor.solver import SolverOptions
+from videoanchor_triton.anchor.solver import NEGLIGIBLE, SolverOptions
 from videoanchor_triton.anchor.spectral import Subspaces
 
 from .tokens import DEVICES, planted_subspaces, vit_like
@@ -48,7 +48,10 @@ def test_finds_planted_subspaces(n_clusters, device):
     assert model.n_features_in_ == 40
     assert model.n_iter_ > 0
     expected = abs(model.coef_) + abs(model.coef_).T
-    np.testing.assert_allclose(model.affinity_matrix_.toarray(), expected.toarray(), rtol=1e-12, atol=5e-8)
+    left_out = (expected - model.affinity_matrix_).toarray()  # to the bit 0, but for what the tolerance leaves open
+    largest = abs(model.coef_).toarray().max(0)
+    assert (left_out >= 0).all()
+    assert (left_out <= NEGLIGIBLE * model.tol * (largest[:, None] + largest)).all()
     inside = truth[:, None] == truth[None, :]
     assert np.abs(model.coef_.toarray())[~inside].sum() < 1e-3
 
