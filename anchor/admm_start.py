@@ -98,8 +98,10 @@ class Admm:
         """One; the new step, all else in place."""
         start, rank, bound, rho = self.start, len(self.atoms.limit), self.atoms.bound, self.start.rho
         offset, state, reflected = self.offset, self.state, self.reflected
-        expressed = (reflected @ start.columns.T) * start.unit
-        step = (self.goal - offset - expressed) @ start.inverse
+        expressed = reflected @ start.columns[:rank].T
+        if self.atoms.affine:  # the last column is of ones: a product with 65 columns costs 1.2 times one with 64
+            expressed = torch.cat([expressed, reflected.sum(1, keepdim=True)], 1)
+        step = (self.goal - offset - expressed * start.unit) @ start.inverse
         misfit = offset + rho * step
         offset[:, :rank] = misfit[:, :rank] - misfit[:, :rank].clamp(-bound, bound)
         offset[:, rank:] -= RELAXATION * misfit[:, rank:]
