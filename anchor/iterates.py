@@ -177,25 +177,25 @@ def swap_candidates(it: Iterates, primal: Tensor, tol: float, slopes: Tensor) ->
     if it.own is not None:
         slopes.scatter_(1, it.own[:, None], -1.0)
     slopes.scatter_(1, it.candidates, -1.0)
-    value, atom = largest_of_groups(slopes, n_unknowns // 2 or 1)
-    weights = torch.maximum(it.u / (1 - it.g), it.v / (1 + it.g))[:, :k]
-    gap = relative_gap(atoms, primal, it.dual())
-    inside = 1 - (PART_OF_GAP * gap).clamp(PART_OF_GAP * tol, MARGIN)[:, None]
-    shrink = inside / value[:, :1].double().maximum(inside)
+    most = slopes.amax(1, keepdim=True).double()
+    inside = 1 - (PART_OF_GAP * relative_gap(atoms, primal, it.dual())).clamp(PART_OF_GAP * tol, MARGIN)[:, None]
+    shrink = inside / most.maximum(inside)
+    some = (most[:, 0] > 1 - MARGIN).nonzero()[:, 0]  # less than half of the tokens
+    u, v, g = it.u[some], it.v[some], it.g[some]
+    weights = torch.maximum(u / (1 - g), v / (1 + g))[:, :k]
     it.x, it.g = it.x * shrink, it.g * shrink
-    mu = (it.u * (1 - it.g) + it.v * (1 + it.g)).mean(1, keepdim=True) / 2
-    rows = torch.nn.functional.embedding(atom, atoms.rows)
-    new = torch.bmm(it.x.to(rows.dtype)[:, None], rows.mT)[:, 0].double().maximum(-inside).minimum(inside)
+    g *= shrink[some]
+    mu = (u * (1 - g) + v * (1 + g)).mean(1) / 2
+    value, atom = largest_of_groups(slopes[some], n_unknowns // 2 or 1)
     place = weights.topk(value.shape[1], largest=False).indices
-    better = value > it.g.gather(1, place).abs().clamp_min(1 - MARGIN)
-
-    def swap(old: Tensor, new: Tensor) -> Tensor:
-        return old.scatter(1, place, torch.where(better, new, old.gather(1, place)))
-
-    it.candidates = swap(it.candidates, atom)
-    it.u, it.v, it.g = swap(it.u, mu / (1 - new)), swap(it.v, mu / (1 + new)), swap(it.g, new)
-    token, column = better.nonzero(as_tuple=True)
-    it.matrix[token, place[token, column]] = rows[token, column]
+    row, column = (value > g.gather(1, place).abs().clamp_min(1 - MARGIN)).nonzero(as_tuple=True)
+    where, atom, mu = (some[row], place[row, column]), atom[row, column], mu[row]
+    rows = atoms.rows[atom]
+    new = (it.x[where[0]] * rows).sum(1, keepdim=True)
+    new = new.maximum(-inside[where[0]]).minimum(inside[where[0]])[:, 0]
+    it.candidates, it.g = it.candidates.index_put(where, atom), it.g.index_put_(where, new)
+    it.u, it.v = it.u.index_put(where, mu / (1 - new)), it.v.index_put(where, mu / (1 + new))
+    it.matrix[where] = rows
 
 
 def _runs_triton(x: Tensor) -> bool:
