@@ -12,6 +12,7 @@ if find_spec("triton"):  # not there on every platform
     from .slopes_kernel import take_in_violators
 
 STEP, NEAREST_BOUNDARY = 0.97, 1e-12  # part of the way to the boundary, and where a slope ends by rounding
+LEAST_CENTRING = 0.03  # of the complementarity; without it a few iterates stick to the boundary
 MARGIN, PART_OF_GAP = 0.01, 0.3  # distance of other atoms from the boundary, at first, and as a part of the gap
 GROUPS = 512  # of atoms, of which only the largest slope may join the candidates
 TF32 = 1e-3  # below this tolerance the slopes on a GPU need whole float32
@@ -62,7 +63,7 @@ class Iterates:
             self.x = x.clone()
             self.matrix, self.scalars = (
                 self.matrix[:, :0],
-                _filled(x, atoms.bound, STEP, NEAREST_BOUNDARY, ridge_of(atoms.rows.dtype)),
+                _filled(x, atoms.bound, STEP, NEAREST_BOUNDARY, ridge_of(atoms.rows.dtype), LEAST_CENTRING),
             )
 
     def keep(self, rows: Tensor) -> None:
@@ -110,7 +111,7 @@ class Iterates:
         dg = self._slopes(solved(slope))  # predictor
         a, b = dg / above, dg / below
         step = _step(torch.maximum(torch.maximum(a, 1 - a), torch.maximum(-b, 1 + b)), 1.0)  # primal and dual
-        mu = (1 - step) ** 3 * (u * above + v * below).mean(1, keepdim=True) / 2
+        mu = ((1 - step) ** 3).clamp_min(LEAST_CENTRING) * (u * above + v * below).mean(1, keepdim=True) / 2
         to_u, to_v = (mu - u * dg * (1 - a)) / above, (mu + v * dg * (1 + b)) / below  # centred, of second order
         dx = solved(slope - self._combined(to_u - to_v))
         dg = self._slopes(dx)

@@ -20,12 +20,16 @@ def _atoms(rows, candidates, o_candidates, n_candidates, o_axes, rank, n_unknown
 
 
 @triton.jit
-def _solve(inverse, mean, total, right, right_mu, AFFINE: tl.constexpr):
-    """The step of nu and of mu, mu eliminated first; `inverse` is minus that of what is then the matrix of nu."""
+def _solve(inverse, pivots, mean, total, right, right_mu, AFFINE: tl.constexpr):
+    """The step of nu and of mu, mu eliminated first; of what is then the matrix of nu, L diag(pivots) L', `inverse` is
+    that of L without its diagonal of ones. As accurate as by substitution, which the inverse of the matrix is not."""
     if AFFINE:
-        nu = -tl.sum(inverse * (right - mean * right_mu)[None, :], 1)
+        right -= mean * right_mu
+    nu = (right + tl.sum(inverse * right[None, :], 1)) / pivots
+    nu += tl.sum(inverse * nu[:, None], 0)
+    if AFFINE:
         return nu, right_mu / total - tl.sum(mean * nu)
-    return -tl.sum(inverse * right[None, :], 1), right_mu * 0
+    return nu, right_mu * 0
 
 
 @triton.jit
@@ -69,7 +73,7 @@ def newton_kernel(
     that is not open (tokens,) nothing is written.
 
     u, v, g: (tokens, K + r); slopes: (tokens, 2, K + r) room for those of predictor and corrector; objectives: (tokens,
-    2), primal and dual; scalars: (4,) float64 bound, step, distance of slopes from 1, and relative ridge.
+    2), primal and dual; scalars: (5,) float64 bound, step, distance of slopes from 1, relative ridge, least centring.
     """
     i_token = tl.program_id(0).to(tl.int64)
     if tl.load(open_ + i_token) == 0:
@@ -78,7 +82,7 @@ def newton_kernel(
     n_unknowns = rank + (1 if AFFINE else 0)
     width = n_candidates + rank
     bound, part = tl.load(scalars), tl.load(scalars + 1)
-    nearest, ridge = tl.load(scalars + 2), tl.load(scalars + 3)
+    nearest, ridge, least_centring = tl.load(scalars + 2), tl.load(scalars + 3), tl.load(scalars + 4)
     candidates += i_token * n_candidates
     coefficients += i_token * n_candidates
     weights += i_token * n_candidates
@@ -131,20 +135,22 @@ def newton_kernel(
     is_diagonal = o_axes[:, None] == o_axes[None, :]
     b_normal = tl.where(is_diagonal, ((b_normal + b_diagonal[:, None]) * (1 + ridge)).to(dtype), b_normal)
     b_diagonal = tl.sum(tl.where(is_diagonal, b_normal, 0.0), 1)
-    # minus the inverse, by sweeping one unknown after the other; a pivot lost to rounding is held up
+    # Gaussian elimination in place: of rows that are eliminated the upper triangle is left, and the inverse of L grows
+    # below; a pivot lost to rounding is held up
+    b_pivots = b_diagonal
     for k in range(0, RANK):
-        b_column = tl.sum(tl.where(o_axes[None, :] == k, b_normal, 0.0), 1)
-        pivot = tl.sum(tl.where(o_axes == k, b_column, 0.0))
+        b_row = tl.sum(tl.where(o_axes[:, None] == k, b_normal, 0.0), 0)
+        pivot = tl.sum(tl.where(o_axes == k, b_row, 0.0))
         least = tl.sum(tl.where(o_axes == k, b_diagonal, 0.0)) * ridge.to(dtype)
         pivot = tl.where(pivot > least, pivot, 1000 * least)
-        b_scaled = b_column / pivot
-        b_normal -= b_column[:, None] * b_scaled[None, :]
-        b_normal = tl.where(o_axes[:, None] == k, b_scaled[None, :], b_normal)
-        b_normal = tl.where(o_axes[None, :] == k, b_scaled[:, None], b_normal)
-        b_normal = tl.where((o_axes[:, None] == k) & (o_axes[None, :] == k), -1 / pivot, b_normal)
+        b_pivots = tl.where(o_axes == k, pivot, b_pivots)
+        b_factor = tl.where(o_axes > k, b_row / pivot, 0.0)
+        b_normal -= b_factor[:, None] * b_row[None, :]
+        b_normal = tl.where((o_axes[:, None] > k) & (o_axes[None, :] == k), -b_factor[:, None], b_normal)
+    b_inverse = tl.where(o_axes[:, None] > o_axes[None, :], b_normal, 0.0)
     # predictor
     b_slope = tl.where(m_axes, b_target - b_quadratic * b_x, 0.0)
-    b_dx, dmu = _solve(b_normal, b_mean, total.to(dtype), b_slope.to(dtype), mu_target.to(dtype), AFFINE)
+    b_dx, dmu = _solve(b_inverse, b_pivots, b_mean, total.to(dtype), b_slope.to(dtype), mu_target.to(dtype), AFFINE)
     b_dge = b_dx.to(tl.float64) / b_limit
     used = tl.max(tl.where(m_axes, _used(above_e, below_e, b_dge), 0.0))
     now = tl.sum(b_ue * above_e + b_ve * below_e)
@@ -160,7 +166,7 @@ def newton_kernel(
         now += tl.sum(b_u * (1 - b_g) + b_v * (1 + b_g))
     tl.debug_barrier()
     rest = 1 - 1 / tl.maximum(used, 1.0)
-    mu = rest * rest * rest * now / (2 * width)
+    mu = tl.maximum(rest * rest * rest, least_centring) * now / (2 * width)
     # corrector
     b_to_ue, b_to_ve = _centred(b_ue, b_ve, above_e, below_e, b_dge, mu)
     b_right = b_slope - tl.where(m_axes, (b_to_ue - b_to_ve) / b_limit, 0.0)
@@ -177,7 +183,9 @@ def newton_kernel(
         b_combined += tl.sum(b_atoms * b_to[:, None], 0)
         combined_mu += tl.sum(b_to)
     b_right = (b_right - b_combined).to(dtype)
-    b_dx, dmu = _solve(b_normal, b_mean, total.to(dtype), b_right, (mu_target - combined_mu).to(dtype), AFFINE)
+    b_dx, dmu = _solve(
+        b_inverse, b_pivots, b_mean, total.to(dtype), b_right, (mu_target - combined_mu).to(dtype), AFFINE
+    )
     b_dge = b_dx.to(tl.float64) / b_limit
     b_due = b_to_ue - b_ue + b_ue * b_dge / above_e
     b_dve = b_to_ve - b_ve - b_ve * b_dge / below_e
@@ -284,8 +292,8 @@ def newton_step(
         candidates: (b, K) int64.
         target, x: (b, p) float64.
         u, v, g: (b, K + r) float64.
-        scalars: (4,) float64 on the device: bound of the error term, part of the way to the boundary, distance that
-            slopes keep from 1, relative ridge of the normal matrix.
+        scalars: (5,) float64 on the device: bound of the error term, part of the way to the boundary, distance that
+            slopes keep from 1, relative ridge of the normal matrix, least part of the complementarity to aim at.
         together: primal and dual step of one length.
 
     Returns:
