@@ -93,10 +93,13 @@ class Iterates:
         dtype, rank, k = self.matrix.dtype, len(atoms.limit), self.candidates.shape[1]
         above, below = 1 - g, 1 + g
         weight = u / above + v / below
-        normal = torch.bmm(self.matrix.mT, self.matrix * weight[:, :k, None].to(dtype))
+        features, mean, total = self.matrix[:, :, :rank], None, weight[:, :k].sum(1, keepdim=True)
+        if atoms.affine:  # mu, whose column is 1, is eliminated first: what is left is better conditioned
+            mean = torch.bmm((weight[:, None, :k] / total[:, None]).to(dtype), features)
+            features, mean = features - mean, mean[:, 0].double()
+        normal = torch.bmm(features.mT, features * weight[:, :k, None].to(dtype))
         diagonal = normal.diagonal(dim1=1, dim2=2)
-        diagonal += atoms.quadratic.to(dtype)
-        diagonal[:, :rank] += (weight[:, k:] / atoms.limit**2).to(dtype)
+        diagonal += (atoms.quadratic[:rank] + weight[:, k:] / atoms.limit**2).to(dtype)
         diagonal *= 1 + ridge_of(dtype)
         factor, failed = torch.linalg.cholesky_ex(normal)
         if failed.any():
@@ -106,7 +109,10 @@ class Iterates:
         slope = self.target - atoms.quadratic * self.x
 
         def solved(right: Tensor) -> Tensor:
-            return torch.cholesky_solve(right.to(dtype)[..., None], factor)[..., 0].double()
+            of_nu, of_mu = right[:, :rank], right[:, rank:]
+            of_nu = of_nu if mean is None else of_nu - mean * of_mu
+            nu = torch.cholesky_solve(of_nu.to(dtype)[..., None], factor)[..., 0].double()
+            return nu if mean is None else torch.cat([nu, of_mu / total - (mean * nu).sum(1, keepdim=True)], 1)
 
         dg = self._slopes(solved(slope))  # predictor
         a, b = dg / above, dg / below

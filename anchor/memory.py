@@ -27,10 +27,10 @@ def candidate_atoms(n_unknowns: int, n_atoms: int) -> int:
 
 
 def token_bytes(n_atoms: int, rank: int) -> int:
-    """Memory in bytes of a token while it is iterated: its candidates' rows twice, normal matrix and factor, slopes of
-    all atoms, multipliers; in float64."""
+    """Memory in bytes of a token while it is iterated: its candidates' rows as they are, centred and weighted, normal
+    matrix and factor, slopes of all atoms, multipliers; in float64."""
     row, k = rank + 1, candidate_atoms(rank + 1, n_atoms)
-    return 8 * (2 * k * row + 3 * row**2 + 3 * n_atoms + 24 * (k + row))
+    return 8 * (3 * k * row + 3 * row**2 + 3 * n_atoms + 24 * (k + row))
 
 
 def solver_memory_bytes(n_tokens: int, n_atoms: int, rank: int, iterated: int) -> int:

@@ -79,18 +79,19 @@ def test_newton_step(
             setattr(it, name, value.clone())
         it.matrix = it.atoms.rows[it.candidates]
     together = rank == 8
+    least = max(torch.finfo(dtype).eps, 1e-11)  # one rounding, which the eager form may be spared by chance
     c, primal = exact.advance(together=together)
     (c_rounded, primal_rounded), (c_ours, primal_ours) = (it.advance(together=together) for it in (rounded, ours))
     for name in ("x", "u", "v", "g"):
         error = largest_difference(getattr(rounded, name), getattr(exact, name))
-        assert largest_difference(getattr(ours, name), getattr(exact, name)) <= 4 * error + 1e-11, name
-    assert largest_difference(c_ours, c) <= 4 * largest_difference(c_rounded, c) + 1e-11
+        assert largest_difference(getattr(ours, name), getattr(exact, name)) <= 4 * error + least, name
+    assert largest_difference(c_ours, c) <= 4 * largest_difference(c_rounded, c) + least
     of_c, of_ours, of_rounded = (
         objective(exact.atoms, torch.bmm(found[:, None], exact.matrix)[:, 0], found, exact.target)
         for found in (c, c_ours, c_rounded)
     )
     torch.testing.assert_close(primal, of_c, rtol=1e-12, atol=0)
-    assert largest_difference(primal_ours, of_ours) <= 4 * largest_difference(primal_rounded, of_rounded) + 1e-11
+    assert largest_difference(primal_ours, of_ours) <= 4 * largest_difference(primal_rounded, of_rounded) + least
     assert ours.objectives is not None
     assert ours.weights is not None
     torch.testing.assert_close(ours.objectives[:, 1], ours.dual(), rtol=1e-12, atol=0)
