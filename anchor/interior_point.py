@@ -295,11 +295,11 @@ def fewest(atoms: Atoms, found: Found) -> Found:
 
     A vertex of the polytope of all such coefficients, by nonnegative least squares (Lawson and Hanson) on the CPU.
     """
-    values = torch.zeros_like(found.values)
-    for i, (atom, c) in enumerate(zip(found.atoms, found.values, strict=True)):
-        sign, given = c.sign(), c.abs().cpu().numpy()
-        columns = torch.cat([atoms.exact[atom] * sign[:, None], torch.ones_like(c)[:, None]], 1).T.cpu().numpy()
-        weights = nnls(columns, columns @ given, maxiter=100 * len(given))[0]
-        values[i] = torch.from_numpy(weights).to(c) * sign
-    kept = values.abs().topk(min(atoms.exact.shape[1] + 1, values.shape[1]), sorted=False).indices
+    exact, values = atoms.exact.cpu(), found.values.to("cpu", copy=True)
+    for atom, c in zip(found.atoms.cpu(), values, strict=True):
+        sign, given = c.sign(), c.abs().numpy()
+        columns = torch.cat([exact[atom] * sign[:, None], torch.ones_like(c)[:, None]], 1).T.numpy()
+        c.copy_(sign * torch.from_numpy(nnls(columns, columns @ given, maxiter=100 * len(given))[0]))
+    values = values.to(found.values.device)
+    kept = values.abs().topk(min(exact.shape[1] + 1, values.shape[1]), sorted=False).indices
     return found._replace(atoms=found.atoms.gather(1, kept), values=values.gather(1, kept))

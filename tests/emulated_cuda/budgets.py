@@ -37,8 +37,8 @@ BUDGETS: dict[str, Budget] = {
     "packed backward, triton": Budget(reads=0, uploads=0),
     "packed backward, sdpa": Budget(reads=1, uploads=0),
     "merge": Budget(reads=0, uploads=0),
-    # of the torch form, two sweeps of 48 tokens, half of which keep all atoms; the kernels ask for 65 less
-    "scores": Budget(reads=210, uploads=45),
+    # of the torch form, two sweeps of 48 tokens, half of which keep all atoms; the kernels ask for less
+    "scores": Budget(reads=185, uploads=45),
     "features": Budget(reads=16, uploads=1),
     "spectral step": Budget(reads=20, uploads=4),
     # generate() with a scorer that is a function: the solver's own reads are apart
