@@ -189,7 +189,7 @@ def swap_candidates(it: Iterates, primal: Tensor, tol: float, slopes: Tensor) ->
     most = top.amax(1, keepdim=True).double()
     inside = 1 - (PART_OF_GAP * relative_gap(atoms, primal, it.dual())).clamp(PART_OF_GAP * tol, MARGIN)[:, None]
     shrink = inside / most.maximum(inside)
-    some = (most[:, 0] > 1 - MARGIN).nonzero()[:, 0]  # less than half of the tokens
+    some = (most[:, 0] > 1 - MARGIN).nonzero()[:, 0]  # the others have no violator
     u, v, g = it.u[some], it.v[some], it.g[some]
     weights = torch.maximum(u / (1 - g), v / (1 + g))[:, :k]
     it.x, it.g = it.x * shrink, it.g * shrink
